@@ -1,0 +1,134 @@
+"""Hydra composition for every verb: overrides in, a checked dataclass out, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vdtrain.config import DataPipelineConfig, SampleConfig, TrainConfig
+
+Schema = TypeVar("Schema")
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "data_pipeline": DataPipelineConfig}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: the setting, its value and the remedy."""
+
+
+def config_folder() -> Path:
+    """The `conf/` folder: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"no conf/ folder beside or inside {package}: install vdtrain from its repository")
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose `conf/<config_name>.yaml` with Hydra overrides, strictly against its schema.
+
+    Raises:
+        ConfigError: unknown key or group option, wrong type, malformed override.
+    """
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            config = hydra_compose(config_name, overrides=list(overrides))
+        # Missing values and broken interpolations surface here rather than in the middle of a run.
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error, SCHEMAS[config_name])) from error
+    return config
+
+
+def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
+    """The composed configuration as its dataclass, interpolations resolved."""
+    return cast(Schema, OmegaConf.to_object(config))
+
+
+def options(group: str) -> list[str]:
+    """Names that a config group offers, e.g. the stages."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def run_verb(
+    usage: str, config_name: str, schema: type[Schema], action: Callable[[Schema, DictConfig], int], argv: Sequence[str]
+) -> int:
+    """Parse a verb's command line, compose its configuration, call `action`, and return the exit status.
+
+    `--help` prints `usage` and the config groups; `--cfg job` prints the configuration (`--resolve` with its
+    interpolations filled in) and stops. A ConfigError becomes one line on stderr and status 2.
+    """
+    flags = [argument for argument in argv if argument.startswith("-")]
+    overrides = [argument for argument in argv if not argument.startswith("-") and argument != "job"]
+    if "--help" in flags or "-h" in flags:
+        print(usage + _groups_text(config_name))
+        return 0
+    known = {"--cfg", "-c", "--cfg=job", "--resolve"}
+    try:
+        for flag in flags:
+            if flag not in known:
+                raise ConfigError(f"unknown flag {flag}: settings are Hydra overrides such as stage.learning_rate=3e-5")
+        config = compose(config_name, overrides)
+        if {"--cfg", "-c", "--cfg=job"} & set(flags):
+            print(OmegaConf.to_yaml(config, resolve="--resolve" in flags), end="")
+            return 0
+        return action(to_object(config, schema), config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _groups_text(config_name: str) -> str:
+    folder = config_folder()
+    text = (folder / f"{config_name}.yaml").read_text()
+    groups = re.findall(r"^ +- (\w+): (\w+)", text, flags=re.MULTILINE)
+    if not groups:
+        return ""
+    lines = [f"  {group + '=':<10} {', '.join(options(group))} (default: {default})" for group, default in groups]
+    return "\nGroups:\n" + "\n".join(lines) + "\n"
+
+
+def _one_line(error: Exception, schema: type) -> str:
+    """Hydra's and OmegaConf's several lines as one, with the nearest known name where a key does not exist."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = " ".join(str(cause).split())
+    key = getattr(cause, "full_key", None) or ""
+    missing = re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.+)$", " ".join(str(error).split()))
+    if missing:
+        option, group = missing.group(1).split("/")[-1], missing.group(2)
+        return f"{group}={option}: no such option; choose one of {', '.join(options(group))}"
+    if "not in '" in text or "not in struct" in text:
+        nearest = difflib.get_close_matches(key.split(".")[-1], _names(schema), n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --cfg job for every setting"
+        return f"{key or text}: no such setting; {hint}"
+    text = re.sub(r" full_key: \S+| object_type=\S+| reference_type=\S+", "", text)
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _names(schema: type) -> list[str]:
+    """Every field name of a nested dataclass schema."""
+    found: list[str] = []
+    for item in fields(cast(Any, schema)):
+        found.append(item.name)
+        hints = [value for value in vars(sys.modules["vdtrain.config"]).values() if is_dataclass(value)]
+        found.extend(
+            name for value in hints if value.__name__ in str(item.type) for name in _names(cast(type, value))
+        )
+    return found

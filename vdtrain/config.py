@@ -1,0 +1,226 @@
+"""The schema of everything in `conf/`: one dataclass per group, merged strictly, so that an unknown key is an error.
+
+The values stand in `conf/*.yaml`; a default here is only given to a setting that is the same in every preset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class PhaseConfig:
+    """One resolution of a stage, trained for a number of image-text pairs."""
+
+    resolution: int = MISSING
+    samples: int = MISSING
+
+
+@dataclass
+class StageConfig:
+    """A stage of the curriculum: single-flow, dual-flow, four-flow."""
+
+    name: str = MISSING
+    flows: list[str] = MISSING
+    learning_rate: float = MISSING
+    global_batch_size: int = MISSING
+    # Nested by layer group: {global: 0.1, data: {image: 0.1}, context: {image: 1.0}}.
+    gradient_scales: dict[str, Any] = MISSING
+    gradient_scale_mode: str = MISSING
+    phases: list[PhaseConfig] = MISSING
+    # A run folder, a checkpoint folder or a weights file; null starts from random weights.
+    init_from: str | None = MISSING
+    # Multiplies the samples of every phase: 0.01 is a pilot run of one per cent.
+    samples_scale: float = 1.0
+
+
+@dataclass
+class DiffuserConfig:
+    """Widths and depths of the diffuser."""
+
+    channels: list[int] = MISSING  # per level; each level after the first halves the image latent
+    blocks_per_level: int = MISSING
+    attention_levels: list[int] = MISSING
+    heads: int = MISSING
+    norm_groups: int = MISSING
+
+
+@dataclass
+class ModalityConfig:
+    """The four parts of a modality, each a `_target_` with its arguments."""
+
+    data_layers: dict[str, Any] = MISSING
+    context_layers: dict[str, Any] = MISSING
+    vae: dict[str, Any] = MISSING
+    context_encoder: dict[str, Any] = MISSING
+
+
+@dataclass
+class ScheduleConfig:
+    """Noise schedule: betas linear in their square root ("scaled linear")."""
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    # What stage 1 starts from; null for random weights.
+    base_weights: str | None = MISSING
+    # Pixels per latent cell along one side, in the image VAE.
+    latent_downsampling: int = 8
+    diffuser: DiffuserConfig = MISSING
+    modalities: dict[str, ModalityConfig] = MISSING
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class SourceConfig:
+    """One published metadata set and the tar shards made of it."""
+
+    schema: str = MISSING  # laion2b_en or coyo700m
+    metadata: str = MISSING
+    shards: str = MISSING
+
+
+@dataclass
+class DownloadConfig:
+    """Arguments of img2dataset and the limits that it is kept within."""
+
+    distributor: str = MISSING
+    processes: int = MISSING
+    threads: int = MISSING
+    samples_per_shard: int = MISSING
+    image_size: int = MISSING  # shortest side in pixels
+    encode_quality: int = MISSING
+    min_image_size: int = MISSING
+    max_aspect_ratio: float = MISSING
+    max_image_pixels: int = MISSING
+    timeout: int = MISSING  # seconds per picture
+    retries: int = MISSING
+    allow_loopback: bool = MISSING
+
+
+@dataclass
+class ShapesConfig:
+    """The drawn picture set of the demo."""
+
+    folder: str = MISSING
+    pictures: int = MISSING
+    held_out: int = MISSING
+    pixels: int = MISSING
+    seed: int = MISSING
+    port: int = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    sources: dict[str, SourceConfig] = MISSING
+    manifest: str = MISSING
+    download: DownloadConfig = MISSING
+    shapes: ShapesConfig | None = None
+
+
+@dataclass
+class HardwareConfig:
+    name: str = MISSING
+    device: str = MISSING  # cuda or cpu
+    precision: str = MISSING  # bf16 or fp32
+    zero_stage: int = MISSING
+    # Pairs per process and forward pass, by resolution.
+    micro_batch_size: dict[int, int] = MISSING
+    attention: str = MISSING  # sdpa or xformers
+    compile: bool = MISSING
+    loader_workers: int = MISSING
+    threads: int | None = MISSING  # CPU threads per process for tensor operations; null leaves PyTorch's choice
+
+
+@dataclass
+class TrackingConfig:
+    name: str = MISSING
+    mode: str = MISSING  # online, offline or disabled
+    project: str = MISSING
+    entity: str | None = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Every value here is this project's choice (docs/choices.md)."""
+
+    betas: list[float] = MISSING
+    epsilon: float = MISSING
+    weight_decay: float = MISSING
+    gradient_clip: float = MISSING
+    warmup_samples: int = MISSING
+    # Multiplies the stage's learning rate: a narrow network takes larger steps.
+    learning_rate_scale: float = MISSING
+
+
+@dataclass
+class ObjectiveConfig:
+    # Probability that a sample's context is replaced by the unconditional one, for classifier-free guidance.
+    context_dropout: float = MISSING
+    # Weight of a flow's loss, by flow name; a flow that is not named weighs 1.
+    flow_weights: dict[str, float] = MISSING
+
+
+@dataclass
+class EmaConfig:
+    enabled: bool = MISSING
+    decay: float = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = MISSING
+    keep: int = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """Root of `conf/train.yaml`."""
+
+    stage: StageConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    objective: ObjectiveConfig = MISSING
+    ema: EmaConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    runs_dir: str = MISSING
+    run_dir: str = MISSING
+    seed: int = MISSING
+    log_every_steps: int = MISSING
+
+
+@dataclass
+class SampleConfig:
+    """Root of `conf/sample.yaml`."""
+
+    checkpoint: str = MISSING
+    weights: str = MISSING  # ema or model
+    flow: str = MISSING
+    inputs: list[str] = MISSING  # captions, or picture files, by the flow's context
+    output_dir: str = MISSING
+    resolution: int = MISSING
+    samples_per_input: int = MISSING
+    steps: int = MISSING
+    guidance_scale: float = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    threads: int | None = MISSING
+
+
+@dataclass
+class DataPipelineConfig:
+    """Root of `conf/data_pipeline.yaml`."""
+
+    data: DataConfig = MISSING
