@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import vdtrain.config
 from vdtrain.config import DataPipelineConfig, SampleConfig, TrainConfig
 
 Schema = TypeVar("Schema")
@@ -53,7 +54,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         # Missing values and broken interpolations surface here rather than in the middle of a run.
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error, SCHEMAS[config_name])) from error
+        raise ConfigError(_one_line(error)) from error
     return config
 
 
@@ -105,7 +106,7 @@ def _groups_text(config_name: str) -> str:
     return "\nGroups:\n" + "\n".join(lines) + "\n"
 
 
-def _one_line(error: Exception, schema: type) -> str:
+def _one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's several lines as one, with the nearest known name where a key does not exist."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(str(cause).split())
@@ -115,20 +116,14 @@ def _one_line(error: Exception, schema: type) -> str:
         option, group = missing.group(1).split("/")[-1], missing.group(2)
         return f"{group}={option}: no such option; choose one of {', '.join(options(group))}"
     if "not in '" in text or "not in struct" in text:
-        nearest = difflib.get_close_matches(key.split(".")[-1], _names(schema), n=1)
+        nearest = difflib.get_close_matches(key.split(".")[-1], _setting_names(), n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "see --cfg job for every setting"
         return f"{key or text}: no such setting; {hint}"
     text = re.sub(r" full_key: \S+| object_type=\S+| reference_type=\S+", "", text)
     return f"{key}: {text}" if key and key not in text else text
 
 
-def _names(schema: type) -> list[str]:
-    """Every field name of a nested dataclass schema."""
-    found: list[str] = []
-    for item in fields(cast(Any, schema)):
-        found.append(item.name)
-        hints = [value for value in vars(sys.modules["vdtrain.config"]).values() if is_dataclass(value)]
-        found.extend(
-            name for value in hints if value.__name__ in str(item.type) for name in _names(cast(type, value))
-        )
-    return found
+def _setting_names() -> list[str]:
+    """Every field name in the schema."""
+    groups = [value for value in vars(vdtrain.config).values() if isinstance(value, type) and is_dataclass(value)]
+    return [item.name for group in groups for item in fields(group)]

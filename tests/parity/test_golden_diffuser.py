@@ -1,0 +1,138 @@
+"""The diffuser against reference tensors of the original modules (random weights, float32)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vdtrain.config import DiffuserConfig, ModalityConfig, ModelConfig, ScheduleConfig
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.flows import Flow, active_groups, all_flows
+from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, timestep_sinusoid
+from vdtrain.weights.versatile_diffusion_v1 import from_released, to_released
+
+GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+FLOWS = [flow.name for flow in all_flows(["image", "text"])]
+
+pytestmark = pytest.mark.skipif(
+    not (GOLDEN / "diffuser_micro.pt").is_file(), reason=f"no reference tensors in {GOLDEN} (set VDTRAIN_GOLDEN)"
+)
+
+
+def model_config(golden: dict) -> ModelConfig:
+    sizes = golden["config"]
+    context = {"_target_": "vdtrain.models.context_layers.ContextLayers", "context_width": sizes["context_dim"]}
+    image = {"_target_": "vdtrain.models.image_layers.ImageDataLayers", "latent_channels": sizes["in_channels"]}
+    text = {
+        "_target_": "vdtrain.models.text_layers.TextDataLayers",
+        "latent_width": sizes["text_latent"],
+        "tokens": sizes["second_dim"][0],
+    }
+    return ModelConfig(
+        name="micro",
+        base_weights=None,
+        diffuser=DiffuserConfig(
+            channels=[sizes["model_channels"] * factor for factor in sizes["channel_mult"]],
+            blocks_per_level=sizes["num_res_blocks"][0],
+            attention_levels=[level for level, attends in enumerate(sizes["with_attn"]) if attends],
+            heads=sizes["num_heads"],
+            norm_groups=32,
+        ),
+        modalities={
+            "image": ModalityConfig(data_layers=image, context_layers=context),
+            "text": ModalityConfig(data_layers=text, context_layers=context),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    return torch.load(GOLDEN / "diffuser_micro.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def diffuser(golden: dict) -> Diffuser:
+    model = Diffuser(model_config(golden), active_groups(all_flows(["image", "text"])))
+    named = {from_released(key): value.float() for key, value in golden["state_dict"].items()}
+    named.pop(None)
+    model.load_state_dict(named)  # strict: every released key has its place, and every place its key
+    return model
+
+
+def released_flow(flow: Flow) -> str:
+    return f"{flow.output}<-{flow.context}"
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_output(golden: dict, diffuser: Diffuser, name: str) -> None:
+    flow, inputs = Flow.parse(name), golden["inputs"]
+    context = Context(flow.context, inputs[f"c_{flow.context}"])
+    with torch.no_grad():
+        (out,) = diffuser([DiffuserInput(flow.output, inputs[f"x_{flow.output}"], inputs["t"], [context])])
+    torch.testing.assert_close(out, golden["outputs"][released_flow(flow)], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("output", ["image", "text"])
+def test_flows_sharing_data_layers_go_through_together(golden: dict, diffuser: Diffuser, output: str) -> None:
+    inputs = golden["inputs"]
+    contexts = [Context(modality, inputs[f"c_{modality}"]) for modality in ("text", "image")]
+    with torch.no_grad():
+        (out,) = diffuser(
+            [
+                DiffuserInput(
+                    output, inputs[f"x_{output}"].repeat_interleave(2, 0)[[0, 2, 1, 3]], inputs["t"].repeat(2), contexts
+                )
+            ]
+        )
+    for part, context in zip(out.chunk(2), contexts, strict=True):
+        expected = golden["outputs"][f"{output}<-{context.modality}"]
+        torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
+
+
+def test_non_square_latent(golden: dict, diffuser: Diffuser) -> None:
+    case = golden["nonsquare"]
+    context = Context("text", case["c_text"])
+    with torch.no_grad():
+        (out,) = diffuser([DiffuserInput("image", case["x"], golden["inputs"]["t"], [context])])
+    torch.testing.assert_close(out, case["out"], atol=1e-4, rtol=0)
+
+
+def test_time_embedding(golden: dict, diffuser: Diffuser) -> None:
+    sinusoid = timestep_sinusoid(golden["time"]["t"], 32)
+    torch.testing.assert_close(sinusoid, golden["time"]["sinusoid"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(diffuser.global_layers(sinusoid), golden["time"]["emb"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_loss_and_gradients(golden: dict, diffuser: Diffuser, name: str) -> None:
+    flow, inputs = Flow.parse(name), golden["inputs"]
+    expected = golden["train"][released_flow(flow)]
+    schedule = Schedule(ScheduleConfig())
+    noise = inputs[f"noise_{flow.output}"]
+    noisy = schedule.add_noise(inputs[f"x_{flow.output}"], noise, inputs["t"])
+    torch.testing.assert_close(noisy, golden["train"][f"q_sample {flow.output}"], atol=1e-5, rtol=0)
+
+    diffuser.zero_grad(set_to_none=True)
+    context = Context(flow.context, inputs[f"c_{flow.context}"])
+    (out,) = diffuser([DiffuserInput(flow.output, noisy, inputs["t"], [context])])
+    loss = (out - noise).pow(2).mean()
+    loss.backward()
+    assert abs(loss.item() - float(expected["loss"])) < 1e-4
+
+    trained = {to_released(key) for key, value in diffuser.named_parameters() if value.grad is not None}
+    assert {layer_group(key) for key, value in diffuser.named_parameters() if value.grad is not None} == set(
+        flow.groups
+    )
+    assert trained.isdisjoint(expected["no_grad"])
+    gradients = {to_released(key): value.grad for key, value in diffuser.named_parameters()}
+    assert expected["grad"]
+    for key, gradient in expected["grad"].items():
+        torch.testing.assert_close(gradients[key], gradient.float(), atol=1e-4, rtol=1e-3)
+    for key, norm in expected["grad_norm"].items():
+        assert abs(float(gradients[key].norm()) - float(norm)) <= 1e-4 + 1e-4 * float(norm)
+
+
+def test_schedule(golden: dict) -> None:
+    expected = golden["schedule"]["alphas_cumprod"]
+    torch.testing.assert_close(Schedule(ScheduleConfig()).alphas_cumprod, expected.float(), atol=1e-6, rtol=0)

@@ -1,0 +1,1 @@
+"""The diffusion process: noise schedule, training objective, sampling."""

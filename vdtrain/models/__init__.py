@@ -1,0 +1,1 @@
+"""The diffuser (trained) and the frozen parts around it: image VAE, text VAE, CLIP contexts."""

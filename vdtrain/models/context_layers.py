@@ -1,0 +1,92 @@
+"""Context layers: transformer blocks whose cross-attention reads the context, of the same kind for every modality.
+
+The n-th layer serves the n-th context position of whichever modality is being generated, so it sees picture states
+[B, C, H, W] and text states [B, C, S, 1] alike. Names are those of the released weights below `context_blocks.N.0.`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdtrain.models.attention import Attention
+from vdtrain.models.image_layers import zero
+from vdtrain.models.layer_plan import LayerPlan
+
+NORM_EPSILON = 1e-6  # of the group norm here, unlike the data layers' 1e-5
+
+
+class GatedGelu(nn.Module):
+    """Linear to twice the hidden width; one half gates the other."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        value, gate = self.proj(tokens).chunk(2, dim=-1)
+        out: Tensor = value * F.gelu(gate)
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GatedGelu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.net(tokens)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; each behind a layer norm."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(width, width, heads)
+        self.ff = FeedForward(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attn1(normed, normed)
+        tokens = tokens + self.attn2(self.norm2(tokens), context)
+        out: Tensor = tokens + self.ff(self.norm3(tokens))
+        return out
+
+
+class ContextLayer(nn.Module):
+    """One context position: group norm, into tokens, a transformer block, back, added to the input."""
+
+    def __init__(self, width: int, context_width: int, plan: LayerPlan) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(plan.norm_groups, width, eps=NORM_EPSILON)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_width, plan.heads)])
+        self.proj_out = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, h: Tensor, context: Tensor) -> Tensor:
+        """h [B, C, H, W], context [B, M, context_width] -> [B, C, H, W]."""
+        # The 1x1 convolutions are linear layers on tokens; applied as such they need no second transposition.
+        tokens = self.norm(h).flatten(2).transpose(1, 2)
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return h + tokens.transpose(1, 2).reshape_as(h)
+
+
+class ContextLayers(nn.ModuleList):
+    """All context layers of one modality, in the order of the plan's context steps.
+
+    Args:
+        plan: order and widths.
+        context_width: width of the context tokens [B, M, context_width].
+    """
+
+    def __init__(self, plan: LayerPlan, context_width: int) -> None:
+        super().__init__(ContextLayer(step.width, context_width, plan) for step in plan.context_steps)

@@ -1,0 +1,149 @@
+"""The diffuser: one network of global, data and context layers that every flow takes its own way through.
+
+Versatile Diffusion, section 3.2: a flow from context k to output o uses the global layers, the data layers of o and
+the context layers of k. Nothing here names a modality; each brings its layers through the model's configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vdtrain.config import ModelConfig
+from vdtrain.flows import GLOBAL_GROUP
+from vdtrain.instantiate import instantiate
+from vdtrain.models.layer_plan import ContextStep, DataStep, make_plan
+
+# Applies a context position to the state: (context layers by modality, position, state) -> state.
+ContextRoute = Callable[[nn.ModuleDict, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Context tokens [b, M, D] of one modality."""
+
+    modality: str
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class DiffuserInput:
+    """Noisy latents of one output modality, possibly of several flows.
+
+    Attributes:
+        output: the modality to generate.
+        latents: [B, ...] noisy latents.
+        timesteps: [B] integers.
+        contexts: consecutive rows of the batch, b1 + b2 + ... = B, each with the context that it is generated from.
+    """
+
+    output: str
+    latents: Tensor
+    timesteps: Tensor
+    contexts: Sequence[Context]
+
+
+class Diffuser(nn.Module):
+    """Predicts the noise in latents of any output modality from contexts of any context modality.
+
+    Args:
+        config: widths, depths and the modalities' layers.
+        groups: the layer groups to create, e.g. global, data.image, context.text.
+        seed: start of the random weights. Each group draws from its own stream, so that it starts the same whichever
+            other groups are created with it.
+    """
+
+    def __init__(self, config: ModelConfig, groups: Collection[str], seed: int = 0) -> None:
+        super().__init__()
+        self.plan = make_plan(config.diffuser)
+        width, embedding_width = self.plan.time_width, self.plan.embedding_width
+        with _seeded(seed, GLOBAL_GROUP):
+            self.global_layers = nn.Sequential(
+                nn.Linear(width, embedding_width), nn.SiLU(), nn.Linear(embedding_width, embedding_width)
+            )
+        self.data_layers = nn.ModuleDict()
+        self.context_layers = nn.ModuleDict()
+        for name, modality in config.modalities.items():
+            for kind, specification, layers in (
+                ("data", modality.data_layers, self.data_layers),
+                ("context", modality.context_layers, self.context_layers),
+            ):
+                if f"{kind}.{name}" in groups:
+                    with _seeded(seed, f"{kind}.{name}"):
+                        setting = f"model.modalities.{name}.{kind}_layers"
+                        layers[name] = instantiate(specification, setting, plan=self.plan)
+
+    def forward(self, inputs: Sequence[DiffuserInput]) -> list[Tensor]:
+        """Predicted noise for each input, in the shape of its latents."""
+        return [self.predict(item.output, item.latents, item.timesteps, by_rows(item.contexts)) for item in inputs]
+
+    def predict(self, output: str, latents: Tensor, timesteps: Tensor, route: ContextRoute) -> Tensor:
+        """One pass: noise [B, ...] in `latents` [B, ...] at `timesteps` [B], contexts applied by `route`."""
+        sinusoid = timestep_sinusoid(timesteps, self.plan.time_width).to(latents.dtype)
+        embedding = self.global_layers(sinusoid)
+        data_layers = iter(cast(nn.ModuleList, self.data_layers[output]))
+        h, skips, position = latents, [], 0
+        for step in self.plan.steps:
+            if isinstance(step, DataStep):
+                h = next(data_layers)(h, embedding)
+            elif isinstance(step, ContextStep):
+                h = route(self.context_layers, position, h)
+                position += 1
+            elif step == "save":
+                skips.append(h)
+            else:
+                h = torch.cat([h, skips.pop()], dim=1)
+        return h
+
+
+def by_rows(contexts: Sequence[Context]) -> ContextRoute:
+    """Each context serves its own consecutive rows of the batch: flows that share data layers go through together."""
+    sizes = [context.tokens.shape[0] for context in contexts]
+
+    def route(layers: nn.ModuleDict, position: int, h: Tensor) -> Tensor:
+        rows = h.split(sizes) if len(sizes) > 1 else [h]
+        parts = [
+            cast(nn.ModuleList, layers[context.modality])[position](part, context.tokens)
+            for part, context in zip(rows, contexts, strict=True)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return route
+
+
+def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """Timesteps [B] as [cos | sin] features [B, width], float32, frequencies 10000^(-i / (width / 2))."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def layer_group(parameter_name: str) -> str:
+    """The layer group of a diffuser parameter: "data_layers.image.0.weight" is in "data.image"."""
+    kind, modality = parameter_name.split(".")[:2]
+    return GLOBAL_GROUP if kind == "global_layers" else f"{kind.removesuffix('_layers')}.{modality}"
+
+
+def parameters_by_group(diffuser: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Layer group -> parameter name -> parameter."""
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in diffuser.named_parameters():
+        groups.setdefault(layer_group(name), {})[name] = parameter
+    return groups
+
+
+@contextmanager
+def _seeded(seed: int, group: str) -> Iterator[None]:
+    """Draw initial weights from a stream of the group's own, leaving the global generator as it was."""
+    digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield

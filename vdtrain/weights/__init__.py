@@ -1,0 +1,1 @@
+"""Key maps between published weight layouts and the diffuser's own names."""
