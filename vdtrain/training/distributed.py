@@ -1,0 +1,172 @@
+"""Starting and ending the processes of a run, and the short words that they exchange outside of training.
+
+A run is started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PROCID, ...) or plainly, as one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Below the range from which Linux hands out ports to outgoing connections.
+FIRST_PORT, PORTS = 12_000, 20_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the processes of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def start(device: str, timeout_seconds: float = 1800.0) -> Place:
+    """Join the processes of this run and choose this process's device.
+
+    Args:
+        device: "cuda" or "cpu".
+        timeout_seconds: how long any exchange between processes may take before it is an error.
+
+    Raises:
+        ValueError: if the launcher's variables are incomplete, or no GPU stands ready for this process.
+    """
+    launch = _launch()
+    rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
+    place = Place(rank, local_rank, world_size, _device(device, local_rank))
+    # DeepSpeed takes the device of a process from LOCAL_RANK.
+    launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
+    os.environ.update(launch)
+    timeout = timedelta(seconds=timeout_seconds)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+        # Words between processes travel through the CPU, whatever the gradients do.
+        backend, device_id = "cpu:gloo,cuda:nccl", place.device
+    else:
+        backend, device_id = "gloo", None
+    _keep_gloo_on_loopback(launch.get("MASTER_ADDR", "127.0.0.1"))
+    if world_size == 1:
+        # Neither a port nor a name server is needed to speak to oneself.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
+    return place
+
+
+def finish() -> None:
+    """Leave the process group; every process must come here, or end by an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 where no group was started."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 where no group was started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Return when every process has come here."""
+    all_agree(True)
+
+
+def all_agree(flag: bool) -> bool:
+    """True on every process if `flag` is true on every process, else False on every process."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes.item())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, on every process. The values must be JSON: nothing is ever unpickled."""
+    if world_size() == 1:
+        return [value]
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([payload.numel()]))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
+    dist.all_gather(rows, padded)
+    return [json.loads(bytes(row[: int(length)].tolist())) for row, length in zip(rows, lengths, strict=True)]
+
+
+def broadcast_json(value: Any, source: int = 0) -> Any:
+    """The `value` of rank `source`, on every process."""
+    return gather_json(value if rank() == source else None)[source]
+
+
+def _launch() -> dict[str, str]:
+    """The five variables of torchrun, whoever started this process; without an address for a single process."""
+    environment = os.environ
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+        if missing:
+            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; start with torchrun or srun")
+        return {name: environment[name] for name in TORCHRUN_VARIABLES}
+    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        return _slurm_launch()
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def _slurm_launch() -> dict[str, str]:
+    environment = os.environ
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+    if tasks != "1":
+        offset = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(environment["SLURM_JOB_NODELIST"])
+        launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
+    return launch
+
+
+def _first_node(node_list: str) -> str:
+    """First host of a Slurm node list such as "gpu[07-10,12],login1"."""
+    if not set(node_list) & set("[],"):
+        return node_list
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"launcher: scontrol cannot read the node list {node_list!r} ({error}); set MASTER_ADDR") from error
+    return answer.stdout.split()[0]
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise ValueError(f"hardware.device: {kind!r} is neither cuda nor cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError("hardware.device: cuda, but PyTorch finds no GPU here; choose hardware=cpu or repair the driver")
+    # Under --gpus-per-task=1 each process sees one GPU only, and calls it 0.
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise ValueError(f"hardware.device: process {local_rank} of this node finds {count} GPUs; start one process per GPU")
+    return torch.device("cuda", index)
+
+
+def _keep_gloo_on_loopback(address: str) -> None:
+    """Let gloo skip the look-up of the host's own name, which fails on machines without a name server."""
+    if address in ("127.0.0.1", "localhost") and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
