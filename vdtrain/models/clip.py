@@ -1,0 +1,171 @@
+"""Contexts: captions and pictures as the token sequences that the diffuser's cross-attention reads.
+
+Both come from one CLIP (Radford et al. 2021), built and run by open_clip. Versatile Diffusion takes every token
+through the final normalisation and the projection, and divides all of them by the norm of the projected pooled
+token, so that the global token has length 1 and the others keep their size relative to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import open_clip
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as image_functional  # type: ignore[import-untyped]
+
+from vdtrain.models.clip_tokenizer import ClipTokenizer
+from vdtrain.models.frozen_weights import device_and_dtype, load_weights
+
+Blank = Literal["zeros", "black", "grey"]
+BLANK_LEVELS = {"black": 0, "grey": 127}
+
+_loaded: WeakValueDictionary[str, open_clip.CLIP] = WeakValueDictionary()
+
+
+def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> open_clip.CLIP:
+    """Build a CLIP, or hand out the one that this process has already loaded from the same weights.
+
+    Args:
+        architecture: name of an open_clip model, such as "ViT-L-14-quickgelu", or a mapping in the form of its model
+            files (embed_dim, vision_cfg, text_cfg, quick_gelu).
+        weights: safetensors file with open_clip's key names; None leaves random weights, which are never shared.
+
+    Raises:
+        ValueError: open_clip knows no such architecture, or it is none with image and text transformer.
+        WeightsError: the weights are missing or of another model.
+    """
+    config = _architecture(architecture)
+    # A module that was made on the meta device is no use to one that is asked for elsewhere.
+    key = json.dumps([config, weights, str(torch.get_default_device())], sort_keys=True)
+    if weights is not None and (shared := _loaded.get(key)) is not None:
+        return shared
+    try:
+        clip = open_clip.CLIP(**config)
+    except TypeError as error:
+        raise ValueError(f"context_encoder.architecture: {error}; it takes what open_clip's files hold") from error
+    if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
+        raise ValueError("context_encoder.architecture: the image side is no vision transformer; choose a ViT model")
+    clip.visual.output_tokens = True
+    if weights is not None:
+        load_weights(clip, weights, "context_encoder.weights")
+        _loaded[key] = clip
+    return clip
+
+
+class ClipTextContext(nn.Module):
+    """Captions to contexts [B, L, D], L the text context length and D the embedding size (77 and 768 in ViT-L/14).
+
+    Args:
+        architecture, weights: see `build_clip`; the image context of the same arguments shares the model.
+        tokenizer: `tokenizers` JSON file whose largest id is the end-of-text token; None takes CLIP's own vocabulary.
+    """
+
+    def __init__(
+        self, architecture: str | Mapping[str, Any], tokenizer: str | None = None, weights: str | None = None
+    ) -> None:
+        super().__init__()
+        self.clip = build_clip(architecture, weights)
+        self.tokenizer = ClipTokenizer(tokenizer, self.clip.context_length)
+        if self.tokenizer.size != self.clip.vocab_size:
+            raise ValueError(
+                f"context_encoder.architecture.text_cfg.vocab_size={self.clip.vocab_size}: "
+                f"the tokenizer {tokenizer or 'of CLIP'} has {self.tokenizer.size} entries; set it to that"
+            )
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Encode captions into [B, L, D] in the dtype of the parameters. Padding is kept: no token is masked."""
+        return self.encode_ids(self.tokenizer(captions))
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """`encode` for ids int64 [B, L] that are filled up with the end-of-text id, the largest of the vocabulary."""
+        clip = self.clip
+        device, _ = device_and_dtype(clip)
+        ids = ids.to(device)
+        hidden = clip.token_embedding(ids) + clip.positional_embedding
+        hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask))
+        tokens: Tensor = hidden @ clip.text_projection
+        # The pooled token is the first end-of-text one: argmax names the first of equals.
+        pooled = tokens[torch.arange(len(ids), device=device), ids.argmax(dim=-1)]
+        context: Tensor = tokens / pooled.norm(dim=-1)[:, None, None]
+        return context
+
+    def unconditional(self, batch: int) -> Tensor:
+        """The context of no caption, [batch, L, D]: the encoding of ""."""
+        return self.encode([""]).expand(batch, -1, -1)
+
+
+class ClipImageContext(nn.Module):
+    """Pictures to contexts [B, 1 + patches, D], the global token first (257 tokens of 768 in ViT-L/14 at 224 pixels).
+
+    Args:
+        architecture, weights: see `build_clip`; the text context of the same arguments shares the model.
+        blank: what stands for no picture: "zeros", a context of zeros, or the encoding of a "black" or "grey" picture.
+    """
+
+    def __init__(
+        self, architecture: str | Mapping[str, Any], weights: str | None = None, blank: Blank = "zeros"
+    ) -> None:
+        super().__init__()
+        if blank != "zeros" and blank not in BLANK_LEVELS:
+            raise ValueError(f"context_encoder.blank={blank}: not one of zeros, {', '.join(BLANK_LEVELS)}")
+        self.clip = build_clip(architecture, weights)
+        self.blank = blank
+        self.side = int(self.clip.visual.image_size[0])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode pictures uint8 [B, 3, H, W] of any size into [B, 1 + patches, D] in the dtype of the parameters."""
+        return self.encode_pixels(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """CLIP's own preparation: uint8 [B, 3, H, W] to normalised [B, 3, side, side].
+
+        Bicubic, antialiased resize of the shorter side, on bytes as in CLIP's; middle cut out; mean and deviation.
+        """
+        device, dtype = device_and_dtype(self.clip)
+        images = images.to(device)
+        height, width = images.shape[-2:]
+        if min(height, width) != self.side:
+            images = image_functional.resize(
+                images, [self.side], interpolation=InterpolationMode.BICUBIC, antialias=True
+            )
+        images = image_functional.center_crop(images, [self.side])
+        mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
+        deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
+        return ((images.float() / 255 - mean) / deviation).to(dtype)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` for what `preprocess` gives."""
+        # open_clip's tokens have the last normalisation, which CLIP itself applies to the global token alone.
+        pooled, patches = self.clip.visual(pixels)
+        tokens = torch.cat([pooled[:, None], patches @ self.clip.visual.proj], dim=1)
+        context: Tensor = tokens / pooled.norm(dim=-1)[:, None, None]
+        return context
+
+    def unconditional(self, batch: int) -> Tensor:
+        """The context of no picture, [batch, 1 + patches, D]."""
+        device, dtype = device_and_dtype(self.clip)
+        if self.blank == "zeros":
+            rows, size = self.clip.visual.positional_embedding.shape[0], self.clip.visual.proj.shape[1]
+            return torch.zeros((batch, rows, size), device=device, dtype=dtype)
+        picture = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[self.blank], dtype=torch.uint8)
+        return self.encode(picture).expand(batch, -1, -1)
+
+
+def _architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(architecture, str):
+        config = open_clip.get_model_config(architecture)
+        if config is None:
+            raise ValueError(
+                f"context_encoder.architecture={architecture}: not a model of open_clip (open_clip.list_models())"
+            )
+        return dict(config)
+    if isinstance(architecture, DictConfig):
+        container: Any = OmegaConf.to_container(architecture, resolve=True)
+        return dict(container)
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in architecture.items()}

@@ -1,0 +1,117 @@
+"""The frozen parts: one VAE and one context encoder per modality, each run once for a batch of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vdtrain.models.frozen_weights import freeze
+
+
+class VAE(Protocol):
+    """Samples of a modality to latents and back."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of one latent at a resolution in pixels, which only matters to modalities that have one."""
+
+    def encode(self, samples: Any, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, *latent_shape] of a batch; standard normal noise of that shape asks for a posterior sample."""
+
+    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Any:
+        """Samples of the modality from latents [B, *latent_shape]."""
+
+
+class ContextEncoder(Protocol):
+    """Samples of a modality to the tokens that the diffuser's cross-attention reads."""
+
+    def encode(self, samples: Any) -> Tensor:
+        """Contexts [B, tokens, D] of a batch."""
+
+    def unconditional(self, batch: int) -> Tensor:
+        """The context [batch, tokens, D] of no sample at all, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch as the diffuser sees it, by modality: latents [B, ...] and contexts [B, tokens, D]."""
+
+    latents: dict[str, Tensor]
+    contexts: dict[str, Tensor]
+
+
+class FrozenParts(nn.Module):
+    """VAEs and context encoders of all modalities, without gradients and always in evaluation mode.
+
+    Args:
+        parts: for every modality its VAE and its context encoder, both modules (`VAE`, `ContextEncoder`).
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+        super().__init__()
+        self.vaes = nn.ModuleDict({modality: vae for modality, (vae, _) in parts.items()})
+        self.context_encoders = nn.ModuleDict({modality: encoder for modality, (_, encoder) in parts.items()})
+        freeze(self)
+
+    def train(self, mode: bool = True) -> FrozenParts:
+        """Stay in evaluation mode, whatever the module that this one is part of does."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def encode(
+        self,
+        samples: Mapping[str, Any],
+        outputs: Collection[str],
+        contexts: Collection[str],
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> Encoded:
+        """Encode a batch of pairs, every needed part once.
+
+        Args:
+            samples: the batch by modality, in the form that the modality's parts take.
+            outputs: modalities whose latents are asked for.
+            contexts: modalities whose contexts are asked for.
+            noise: standard normal noise for posterior samples, by modality; a modality that is not in it gets its
+                VAE's mean.
+
+        Raises:
+            ValueError: a modality that is asked for has no samples.
+        """
+        for modality in [*outputs, *contexts]:
+            if modality not in samples:
+                raise ValueError(f"samples: no {modality!r} in the batch, only {', '.join(samples)}")
+        noise = noise or {}
+        return Encoded(
+            latents={name: self._vae(name).encode(samples[name], noise.get(name)) for name in dict.fromkeys(outputs)},
+            contexts={name: self._context_encoder(name).encode(samples[name]) for name in dict.fromkeys(contexts)},
+        )
+
+    @torch.no_grad()
+    def unconditional(self, modality: str, batch: int) -> Tensor:
+        """The context [batch, tokens, D] that stands for no sample of a modality."""
+        return self._context_encoder(modality).unconditional(batch)
+
+    def latent_shape(self, modality: str, resolution: int) -> tuple[int, ...]:
+        """Shape of one latent of a modality at a resolution in pixels."""
+        return self._vae(modality).latent_shape(resolution)
+
+    @torch.no_grad()
+    def decode(self, modality: str, latents: Tensor, generator: torch.Generator | None = None) -> Any:
+        """Samples of a modality from latents [B, ...]; a generator is for VAEs whose decoder draws at random."""
+        return self._vae(modality).decode(latents, generator)
+
+    def _vae(self, modality: str) -> VAE:
+        return _named(self.vaes, modality)
+
+    def _context_encoder(self, modality: str) -> ContextEncoder:
+        return _named(self.context_encoders, modality)
+
+
+def _named(modules: nn.ModuleDict, modality: str) -> Any:
+    if modality not in modules:
+        raise ValueError(f"modality {modality!r} has no frozen parts; the model has {', '.join(modules)}")
+    return modules[modality]

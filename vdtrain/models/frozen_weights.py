@@ -1,0 +1,111 @@
+"""Reads the weights and tokenizers of the frozen parts: safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+ASSET = "asset:"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+LISTED_KEYS = 5
+
+
+class WeightsError(ValueError):
+    """Weights or tokenizer that are missing, damaged or of another model; the message is one line."""
+
+
+def locate(path: str, setting: str) -> Path:
+    """Resolve a path from the configuration; "asset:tiny/x" lies in the package's own `vdtrain/assets/tiny/x`.
+
+    Raises:
+        WeightsError: there is no such file; `setting` names the setting that holds the path.
+    """
+    found = ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else Path(path).expanduser()
+    if not found.is_file():
+        remedy = "python -m data_pipeline.frozen_parts" if path.startswith(ASSET) else "vdtrain weights import"
+        raise WeightsError(f"{setting}={path}: no such file; `{remedy}` makes it, or set {setting} to an existing file")
+    return found
+
+
+def load_tokenizer(path: str, setting: str) -> Tokenizer:
+    """Read a `tokenizers` JSON file.
+
+    Raises:
+        WeightsError: the file is missing or is no tokenizer.
+    """
+    file = locate(path, setting)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise WeightsError(f"{setting}={path}: no tokenizer of the `tokenizers` library ({error})") from error
+
+
+def load_weights(module: nn.Module, path: str, setting: str) -> None:
+    """Fill a module from a safetensors file; values are cast to the dtype of the parameters.
+
+    Tensors that share memory in the module (tied weights) need to be in the file once.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or its keys or shapes are not those of the module.
+    """
+    file = locate(path, setting)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{setting}={path}: not a readable safetensors file ({error}); fetch it again") from error
+    differences = compare(module.state_dict(), state)
+    if differences:
+        raise WeightsError(f"{setting}={path}: weights of another model: {differences}")
+    module.load_state_dict(state, strict=False)
+
+
+def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Describe in one line how a state dict differs in keys and shapes from the expected one; "" if it does not."""
+    present = {expected[key].data_ptr() for key in found if key in expected}
+    missing = [key for key, value in expected.items() if key not in found and not _shared(value, present)]
+    unexpected = [key for key in found if key not in expected]
+    shapes = [
+        f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
+        for key, value in expected.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("shape", shapes)]
+    return "; ".join(f"{name} {_listed(keys)}" for name, keys in parts if keys)
+
+
+def untied(module: nn.Module) -> dict[str, Tensor]:
+    """State dict with every tensor once, contiguous: what safetensors can hold and `load_weights` reads."""
+    seen: set[int] = set()
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        if not _shared(value, seen):
+            state[key] = value.detach().contiguous()
+            seen.add(value.data_ptr())
+    return state
+
+
+def freeze(module: nn.Module) -> None:
+    """Put a module in evaluation mode, without gradients."""
+    module.eval().requires_grad_(False)
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a module's first floating-point parameter lives, and in what precision."""
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    return parameter.device, parameter.dtype
+
+
+def _shared(value: Tensor, pointers: set[int]) -> bool:
+    # Tensors on the meta device and empty ones all have pointer 0.
+    return value.data_ptr() != 0 and value.data_ptr() in pointers
+
+
+def _listed(keys: list[str]) -> str:
+    more = len(keys) - LISTED_KEYS
+    return ", ".join(keys[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,118 @@
+"""Pictures to latents and back: the KL autoencoder of latent diffusion, frozen while the diffuser trains.
+
+Rombach et al. 2022, section 3.1 and appendix G (model kl-f8); Versatile Diffusion uses it unchanged (section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from vdtrain.models.frozen_weights import device_and_dtype, load_weights
+
+CHANNELS = 3
+
+
+class ImageVAE(nn.Module):
+    """diffusers' AutoencoderKL with uint8 pictures outside and scaled latents inside.
+
+    Args:
+        block_out_channels: width of each level; every level after the first halves the picture.
+        layers_per_block: residual blocks of a level in the encoder; the decoder has one more.
+        latent_channels: channels of a latent.
+        norm_num_groups: groups of the group normalisations; divides every width.
+        latent_scale: factor between the autoencoder's latents and the diffuser's, whose standard deviation is about 1.
+        weights: safetensors file with diffusers' key names; None leaves random weights.
+    """
+
+    def __init__(
+        self,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        latent_channels: int,
+        norm_num_groups: int,
+        latent_scale: float = 0.18215,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if any(width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"norm_num_groups={norm_num_groups} does not divide block_out_channels={list(block_out_channels)}"
+            )
+        levels = len(block_out_channels)
+        self.latent_channels = latent_channels
+        self.latent_scale = latent_scale
+        self.downsampling = 2 ** (levels - 1)
+        # diffusers' constructors and methods carry no types.
+        autoencoder: Any = AutoencoderKL
+        self.model = autoencoder(
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+        )
+        if weights is not None:
+            load_weights(self.model, weights, "vae.weights")
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of one latent, [channels, R/f, R/f], for pictures of `resolution` pixels a side.
+
+        Raises:
+            ValueError: the resolution is no multiple of the downsampling factor f.
+        """
+        if resolution % self.downsampling:
+            raise ValueError(
+                f"resolution={resolution} is no multiple of {self.downsampling}, the image VAE's downsampling"
+            )
+        side = resolution // self.downsampling
+        return self.latent_channels, side, side
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode pictures.
+
+        Args:
+            images: uint8 [B, 3, H, W]; H and W multiples of the downsampling factor f.
+            noise: standard normal [B, channels, H/f, W/f]; the latent is a sample of the posterior, mean + std * noise,
+                as in latent diffusion's training. None gives the mean.
+
+        Returns:
+            [B, channels, H/f, W/f] in the dtype of the parameters, times `latent_scale`.
+        """
+        device, dtype = device_and_dtype(self)
+        mean, std = self.posterior(to_signed(images.to(device), dtype))
+        latents = mean if noise is None else mean + std * noise.to(mean)
+        return latents * self.latent_scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Decode latents [B, channels, h, w] of `encode` into pictures, uint8 [B, 3, h*f, w*f].
+
+        The decoder draws nothing at random: `generator` is there for the interface that all VAEs share.
+        """
+        device, dtype = device_and_dtype(self)
+        pixels = self.reconstruct(latents.to(device, dtype) / self.latent_scale)
+        return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, unscaled, each [B, channels, H/f, W/f], for pixels [B, 3, H, W] in -1..1."""
+        # The distribution clamps the logarithm of the variance to -30..20.
+        distribution = self.model.encode(pixels).latent_dist
+        return distribution.mean, distribution.std
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, h*f, w*f], about -1..1 and not clamped, from unscaled latents [B, channels, h, w]."""
+        pixels: Tensor = self.model.decode(latents).sample
+        return pixels
+
+
+def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map uint8 pictures to -1..1."""
+    return images.to(dtype).div(127.5).sub(1)

@@ -1,0 +1,272 @@
+"""Captions to one latent vector and back: Optimus, the text VAE of Versatile Diffusion, frozen in training.
+
+Li et al. 2020, "Optimus: Organizing Sentences via Pre-trained Modeling of a Latent Space": a BERT encoder, and a GPT-2
+decoder into which the latent is injected both ways of section 3.1 there, as an addition to every token embedding and
+as one more position that every layer attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
+from vdtrain.models.frozen_weights import device_and_dtype, load_weights
+
+FreeBits = Literal["none", "mask", "deterministic"]
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss of the text VAE in nats, each [B]: total = reconstruction / tokens + beta * divergence."""
+
+    total: Tensor
+    reconstruction: Tensor
+    divergence: Tensor
+
+
+class Optimus(nn.Module):
+    """BERT encoder and GPT-2 decoder around a latent vector, with the key names of the released weights.
+
+    Args:
+        latent_size: length of the latent vector.
+        encoder_width, encoder_layers, encoder_heads, encoder_feed_forward, encoder_positions, encoder_vocabulary:
+            size of the BERT encoder.
+        decoder_width, decoder_layers, decoder_heads, decoder_positions, decoder_vocabulary: size of the GPT-2 decoder.
+        encoder_tokenizer: `tokenizers` JSON file of the encoder; None: the model takes and gives ids only.
+        decoder_tokenizer: the same for the decoder.
+        max_word_pieces: where a caption is cut before it is encoded.
+        max_length: length in ids of a decoded caption, <BOS> and <EOS> included.
+        weights: safetensors file with the released key names; None leaves random weights.
+    """
+
+    def __init__(
+        self,
+        latent_size: int,
+        encoder_width: int,
+        encoder_layers: int,
+        encoder_heads: int,
+        encoder_feed_forward: int,
+        encoder_positions: int,
+        encoder_vocabulary: int,
+        decoder_width: int,
+        decoder_layers: int,
+        decoder_heads: int,
+        decoder_positions: int,
+        decoder_vocabulary: int,
+        encoder_tokenizer: str | None = None,
+        decoder_tokenizer: str | None = None,
+        max_word_pieces: int = 77,
+        max_length: int = 30,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Positions start at 1 after the latent's own, and the last id, <EOS>, is never fed.
+        for name, positions, needed in (
+            ("encoder_positions", encoder_positions, max_word_pieces + 2),
+            ("decoder_positions", decoder_positions, max_length),
+        ):
+            if positions < needed:
+                raise ValueError(f"{name}={positions} holds fewer than the {needed} positions of the longest caption")
+        self.latent_size = latent_size
+        self.max_length = max_length
+        self.encoder_tokenizer = EncoderTokenizer(encoder_tokenizer, max_word_pieces) if encoder_tokenizer else None
+        self.decoder_tokenizer = DecoderTokenizer(decoder_tokenizer) if decoder_tokenizer else None
+        self.encoder = BertModel(
+            BertConfig(
+                vocab_size=encoder_vocabulary,
+                hidden_size=encoder_width,
+                num_hidden_layers=encoder_layers,
+                num_attention_heads=encoder_heads,
+                intermediate_size=encoder_feed_forward,
+                max_position_embeddings=encoder_positions,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        self.decoder = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=decoder_vocabulary,
+                n_embd=decoder_width,
+                n_layer=decoder_layers,
+                n_head=decoder_heads,
+                n_positions=decoder_positions,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+        # These three sit inside the transformers' own modules because the released weights name them so.
+        self.encoder.add_module("linear", nn.Linear(encoder_width, 2 * latent_size, bias=False))
+        transformer = self.decoder.transformer
+        transformer.add_module("linear", nn.Linear(latent_size, decoder_width * decoder_layers, bias=False))
+        transformer.add_module("linear_emb", nn.Linear(latent_size, decoder_width, bias=False))
+        self._heads, self._layers = decoder_heads, decoder_layers
+        if weights is not None:
+            load_weights(self, weights, "vae.weights")
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of one latent, [latent size]; a caption's does not depend on the picture's resolution."""
+        return (self.latent_size,)
+
+    def encode(self, captions: Sequence[str], noise: Tensor | None = None) -> Tensor:
+        """Encode captions: the posterior's mean, [B, latent size] in the dtype of the parameters.
+
+        Versatile Diffusion trains on the mean, so `noise`, there for the interface that all VAEs share, is not used.
+        """
+        pad = self.encoder_tokenizer.pad if self.encoder_tokenizer else 0
+        return self.posterior(self._encoder_ids(captions), pad)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0) -> list[str]:
+        """Write one caption per latent.
+
+        Args:
+            latents: [B, latent size].
+            generator: draws the words; None takes the likeliest word each time. A row's words depend on the generator's
+                state and on the row's place in the batch, not on the rows after it.
+            temperature: below 1 favours likely words; has no effect without a generator.
+        """
+        tokenizer = self._decoder_tokenizer()
+        ids = self.generate(latents, tokenizer.first, tokenizer.last, generator, temperature)
+        return tokenizer.texts(ids)
+
+    def posterior(self, ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance, each [B, latent size], for encoder ids int64 [B, L]."""
+        hidden = self.encoder(input_ids=ids, attention_mask=(ids != pad).long()).pooler_output
+        mean, log_variance = self.encoder.get_submodule("linear")(hidden).chunk(2, dim=-1)
+        return mean, log_variance
+
+    def logits(self, ids: Tensor, latents: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Scores of the next id after each one, [B, L, vocabulary].
+
+        Args:
+            ids: int64 [B, L], those that follow the ones in `cache`.
+            latents: [B, latent size].
+            cache: keys and values of the ids before, from `memory`; extended in place. None starts afresh.
+        """
+        cache = self.memory(latents) if cache is None else cache
+        transformer = self.decoder.transformer
+        embeddings = transformer.wte(ids) + transformer.get_submodule("linear_emb")(latents)[:, None]
+        hidden = transformer(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
+        scores: Tensor = self.decoder.lm_head(hidden)
+        return scores
+
+    def memory(self, latents: Tensor) -> DynamicCache:
+        """The latent as position 0 of every layer, key and value alike; token positions therefore start at 1."""
+        projected = self.decoder.transformer.get_submodule("linear")(latents)
+        cache = DynamicCache()
+        for layer, part in enumerate(projected.chunk(self._layers, dim=-1)):
+            heads = part.view(len(latents), self._heads, 1, -1)
+            cache.update(heads, heads, layer)
+        return cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        latents: Tensor,
+        first: int,
+        last: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Ids int64 [B, at most max_length], from `first` to `last`, which fills up ended rows and ends all of them.
+
+        Without a generator the likeliest id is taken each time.
+        """
+        device, dtype = device_and_dtype(self)
+        latents = latents.to(device, dtype)
+        cache = self.memory(latents)
+        # Drawn at once, row by row, so that a row's words are the same in a larger batch.
+        uniform = torch.rand((len(latents), self.max_length), generator=generator) if generator is not None else None
+        ids = torch.full((len(latents), 1), first, dtype=torch.int64, device=device)
+        ended = torch.zeros(len(latents), dtype=torch.bool, device=device)
+        while ids.shape[1] < self.max_length - 1 and not bool(ended.all()):
+            scores = self.logits(ids[:, -1:], latents, cache)[:, -1].float()
+            if uniform is None:
+                chosen = scores.argmax(dim=-1)
+            else:
+                chosen = _pick(scores / temperature, uniform[:, ids.shape[1]].to(device))
+            chosen = chosen.masked_fill(ended, last)
+            ended = ended | (chosen == last)
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+        return torch.cat([ids, torch.full_like(ids[:, :1], last)], dim=1)
+
+    def reconstruction(self, ids: Tensor, latents: Tensor, pad: int) -> Tensor:
+        """Cross-entropy in nats of the decoder ids int64 [B, L] after the first, summed over a row's ids but `pad`."""
+        scores = self.logits(ids[:, :-1], latents)
+        losses = functional.cross_entropy(scores.transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none")
+        return losses.sum(dim=1)
+
+    def loss(
+        self,
+        captions: Sequence[str],
+        noise: Tensor,
+        beta: float = 1.0,
+        free_bits: FreeBits = "mask",
+        target_divergence: float = 0.0,
+    ) -> TextLoss:
+        """The text VAE's training loss (Li et al. 2020, section 3.2).
+
+        Args:
+            captions: B texts to say again.
+            noise: standard normal [B, latent size].
+            beta: weight of the divergence from the standard normal.
+            free_bits: "none"; "mask" leaves out dimensions whose divergence is at most `target_divergence` nats;
+                "deterministic" sets the posterior's variance to 1.
+            target_divergence: per dimension, in nats.
+        """
+        tokenizer = self._decoder_tokenizer()
+        ids = tokenizer(captions).to(noise.device)
+        mean, log_variance = self.posterior(self._encoder_ids(captions))
+        return self.loss_of(mean, log_variance, ids, tokenizer.pad, noise, beta, free_bits, target_divergence)
+
+    def loss_of(
+        self,
+        mean: Tensor,
+        log_variance: Tensor,
+        ids: Tensor,
+        pad: int,
+        noise: Tensor,
+        beta: float = 1.0,
+        free_bits: FreeBits = "mask",
+        target_divergence: float = 0.0,
+    ) -> TextLoss:
+        """`loss` for posteriors [B, latent size] of `posterior` and decoder ids int64 [B, L] that `pad` fills up."""
+        if free_bits == "deterministic":
+            log_variance = torch.zeros_like(log_variance)
+        divergences = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1)
+        if free_bits == "mask":
+            divergences = divergences * (divergences > target_divergence)
+        divergence = divergences.sum(dim=-1)
+        latents = mean + (0.5 * log_variance).exp() * noise
+        reconstruction = self.reconstruction(ids, latents, pad)
+        tokens = (ids != pad).sum(dim=1)
+        return TextLoss(reconstruction / tokens + beta * divergence, reconstruction, divergence)
+
+    def _decoder_tokenizer(self) -> DecoderTokenizer:
+        if self.decoder_tokenizer is None:
+            raise ValueError("vae.decoder_tokenizer is not set: without it, captions cannot be decoded")
+        return self.decoder_tokenizer
+
+    def _encoder_ids(self, captions: Sequence[str]) -> Tensor:
+        if self.encoder_tokenizer is None:
+            raise ValueError("vae.encoder_tokenizer is not set: without it, captions cannot be encoded")
+        device, _ = device_and_dtype(self)
+        return self.encoder_tokenizer(captions).to(device)
+
+
+def _pick(scores: Tensor, uniform: Tensor) -> Tensor:
+    """One id per row of scores [B, vocabulary] by inversion of the cumulative distribution at uniform [B]."""
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+    # Rounding can leave the last sum below 1: scaling by it keeps every draw inside the vocabulary.
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return drawn.squeeze(1).clamp_max(scores.shape[-1] - 1)
