@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which Linux hands out ports to outgoing connections.
@@ -57,7 +58,7 @@ def start(device: str, timeout_seconds: float = 1800.0) -> Place:
     _keep_gloo_on_loopback(launch.get("MASTER_ADDR", "127.0.0.1"))
     if world_size == 1:
         # Neither a port nor a name server is needed to speak to oneself.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
     return place
@@ -119,7 +120,7 @@ def _launch() -> dict[str, str]:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
         if missing:
-            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; start with torchrun or srun")
+            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
     # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
@@ -147,7 +148,7 @@ def _first_node(node_list: str) -> str:
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"launcher: scontrol cannot read the node list {node_list!r} ({error}); set MASTER_ADDR") from error
+        raise ValueError(f"launcher: scontrol cannot read nodes {node_list!r} ({error}); set MASTER_ADDR") from error
     return answer.stdout.split()[0]
 
 
@@ -158,11 +159,11 @@ def _device(kind: str, local_rank: int) -> torch.device:
         raise ValueError(f"hardware.device: {kind!r} is neither cuda nor cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError("hardware.device: cuda, but PyTorch finds no GPU here; choose hardware=cpu or repair the driver")
+        raise ValueError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
     # Under --gpus-per-task=1 each process sees one GPU only, and calls it 0.
     index = 0 if count == 1 else local_rank
     if index >= count:
-        raise ValueError(f"hardware.device: process {local_rank} of this node finds {count} GPUs; start one process per GPU")
+        raise ValueError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
     return torch.device("cuda", index)
 
 

@@ -24,9 +24,9 @@ class ShardEMA:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema.decay: {decay} is not in [0, 1)")
         self.decay = decay
-        self.updates = 0
         self._partitions = engine.partitions()
         self.rows: list[Tensor] = [partition.master.clone() for partition in self._partitions]
+        self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
@@ -34,6 +34,13 @@ class ShardEMA:
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.rows, [partition.master for partition in self._partitions], 1.0 - keep)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again at the present weights."""
+        for row, partition in zip(self.rows, self._partitions, strict=True):
+            row.copy_(partition.master)
+        self.updates = 0
 
     @torch.no_grad()
     def load(self, read: RowReader, updates: int) -> None:

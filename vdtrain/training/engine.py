@@ -23,49 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from vdtrain.training import distributed
+from vdtrain.training.engine_settings import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings, deepspeed_configuration
 from vdtrain.training.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT, GroupLayout, Partition, RowReader, cut
+
+__all__ = ["Engine", "EngineSettings", "StepReport"]
 
 DEEPSPEED_VERSION = "0.19.8"
 # ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
 # takes for ZeRO 1 with float32 accumulation, under the second.
 MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-# Elements per collective: long enough to fill a network, short enough to add little memory.
-BUCKET_ELEMENTS = 50_000_000
-
-ZERO_STAGES = (1, 2)
-PRECISIONS = ("fp32", "bf16")
-LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Numbers of the optimiser and the way it is spread over the processes.
-
-    Attributes:
-        zero_stage: 1 (optimiser state in pieces) or 2 (gradients too).
-        precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
-        gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
-        gradient_scales: factor of each layer group; a group that is not named has 1.
-        gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
-    """
-
-    zero_stage: int
-    precision: str
-    gradient_clip: float
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    gradient_scales: Mapping[str, float]
-    gradient_scale_mode: str
-
-    def __post_init__(self) -> None:
-        for setting, value, choices in (
-            ("hardware.zero_stage", self.zero_stage, ZERO_STAGES),
-            ("hardware.precision", self.precision, PRECISIONS),
-            ("stage.gradient_scale_mode", self.gradient_scale_mode, (LEARNING_RATE_MODE, GRADIENT_MODE)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{setting}: {value!r} is not supported; choose from {choices}")
 
 
 @dataclass(frozen=True)
@@ -124,9 +90,7 @@ class Engine:
         layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
         pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
         # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
-        exact = [
-            cut(groups[layout.group], layout, start, stop) for layout, (start, stop) in zip(layouts, pieces, strict=True)
-        ]
+        exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
         device = next(module.parameters()).device
         optimizer = torch.optim.AdamW(
             [{"params": list(parameters.values()), "name": group} for group, parameters in groups.items()],
@@ -138,7 +102,8 @@ class Engine:
         )
         deepspeed = _import_deepspeed(device.type)
         with contextlib.redirect_stdout(io.StringIO()):
-            self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_configuration(settings))
+            configuration = deepspeed_configuration(settings)
+            self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=configuration)
         self._optimizer = optimizer
         masters = _masters(self._deepspeed.optimizer)
         self._check_layout(layouts, masters, exact)
@@ -239,8 +204,8 @@ class Engine:
         )
         if not distributed.all_agree(fits):
             raise RuntimeError(
-                "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes started "
-                f"from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
+                "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes "
+                f"started from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
             )
 
 
@@ -253,7 +218,7 @@ def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Param
             raise ValueError(f"layer group {group!r} has no parameters")
         for name, parameter in parameters.items():
             if own.get(name) is not parameter or name in names:
-                raise ValueError(f"layer group {group!r}: {name!r} is not a parameter of the module, or stands in two groups")
+                raise ValueError(f"layer group {group!r}: {name!r} is no parameter of the module, or is in two groups")
             if parameter.dtype != torch.float32:
                 raise ValueError(f"parameter {name!r} is {parameter.dtype}; the engine starts from float32 weights")
             names.add(name)
@@ -271,36 +236,9 @@ def _masters(optimizer: Any) -> list[Tensor]:
         if hasattr(optimizer, attribute) and hasattr(optimizer, "update_lp_params"):
             return list(getattr(optimizer, attribute))
     raise RuntimeError(
-        f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}: install deepspeed=={DEEPSPEED_VERSION}"
+        f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}; "
+        f"install deepspeed=={DEEPSPEED_VERSION}"
     )
-
-
-def _configuration(settings: EngineSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration; docs/choices.md gives the measurements behind it."""
-    configuration: dict[str, Any] = {
-        # Micro-batches and their weights are the trainer's; DeepSpeed only counts with these two.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "steps_per_print": 2**31,
-        # Absent, it would be 1.0.
-        "gradient_clipping": settings.gradient_clip,
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            # Under ZeRO 1 it would reduce the last micro-batch's gradients only.
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            # Checkpoints rely on the parameters' own order.
-            "round_robin_gradients": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
-    }
-    if settings.precision == "bf16":
-        configuration["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
-        configuration["communication_data_type"] = "fp32"
-    return configuration
 
 
 def _import_deepspeed(device_type: str) -> Any:

@@ -1,0 +1,274 @@
+"""What a checkpoint folder holds, how it is checked, and how any slice of it is read.
+
+    step-000000123/
+        rank-00000-of-00002.safetensors    "GROUP/KIND" -> flat float32 piece, one file per process
+        rank-00001-of-00002.safetensors
+        passengers.safetensors             what the stage did not train, by name; absent if it trained everything
+        checkpoint.json                    the index, written last: its presence says that all else is there
+
+The row of a layer group does not depend on the number of processes, so any number of them, or none, can read it back
+from the pieces. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vdtrain.training.partitions import EMA, MASTER, GroupLayout, ParameterSlot
+
+FORMAT = 1
+INDEX_FILE = "checkpoint.json"
+PASSENGERS_FILE = "passengers.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or must not be read; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file of the checkpoint."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class Index:
+    """Contents of checkpoint.json.
+
+    Attributes:
+        step: the trainer's step.
+        world_size: number of processes that wrote it.
+        optimizer_steps: updates that AdamW has applied.
+        ema_updates: updates of the averaged weights; None if none were kept.
+        trainer: the trainer's own state.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    optimizer_steps: int
+    ema_updates: int | None
+    trainer: dict[str, Any]
+    groups: tuple[GroupLayout, ...]
+    files: Mapping[str, FileRecord]
+
+    def write(self, folder: Path) -> None:
+        """Write checkpoint.json, with a checksum of its own, and see it onto the disk."""
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+            "optimizer_steps": self.optimizer_steps,
+            "ema_updates": self.ema_updates,
+            "trainer": self.trainer,
+            "groups": [
+                {
+                    "group": layout.group,
+                    "numel": layout.numel,
+                    "pieces": [layout.piece(rank, self.world_size) for rank in range(self.world_size)],
+                    "parameters": [
+                        {"name": slot.name, "shape": slot.shape, "offset": slot.offset} for slot in layout.slots
+                    ],
+                }
+                for layout in self.groups
+            ],
+            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+        }
+        text = json.dumps({"sha256": _checksum(content), "checkpoint": content}, indent=1)
+        write_text(folder / INDEX_FILE, text)
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """Read checkpoint.json.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, or of another format.
+        """
+        try:
+            document = json.loads((folder / INDEX_FILE).read_bytes())
+            content = document["checkpoint"]
+            whole = document["sha256"] == _checksum(content)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: no {INDEX_FILE}, so this is no complete checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / INDEX_FILE}: cannot be read ({error})") from error
+        if not whole:
+            raise CheckpointError(f"{folder / INDEX_FILE}: its checksum does not match, the file is damaged")
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder}: checkpoint format {content['format']}, and this version of vdtrain reads format {FORMAT}"
+            )
+        return cls(
+            step=content["step"],
+            world_size=content["world_size"],
+            zero_stage=content["zero_stage"],
+            precision=content["precision"],
+            optimizer_steps=content["optimizer_steps"],
+            ema_updates=content["ema_updates"],
+            trainer=content["trainer"],
+            groups=tuple(
+                GroupLayout(
+                    entry["group"],
+                    tuple(ParameterSlot(p["name"], tuple(p["shape"]), p["offset"]) for p in entry["parameters"]),
+                )
+                for entry in content["groups"]
+            ),
+            files={name: FileRecord(**record) for name, record in content["files"].items()},
+        )
+
+    def damage(self, folder: Path, names: Iterable[str]) -> str | None:
+        """Compare the named files with their records: None if all are whole, else one line about a damaged one."""
+        for name in names:
+            path, expected = folder / name, self.files[name]
+            try:
+                size = path.stat().st_size
+                if size != expected.bytes:
+                    return f"{path}: {size} bytes instead of {expected.bytes}, the file is truncated or foreign"
+                if FileRecord.of(path) != expected:
+                    return f"{path}: its checksum does not match, the file is damaged"
+            except OSError as error:
+                return f"{path}: cannot be read ({error.strerror})"
+        return None
+
+
+class PieceReader:
+    """Reads any slice of a group's row, whatever the number of processes that wrote it."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._index = index
+        self._layouts = {layout.group: layout for layout in index.groups}
+        self._open = contextlib.ExitStack()
+        self._files = [
+            self._open.enter_context(safe_open(folder / shard_name(rank, index.world_size), framework="pt"))
+            for rank in range(index.world_size)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def read(self, group: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the row of `group`: float32, on the CPU. See partitions.RowReader."""
+        parts = []
+        for rank, file in enumerate(self._files):
+            first, last = self._layouts[group].piece(rank, self._index.world_size)
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                parts.append(file.get_slice(f"{group}/{kind}")[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+def read_weights(folder: Path, which: str = "model") -> dict[str, Tensor]:
+    """Full weights of a checkpoint by parameter name, float32 on the CPU, bitwise as the processes held them.
+
+    Needs no process group. What the stage did not train is included; it has no average, so "ema" gives it as it is.
+
+    Args:
+        folder: a complete checkpoint.
+        which: "model", the weights last trained, or "ema", their average.
+
+    Raises:
+        ValueError: if `which` is neither.
+        CheckpointError: if the checkpoint is damaged, or keeps no average.
+    """
+    kinds = {"model": MASTER, "ema": EMA}
+    if which not in kinds:
+        raise ValueError(f"weights: {which!r} is neither model nor ema")
+    index = Index.read(folder)
+    damage = index.damage(folder, index.files)
+    if damage:
+        raise CheckpointError(damage)
+    if which == "ema" and index.ema_updates is None:
+        raise CheckpointError(f"{folder}: keeps no averaged weights (it was trained with ema.enabled=false); use model")
+    weights = read_passengers(folder, index)
+    with PieceReader(folder, index) as reader:
+        for layout in index.groups:
+            for slot in layout.slots:
+                row = reader.read(layout.group, kinds[which], slot.offset, slot.offset + slot.numel)
+                weights[slot.name] = row.view(slot.shape)
+    return weights
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, whole or damaged."""
+    return (folder / INDEX_FILE).is_file()
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The trainer's own state in a checkpoint.
+
+    Raises:
+        CheckpointError: if the index is missing or damaged.
+    """
+    return Index.read(folder).trainer
+
+
+def read_passengers(folder: Path, index: Index) -> dict[str, Tensor]:
+    """What the stage did not train, by name."""
+    return load_file(folder / PASSENGERS_FILE) if PASSENGERS_FILE in index.files else {}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a safetensors file and see it onto the disk.
+
+    Raises:
+        OSError: if it cannot be written, also when the disk is full.
+    """
+    try:
+        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    sync(path)
+    return FileRecord.of(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and see it onto the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

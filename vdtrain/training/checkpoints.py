@@ -1,0 +1,240 @@
+"""Saving and resuming a run: a checkpoint is there as a whole or not at all.
+
+All processes write their own piece into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes the
+index, renames the folder to `step-000000123`, and only then moves `latest` to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vdtrain.training import distributed
+from vdtrain.training.checkpoint_format import (
+    PASSENGERS_FILE,
+    CheckpointError,
+    FileRecord,
+    Index,
+    PieceReader,
+    is_checkpoint,
+    read_passengers,
+    read_trainer_state,
+    read_weights,
+    shard_name,
+    sync,
+    write_tensors,
+    write_text,
+)
+from vdtrain.training.ema import ShardEMA
+from vdtrain.training.engine import Engine
+from vdtrain.training.partitions import EMA
+
+__all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights"]
+
+LATEST_FILE = "latest"
+INCOMPLETE = ".incomplete"
+REPLACED = ".replaced"
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Where a process group was started, every process calls each method together, and all succeed or fail together.
+
+    Args:
+        folder: on a file system that every process sees.
+        keep: how many checkpoints stay, the newest included.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep: {keep} would remove the newest checkpoint; keep at least 1")
+        self.folder = folder
+        self.keep = keep
+        self._verified: set[Path] = set()
+
+    def save(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> Path:
+        """Write a checkpoint, make it the latest, and remove those that are too many.
+
+        Args:
+            trainer_state: JSON values, the same on every process; `load` gives them back.
+            step: names the checkpoint; one of the same step is replaced.
+
+        Raises:
+            CheckpointError: on every process, if any of them failed. The earlier checkpoints are untouched, and
+                training may go on.
+        """
+        final = self.folder / f"step-{step:09d}"
+        draft = final.with_name(final.name + INCOMPLETE)
+        try:
+            self._together(step, lambda: self._prepare(draft) if distributed.rank() == 0 else None)
+            records: dict[str, FileRecord] = {}
+            for written in self._together(step, lambda: _write_own_files(draft, engine, ema)):
+                records.update({name: FileRecord(**record) for name, record in written.items()})
+            index = Index(
+                step=step,
+                world_size=distributed.world_size(),
+                zero_stage=engine.settings.zero_stage,
+                precision=engine.settings.precision,
+                optimizer_steps=engine.optimizer_steps,
+                ema_updates=None if ema is None else ema.updates,
+                trainer=trainer_state,
+                groups=tuple(partition.layout for partition in engine.partitions()),
+                files=records,
+            )
+            self._together(step, lambda: self._publish(draft, final, index) if distributed.rank() == 0 else None)
+        except CheckpointError:
+            if distributed.rank() == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+        self._verified.discard(final)
+        if distributed.rank() == 0:
+            self._prune(final)
+        return final
+
+    def latest_complete(self) -> Path | None:
+        """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one."""
+        for path in map(Path, distributed.broadcast_json([str(path) for path in self._candidates()])):
+            try:
+                self._verify(path)
+            except CheckpointError as error:
+                if distributed.rank() == 0:
+                    logger.warning("checkpoint %s is passed over: %s", path.name, error)
+            else:
+                return path
+        return None
+
+    def load(self, path: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, Any]:
+        """Bring the engine and the average to where they stood when the checkpoint was written.
+
+        The number of processes and the ZeRO stage may differ from those that wrote it.
+
+        Returns:
+            The trainer's state.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged, or was written by a stage that trains other layers.
+        """
+        index = self._verify(path)
+        own = tuple(partition.layout for partition in engine.partitions())
+        if index.groups != own:
+            raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
+        engine.load_passengers(read_passengers(path, index))
+        with PieceReader(path, index) as reader:
+            engine.load_partitions(reader.read, index.optimizer_steps)
+            if ema is not None and index.ema_updates is not None:
+                ema.load(reader.read, index.ema_updates)
+            elif ema is not None:
+                logger.warning("%s keeps no averaged weights: the average starts at its weights", path)
+                ema.restart()
+        return index.trainer
+
+    def _verify(self, path: Path) -> Index:
+        """Check every file of a checkpoint, each process its share of them."""
+        index = Index.read(path)
+        if path not in self._verified:
+            share = sorted(index.files)[distributed.rank() :: distributed.world_size()]
+            damages = [damage for damage in distributed.gather_json(index.damage(path, share)) if damage]
+            if damages:
+                raise CheckpointError(damages[0])
+            self._verified.add(path)
+        return index
+
+    def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on every process; its results by rank, or an error on every process if any of them failed."""
+        result, failure = None, None
+        try:
+            result = action()
+        except (OSError, TypeError, ValueError) as error:
+            failure = f"process {distributed.rank()}: {type(error).__name__}: {error}"
+        outcomes = distributed.gather_json({"result": result, "failure": failure})
+        failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
+        if failures:
+            raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not saved ({failures[0]})")
+        return [outcome["result"] for outcome in outcomes]
+
+    def _prepare(self, draft: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
+        draft.mkdir()
+
+    def _publish(self, draft: Path, final: Path, index: Index) -> None:
+        for name, record in index.files.items():
+            size = (draft / name).stat().st_size
+            if size != record.bytes:
+                raise OSError(f"{draft / name} has {size} bytes here and {record.bytes} where it was written")
+        index.write(draft)
+        sync(draft)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        draft.rename(final)
+        sync(self.folder)
+        pointer = self.folder / (LATEST_FILE + INCOMPLETE)
+        write_text(pointer, final.name + "\n")
+        os.replace(pointer, self.folder / LATEST_FILE)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _candidates(self) -> list[Path]:
+        """Folders that may be checkpoints: first the one that `latest` names, then by step, newest first."""
+        if not self.folder.is_dir():
+            return []
+        pattern = re.compile(rf"step-(\d+)({re.escape(REPLACED)})?")
+        found = [match for entry in self.folder.iterdir() if (match := pattern.fullmatch(entry.name))]
+        found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+        try:
+            latest = (self.folder / LATEST_FILE).read_text().strip()
+        except OSError:
+            latest = ""
+        return sorted((self.folder / match[0] for match in found), key=lambda path: path.name != latest)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove all but the `keep` newest; checkpoints after `newest`, of a run that was set back, stay."""
+        older = sorted(path for path in self._candidates() if path.name < newest.name)
+        for path in older[: max(0, len(older) - (self.keep - 1))]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_drafts(self) -> None:
+        for draft in self.folder.glob(f"*{INCOMPLETE}"):
+            if draft.is_dir():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
+
+
+def _write_own_files(draft: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, dict[str, Any]]:
+    """Write this process's piece, and on rank 0 the passengers; the records of the files, by name, as JSON."""
+    tensors = {}
+    for position, partition in enumerate(engine.partitions()):
+        for kind, row in partition.rows.items():
+            tensors[f"{partition.layout.group}/{kind}"] = row
+        if ema is not None:
+            tensors[f"{partition.layout.group}/{EMA}"] = ema.rows[position]
+    name = shard_name(distributed.rank(), distributed.world_size())
+    records = {name: write_tensors(draft / name, tensors)}
+    if engine.passengers:
+        records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, engine.passengers)
+    return {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in records.items()}
+
+
+def _difference(index: Index, engine: Engine) -> str:
+    """How the layer groups of a checkpoint differ from the engine's, in words."""
+    theirs = [layout.group for layout in index.groups]
+    ours = [partition.layout.group for partition in engine.partitions()]
+    if theirs != ours:
+        return f"was written by a stage that trains {', '.join(theirs)}, and this one trains {', '.join(ours)}"
+    changed = [
+        layout.group
+        for layout, partition in zip(index.groups, engine.partitions(), strict=True)
+        if layout != partition.layout
+    ]
+    return f"the parameters of {', '.join(changed)} have other names or shapes in it than in this model"

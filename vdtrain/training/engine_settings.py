@@ -1,0 +1,72 @@
+"""The engine's settings, and DeepSpeed's configuration made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Elements per collective: long enough to fill a network, short enough to add little memory.
+BUCKET_ELEMENTS = 50_000_000
+ZERO_STAGES = (1, 2)
+PRECISIONS = ("fp32", "bf16")
+LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Numbers of the optimiser and the way it is spread over the processes.
+
+    Attributes:
+        zero_stage: 1 (optimiser state in pieces) or 2 (gradients too).
+        precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
+        gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
+        gradient_scales: factor of each layer group; a group that is not named has 1.
+        gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
+    """
+
+    zero_stage: int
+    precision: str
+    gradient_clip: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    gradient_scales: Mapping[str, float]
+    gradient_scale_mode: str
+
+    def __post_init__(self) -> None:
+        for setting, value, choices in (
+            ("hardware.zero_stage", self.zero_stage, ZERO_STAGES),
+            ("hardware.precision", self.precision, PRECISIONS),
+            ("stage.gradient_scale_mode", self.gradient_scale_mode, (LEARNING_RATE_MODE, GRADIENT_MODE)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{setting}: {value!r} is not supported; choose from {choices}")
+
+
+def deepspeed_configuration(settings: EngineSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration; what is said here, it would choose otherwise, or choose anew in another version."""
+    configuration: dict[str, Any] = {
+        # Micro-batches and their weights are the trainer's; DeepSpeed only counts with these two.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+        # Absent, it would be 1.0.
+        "gradient_clipping": settings.gradient_clip,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            # Under ZeRO 1 it would reduce the last micro-batch's gradients only.
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            # Checkpoints rely on the parameters' own order.
+            "round_robin_gradients": False,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+    }
+    if settings.precision == "bf16":
+        configuration["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+        configuration["communication_data_type"] = "fp32"
+    return configuration
