@@ -1,0 +1,44 @@
+"""One process of a test that runs on several: `python ranks.py MODULE FUNCTION FOLDER`, started by `run_on_ranks`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdtrain.training import distributed
+
+TIMEOUT_SECONDS = 60.0
+
+
+def main(module_path: Path, function: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    place = distributed.start("cpu", TIMEOUT_SECONDS)
+    answer = folder / f"{function}-{place.rank}.json"
+
+    def report(results: dict[str, Any]) -> None:
+        answer.write_text(json.dumps({"results": results}))
+
+    try:
+        spec = importlib.util.spec_from_file_location(module_path.stem, module_path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        getattr(module, function)(folder, report)
+    except BaseException:
+        traceback.print_exc()
+        answer.write_text(json.dumps({"failure": traceback.format_exc()}))
+        raise
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    # Test modules import their helpers by name.
+    sys.path.insert(0, str(Path(__file__).parent))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,158 @@
+"""A small module laid out like the diffuser, its batches, and the plain PyTorch reference for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vdtrain.training import distributed
+from vdtrain.training.engine import Engine, EngineSettings, StepReport
+from vdtrain.training.partitions import GroupLayout
+
+MODALITIES = ("image", "text")
+# (output, context)
+ToyFlow = tuple[str, str]
+FLOWS: list[ToyFlow] = [(output, context) for output in MODALITIES for context in MODALITIES]
+# Every group misses a step, one of them the last.
+CHANGING_FLOWS: list[list[ToyFlow]] = [FLOWS, [("image", "text")], [("text", "image"), ("text", "text")], FLOWS[:1]]
+SCALES = {"global": 0.1, "data.image": 1.0, "data.text": 0.5, "context.image": 0.3}
+WIDTH, CONTEXT_WIDTH, BATCH = 9, 5, 8
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-2, 0.05, 0.5
+
+
+class Toy(nn.Module):
+    """Returns the summed losses of the given flows."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.global_layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.data_layers = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in MODALITIES})
+        # One odd number of elements, so that a row needs padding.
+        self.context_layers = nn.ModuleDict({name: nn.Linear(CONTEXT_WIDTH, WIDTH, bias=False) for name in MODALITIES})
+
+    def forward(self, flows: Sequence[ToyFlow], data: Tensor, context: Tensor, target: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32)
+        for output, source in flows:
+            hidden = torch.tanh(self.global_layers[0](data) + self.context_layers[source](context))
+            predicted = self.global_layers[1](torch.tanh(self.data_layers[output](hidden)))
+            total = total + (predicted.float() - target.float()).square().mean()
+        return total
+
+
+def toy_groups(module: Toy, names: Sequence[str] | None = None) -> dict[str, dict[str, nn.Parameter]]:
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        group = "global" if parts[0] == "global_layers" else f"{parts[0].removesuffix('_layers')}.{parts[1]}"
+        if names is None or group in names:
+            groups.setdefault(group, {})[name] = parameter
+    return groups
+
+
+def settings(**changes: Any) -> EngineSettings:
+    values: dict[str, Any] = {
+        "zero_stage": 1,
+        "precision": "fp32",
+        "gradient_clip": CLIP,
+        "betas": (0.9, 0.99),
+        "epsilon": 1e-8,
+        "weight_decay": WEIGHT_DECAY,
+        "gradient_scales": SCALES,
+        "gradient_scale_mode": "learning_rate",
+    }
+    return EngineSettings(**{**values, **changes})
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch of all processes together; targets large enough for clipping to act."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    data, target = (torch.randn(BATCH, WIDTH, generator=generator) for _ in range(2))
+    return data, torch.randn(BATCH, CONTEXT_WIDTH, generator=generator), 5 * target
+
+
+def micro_batches(step: int, count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    """This process's micro-batches of a step."""
+    local = BATCH // distributed.world_size()
+    first = distributed.rank() * local
+    mine = [tensor[first : first + local].to(dtype) for tensor in global_batch(step)]
+    return [list(parts) for parts in zip(*(tensor.chunk(count) for tensor in mine), strict=True)]
+
+
+def train_step(engine: Engine, step: int, flows: Sequence[ToyFlow], count: int = 2) -> tuple[float, StepReport]:
+    """One step; its loss over the whole batch, the same on every process, and the engine's report."""
+    total = torch.zeros((), dtype=torch.float64)
+    for index, parts in enumerate(micro_batches(step, count, engine.compute_dtype)):
+        loss = engine(flows, *parts) / count
+        engine.backward(loss, last=index == count - 1)
+        total += loss.detach().double()
+    dist.all_reduce(total)
+    return float(total) / distributed.world_size(), engine.step(LEARNING_RATE)
+
+
+def reference(module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: str) -> list[float]:
+    """Train on whole batches with plain PyTorch; gradient norms before clipping."""
+    scales = {group: SCALES.get(group, 1.0) for group in toy_groups(module)}
+    by_rate = mode == "learning_rate"
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(parameters.values()), "lr": LEARNING_RATE * (scales[group] if by_rate else 1.0)}
+            for group, parameters in toy_groups(module).items()
+        ],
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=WEIGHT_DECAY,
+    )
+    norms = []
+    for step, flows in enumerate(flows_of_steps):
+        # A parameter without gradient decays and keeps its momentum, as it does under ZeRO.
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        module(flows, *global_batch(step)).backward()
+        for group, parameters in toy_groups(module).items():
+            for parameter in parameters.values():
+                assert parameter.grad is not None
+                parameter.grad.mul_(1.0 if by_rate else scales[group])
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
+        optimizer.step()
+    return norms
+
+
+def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, Tensor]:
+    """Full tensors by parameter name, from every process's flat pieces."""
+    weights: dict[str, Tensor] = {}
+    for row, layout in zip(rows, layouts, strict=True):
+        padded = torch.zeros(layout.piece_size(distributed.world_size()))
+        padded[: row.numel()] = row
+        pieces = [torch.zeros_like(padded) for _ in range(distributed.world_size())]
+        dist.all_gather(pieces, padded)
+        whole = torch.cat(pieces)
+        for slot in layout.slots:
+            weights[slot.name] = whole[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
+    return weights
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    partitions = engine.partitions()
+    return gather([part.master for part in partitions], [part.layout for part in partitions])
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest absolute difference between two sets of weights of the same names."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
