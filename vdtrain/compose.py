@@ -69,12 +69,18 @@ def options(group: str) -> list[str]:
 
 
 def run_verb(
-    usage: str, config_name: str, schema: type[Schema], action: Callable[[Schema, DictConfig], int], argv: Sequence[str]
+    usage: str,
+    config_name: str,
+    schema: type[Schema],
+    action: Callable[[Schema, DictConfig], int],
+    argv: Sequence[str],
+    speaks: bool = True,
 ) -> int:
     """Parse a verb's command line, compose its configuration, call `action`, and return the exit status.
 
     `--help` prints `usage` and the config groups; `--cfg job` prints the configuration (`--resolve` with its
-    interpolations filled in) and stops. A ConfigError becomes one line on stderr and status 2.
+    interpolations filled in) and stops. A ConfigError becomes one line on stderr (of the process that `speaks`, where
+    several find the same mistake) and status 2.
     """
     flags = [argument for argument in argv if argument.startswith("-")]
     overrides = [argument for argument in argv if not argument.startswith("-") and argument != "job"]
@@ -92,7 +98,8 @@ def run_verb(
             return 0
         return action(to_object(config, schema), config)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 

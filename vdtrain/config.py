@@ -121,6 +121,7 @@ class ShapesConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING
+    root: str = MISSING
     sources: dict[str, SourceConfig] = MISSING
     manifest: str = MISSING
     download: DownloadConfig = MISSING

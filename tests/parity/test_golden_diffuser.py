@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vdtrain.config import DiffuserConfig, ModalityConfig, ModelConfig, ScheduleConfig
+from vdtrain.diffusion.sampling import ddim, ddim_timesteps, guided
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, timestep_sinusoid
@@ -136,3 +137,22 @@ def test_loss_and_gradients(golden: dict, diffuser: Diffuser, name: str) -> None
 def test_schedule(golden: dict) -> None:
     expected = golden["schedule"]["alphas_cumprod"]
     torch.testing.assert_close(Schedule(ScheduleConfig()).alphas_cumprod, expected.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [5, 7, 50])
+def test_ddim_timesteps(golden: dict, steps: int) -> None:
+    expected = golden["ddim"][f"schedule {steps}"]["timesteps"].tolist()
+    assert ddim_timesteps(Schedule(ScheduleConfig()), steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "eta"),
+    [(name, 7.5, 0) for name in FLOWS] + [("text-to-image", 1, 0), ("text-to-image", 3, 1)],
+)
+def test_ddim(golden: dict, diffuser: Diffuser, name: str, scale: float, eta: int) -> None:
+    flow, inputs = Flow.parse(name), golden["inputs"]
+    case = golden["ddim"][f"{released_flow(flow)} steps5 scale{scale:g} eta{eta}"]
+    context = Context(flow.context, inputs[f"c_{flow.context}"])
+    predict = guided(diffuser, flow.output, context, inputs[f"uc_{flow.context}"], scale)
+    out = ddim(predict, case["xT"], Schedule(ScheduleConfig()), steps=5, eta=eta, noises=case.get("noises"))
+    torch.testing.assert_close(out, case["out"], atol=1e-4 * max(1.0, float(case["out"].abs().max())), rtol=0)

@@ -1,0 +1,31 @@
+# `make help` lists the targets. uv keeps the environment in .venv as uv.lock says.
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: demo test lint frozen help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/.complete  ## the whole curriculum in miniature (DEMO_LENGTH=long for an hour's training)
+	@$(RUN) bash examples/demo.sh
+
+test: .venv/.complete  ## all tests
+	@$(RUN) python -m pytest
+
+lint: .venv/.complete  ## style, types, shell scripts
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+	@bash -n examples/*.sh
+
+frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/assets/tiny)
+	@$(RUN) python -m data_pipeline.frozen_parts
+
+.venv/.complete: pyproject.toml uv.lock | $(UV)
+	@$(UV) sync --locked --quiet
+	@touch $@
+
+.tools/bin/uv:
+	@python3 -m pip --version >/dev/null 2>&1 || { echo "error: python3 has no pip; install python3-pip, or uv" >&2; exit 1; }
+	@python3 -m pip install --quiet --disable-pip-version-check --target .tools uv

@@ -1,0 +1,71 @@
+"""The training objective: every flow of a stage predicts the noise in its output latent, from its context.
+
+Versatile Diffusion, section 3.3: each flow's loss is the mean squared error of the predicted noise (weighted by flow),
+and the gradients of all flows accumulate into one update. Flows with the same output modality share their data
+layers, so they go through them in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vdtrain.config import ObjectiveConfig
+from vdtrain.diffusion.draws import StepDraws
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.flows import Flow, by_output
+from vdtrain.models.diffuser import Context, DiffuserInput
+from vdtrain.models.frozen import Encoded, FrozenParts
+
+Denoiser = Callable[[Sequence[DiffuserInput]], list[Tensor]]
+
+
+class Objective:
+    """Losses of a set of flows on one micro-batch."""
+
+    def __init__(self, flows: Sequence[Flow], schedule: Schedule, frozen: FrozenParts, config: ObjectiveConfig) -> None:
+        self.flows = by_output(flows)
+        self.schedule = schedule
+        self.frozen = frozen
+        self.context_dropout = config.context_dropout
+        self.weights = {flow.name: config.flow_weights.get(flow.name, 1.0) for flow in flows}
+        self.outputs = set(self.flows)
+        self.contexts = {flow.context for flow in flows}
+
+    def encode(self, samples: Mapping[str, object], resolution: int, draws: StepDraws) -> Encoded:
+        """Latents and contexts of a micro-batch, each encoded once and shared by all flows."""
+        noise = {
+            output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, resolution))
+            for output in sorted(self.outputs)
+        }
+        return self.frozen.encode(samples, self.outputs, self.contexts, noise)
+
+    def losses(self, denoiser: Denoiser, encoded: Encoded, draws: StepDraws) -> dict[str, Tensor]:
+        """Unweighted mean squared error of each flow, scalars in float32, by flow name."""
+        inputs, noises = [], []
+        for output, flows in self.flows.items():
+            latents = encoded.latents[output]
+            noise = torch.cat([draws.normal(f"noise/{flow}", latents.shape[1:]) for flow in flows])
+            timesteps = torch.cat([draws.integers(f"timestep/{flow}", self.schedule.steps) for flow in flows])
+            noisy = self.schedule.add_noise(latents.repeat(len(flows), *[1] * (latents.ndim - 1)), noise, timesteps)
+            contexts = [Context(flow.context, self._context(flow, encoded, draws)) for flow in flows]
+            inputs.append(DiffuserInput(output, noisy, timesteps, contexts))
+            noises.append(noise)
+        losses = {}
+        for (_, flows), predicted, noise in zip(self.flows.items(), denoiser(inputs), noises, strict=True):
+            squares = (predicted.float() - noise).pow(2).chunk(len(flows))
+            losses |= {flow.name: square.mean() for flow, square in zip(flows, squares, strict=True)}
+        return losses
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum that is back-propagated."""
+        return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+
+    def _context(self, flow: Flow, encoded: Encoded, draws: StepDraws) -> Tensor:
+        """The flow's context tokens [B, M, D], some of them replaced by the unconditional context."""
+        tokens = encoded.contexts[flow.context]
+        dropped = draws.chance(f"dropout/{flow}", self.context_dropout)
+        unconditional = self.frozen.unconditional(flow.context, 1).to(tokens.dtype)
+        return torch.where(dropped[:, None, None], unconditional, tokens)

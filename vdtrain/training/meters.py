@@ -1,0 +1,91 @@
+"""What a run reports of itself: losses over all ranks, speed, waiting, memory; one line per interval."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class StepConsensus:
+    """One small all-reduce per step, awaited a step later, so that nobody waits for it.
+
+    It carries each flow's loss, to be averaged, and the number of the signal that a rank received, of which every
+    rank then sees the sum: nought means that all go on, anything else that all stop after the same step.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = list(names)
+        self.device = device
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def submit(self, losses: Mapping[str, Tensor], signal_number: int) -> None:
+        """Send this rank's losses and signal; every rank must call it in every step."""
+        values = torch.stack([losses[name].float() for name in self.names])
+        vector = torch.cat([values, torch.tensor([float(signal_number)], device=self.device)])
+        work = dist.all_reduce(vector, async_op=True) if dist.get_world_size() > 1 else None
+        self._pending = (vector, work)
+
+    def collect(self) -> tuple[dict[str, float], bool] | None:
+        """The submitted step's mean losses and whether to stop; None if nothing was submitted."""
+        if self._pending is None:
+            return None
+        vector, work = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        *losses, stop = vector.tolist()
+        return {name: loss / dist.get_world_size() for name, loss in zip(self.names, losses, strict=True)}, stop > 0
+
+
+@dataclass
+class Interval:
+    """Sums since the last log line."""
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    gradient_norms: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    pairs: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def add_losses(self, losses: Mapping[str, float]) -> None:
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
+
+    def summary(self, device: torch.device) -> dict[str, Any]:
+        """Means and rates of the interval, ready for JSON and for the tracker."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return {
+            "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
+            "gradient_norm": sum(self.gradient_norms) / max(len(self.gradient_norms), 1),
+            "pairs_per_second": self.pairs / seconds,
+            "data_wait": self.waited / seconds,
+            "memory_gb": memory_gb(device),
+        }
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def log_line(record: Mapping[str, Any]) -> str:
+    """One record as the line that a person reads."""
+    losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items())
+    return (
+        f"step {record['step']} | {record['resolution']} px | "
+        f"samples {record['samples']:,}/{record['total_samples']:,} | "
+        f"{losses} | grad {record['gradient_norm']:.3f} | lr {record['learning_rate']:.2e} | "
+        f"{record['pairs_per_second']:.1f} pairs/s | data wait {record['data_wait']:.0%} | {record['memory_gb']:.2f} GB"
+        + (f" | skipped {record['skipped']}" if record["skipped"] else "")
+    )

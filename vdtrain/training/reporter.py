@@ -1,0 +1,58 @@
+"""Rank 0's voice: log lines, a progress bar on a terminal, the tracker. Silent on every other rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vdtrain.config import TrainConfig
+from vdtrain.training.meters import log_line
+from vdtrain.training.tracking import Tracker
+from vdtrain.validation import phase_steps
+
+
+class Reporter:
+    """Reports one run.
+
+    Args:
+        document: the resolved configuration, for the tracker and for config.yaml in the run folder.
+        step: the step that the run continues from.
+    """
+
+    def __init__(self, config: TrainConfig, document: Any, step: int, rank: int) -> None:
+        self.tracker: Tracker | None = None
+        self.progress: Progress | None = None
+        if rank != 0:
+            return
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.tracker = Tracker(Path(config.run_dir), config.tracking, document, step)
+        if self.console.is_terminal:
+            batch = config.stage.global_batch_size
+            total = sum(phase_steps(config, phase) for phase in config.stage.phases) * batch
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console)
+            self.task = self.progress.add_task(config.stage.name, total=total, completed=step * batch)
+            self.progress.start()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Print a record and send it to the tracker."""
+        if self.tracker is not None:
+            self.tracker.log(record)
+            self.console.print(log_line(record))
+
+    def advance(self, pairs: int) -> None:
+        """Move the progress bar."""
+        if self.progress is not None:
+            self.progress.advance(self.task, pairs)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.tracker is not None:
+            with suppress(KeyboardInterrupt):
+                self.tracker.close()

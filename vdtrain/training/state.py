@@ -1,0 +1,30 @@
+"""Everything about a run's progress that must survive a restart, beside the weights and the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Position in a stage. Data order, noise and learning rate are all functions of it and of the configuration.
+
+    Attributes:
+        step: optimiser steps since the stage began.
+        phase: index of the phase that the next step belongs to.
+        phase_step: optimiser steps of that phase already done.
+        skipped: steps that were left out because a gradient was not finite.
+    """
+
+    step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    skipped: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        return cls(**values)

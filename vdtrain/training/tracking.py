@@ -1,0 +1,76 @@
+"""Where a run's figures go: a JSON-lines file in the run folder always, Weights & Biases by configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vdtrain.config import TrackingConfig
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id"
+
+
+class Tracker:
+    """Writes one record per log interval. Only rank 0 has one.
+
+    Args:
+        run_dir: holds metrics.jsonl, the W&B run id and the offline W&B files.
+        step: the step that the run continues from; later records, of work that was lost, are dropped.
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, run_config: Mapping[str, Any], step: int) -> None:
+        self.path = run_dir / METRICS_FILE
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
+        self._wandb = None
+        if config.mode != "disabled":
+            self._wandb = self._start_wandb(run_dir, config, run_config)
+
+    @staticmethod
+    def _start_wandb(run_dir: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> Any:
+        import wandb
+
+        id_file = run_dir / WANDB_ID_FILE
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            id=id_file.read_text().strip(),
+            name=run_dir.name,
+            resume="allow",
+            config=dict(run_config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record with at least "step" and "loss"."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            flat = {f"loss/{name}": value for name, value in record["loss"].items()}
+            self._wandb.log(flat | {key: value for key, value in record.items() if key != "loss"}, step=record["step"])
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run; a last line cut short by a kill is left out."""
+    path = run_dir / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

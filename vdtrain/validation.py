@@ -1,0 +1,190 @@
+"""Checks of a training configuration that need no GPU and no process group: whatever cannot work is said at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vdtrain.compose import ConfigError
+from vdtrain.config import PhaseConfig, TrainConfig
+from vdtrain.flows import Flow, active_groups
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher (torchrun or srun) is starting; 1 without one."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number according to the launcher; 0 without one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in os.environ else "0"))
+
+
+def stage_flows(config: TrainConfig) -> list[Flow]:
+    """The stage's flows, in their order.
+
+    Raises:
+        ConfigError: no flow, one named twice, or one between modalities that the model does not have.
+    """
+    names = config.stage.flows
+    known = ", ".join(config.model.modalities)
+    if not names:
+        raise ConfigError("stage.flows: empty; name at least one flow, e.g. [image-to-image]")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"stage.flows={names}: a flow stands twice; name each once")
+    flows = []
+    for name in names:
+        try:
+            flow = Flow.parse(name)
+        except ValueError as error:
+            raise ConfigError(f"stage.flows: {error}") from error
+        for modality in (flow.context, flow.output):
+            if modality not in config.model.modalities:
+                raise ConfigError(
+                    f"stage.flows: {name} needs modality {modality!r}; model={config.model.name} has {known}"
+                )
+        flows.append(flow)
+    return flows
+
+
+def gradient_scales(config: TrainConfig) -> dict[str, float]:
+    """The stage's gradient scales by layer group, e.g. {"data.image": 0.1}, for the groups that its flows train.
+
+    Raises:
+        ConfigError: a trained group without a scale, or a scale that is no positive number.
+    """
+    flat: dict[str, Any] = {}
+    for kind, value in config.stage.gradient_scales.items():
+        flat |= (
+            {f"{kind}.{modality}": scale for modality, scale in value.items()}
+            if isinstance(value, Mapping)
+            else {kind: value}
+        )
+    scales = {}
+    for group in active_groups(stage_flows(config)):
+        if group not in flat:
+            raise ConfigError(
+                f"stage.gradient_scales.{group}: missing, and the stage's flows train it; give it a number"
+            )
+        scale = flat[group]
+        if not isinstance(scale, int | float) or scale <= 0:
+            raise ConfigError(
+                f"stage.gradient_scales.{group}={scale}: not a positive number; leave the flow out to freeze a group"
+            )
+        scales[group] = float(scale)
+    return scales
+
+
+def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
+    """Optimiser steps of a phase: its samples, scaled, in whole global batches."""
+    return int(phase.samples * config.stage.samples_scale) // config.stage.global_batch_size
+
+
+def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
+    """Micro-batches per process and step.
+
+    Raises:
+        ConfigError: the hardware names no micro-batch for the resolution, or the batch does not divide.
+    """
+    sizes = config.hardware.micro_batch_size
+    batch = config.stage.global_batch_size
+    if resolution not in sizes:
+        raise ConfigError(
+            f"hardware.micro_batch_size: no entry for resolution {resolution}, only {sorted(sizes)}; "
+            f"add +hardware.micro_batch_size.{resolution}=N"
+        )
+    micro = sizes[resolution]
+    if micro < 1 or batch % (world_size * micro):
+        raise ConfigError(
+            f"stage.global_batch_size={batch} does not divide over {world_size} processes x "
+            f"hardware.micro_batch_size.{resolution}={micro}; choose a multiple of {world_size * max(micro, 1)}, "
+            "or a micro-batch that divides"
+        )
+    return batch // (world_size * micro)
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Refuse a configuration that cannot work.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy, in one line.
+    """
+    stage_flows(config)
+    gradient_scales(config)
+    if config.stage.global_batch_size < 1 or config.stage.learning_rate <= 0 or config.stage.samples_scale <= 0:
+        raise ConfigError("stage: global_batch_size, learning_rate and samples_scale must be above 0")
+    if not config.stage.phases:
+        raise ConfigError("stage.phases: empty; give at least one {resolution: R, samples: N}")
+    multiple = config.model.latent_downsampling * 2 ** (len(config.model.diffuser.channels) - 1)
+    for index, phase in enumerate(config.stage.phases):
+        if phase.resolution < multiple or phase.resolution % multiple:
+            raise ConfigError(
+                f"stage.phases.{index}.resolution={phase.resolution}: not a multiple of {multiple} "
+                f"(model.latent_downsampling x the deepest level's); try {-(-phase.resolution // multiple) * multiple}"
+            )
+        micro_batches(config, phase.resolution, world_size)
+        if phase_steps(config, phase) < 1:
+            raise ConfigError(
+                f"stage.phases.{index}.samples={phase.samples} x samples_scale={config.stage.samples_scale}: "
+                f"less than one batch of {config.stage.global_batch_size}"
+            )
+    _check_choices(config)
+    for name, modality in config.model.modalities.items():
+        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
+            _check_files(f"model.modalities.{name}.{part}", arguments)
+    if not Path(config.data.manifest).exists():
+        raise ConfigError(
+            f"data.manifest={config.data.manifest}: does not exist; make it with "
+            f"`python -m data_pipeline index data={config.data.name}`"
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    hardware, stage = config.hardware, config.stage
+    for setting, value, choices in (
+        ("hardware.device", hardware.device, ("cuda", "cpu")),
+        ("hardware.precision", hardware.precision, ("bf16", "fp32")),
+        ("hardware.zero_stage", hardware.zero_stage, (1, 2)),
+        ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
+        ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
+        ("tracking.mode", config.tracking.mode, ("online", "offline", "disabled")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(map(str, choices))}")
+    if hardware.device == "cpu" and hardware.attention == "xformers":
+        raise ConfigError("hardware.attention=xformers: has no CPU kernels; choose sdpa")
+    if not 0 <= config.objective.context_dropout < 1:
+        raise ConfigError(f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)")
+    for name in config.objective.flow_weights:
+        if name not in stage.flows:
+            raise ConfigError(
+                f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
+            )
+    if not 0 <= config.ema.decay < 1:
+        raise ConfigError(f"ema.decay={config.ema.decay}: not in [0, 1)")
+    for setting, number in (
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("log_every_steps", config.log_every_steps),
+    ):
+        if number < 1:
+            raise ConfigError(f"{setting}={number}: must be at least 1")
+
+
+def _check_files(setting: str, arguments: Mapping[str, Any]) -> None:
+    """Every argument that names a weights or tokenizer file must name one that exists."""
+    for key, value in arguments.items():
+        if isinstance(value, Mapping):
+            _check_files(f"{setting}.{key}", value)
+        elif isinstance(value, str) and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt"):
+            raise_unless_found(f"{setting}.{key}", value)
+
+
+def raise_unless_found(setting: str, value: str) -> None:
+    """Refuse a path that does not exist."""
+    if not Path(value).exists():
+        raise ConfigError(f"{setting}={value}: no such file; put it there or give another path")
