@@ -92,7 +92,13 @@ def skipped_step(stage: int, precision: str) -> dict[str, Any]:
     _, after = train_step(engine, 2, FLOWS)
     moved = difference(before, full_weights(engine))
     engine.close()
-    return {"applied": report.applied, "norm": report.gradient_norm, "kept": kept, "next": after.applied, "moved": moved}
+    return {
+        "applied": report.applied,
+        "norm": report.gradient_norm,
+        "kept": kept,
+        "next": after.applied,
+        "moved": moved,
+    }
 
 
 def bf16_step(stage: int) -> dict[str, Any]:

@@ -1,0 +1,392 @@
+"""Checkpoints: exact and elastic resume, publication as a whole, and what happens to damaged ones."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunOnRanks
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toy import Toy, difference, flip_byte, full_weights, gather, same_bits, settings, toy_groups, train_step
+
+from vdtrain.training import checkpoints, distributed
+from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, shard_name
+from vdtrain.training.checkpoints import CheckpointError, CheckpointStore, read_trainer_state, read_weights
+from vdtrain.training.ema import ShardEMA
+from vdtrain.training.engine import Engine
+
+Report = Callable[[dict[str, Any]], None]
+
+TRAINED = ("global", "data.image", "data.text", "context.image")
+TRAINED_FLOWS = [("image", "image"), ("text", "image")]
+STAGES, PRECISIONS = (1, 2), ("fp32", "bf16")
+BEFORE, AFTER = 3, 2
+
+
+def build(stage: int, precision: str = "fp32", seed: int = 0, trained: tuple[str, ...] = TRAINED) -> Run:
+    module = Toy(seed)
+    engine = Engine(module, toy_groups(module, trained), settings(zero_stage=stage, precision=precision))
+    return Run(engine, ShardEMA(engine, 0.5))
+
+
+class Run:
+    """An engine and its average, trained together."""
+
+    def __init__(self, engine: Engine, ema: ShardEMA) -> None:
+        self.engine, self.ema = engine, ema
+
+    def train(self, first: int, count: int) -> list[float]:
+        losses = []
+        for step in range(first, first + count):
+            losses.append(train_step(self.engine, step, TRAINED_FLOWS)[0])
+            self.ema.update()
+        return losses
+
+    def model_weights(self) -> dict[str, Tensor]:
+        return full_weights(self.engine)
+
+    def ema_weights(self) -> dict[str, Tensor]:
+        return gather(self.ema.rows, [partition.layout for partition in self.engine.partitions()])
+
+
+def write_alone(folder: Path, report: Report) -> None:
+    report({"losses": train_save_train(folder, "alone", build(1))["losses"]})
+
+
+def train_save_train(folder: Path, name: str, run: Run) -> dict[str, Any]:
+    """Train, save, check what can be read back, and go on; the end is kept beside the store for comparison."""
+    run.train(0, BEFORE)
+    store = CheckpointStore(folder / name, keep=1)
+    path = store.save(run.engine, run.ema, {"position": BEFORE}, BEFORE)
+    found = {
+        "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
+        "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
+        "passengers": same_bits(passenger_part(read_weights(path)), passenger_part(dict(Toy().named_parameters()))),
+        "differ": difference(run.model_weights(), run.ema_weights()),
+        "losses": run.train(BEFORE, AFTER),
+    }
+    ending = {f"model/{key}": value for key, value in run.model_weights().items()}
+    ending |= {f"ema/{key}": value for key, value in run.ema_weights().items()}
+    if distributed.rank() == 0:
+        save_file(ending, folder / f"{name}.safetensors")
+    distributed.barrier()
+    run.engine.close()
+    return found
+
+
+def take_up(folder: Path, name: str, stage: int, precision: str = "fp32") -> dict[str, Any]:
+    """Load the checkpoint `name` into a run that started from other weights, and go on."""
+    run = build(stage, precision, seed=7)
+    store = CheckpointStore(folder / name, keep=1)
+    path = store.latest_complete()
+    assert path is not None
+    state = store.load(path, run.engine, run.ema)
+    found = {
+        "state": state,
+        "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
+        "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
+        "passengers": difference(
+            passenger_part(dict(run.engine.module.named_parameters())), passenger_part(read_weights(path))
+        ),
+        "steps": run.engine.optimizer_steps,
+        "losses": run.train(BEFORE, AFTER),
+    }
+    ending = {f"model/{key}": value for key, value in run.model_weights().items()}
+    ending |= {f"ema/{key}": value for key, value in run.ema_weights().items()}
+    expected = load_file(folder / f"{name}.safetensors")
+    found |= {"end_bits": same_bits(ending, expected), "end_difference": difference(ending, expected)}
+    run.engine.close()
+    return found
+
+
+def passenger_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if name.startswith("context_layers.text")}
+
+
+def trained_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if name not in passenger_part(weights)}
+
+
+def two_ranks(folder: Path, report: Report) -> None:
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        found[f"alone-on-two-{stage}"] = take_up(folder, "alone", stage)
+        for precision in PRECISIONS:
+            name = f"two-{stage}-{precision}"
+            found[f"written-{name}"] = train_save_train(folder, name, build(stage, precision))
+            found[f"resumed-{name}"] = take_up(folder, name, stage, precision)
+    found["disk_full"] = save_on_a_full_disk(folder)
+    found["state_of_tensors"] = save_a_state_that_is_no_json(folder)
+    found["other_stage"] = load_into_another_stage(folder)
+    found["pruned"] = save_many(folder)
+    found["killed"] = is_killed_while_saving(folder, lambda: report(found))
+    report(found)
+
+
+def failure(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def save_on_a_full_disk(folder: Path) -> dict[str, Any]:
+    run, store = build(1), CheckpointStore(folder / "full", keep=1)
+    store.save(run.engine, run.ema, {}, 1)
+    write = checkpoints.write_tensors
+
+    def full(path: Path, tensors: dict[str, Tensor]) -> None:
+        path.write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    if distributed.rank() == 1:
+        checkpoints.write_tensors = full
+    message = failure(lambda: store.save(run.engine, run.ema, {}, 2))
+    checkpoints.write_tensors = write
+    names = sorted(path.name for path in store.folder.iterdir())
+    latest = store.latest_complete()
+    distributed.barrier()
+    store.save(run.engine, run.ema, {}, 3)
+    run.engine.close()
+    return {
+        "message": message,
+        "names": names,
+        "latest": latest and latest.name,
+        "next": (store.folder / "latest").read_text(),
+    }
+
+
+def save_a_state_that_is_no_json(folder: Path) -> dict[str, Any]:
+    run, store = build(1), CheckpointStore(folder / "no_json", keep=1)
+    message = failure(lambda: store.save(run.engine, run.ema, {"generator": torch.zeros(3)}, 1))
+    run.engine.close()
+    return {"message": message, "latest": store.latest_complete()}
+
+
+def load_into_another_stage(folder: Path) -> str:
+    run, store = build(1, trained=(*TRAINED, "context.text")), CheckpointStore(folder / "full", keep=1)
+    path = store.latest_complete()
+    assert path is not None
+    message = failure(lambda: store.load(path, run.engine, run.ema))
+    run.engine.close()
+    return message
+
+
+def save_many(folder: Path) -> list[str]:
+    run, store = build(2), CheckpointStore(folder / "many", keep=2)
+    for step in (1, 2, 3, 4):
+        store.save(run.engine, run.ema, {"position": step}, step)
+    distributed.barrier()
+    run.engine.close()
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def is_killed_while_saving(folder: Path, say: Callable[[], None]) -> dict[str, Any]:
+    run, store = build(1), CheckpointStore(folder / "killed", keep=2)
+    store.save(run.engine, run.ema, {"position": 1}, 1)
+
+    def die(path: Path, tensors: dict[str, Tensor]) -> None:
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if distributed.rank() == 1:
+        say()
+        checkpoints.write_tensors = die
+    try:
+        store.save(run.engine, run.ema, {"position": 2}, 2)
+    except RuntimeError as error:
+        return {"noticed": type(error).__name__, "names": sorted(path.name for path in store.folder.iterdir())}
+    return {}
+
+
+def take_over_alone(folder: Path, report: Report) -> None:
+    found: dict[str, Any] = {}
+    for written in STAGES:
+        for stage in STAGES:
+            found[f"two-{written}-on-one-{stage}"] = take_up(folder, f"two-{written}-fp32", stage)
+    run, store = build(1), CheckpointStore(folder / "killed", keep=2)
+    latest = store.latest_complete()
+    assert latest is not None
+    state = store.load(latest, run.engine, run.ema)
+    for position in (2, 3):
+        store.save(run.engine, run.ema, {"position": position}, 2)
+    found["after_kill"] = {
+        "state": state,
+        "names": sorted(path.name for path in store.folder.iterdir()),
+        "saved": read_trainer_state(store.folder / "step-000000002"),
+    }
+    without, bare = build(1), CheckpointStore(folder / "bare", keep=1)
+    without.train(0, 1)
+    path = bare.save(without.engine, None, {}, 1)
+    found["no_average"] = failure(lambda: read_weights(path, "ema"))
+    bare.load(path, run.engine, run.ema)
+    found["average_restarts"] = same_bits(run.ema_weights(), without.model_weights())
+    report(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def alone(run_on_ranks: RunOnRanks, folder: Path) -> dict[str, Any]:
+    return run_on_ranks(write_alone, 1, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def two(run_on_ranks: RunOnRanks, folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
+    return run_on_ranks(two_ranks, 2, folder, must_end_well=False)
+
+
+@pytest.fixture(scope="module")
+def afterwards(run_on_ranks: RunOnRanks, folder: Path, two: list[dict[str, Any]]) -> dict[str, Any]:
+    return run_on_ranks(take_over_alone, 1, folder)[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bitwise_exact(two: list[dict[str, Any]], stage: int, precision: str) -> None:
+    for rank in two:
+        written, resumed = rank[f"written-two-{stage}-{precision}"], rank[f"resumed-two-{stage}-{precision}"]
+        assert resumed["losses"] == written["losses"]
+        assert resumed["end_bits"]
+        assert resumed["state"] == {"position": BEFORE}
+        assert resumed["steps"] == BEFORE
+        # The module itself holds what is not trained in its own precision.
+        assert resumed["passengers"] <= (0.0 if precision == "fp32" else 4e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_read_back_are_those_held(two: list[dict[str, Any]], stage: int, precision: str) -> None:
+    for rank in two:
+        written = rank[f"written-two-{stage}-{precision}"]
+        assert written["model_bits"]
+        assert written["ema_bits"]
+        assert written["passengers"]
+        assert written["differ"] > 0
+
+
+def check_elastic(found: dict[str, Any], expected: list[float]) -> None:
+    assert found["model_bits"]
+    assert found["ema_bits"]
+    assert found["steps"] == BEFORE
+    assert found["losses"] == pytest.approx(expected, rel=1e-6)
+    assert found["end_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_to_two(alone: dict[str, Any], two: list[dict[str, Any]], stage: int) -> None:
+    for rank in two:
+        check_elastic(rank[f"alone-on-two-{stage}"], alone["losses"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("written", STAGES)
+def test_two_ranks_to_one_and_between_stages(
+    two: list[dict[str, Any]], afterwards: dict[str, Any], written: int, stage: int
+) -> None:
+    check_elastic(afterwards[f"two-{written}-on-one-{stage}"], two[0][f"written-two-{written}-fp32"]["losses"])
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_on_all(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        found = rank["disk_full"]
+        assert "process 1" in found["message"]
+        assert "No space left" in found["message"]
+        assert found["latest"] == "step-000000001"
+        assert found["next"] == "step-000000003\n"
+    assert two[0]["disk_full"]["names"] == ["latest", "step-000000001"]
+
+
+def test_a_state_that_is_no_json_is_refused(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert "JSON" in rank["state_of_tensors"]["message"]
+        assert rank["state_of_tensors"]["latest"] is None
+
+
+def test_another_stage_is_refused(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert "context.text" in rank["other_stage"]
+        assert "stage.init_from" in rank["other_stage"]
+
+
+def test_old_checkpoints_are_pruned(two: list[dict[str, Any]]) -> None:
+    assert two[0]["pruned"] == ["latest", "step-000000003", "step-000000004"]
+
+
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(
+    two: list[dict[str, Any]], afterwards: dict[str, Any]
+) -> None:
+    assert two[0]["killed"]["noticed"]
+    assert "step-000000002" not in two[0]["killed"]["names"]
+    assert afterwards["after_kill"]["state"] == {"position": 1}
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(afterwards: dict[str, Any]) -> None:
+    assert afterwards["after_kill"]["names"] == ["latest", "step-000000001", "step-000000002"]
+    assert afterwards["after_kill"]["saved"] == {"position": 3}
+
+
+def test_without_average(afterwards: dict[str, Any]) -> None:
+    assert "ema.enabled" in afterwards["no_average"]
+    assert afterwards["average_restarts"]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_middle(path: Path) -> None:
+    flip_byte(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", [shard_name(1, 2), PASSENGERS_FILE, INDEX_FILE])
+@pytest.mark.parametrize("harm", [truncate, flip_middle, Path.unlink])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
+    two: list[dict[str, Any]],
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    harm: Callable[[Path], None],
+) -> None:
+    copy = tmp_path / "many"
+    shutil.copytree(folder / "many", copy)
+    harmed = copy / "step-000000004"
+    harm(harmed / name)
+    with pytest.raises(CheckpointError, match="step-000000004"):
+        read_weights(harmed)
+    with pytest.raises(CheckpointError, match="step-000000004"):
+        CheckpointStore(copy, keep=2).load(harmed, None, None)  # the engine is not reached
+    assert CheckpointStore(copy, keep=2).latest_complete() == copy / "step-000000003"
+    assert "step-000000004 is passed over" in caplog.text
+
+
+def test_a_stop_between_the_renames_of_a_replacement_loses_nothing(
+    two: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "many"
+    shutil.copytree(folder / "many", copy)
+    (copy / "step-000000004").rename(copy / "step-000000004.replaced")
+    (copy / "step-000000004.incomplete").mkdir()
+    assert CheckpointStore(copy, keep=2).latest_complete() == copy / "step-000000004.replaced"
+
+
+def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none", keep=1).latest_complete() is None
+
+
+def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.keep"):
+        CheckpointStore(tmp_path, keep=0)
