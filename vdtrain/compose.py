@@ -124,7 +124,9 @@ def _one_line(error: Exception) -> str:
         return f"{group}={option}: no such option; choose one of {', '.join(options(group))}"
     if "not in '" in text or "not in struct" in text:
         nearest = difflib.get_close_matches(key.split(".")[-1], _setting_names(), n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --cfg job for every setting"
+        hint = (
+            f"did you mean {nearest[0]!r}?" if nearest else "--cfg job shows all; a new table entry needs a + before it"
+        )
         return f"{key or text}: no such setting; {hint}"
     text = re.sub(r" full_key: \S+| object_type=\S+| reference_type=\S+", "", text)
     return f"{key}: {text}" if key and key not in text else text

@@ -72,6 +72,8 @@ class ModelConfig:
     name: str = MISSING
     # What stage 1 starts from; null for random weights.
     base_weights: str | None = MISSING
+    # The modality whose data layers the base weights fill.
+    base_modality: str = "image"
     # Pixels per latent cell along one side, in the image VAE.
     latent_downsampling: int = 8
     diffuser: DiffuserConfig = MISSING

@@ -23,8 +23,12 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
         target = get_object(str(name))
     except Exception as error:
         raise ConfigError(f"{setting}._target_={name}: cannot be imported ({' '.join(str(error).split())})") from error
+    parameters = inspect.signature(target).parameters
+    unknown = [key for key in options if key not in parameters]
+    if unknown:
+        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {', '.join(parameters)}")
     try:
         inspect.signature(target).bind(**arguments, **options)
     except TypeError as error:
-        raise ConfigError(f"{setting}: {error}; {name} takes {inspect.signature(target)}") from error
+        raise ConfigError(f"{setting}: {error}; {name} takes {', '.join(parameters)}") from error
     return target(**arguments, **options)

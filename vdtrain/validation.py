@@ -180,7 +180,11 @@ def _check_files(setting: str, arguments: Mapping[str, Any]) -> None:
     for key, value in arguments.items():
         if isinstance(value, Mapping):
             _check_files(f"{setting}.{key}", value)
-        elif isinstance(value, str) and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt"):
+        elif (
+            isinstance(value, str)
+            and not value.startswith("asset:")
+            and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt")
+        ):
             raise_unless_found(f"{setting}.{key}", value)
 
 

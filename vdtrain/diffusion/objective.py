@@ -53,7 +53,7 @@ class Objective:
             contexts = [Context(flow.context, self._context(flow, encoded, draws)) for flow in flows]
             inputs.append(DiffuserInput(output, noisy, timesteps, contexts))
             noises.append(noise)
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for (_, flows), predicted, noise in zip(self.flows.items(), denoiser(inputs), noises, strict=True):
             squares = (predicted.float() - noise).pow(2).chunk(len(flows))
             losses |= {flow.name: square.mean() for flow, square in zip(flows, squares, strict=True)}

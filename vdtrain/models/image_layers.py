@@ -78,8 +78,9 @@ class Leave(nn.Sequential):
     """Last layer: normalise and predict the noise; starts at zero."""
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
-        out: Tensor = super().forward(h)
-        return out
+        for layer in self:
+            h = layer(h)
+        return h
 
 
 class ImageDataLayers(nn.ModuleList):

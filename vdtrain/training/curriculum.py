@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, TrainConfig
-from vdtrain.training.checkpoints import CheckpointStore, is_checkpoint, read_trainer_state
+from vdtrain.models.layer_plan import make_plan
+from vdtrain.training.checkpoints import CheckpointStore, is_checkpoint, read_trainer_state, read_weights
+from vdtrain.validation import raise_unless_found
+from vdtrain.weights.stable_diffusion_v1 import read_stable_diffusion
 
 CHECKPOINTS = "checkpoints"
+WEIGHTS_FILES = (".ckpt", ".safetensors")
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
 FIXED_SETTINGS = ("seed", "stage.flows", "stage.global_batch_size", "model.diffuser", "model.modalities")
 
@@ -23,7 +28,7 @@ class Start:
 
     Attributes:
         resume: this run's own checkpoint, continued with optimiser and position.
-        weights: another run's checkpoint, of which only the weights are taken.
+        weights: another run's checkpoint, of which only the weights are taken, or a file of published weights.
     """
 
     resume: Path | None = None
@@ -45,6 +50,9 @@ def find_start(config: TrainConfig, document: DictConfig) -> Start:
         return Start(resume=own)
     if config.stage.init_from is None:
         return Start()
+    if Path(config.stage.init_from).suffix in WEIGHTS_FILES:
+        raise_unless_found("stage.init_from", config.stage.init_from)
+        return Start(weights=Path(config.stage.init_from))
     return Start(weights=resolve_checkpoint("stage.init_from", config.stage.init_from))
 
 
@@ -65,8 +73,21 @@ def resolve_checkpoint(setting: str, value: str) -> Path:
     return latest
 
 
+def initial_weights(start: Start, model: ModelConfig) -> dict[str, Tensor]:
+    """The weights by name that a new stage starts from; empty where it resumes or starts at random.
+
+    Raises:
+        ConfigError: published weights that are not what this model starts from.
+    """
+    if start.weights is None:
+        return {}
+    if start.weights.is_dir():
+        return read_weights(start.weights, "model")
+    return read_stable_diffusion(start.weights, make_plan(model.diffuser), model.base_modality, list(model.modalities))
+
+
 def run_document(document: DictConfig) -> dict[str, Any]:
-    """The configuration as it is kept in a checkpoint: interpolations unresolved, so that it can move to other machines."""
+    """The configuration as a checkpoint keeps it: interpolations unresolved, so that it can move between machines."""
     container = OmegaConf.to_container(document, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

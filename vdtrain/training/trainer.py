@@ -26,8 +26,8 @@ from vdtrain.models.attention import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training import distributed
-from vdtrain.training.checkpoints import CheckpointStore, read_weights
-from vdtrain.training.curriculum import CHECKPOINTS, Start, run_document
+from vdtrain.training.checkpoints import CheckpointStore
+from vdtrain.training.curriculum import CHECKPOINTS, Start, initial_weights, run_document
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, EngineSettings
 from vdtrain.training.meters import Interval, StepConsensus
@@ -52,7 +52,7 @@ class Trainer:
         self.document = run_document(document)
         flows = stage_flows(config)
         self.flow_names = [flow.name for flow in flows]
-        weights = read_weights(start.weights, "model") if start.weights is not None else {}
+        weights = initial_weights(start, config.model)
         # Layers that an earlier stage trained and this one does not are carried along to the stages after it.
         carried = {layer_group(name) for name in weights}
         diffuser = Diffuser(config.model, {*active_groups(flows), *carried}, seed=config.seed)

@@ -1,0 +1,10 @@
+"""Settings of every test: one thread, so that two cores are not fought over."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,152 @@
+"""Every shipped configuration composes with the numbers of the paper, and every mistake is one line."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vdtrain.compose import ConfigError, compose, options, to_object
+from vdtrain.config import TrainConfig
+from vdtrain.train import main
+from vdtrain.validation import check, gradient_scales
+
+MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
+STAGES = {
+    "stage1_single_flow": (1e-4, 2048, ["image-to-image"]),
+    "stage2_dual_flow": (1e-4, 1024, ["image-to-image", "text-to-image"]),
+    "stage3_four_flow": (5e-5, 512, ["image-to-image", "text-to-image", "image-to-text", "text-to-text"]),
+}
+
+
+def load(*overrides: str) -> TrainConfig:
+    return to_object(compose("train", list(overrides)), TrainConfig)
+
+
+@pytest.mark.parametrize("group", ["stage", "model", "data", "hardware", "tracking"])
+def test_every_shipped_option_composes(group: str) -> None:
+    for option in options(group):
+        load(f"{group}={option}")
+        load(*(choice for choice in MINIATURE if not choice.startswith(group)), f"{group}={option}")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_full_size_numbers_are_the_default(name: str) -> None:
+    config = load(f"stage={name}")
+    rate, batch, flows = STAGES[name]
+    assert (config.stage.learning_rate, config.stage.global_batch_size, config.stage.flows) == (rate, batch, flows)
+    phases = [(phase.resolution, phase.samples) for phase in config.stage.phases]
+    assert phases == [(256, 30_000_000), (512, 6_400_000)]
+    assert config.optimizer.learning_rate_scale == 1
+    assert (config.model.schedule.beta_start, config.model.schedule.beta_end) == (0.00085, 0.012)
+
+
+def test_each_stage_starts_from_the_one_before() -> None:
+    starts = [load(f"stage={name}", "runs_dir=r").stage.init_from for name in STAGES]
+    assert starts == ["weights/sd-v1-4.ckpt", "r/stage1_single_flow", "r/stage2_dual_flow"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("hardware", options("hardware"))
+def test_shipped_batches_divide_on_a_node(name: str, hardware: str, tmp_path: Path) -> None:
+    overrides = [f"stage={name}", f"hardware={hardware}", f"data.manifest={tmp_path}"]
+    overrides += ["model=tiny", "data=shapes"] if hardware == "cpu" else []
+    config = load(*overrides)
+    for modality in config.model.modalities.values():  # weights are not part of the repository
+        modality.vae, modality.context_encoder = {}, {}
+    check(config, world_size=2 if hardware == "cpu" else 8)
+
+
+def test_gradient_scales_cover_the_trained_groups() -> None:
+    assert gradient_scales(load("stage=stage2_dual_flow")) == {
+        "global": 0.1,
+        "data.image": 0.1,
+        "context.image": 0.1,
+        "context.text": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("stage.learnig_rate=1", ["stage.learnig_rate", "did you mean 'learning_rate'"]),
+        ("stage=stage4", ["stage=stage4", "stage3_four_flow"]),
+        ("hardware=tpu", ["hardware=tpu", "h100"]),
+        ("stage.learning_rate=fast", ["stage.learning_rate", "fast"]),
+        ("stage.flows=[image-to-sound]", ["stage.flows", "sound", "image, text"]),
+        ("stage.flows=[image_variation]", ["stage.flows", "image_variation", "CONTEXT-to-OUTPUT"]),
+        ("stage.flows=[]", ["stage.flows", "empty"]),
+        ("stage.flows=[image-to-image,image-to-image]", ["stage.flows", "twice"]),
+        (
+            "stage.global_batch_size=33",
+            ["stage.global_batch_size=33", "hardware.micro_batch_size.32=16", "multiple of 16"],
+        ),
+        ("stage.phases=[{resolution:40,samples:640}]", ["stage.phases.0.resolution=40", "multiple of 16", "try 48"]),
+        ("stage.phases=[{resolution:48,samples:640}]", ["hardware.micro_batch_size", "resolution 48"]),
+        ("stage.phases=[{resolution:32,samples:5}]", ["stage.phases.0.samples=5", "one batch"]),
+        ("stage.gradient_scales.data.image=0", ["stage.gradient_scales.data.image=0", "positive"]),
+        ("stage.gradient_scale_mode=both", ["stage.gradient_scale_mode=both", "learning_rate, gradient"]),
+        ("hardware.zero_stage=3", ["hardware.zero_stage=3", "1, 2"]),
+        ("hardware.attention=xformers", ["hardware.attention=xformers", "sdpa"]),
+        ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),
+        ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
+        ("ema.decay=1", ["ema.decay=1"]),
+        ("data.manifest=nowhere", ["data.manifest=nowhere", "data_pipeline index"]),
+        ("stage=stage2_dual_flow", ["stage.init_from=", "stage1_single_flow", "train that stage first"]),
+        ("stage.init_from=weights.safetensors", ["stage.init_from=weights.safetensors", "no such file"]),
+        ("--fast", ["unknown flag --fast"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_setting_and_remedy(
+    overrides: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest"
+    manifest.mkdir()
+    arguments = [*MINIATURE, f"data.manifest={manifest}", f"runs_dir={tmp_path}/runs", *shlex.split(overrides)]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("error: ")
+    for part in expected:
+        assert part in shown.err
+
+
+def test_mistakes_are_said_before_a_process_group_starts() -> None:
+    script = (
+        "import sys; from vdtrain.train import main; status = main(sys.argv[1:]); "
+        "print(status, sorted({'deepspeed', 'diffusers', 'wandb'} & set(sys.modules)))"
+    )
+    arguments = [*MINIATURE, "stage.global_batch_size=33"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.count("\n") == 1
+
+
+def test_full_size_configuration_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg", "job", "stage=stage1_single_flow"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "learning_rate: 0.0001",
+        "global_batch_size: 2048",
+        "samples: 30000000",
+        "- 1280",
+        "latent_width: 768",
+    ):
+        assert line in shown
+
+
+def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in STAGES)
+
+
+def test_a_misspelt_part_is_a_configuration_error() -> None:
+    from vdtrain.instantiate import instantiate
+
+    with pytest.raises(ConfigError, match=r"model.x.*latent_chanels"):
+        instantiate(
+            {"_target_": "vdtrain.models.image_layers.ImageDataLayers", "latent_chanels": 4}, "model.x", plan=None
+        )
