@@ -125,7 +125,7 @@ def two_ranks(folder: Path, report: Report) -> None:
             found[f"resumed-{name}"] = take_up(folder, name, stage, precision)
     found["disk_full"] = save_on_a_full_disk(folder)
     found["state_of_tensors"] = save_a_state_that_is_no_json(folder)
-    found["other_stage"] = load_into_another_stage(folder)
+    found["others"] = load_into_others(folder)
     found["pruned"] = save_many(folder)
     found["killed"] = is_killed_while_saving(folder, lambda: report(found))
     report(found)
@@ -172,13 +172,18 @@ def save_a_state_that_is_no_json(folder: Path) -> dict[str, Any]:
     return {"message": message, "latest": store.latest_complete()}
 
 
-def load_into_another_stage(folder: Path) -> str:
+def load_into_others(folder: Path) -> dict[str, str]:
     run, store = build(1, trained=(*TRAINED, "context.text")), CheckpointStore(folder / "full", keep=1)
     path = store.latest_complete()
     assert path is not None
-    message = failure(lambda: store.load(path, run.engine, run.ema))
+    stage = failure(lambda: store.load(path, run.engine, run.ema))
     run.engine.close()
-    return message
+    module = Toy()
+    del module.context_layers["text"]
+    engine = Engine(module, toy_groups(module, TRAINED), settings())
+    model = failure(lambda: store.load(path, engine, None))
+    engine.close()
+    return {"stage": stage, "model": model}
 
 
 def save_many(folder: Path) -> list[str]:
@@ -315,10 +320,11 @@ def test_a_state_that_is_no_json_is_refused(two: list[dict[str, Any]]) -> None:
         assert rank["state_of_tensors"]["latest"] is None
 
 
-def test_another_stage_is_refused(two: list[dict[str, Any]]) -> None:
+def test_another_stage_and_another_model_are_refused(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert "context.text" in rank["other_stage"]
-        assert "stage.init_from" in rank["other_stage"]
+        assert "context.text" in rank["others"]["stage"]
+        assert "stage.init_from" in rank["others"]["stage"]
+        assert "context_layers.text.weight is not trained here" in rank["others"]["model"]
 
 
 def test_old_checkpoints_are_pruned(two: list[dict[str, Any]]) -> None:

@@ -126,7 +126,11 @@ class CheckpointStore:
         own = tuple(partition.layout for partition in engine.partitions())
         if index.groups != own:
             raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
-        engine.load_passengers(read_passengers(path, index))
+        passengers = read_passengers(path, index)
+        if passengers.keys() != engine.passenger_names:
+            strange = min(passengers.keys() ^ engine.passenger_names)
+            raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
+        engine.load_passengers(passengers)
         with PieceReader(path, index) as reader:
             engine.load_partitions(reader.read, index.optimizer_steps)
             if ema is not None and index.ema_updates is not None:

@@ -42,7 +42,7 @@ def start(device: str, timeout_seconds: float = 1800.0) -> Place:
     Raises:
         ValueError: if the launcher's variables are incomplete, or no GPU stands ready for this process.
     """
-    launch = _launch()
+    launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
     place = Place(rank, local_rank, world_size, _device(device, local_rank))
     # DeepSpeed takes the device of a process from LOCAL_RANK.
@@ -62,6 +62,24 @@ def start(device: str, timeout_seconds: float = 1800.0) -> Place:
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
     return place
+
+
+def launch_variables() -> dict[str, str]:
+    """The five variables of torchrun, whoever started this process; without an address for a single process.
+
+    Raises:
+        ValueError: if the launcher's variables are incomplete.
+    """
+    environment = os.environ
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+        if missing:
+            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
+        return {name: environment[name] for name in TORCHRUN_VARIABLES}
+    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        return _slurm_launch()
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def finish() -> None:
@@ -112,20 +130,6 @@ def gather_json(value: Any) -> list[Any]:
 def broadcast_json(value: Any, source: int = 0) -> Any:
     """The `value` of rank `source`, on every process."""
     return gather_json(value if rank() == source else None)[source]
-
-
-def _launch() -> dict[str, str]:
-    """The five variables of torchrun, whoever started this process; without an address for a single process."""
-    environment = os.environ
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
-        if missing:
-            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
-        return {name: environment[name] for name in TORCHRUN_VARIABLES}
-    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return _slurm_launch()
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def _slurm_launch() -> dict[str, str]:

@@ -74,13 +74,11 @@ class Engine:
         trained = _checked_names(module, groups)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
+        carried = {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
+        self.passenger_names = frozenset(carried)
         self.passengers: dict[str, Tensor] = {}
         if distributed.rank() == 0:
-            self.passengers = {
-                name: tensor.detach().to("cpu", copy=True)
-                for name, tensor in module.state_dict().items()
-                if name not in trained
-            }
+            self.passengers = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
         self._scales = {group: float(settings.gradient_scales.get(group, 1.0)) for group in groups}
         if settings.gradient_scale_mode == GRADIENT_MODE:
             for group, parameters in groups.items():

@@ -1,0 +1,104 @@
+"""How a process learns its place among the others; the exchanges themselves are tested with the engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+
+from vdtrain.training import distributed
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SLURM_STEP = {
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_JOB_ID": "40001",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without any launcher in it."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in distributed.TORCHRUN_VARIABLES]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def set_all(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+
+
+def test_plain_start_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    assert distributed.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def test_torchrun_comes_before_slurm(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, SLURM_STEP | TORCHRUN)
+    assert distributed.launch_variables() == TORCHRUN
+
+
+def test_incomplete_torchrun_names_what_is_missing(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*torchrun"):
+        distributed.launch_variables()
+
+
+def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
+    def scontrol(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command == ["scontrol", "show", "hostnames", "gpu[07-08]"]
+        return subprocess.CompletedProcess(command, 0, stdout="gpu07\ngpu08\n")
+
+    environment.setattr(subprocess, "run", scontrol)
+    set_all(environment, SLURM_STEP)
+    launch = distributed.launch_variables()
+    assert launch == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": str(distributed.FIRST_PORT + 40003 % distributed.PORTS),
+    }
+
+
+def test_slurm_on_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"})
+    assert distributed.launch_variables()["MASTER_ADDR"] == "gpu-07"
+
+
+def test_slurm_without_scontrol_says_what_to_set(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, SLURM_STEP | {"PATH": ""})
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        distributed.launch_variables()
+
+
+def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    batch = {name: value for name, value in SLURM_STEP.items() if "STEP" not in name}
+    set_all(environment, batch | {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
+    assert distributed.launch_variables()["WORLD_SIZE"] == "1"
+
+
+def test_devices(environment: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"hardware\.device.*neither"):
+        distributed.start("tpu")
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"hardware\.device.*no GPU"):
+        distributed.start("cuda")
+    set_all(environment, TORCHRUN | {"LOCAL_RANK": "2"})
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"hardware\.device: process 2.*2 GPUs"):
+        distributed.start("cuda")
+
+
+def test_alone_there_is_nobody_to_ask() -> None:
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_agree(True)
+    assert not distributed.all_agree(False)
+    assert distributed.gather_json("word") == ["word"]
+    assert distributed.broadcast_json("word") == "word"
