@@ -1,0 +1,30 @@
+import torch
+
+from vdtrain.diffusion.draws import StepDraws
+
+CPU = torch.device("cpu")
+
+
+def draw_all(rows: slice, step: int = 7, purpose: str = "noise") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draws = StepDraws("seed", step, 12, rows, CPU)
+    return draws.normal(purpose, (2, 3)), draws.integers(purpose, 1000), draws.chance(purpose, 0.5)
+
+
+def test_rows_are_the_same_however_the_batch_is_split() -> None:
+    whole = draw_all(slice(0, 12))
+    for parts in (2, 3, 4):
+        size = 12 // parts
+        pieces = [draw_all(slice(index * size, (index + 1) * size)) for index in range(parts)]
+        for kind, expected in enumerate(whole):
+            assert torch.equal(torch.cat([piece[kind] for piece in pieces]), expected)
+
+
+def test_steps_and_purposes_draw_differently() -> None:
+    here = draw_all(slice(0, 12))[0]
+    assert not torch.equal(here, draw_all(slice(0, 12), step=8)[0])
+    assert not torch.equal(here, draw_all(slice(0, 12), purpose="other")[0])
+
+
+def test_chance_keeps_its_probability() -> None:
+    dropped = StepDraws("seed", 0, 20_000, slice(0, 20_000), CPU).chance("dropout", 0.1)
+    assert abs(float(dropped.float().mean()) - 0.1) < 0.01

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from vdtrain.compose import compose, to_object
+from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.flows import Flow, active_groups, all_flows
+from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, parameters_by_group
+
+FLOWS = all_flows(["image", "text"])
+LATENT_SHAPES = {"image": (4, 4, 4), "text": (64,)}
+
+
+def model_config(name: str) -> ModelConfig:
+    return to_object(compose("train", [f"model={name}"]), TrainConfig).model
+
+
+@pytest.fixture(scope="module")
+def diffuser() -> Diffuser:
+    model = Diffuser(model_config("tiny"), active_groups(FLOWS))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # layers that start at zero would let nothing through
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def flow_input(flow: Flow, batch: int = 3) -> DiffuserInput:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, *LATENT_SHAPES[flow.output], generator=generator)
+    context = Context(flow.context, torch.randn(batch, 5, 64, generator=generator))
+    return DiffuserInput(flow.output, latents, torch.tensor([3, 500, 999][:batch]), [context])
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=str)
+def test_exactly_the_flows_three_groups_receive_gradients(diffuser: Diffuser, flow: Flow) -> None:
+    diffuser.zero_grad(set_to_none=True)
+    (predicted,) = diffuser([flow_input(flow)])
+    predicted.pow(2).mean().backward()
+    for group, parameters in parameters_by_group(diffuser).items():
+        with_gradient = {name for name, parameter in parameters.items() if parameter.grad is not None}
+        assert with_gradient == (set(parameters) if group in flow.groups else set()), group
+        if group in flow.groups:
+            assert all(parameter.grad.any() for parameter in parameters.values()), group
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=str)
+def test_prediction_has_the_latents_shape(diffuser: Diffuser, flow: Flow) -> None:
+    given = flow_input(flow)
+    (predicted,) = diffuser([given])
+    assert predicted.shape == given.latents.shape
+
+
+def test_fresh_network_predicts_zero() -> None:
+    """The last layer starts at zero, so that every flow's first loss is the variance of the noise, 1."""
+    model = Diffuser(model_config("tiny"), active_groups(FLOWS))
+    for flow in FLOWS:
+        (predicted,) = model([flow_input(flow)])
+        assert not predicted.any()
+
+
+def test_a_groups_random_start_does_not_depend_on_the_others() -> None:
+    config = model_config("tiny")
+    alone = Diffuser(config, active_groups([Flow("image", "image")]), seed=3)
+    whole = Diffuser(config, active_groups(FLOWS), seed=3).state_dict()
+    other_seed = Diffuser(config, active_groups([Flow("image", "image")]), seed=4)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, whole[name])
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in other_seed.state_dict().items())
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    Diffuser(model_config("tiny"), active_groups(FLOWS))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_full_size_has_the_released_models_parameters() -> None:
+    with torch.device("meta"):
+        model = Diffuser(model_config("versatile_diffusion"), active_groups(FLOWS))
+    counts = {
+        group: sum(parameter.numel() for parameter in parameters.values())
+        for group, parameters in parameters_by_group(model).items()
+    }
+    assert counts == {
+        "global": 2_050_560,
+        "data.image": 590_231_044,
+        "context.image": 267_239_360,
+        "data.text": 1_439_558_528,
+        "context.text": 267_239_360,
+    }
+    assert sum(counts.values()) == 2_566_318_852
+
+
+def test_layer_group_of_parameter_names() -> None:
+    assert layer_group("global_layers.0.weight") == "global"
+    assert layer_group("data_layers.image.3.op.bias") == "data.image"
+    assert layer_group("context_layers.text.0.norm.weight") == "context.text"
