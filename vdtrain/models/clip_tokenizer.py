@@ -52,11 +52,16 @@ def released_tokenizer() -> Tokenizer:
     """CLIP's own tokenizer (49,408 entries) from the vocabulary file that open_clip brings along."""
     file = Path(open_clip.__file__).with_name(VOCABULARY_FILE)
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        merges = [tuple(line.split()) for line in lines.read().split("\n")[1 : MERGES + 1]]
+        pairs = [line.split() for line in lines.read().split("\n")[1 : MERGES + 1]]
+    return arranged(clip_model([(first, second) for first, second in pairs]))
+
+
+def clip_model(merges: Sequence[tuple[str, str]]) -> BPE:
+    """BPE model with CLIP's order of ids: bytes, bytes that end a word, merges, start and end of text."""
     alphabet = _byte_characters()
     entries = [*alphabet, *(character + WORD_END for character in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}
-    return arranged(BPE(vocabulary, [(a, b) for a, b in merges], end_of_word_suffix=WORD_END))
+    return BPE(vocabulary, list(merges), end_of_word_suffix=WORD_END)
 
 
 def arranged(model: BPE) -> Tokenizer:

@@ -105,10 +105,12 @@ class FrozenParts(nn.Module):
         return self._vae(modality).decode(latents, generator)
 
     def _vae(self, modality: str) -> VAE:
-        return _named(self.vaes, modality)
+        vae: VAE = _named(self.vaes, modality)
+        return vae
 
     def _context_encoder(self, modality: str) -> ContextEncoder:
-        return _named(self.context_encoders, modality)
+        encoder: ContextEncoder = _named(self.context_encoders, modality)
+        return encoder
 
 
 def _named(modules: nn.ModuleDict, modality: str) -> Any:

@@ -60,7 +60,7 @@ class ImageVAE(nn.Module):
             norm_num_groups=norm_num_groups,
         )
         if weights is not None:
-            load_weights(self.model, weights, "vae.weights")
+            load_weights(self.autoencoder, weights, "vae.weights")
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """Shape of one latent, [channels, R/f, R/f], for pictures of `resolution` pixels a side.
@@ -100,6 +100,12 @@ class ImageVAE(nn.Module):
         device, dtype = device_and_dtype(self)
         pixels = self.reconstruct(latents.to(device, dtype) / self.latent_scale)
         return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The diffusers module that does the work; weights files have its key names."""
+        model: nn.Module = self.model
+        return model
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, unscaled, each [B, channels, H/f, W/f], for pixels [B, 3, H, W] in -1..1."""
