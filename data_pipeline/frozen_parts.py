@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import nn
 
 from data_pipeline.frozen_corpus import (
@@ -117,7 +117,7 @@ def save(part: nn.Module, file: Path) -> None:
     """Write a part's weights in half precision, whole or not at all; they are read back in the model's own."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in untied(part).items()}
     partial = file.with_suffix(".partial")
-    save_file(state, partial)
+    partial.write_bytes(serialised(state))
     partial.replace(file)
 
 

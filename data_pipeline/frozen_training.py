@@ -110,13 +110,18 @@ def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, s
         stated = caption_facts(captions)
         true = ((facts[chosen][:, None] == stated) | (stated < 0)).all(dim=-1)
         false_negative = true & ~torch.eye(recipe.batch, dtype=torch.bool)
-        # The contexts' own global tokens: both of length 1.
-        seen = image.encode(pictures[step % len(pictures)][chosen])[:, 0]
         ids = text.tokenizer(captions)
         read = text.encode_ids(ids)[targets, ids.argmax(dim=-1)]
-        scores = (clip.logit_scale.exp().clamp(max=100.0) * seen @ read.T).masked_fill(false_negative, float("-inf"))
-        loss = functional.cross_entropy(scores, targets) + functional.cross_entropy(scores.T, targets)
-        return {"contrastive": loss / 2}
+        seen = image.encode(pictures[step % len(pictures)][chosen])
+        scale = clip.logit_scale.exp().clamp(max=100.0)
+
+        def contrastive(features: Tensor) -> Tensor:
+            scores = (scale * features @ read.T).masked_fill(false_negative, float("-inf"))
+            return (functional.cross_entropy(scores, targets) + functional.cross_entropy(scores.T, targets)) / 2
+
+        # The mean, so that patches tell of the picture too: nothing else trains the last layer's patch tokens.
+        mean = functional.normalize(seen.mean(dim=1), dim=-1)
+        return {"contrastive": contrastive(seen[:, 0]), "mean_contrastive": contrastive(mean)}
 
     fit(clip, recipe, losses, report)
 
@@ -124,7 +129,7 @@ def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, s
 RESOLUTIONS = (32, 64)
 IMAGE_BATCHES = {32: 16, 64: 12}
 IMAGE_DIVERGENCE_WEIGHT = 0.02
-IMAGE_NOISE = 0.15
+IMAGE_NOISE = 0.2
 """Standard deviation, in units of the latents' own, of the largest noise that the decoder is made to look through."""
 
 

@@ -1,0 +1,103 @@
+"""The frozen parts together: one pass per part, no gradients, no modality by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import fresh, normal, tiny
+from torch import Tensor, nn
+
+from vdtrain.models.frozen import FrozenParts
+
+
+class CountingVAE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls: list[Any] = []
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        return (resolution,)
+
+    def encode(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:
+        self.calls.append(noise)
+        return samples * self.weight
+
+    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return latents
+
+
+class CountingContext(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.calls = 0
+
+    def encode(self, samples: Tensor) -> Tensor:
+        self.calls += 1
+        return self.dropout(samples[:, None])
+
+    def unconditional(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 1, 2)
+
+
+@pytest.fixture
+def toys() -> FrozenParts:
+    return FrozenParts({name: (CountingVAE(), CountingContext()) for name in ("sound", "scent")})
+
+
+def test_every_needed_part_runs_once_and_no_other(toys):
+    samples = {"sound": torch.ones(2, 2), "scent": torch.ones(2, 2)}
+    noise = torch.zeros(2, 2)
+    encoded = toys.encode(samples, ["sound", "sound"], ["scent", "scent"], {"sound": noise})
+    assert list(encoded.latents) == ["sound"]
+    assert list(encoded.contexts) == ["scent"]
+    assert toys.vaes["sound"].calls == [noise]
+    assert toys.vaes["scent"].calls == []
+    assert [toys.context_encoders[name].calls for name in ("sound", "scent")] == [0, 1]
+
+
+def test_parts_stay_frozen_inside_a_model_in_training(toys):
+    model = nn.ModuleList([toys]).train()
+    assert not any(module.training for module in model[0].modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    samples = {"sound": torch.ones(64, 2)}
+    encoded = toys.encode(samples, ["sound"], ["sound"])
+    assert not encoded.latents["sound"].requires_grad
+    assert torch.equal(encoded.contexts["sound"], torch.ones(64, 1, 2))
+
+
+def test_outputs_can_enter_a_graph(toys):
+    """Tensors of inference mode cannot be saved for a backward pass."""
+    latents = toys.encode({"sound": torch.ones(2, 2)}, ["sound"], []).latents["sound"]
+    weight = torch.ones(2, requires_grad=True)
+    (latents * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_unknown_modalities_and_missing_samples_are_named(toys):
+    with pytest.raises(ValueError, match="modality 'taste' has no frozen parts; the model has sound, scent"):
+        toys.latent_shape("taste", 8)
+    with pytest.raises(ValueError, match="no 'scent' in the batch, only sound"):
+        toys.encode({"sound": torch.ones(1)}, ["sound"], ["scent"])
+
+
+def test_the_tiny_preset_encodes_a_batch_of_pairs():
+    parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
+    _, pictures, captions = fresh(8, 64)
+    samples = {"image": pictures, "text": captions}
+    shapes = {name: torch.Size((8, *parts.latent_shape(name, 64))) for name in samples}
+    encoded = parts.encode(samples, samples, samples, {"image": normal(shapes["image"])})
+    assert {name: value.shape for name, value in encoded.latents.items()} == shapes
+    for name, context in encoded.contexts.items():
+        assert context.shape == parts.unconditional(name, 8).shape
+    assert parts.decode("image", encoded.latents["image"]).shape == pictures.shape
+    written = parts.decode("text", encoded.latents["text"], torch.Generator().manual_seed(0))
+    assert len(written) == 8
+
+
+def test_shared_weights_are_held_once():
+    parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
+    held = sum(parameter.numel() for parameter in parts.parameters())
+    alone = [tiny("image", "vae"), tiny("text", "vae"), tiny("image", "context_encoder")]
+    assert held == sum(parameter.numel() for part in alone for parameter in part.parameters())

@@ -1,0 +1,133 @@
+"""The image VAE: shapes and scales, and what the tiny preset's trained weights promise."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import arguments, fresh, normal, picture_accuracy, tiny
+
+from vdtrain.models.frozen_weights import ASSETS, WeightsError
+from vdtrain.models.image_vae import ImageVAE
+
+SMALL = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
+
+
+@pytest.fixture
+def vae() -> ImageVAE:
+    return tiny("image", "vae")
+
+
+def test_latent_shape_is_an_eighth(vae):
+    assert vae.latent_shape(64) == (4, 8, 8)
+    assert vae.latent_shape(512) == (4, 64, 64)
+
+
+def test_resolution_off_the_grid_is_refused(vae):
+    with pytest.raises(ValueError, match="resolution=60 is no multiple of 8"):
+        vae.latent_shape(60)
+
+
+def test_groups_that_do_not_divide_the_widths_are_refused():
+    with pytest.raises(ValueError, match="norm_num_groups=3 does not divide"):
+        ImageVAE(**{**SMALL, "norm_num_groups": 3})
+
+
+def test_noise_moves_the_latent_by_the_posterior_deviation(vae):
+    _, pictures, _ = fresh(4, 32)
+    mean, latents = vae.encode(pictures), vae.encode(pictures, torch.ones(4, 4, 4, 4))
+    _, std = vae.posterior(pictures.float() / 127.5 - 1)
+    torch.testing.assert_close(latents - mean, std * vae.latent_scale, atol=1e-5, rtol=1e-4)
+
+
+def test_pictures_keep_size_and_type_also_when_not_square(vae):
+    pictures = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
+    latents = vae.encode(pictures)
+    assert latents.shape == (2, 4, 4, 6)
+    decoded = vae.decode(latents)
+    assert decoded.shape == pictures.shape
+    assert decoded.dtype == torch.uint8
+
+
+def test_compute_follows_the_parameters():
+    vae = ImageVAE(**SMALL).to(torch.bfloat16).eval().requires_grad_(False)
+    pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    latents = vae.encode(pictures, torch.zeros(1, 4, 4, 4))
+    assert latents.dtype == torch.bfloat16
+    assert vae.decode(latents.float()).dtype == torch.uint8
+
+
+def test_encoding_does_not_depend_on_the_batch(vae):
+    _, pictures, _ = fresh(8, 64)
+    together = vae.encode(pictures)
+    assert torch.equal(together, vae.encode(pictures))
+    alone = torch.cat([vae.encode(picture[None]) for picture in pictures])
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_yaml_arguments_and_weights_rebuild_the_same_model(vae):
+    again = ImageVAE(**{key: value for key, value in arguments("tiny", "image", "vae").items() if key != "_target_"})
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), again.parameters(), strict=True))
+
+
+def test_full_size_arguments_build_kl_f8():
+    full = {key: value for key, value in arguments("versatile_diffusion", "image", "vae").items() if key != "_target_"}
+    with torch.device("meta"):
+        vae = ImageVAE(**{**full, "weights": None})
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
+    assert vae.latent_shape(256) == (4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "colour", "shape"),
+    [(32, 0.96, 0.92), (64, 0.98, 0.95)],
+)
+def test_reconstructions_keep_colour_and_shape(vae, pixels, colour, shape):
+    scenes, pictures, _ = fresh(256, pixels)
+    found = picture_accuracy(vae.decode(vae.encode(pictures)), scenes)
+    assert found[0] >= colour
+    assert found[1] >= shape
+
+
+@pytest.mark.parametrize(("pixels", "colour", "shape"), [(32, 0.95, 0.88), (64, 0.97, 0.93)])
+def test_decoding_tolerates_noise(vae, pixels, colour, shape):
+    scenes, pictures, _ = fresh(256, pixels)
+    latents = vae.encode(pictures)
+    found = picture_accuracy(vae.decode(latents + 0.15 * normal(latents.shape)), scenes)
+    assert found[0] >= colour
+    assert found[1] >= shape
+
+
+@pytest.mark.parametrize("pixels", [32, 64])
+def test_latents_have_unit_deviation(vae, pixels):
+    _, pictures, _ = fresh(256, pixels)
+    latents = vae.encode(pictures, normal(torch.Size((256, *vae.latent_shape(pixels)))))
+    assert latents.std().item() == pytest.approx(1.0, abs=0.15)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.3
+
+
+def test_missing_weights_name_setting_and_remedy():
+    with pytest.raises(WeightsError, match=r"vae\.weights=asset:tiny/no\.safetensors: no such file; .*frozen_parts"):
+        ImageVAE(**SMALL, weights="asset:tiny/no.safetensors")
+
+
+def test_truncated_and_foreign_weights_are_refused(tmp_path):
+    whole = ASSETS / "tiny" / "image_vae.safetensors"
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(whole.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        ImageVAE(**SMALL, weights=str(truncated))
+    with pytest.raises(WeightsError, match=r"weights of another model: unexpected .* shape .* and \d+ more"):
+        ImageVAE(**SMALL, weights=str(whole))
+    state = load_file(whole)
+    del state["quant_conv.weight"]
+    save_file(state, tmp_path / "missing.safetensors")
+    with pytest.raises(WeightsError, match=r"missing quant_conv\.weight"):
+        ImageVAE(
+            **{
+                **{k: v for k, v in arguments("tiny", "image", "vae").items() if k != "_target_"},
+                "weights": str(tmp_path / "missing.safetensors"),
+            }
+        )
+
+
+def test_assets_are_small():
+    assert sum(file.stat().st_size for file in (ASSETS / "tiny").iterdir()) <= 8_000_000

@@ -1,0 +1,127 @@
+"""The text VAE: tokens, decoding, loss, and what the tiny preset's trained weights promise."""
+
+import pytest
+import torch
+from tiny import arguments, caption_accuracy, fresh, normal, tiny
+
+from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.models.optimus import Optimus
+
+ENCODER, DECODER = "asset:tiny/encoder_tokenizer.json", "asset:tiny/decoder_tokenizer.json"
+
+
+@pytest.fixture
+def optimus() -> Optimus:
+    return tiny("text", "vae")
+
+
+def test_latent_shape_is_the_latent_size_at_any_resolution(optimus):
+    assert optimus.latent_shape(32) == optimus.latent_shape(512) == (64,)
+
+
+def test_encoder_ids_are_lowered_cut_and_padded():
+    tokenizer = EncoderTokenizer(ENCODER, limit=3)
+    ids = tokenizer(["A Red CIRCLE at the top", "a red circle", "red", ""])
+    first, last = ids[3, 0].item(), ids[3, 1].item()
+    assert ids.shape == (4, 5)
+    assert torch.equal(ids[0], ids[1])
+    assert ids[:, 0].eq(first).all()
+    assert ids[0, -1] == last
+    assert ids[2, 2:].tolist() == [last, tokenizer.pad, tokenizer.pad]
+
+
+def test_decoder_ids_come_back_as_text_with_first_and_last_word():
+    tokenizer = DecoderTokenizer(DECODER)
+    captions = ["a red circle", "", "the star is blue and small", "Zebra, 42!"]
+    ids = tokenizer(captions)
+    assert ids[:, 0].eq(tokenizer.first).all()
+    assert tokenizer.texts(ids) == captions
+    assert tokenizer.texts(ids[:, 1:]) == captions
+
+
+def test_tokenizer_without_special_tokens_is_refused():
+    with pytest.raises(WeightsError, match=r"encoder_tokenizer=.*has no \[PAD\], \[CLS\], \[SEP\]"):
+        EncoderTokenizer(DECODER, limit=3)
+
+
+def test_too_few_positions_are_refused():
+    sizes = {key: value for key, value in arguments("tiny", "text", "vae").items() if key != "_target_"}
+    with pytest.raises(ValueError, match="encoder_positions=16 holds fewer than the 32 positions"):
+        Optimus(**{**sizes, "encoder_positions": 16, "weights": None})
+
+
+def test_full_size_arguments_build_the_released_layout():
+    full = {key: value for key, value in arguments("versatile_diffusion", "text", "vae").items() if key != "_target_"}
+    with torch.device("meta"):
+        model = Optimus(**full | {"weights": None, "encoder_tokenizer": None, "decoder_tokenizer": None})
+    assert sum(parameter.numel() for parameter in model.parameters()) == 241_599_744
+    assert {".".join(key.split(".")[:2]) for key in model.state_dict()} == {
+        *(f"encoder.{part}" for part in ("embeddings", "encoder", "pooler", "linear")),
+        *(f"decoder.{part}" for part in ("transformer", "lm_head")),
+    }
+
+
+def test_encoding_is_deterministic_and_does_not_depend_on_the_batch(optimus):
+    _, _, captions = fresh(16, 32)
+    together = optimus.encode(captions)
+    assert torch.equal(together, optimus.encode(captions))
+    assert torch.equal(together, optimus.encode(captions, normal(together.shape)))
+    alone = torch.cat([optimus.encode([caption]) for caption in captions])
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_captions_come_back(optimus):
+    scenes, _, captions = fresh(256, 32)
+    decoded = optimus.decode(optimus.encode(captions))
+    assert min(caption_accuracy(decoded, scenes)) >= 0.98
+    assert sum(a == b for a, b in zip(decoded, captions, strict=True)) / len(captions) >= 0.9
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_decoding_tolerates_noise(optimus, seed):
+    scenes, _, captions = fresh(256, 32)
+    latents = optimus.encode(captions)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    decoded = optimus.decode(latents + 0.3 * normal(latents.shape), generator)
+    assert min(caption_accuracy(decoded, scenes)) >= 0.93
+
+
+def test_latents_have_unit_deviation_in_every_dimension(optimus):
+    _, _, captions = fresh(1024, 32)
+    latents = optimus.encode(captions)
+    assert latents.std().item() == pytest.approx(1.0, abs=0.1)
+    assert latents.std(dim=0).min() > 0.7
+    assert latents.std(dim=0).max() < 1.3
+
+
+def test_sampling_is_reproducible_and_a_row_does_not_depend_on_those_after_it(optimus):
+    latents = normal(torch.Size((6, 64)), seed=1)
+    whole = optimus.decode(latents, torch.Generator().manual_seed(5))
+    assert whole == optimus.decode(latents, torch.Generator().manual_seed(5))
+    assert whole[:2] == optimus.decode(latents[:2], torch.Generator().manual_seed(5))
+    assert whole != optimus.decode(latents, torch.Generator().manual_seed(6), temperature=2.0)
+
+
+def test_a_cold_sample_is_the_greedy_one(optimus):
+    _, _, captions = fresh(32, 32)
+    latents = optimus.encode(captions)
+    assert optimus.decode(latents, torch.Generator().manual_seed(0), temperature=1e-4) == optimus.decode(latents)
+
+
+def test_ids_end_at_the_limit(optimus, monkeypatch):
+    monkeypatch.setattr(optimus, "max_length", 4)
+    tokenizer = optimus.decoder_tokenizer
+    ids = optimus.generate(normal(torch.Size((3, 64))), tokenizer.first, tokenizer.last)
+    assert ids.shape == (3, 4)
+    assert ids[:, -1].eq(tokenizer.last).all()
+
+
+def test_gradients_of_the_loss_reach_encoder_and_decoder():
+    sizes = {key: value for key, value in arguments("tiny", "text", "vae").items() if key != "_target_"}
+    model = Optimus(**{**sizes, "weights": None})
+    loss = model.loss(["a red circle", "the star is blue"], normal(torch.Size((2, 64))), free_bits="none")
+    loss.total.mean().backward()
+    for name in ("encoder.linear", "decoder.transformer.linear", "decoder.transformer.linear_emb"):
+        assert model.get_submodule(name).weight.grad.abs().sum() > 0
+    torch.testing.assert_close(loss.total, loss.reconstruction / torch.tensor([5.0, 6.0]) + loss.divergence)

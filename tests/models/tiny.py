@@ -1,0 +1,58 @@
+"""The tiny preset's frozen parts, from its own YAML arguments and weights, and fresh pictures to try them on."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data_pipeline.frozen_corpus import draw_pictures, sample_scenes, write_captions
+from data_pipeline.shapes import Scene
+from data_pipeline.shapes_detector import caption_attributes, detect
+from vdtrain.compose import config_folder
+from vdtrain.instantiate import instantiate
+
+FRESH_SEED = 20_221_115
+"""Not the seed of any training."""
+
+
+def arguments(preset: str, modality: str, part: str) -> dict[str, Any]:
+    config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{preset}.yaml"))
+    return config.get("model", config)["modalities"][modality][part]
+
+
+@cache
+def tiny(modality: str, part: str) -> Any:
+    built = instantiate(arguments("tiny", modality, part), f"model.modalities.{modality}.{part}")
+    return built.eval().requires_grad_(False)
+
+
+@cache
+def fresh(count: int, pixels: int) -> tuple[list[Scene], Tensor, list[str]]:
+    """Scenes, pictures uint8 [count, 3, pixels, pixels] and captions that no part was trained on."""
+    rng = np.random.default_rng(FRESH_SEED)
+    scenes = sample_scenes(count, rng)
+    return scenes, draw_pictures(scenes, pixels, rng), write_captions(scenes, rng)
+
+
+def picture_accuracy(pictures: Tensor, scenes: list[Scene]) -> tuple[float, float]:
+    """Shares of pictures with the scene's colour, and with its shape."""
+    seen = [detect(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
+    return _shares(seen, scenes)
+
+
+def caption_accuracy(captions: list[str], scenes: list[Scene]) -> tuple[float, float]:
+    """Shares of captions with the scene's colour, and with its shape."""
+    return _shares([caption_attributes(text) for text in captions], scenes)
+
+
+def normal(shape: torch.Size, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _shares(found: list[Any], scenes: list[Scene]) -> tuple[float, float]:
+    colours = [colour == scene.colour for (colour, _), scene in zip(found, scenes, strict=True)]
+    shapes = [shape == scene.shape for (_, shape), scene in zip(found, scenes, strict=True)]
+    return float(np.mean(colours)), float(np.mean(shapes))
