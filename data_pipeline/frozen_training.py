@@ -83,12 +83,9 @@ def standardise_text(vae: Optimus, captions: Sequence[str]) -> None:
     posterior's variance keeps its old scale: nothing reads it after training.
     """
     scale = vae.encode(captions).square().mean(dim=0).sqrt()
-    connector = vae.encoder.get_submodule("linear")
-    into_memory = vae.decoder.transformer.get_submodule("linear")
-    into_embeddings = vae.decoder.transformer.get_submodule("linear_emb")
-    connector.weight[: vae.latent_size] /= scale[:, None]
-    into_memory.weight *= scale
-    into_embeddings.weight *= scale
+    vae.get_parameter("encoder.linear.weight")[: vae.latent_size] /= scale[:, None]
+    for name in ("linear", "linear_emb"):
+        vae.get_parameter(f"decoder.transformer.{name}.weight").mul_(scale)
 
 
 def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, seed: int, report: Report) -> None:

@@ -109,6 +109,17 @@ def test_a_cold_sample_is_the_greedy_one(optimus):
     assert optimus.decode(latents, torch.Generator().manual_seed(0), temperature=1e-4) == optimus.decode(latents)
 
 
+def test_bad_settings_are_named(optimus):
+    with pytest.raises(ValueError, match="temperature=0: not above 0"):
+        optimus.decode(normal(torch.Size((1, 64))), temperature=0)
+    sizes = {key: value for key, value in arguments("tiny", "text", "vae").items() if key != "_target_"}
+    bare = Optimus(**sizes | {"weights": None, "encoder_tokenizer": None, "decoder_tokenizer": None})
+    with pytest.raises(ValueError, match="encoder_tokenizer is not set"):
+        bare.encode(["a red circle"])
+    with pytest.raises(ValueError, match="decoder_tokenizer is not set"):
+        bare.decode(normal(torch.Size((1, 64))))
+
+
 def test_ids_end_at_the_limit(optimus, monkeypatch):
     monkeypatch.setattr(optimus, "max_length", 4)
     tokenizer = optimus.decoder_tokenizer

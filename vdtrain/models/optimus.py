@@ -122,8 +122,7 @@ class Optimus(nn.Module):
 
         Versatile Diffusion trains on the mean, so `noise`, there for the interface that all VAEs share, is not used.
         """
-        pad = self.encoder_tokenizer.pad if self.encoder_tokenizer else 0
-        return self.posterior(self._encoder_ids(captions), pad)[0]
+        return self._posterior_of(captions)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0) -> list[str]:
@@ -134,7 +133,12 @@ class Optimus(nn.Module):
             generator: draws the words; None takes the likeliest word each time. A row's words depend on the generator's
                 state and on the row's place in the batch, not on the rows after it.
             temperature: below 1 favours likely words; has no effect without a generator.
+
+        Raises:
+            ValueError: the temperature is not above 0, or the model has no tokenizers.
         """
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: not above 0; leave out the generator for the likeliest words")
         tokenizer = self._decoder_tokenizer()
         ids = self.generate(latents, tokenizer.first, tokenizer.last, generator, temperature)
         return tokenizer.texts(ids)
@@ -186,7 +190,7 @@ class Optimus(nn.Module):
         latents = latents.to(device, dtype)
         cache = self.memory(latents)
         # Drawn at once, row by row, so that a row's words are the same in a larger batch.
-        uniform = torch.rand((len(latents), self.max_length), generator=generator) if generator is not None else None
+        uniform = None if generator is None else _uniform(len(latents), self.max_length, generator)
         ids = torch.full((len(latents), 1), first, dtype=torch.int64, device=device)
         ended = torch.zeros(len(latents), dtype=torch.bool, device=device)
         while ids.shape[1] < self.max_length - 1 and not bool(ended.all()):
@@ -226,7 +230,7 @@ class Optimus(nn.Module):
         """
         tokenizer = self._decoder_tokenizer()
         ids = tokenizer(captions).to(noise.device)
-        mean, log_variance = self.posterior(self._encoder_ids(captions))
+        mean, log_variance = self._posterior_of(captions)
         return self.loss_of(mean, log_variance, ids, tokenizer.pad, noise, beta, free_bits, target_divergence)
 
     def loss_of(
@@ -257,11 +261,15 @@ class Optimus(nn.Module):
             raise ValueError("vae.decoder_tokenizer is not set: without it, captions cannot be decoded")
         return self.decoder_tokenizer
 
-    def _encoder_ids(self, captions: Sequence[str]) -> Tensor:
+    def _posterior_of(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.encoder_tokenizer is None:
             raise ValueError("vae.encoder_tokenizer is not set: without it, captions cannot be encoded")
         device, _ = device_and_dtype(self)
-        return self.encoder_tokenizer(captions).to(device)
+        return self.posterior(self.encoder_tokenizer(captions).to(device), self.encoder_tokenizer.pad)
+
+
+def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.rand((rows, columns), generator=generator, device=generator.device)
 
 
 def _pick(scores: Tensor, uniform: Tensor) -> Tensor:
