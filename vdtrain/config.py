@@ -114,7 +114,6 @@ class ShapesConfig:
 
     folder: str = MISSING
     pictures: int = MISSING
-    held_out: int = MISSING
     pixels: int = MISSING
     seed: int = MISSING
     port: int = MISSING

@@ -62,7 +62,7 @@ class Tracker:
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,106 @@
+"""`python -m data_pipeline VERB`: from published metadata to indexed tar shards."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vdtrain.compose import ConfigError, run_verb
+from vdtrain.config import DataConfig, DataPipelineConfig, ShapesConfig
+
+USAGE = """\
+Usage: python -m data_pipeline VERB [data=NAME] [SETTING=VALUE ...]
+
+Verbs:
+  download   fetch the pictures of every source with img2dataset, into tar shards
+  index      check the shards and write the manifest that training streams from
+  shapes     draw the demo's picture set and its metadata (data=shapes)
+  serve      serve that set on this machine, for the download (data=shapes; stop with Ctrl-C)
+
+Every verb takes up what an earlier, interrupted run left complete.
+
+  --help              this text
+  --cfg job           print the configuration and stop
+
+Examples:
+  python -m data_pipeline download data.download.processes=32
+  python -m data_pipeline index data=shapes
+"""
+
+
+def _shapes(data: DataConfig) -> ShapesConfig:
+    if data.shapes is None:
+        raise ConfigError(f"data={data.name}: has no drawn picture set; use data=shapes")
+    return data.shapes
+
+
+def _download(data: DataConfig) -> None:
+    from data_pipeline.download import DownloadError, download
+
+    try:
+        for name, source in data.sources.items():
+            download(name, source, data.download)
+    except DownloadError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _index(data: DataConfig) -> None:
+    from data_pipeline.index import ShardError, index
+
+    try:
+        index({name: Path(source.shards) for name, source in data.sources.items()}, Path(data.manifest))
+    except ShardError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _draw(data: DataConfig) -> None:
+    from data_pipeline.picture_set import write_picture_set
+
+    write_picture_set(_shapes(data))
+
+
+def _serve(data: DataConfig) -> None:
+    from data_pipeline.picture_set import serve
+
+    shapes = _shapes(data)
+    try:
+        with suppress(KeyboardInterrupt):
+            serve(shapes)
+    except OSError as error:
+        raise ConfigError(f"data.shapes.port={shapes.port}: {error.strerror}; give another port") from error
+
+
+VERBS: dict[str, Callable[[DataConfig], None]] = {
+    "download": _download,
+    "index": _index,
+    "shapes": _draw,
+    "serve": _serve,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if verb not in VERBS:
+        print(f"error: {verb!r} is no verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s")
+
+    def action(config: DataPipelineConfig, document: DictConfig) -> int:
+        VERBS[verb](config.data)
+        return 0
+
+    return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

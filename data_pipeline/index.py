@@ -1,0 +1,162 @@
+"""Tar shards to a manifest: every new shard is read once and checked, its whole samples are listed.
+
+A shard that was cut short is refused, not read as far as it goes; a member that is broken is left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data_pipeline.progress import track
+from vdtrain.data.manifest import SAMPLE_SCHEMA, SAMPLES_FILE, SHARD_SCHEMA, SHARDS_FILE, write_manifest
+
+BLOCK = 512
+MEMBERS = ("jpg", "txt", "json")
+
+logger = logging.getLogger(__name__)
+
+
+class ShardError(ValueError):
+    """A tar file that is not whole."""
+
+
+@dataclass
+class Reading:
+    """What one shard holds: rows of the manifest (without the shard's number), and members left out by reason."""
+
+    sha256: str
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    broken: Counter[str] = field(default_factory=Counter)
+
+
+def index(sources: Mapping[str, Path], manifest: Path) -> None:
+    """Bring a manifest up to the shards in the sources' folders; shards that it knows already are not read again.
+
+    Raises:
+        ShardError: no source has a shard, or a finished shard (one with its statistics) is not whole.
+    """
+    known = _known(manifest)
+    found = [(source, path) for source, folder in sources.items() for path in sorted(folder.glob("*.tar"))]
+    if not found:
+        raise ShardError(f"data.sources: no .tar in {', '.join(map(str, sources.values()))}; run the download first")
+    samples, shards = [], []
+    for source, path in track(found, "index"):
+        if not path.with_name(path.stem + "_stats.json").exists():
+            logger.warning("%s is passed over: its download has not finished", path)
+            continue
+        status = path.stat()
+        relative = os.path.relpath(path, manifest)
+        earlier = known.get((relative, status.st_size, status.st_mtime_ns))
+        number = len(shards)
+        if earlier is not None:
+            shard, rows = earlier
+            own = rows.set_column(1, SAMPLE_SCHEMA.field(1), pa.array([number] * len(rows), pa.int32()))
+        else:
+            reading = read_shard(path, source)
+            shard = {
+                "path": relative,
+                "source": source,
+                "bytes": status.st_size,
+                "modified_ns": status.st_mtime_ns,
+                "sha256": reading.sha256,
+                "samples": len(reading.samples),
+                "broken": json.dumps(reading.broken),
+            }
+            own = pa.Table.from_pylist([{**row, "shard": number} for row in reading.samples], schema=SAMPLE_SCHEMA)
+        shards.append(shard)
+        samples.append(own)
+    table = pa.concat_tables(samples) if samples else pa.Table.from_pylist([], schema=SAMPLE_SCHEMA)
+    write_manifest(manifest, table, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
+    broken: Counter[str] = Counter()
+    for shard in shards:
+        broken.update(json.loads(shard["broken"]))
+    left_out = ", ".join(f"{count} {reason}" for reason, count in broken.items()) or "none"
+    print(f"{manifest}: {len(table):,} samples in {len(shards):,} shards; left out: {left_out}")
+
+
+def read_shard(path: Path, source: str) -> Reading:
+    """Read and check one shard.
+
+    Raises:
+        ShardError: the tar does not end as a whole one does, or a header in it is damaged.
+    """
+    data = path.read_bytes()
+    reading = Reading(hashlib.sha256(data).hexdigest())
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    end = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                key, _, suffix = member.name.partition(".")
+                if not member.isfile() or "/" in member.name or key in ("", ".."):
+                    reading.broken["unsafe name"] += 1
+                else:
+                    groups.setdefault(key, {})[suffix] = member
+    except tarfile.TarError as error:
+        raise ShardError(f"{path}: damaged ({error}); remove it and its _stats.json, and download again") from error
+    # A tar that was cut at a member's boundary reads without an error: only its ending tells.
+    if data[end : end + 2 * BLOCK] != bytes(2 * BLOCK):
+        raise ShardError(f"{path}: cut short; remove it and its _stats.json, and download again")
+    for members in groups.values():
+        row = _sample(data, members, source)
+        if isinstance(row, str):
+            reading.broken[row] += 1
+        else:
+            reading.samples.append(row)
+    return reading
+
+
+def _sample(data: bytes, members: Mapping[str, tarfile.TarInfo], source: str) -> dict[str, Any] | str:
+    """The manifest row of a sample, or the reason why it is left out."""
+    if any(suffix not in members for suffix in MEMBERS):
+        return "incomplete sample"
+    content = {suffix: data[info.offset_data : info.offset_data + info.size] for suffix, info in members.items()}
+    try:
+        with Image.open(io.BytesIO(content["jpg"])) as picture:
+            width, height = picture.size
+        described = json.loads(content["json"])
+        caption = content["txt"].decode()
+        exif = json.loads(described.get("exif") or "{}")
+    except (OSError, ValueError, TypeError) as error:
+        return f"unreadable {type(error).__name__}"
+    if not caption.strip():
+        return "empty caption"
+    if exif.get("Image Orientation") not in (None, "Horizontal (normal)"):
+        # Resizing drops the tag and leaves the picture lying on its side.
+        return "rotated by EXIF"
+    identity = "\n".join((source, str(described.get("url")), caption))
+    return {
+        "uid": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        "offset": members["jpg"].offset_data,
+        "size": members["jpg"].size,
+        "width": width,
+        "height": height,
+        "caption": caption,
+    }
+
+
+def _known(manifest: Path) -> dict[tuple[str, int, int], tuple[dict[str, Any], pa.Table]]:
+    """Shards of the present manifest with their samples, by path, size and time of change."""
+    if not (manifest / SHARDS_FILE).exists():
+        return {}
+    samples = pq.read_table(manifest / SAMPLES_FILE, schema=SAMPLE_SCHEMA)
+    known, start = {}, 0
+    for shard in pq.read_table(manifest / SHARDS_FILE, schema=SHARD_SCHEMA).to_pylist():
+        known[shard["path"], shard["bytes"], shard["modified_ns"]] = (shard, samples.slice(start, shard["samples"]))
+        start += shard["samples"]
+    return known
