@@ -235,6 +235,8 @@ def take_over_alone(folder: Path, report: Report) -> None:
     found["no_average"] = failure(lambda: read_weights(path, "ema"))
     bare.load(path, run.engine, run.ema)
     found["average_restarts"] = same_bits(run.ema_weights(), without.model_weights())
+    for each in (run, without):
+        each.engine.close()
     report(found)
 
 

@@ -47,6 +47,7 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
         results[f"passengers-{stage}"] = carried_passengers(stage)
         results[f"ema-{stage}"] = averaged(stage)
     results["foreign"] = foreign_weights()
+    results["twice"] = one_module_in_two_engines()
     report(results)
 
 
@@ -173,13 +174,33 @@ def averaged(stage: int) -> dict[str, Any]:
     return results
 
 
-def foreign_weights() -> str:
-    module = Toy(seed=distributed.rank())
+def one_module_in_two_engines() -> dict[str, Any]:
+    """A closed engine leaves nothing on its module that would act in the next."""
+    flows, module, other = CHANGING_FLOWS, Toy(), Toy()
+    changes = {"gradient_scale_mode": "gradient", "zero_stage": 2}
+    Engine(module, toy_groups(module), settings(**changes)).close()
+    weights = []
+    for each in (module, other):
+        engine = Engine(each, toy_groups(each), settings(**changes))
+        for step in range(len(flows)):
+            train_step(engine, step, flows[step])
+        weights.append(full_weights(engine))
+        unfinished = failure(lambda engine=engine: engine.step(1.0))
+        engine.close()
+    return {"same": same_bits(*weights), "unfinished": unfinished}
+
+
+def failure(action: Callable[[], Any]) -> str:
     try:
-        Engine(module, toy_groups(module), settings()).close()
+        action()
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def foreign_weights() -> str:
+    module = Toy(seed=distributed.rank())
+    return failure(lambda: Engine(module, toy_groups(module), settings()).close())
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -245,6 +266,16 @@ def test_average_equals_the_formula_on_full_tensors(results: list[dict[str, Any]
 def test_different_starting_weights_are_refused_on_every_rank(results: list[dict[str, Any]]) -> None:
     for rank in results:
         assert ("different weights" in rank["foreign"]) == (len(results) > 1)
+
+
+def test_a_closed_engine_leaves_its_module_clean(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert rank["twice"]["same"]
+
+
+def test_a_step_needs_complete_gradients(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert "last=True" in rank["twice"]["unfinished"]
 
 
 def test_words_between_ranks(results: list[dict[str, Any]]) -> None:

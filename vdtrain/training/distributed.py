@@ -5,10 +5,12 @@ A run is started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PRO
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+
+from vdtrain.training.deepspeed_import import import_deepspeed
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which Linux hands out ports to outgoing connections.
@@ -48,6 +52,9 @@ def start(device: str, timeout_seconds: float = 1800.0) -> Place:
     # DeepSpeed takes the device of a process from LOCAL_RANK.
     launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
     os.environ.update(launch)
+    # Before there is a group: some modules of PyTorch that it imports take the world group of that moment as a default,
+    # and would keep it alive beyond `finish`.
+    import_deepspeed(place.device.type)
     timeout = timedelta(seconds=timeout_seconds)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
@@ -83,9 +90,16 @@ def launch_variables() -> dict[str, str]:
 
 
 def finish() -> None:
-    """Leave the process group; every process must come here, or end by an error."""
+    """Leave the process group; every process must come here, engines closed, or end by an error.
+
+    A gloo thread that outlives the interpreter's objects aborts the process now and then, so that every reference to
+    the groups must go first, those that DeepSpeed keeps among them.
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed: Any = sys.modules.get("deepspeed.comm")
+        started = deepspeed is not None and deepspeed.is_initialized()
+        (deepspeed if started else dist).destroy_process_group()
+        gc.collect()
 
 
 def rank() -> int:

@@ -11,11 +11,8 @@ Everything that DeepSpeed keeps private is read here and nowhere else.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vdtrain.training import distributed
+from vdtrain.training.deepspeed_import import DEEPSPEED_VERSION, import_deepspeed
 from vdtrain.training.engine_settings import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings, deepspeed_configuration
 from vdtrain.training.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT, GroupLayout, Partition, RowReader, cut
 
 __all__ = ["Engine", "EngineSettings", "StepReport"]
 
-DEEPSPEED_VERSION = "0.19.8"
 # ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
 # takes for ZeRO 1 with float32 accumulation, under the second.
 MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -80,15 +77,18 @@ class Engine:
         if distributed.rank() == 0:
             self.passengers = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
         self._scales = {group: float(settings.gradient_scales.get(group, 1.0)) for group in groups}
-        if settings.gradient_scale_mode == GRADIENT_MODE:
-            for group, parameters in groups.items():
-                for parameter in parameters.values():
-                    parameter.register_hook(_multiply_by(self._scales[group]))
+        self._gradient_hooks = [
+            parameter.register_hook(_multiply_by(self._scales[group]))
+            for group, parameters in groups.items()
+            for parameter in parameters.values()
+            if settings.gradient_scale_mode == GRADIENT_MODE
+        ]
 
         layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
         pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
         # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
         exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
+        self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
         device = next(module.parameters()).device
         optimizer = torch.optim.AdamW(
             [{"params": list(parameters.values()), "name": group} for group, parameters in groups.items()],
@@ -98,7 +98,7 @@ class Engine:
             weight_decay=settings.weight_decay,
             fused=device.type == "cuda",
         )
-        deepspeed = _import_deepspeed(device.type)
+        deepspeed = import_deepspeed(device.type)
         with contextlib.redirect_stdout(io.StringIO()):
             configuration = deepspeed_configuration(settings)
             self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=configuration)
@@ -176,9 +176,18 @@ class Engine:
         self._deepspeed.optimizer.update_lp_params()
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the module keeps its last weights."""
+        """Release DeepSpeed's hooks, buffers and process groups; the module keeps its last weights."""
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed.destroy()
+        # What DeepSpeed leaves behind on the module would keep its engine, and the process groups, alive.
+        forward_hooks = (self._deepspeed.module_forward_pre_hook, self._deepspeed.module_forward_post_hook)
+        for hook in (*forward_hooks, *self._gradient_hooks):
+            hook.remove()
+        for name, parameter in self.module.named_parameters():
+            for attribute in vars(parameter).keys() - self._attributes[name]:
+                delattr(parameter, attribute)
+        del self._deepspeed, self._optimizer
+        self._partitions = []
 
     @property
     def _states(self) -> list[dict[str, Tensor]]:
@@ -201,6 +210,7 @@ class Engine:
             for master, weights in zip(masters, exact, strict=True)
         )
         if not distributed.all_agree(fits):
+            self.close()
             raise RuntimeError(
                 "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes "
                 f"started from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
@@ -237,30 +247,3 @@ def _masters(optimizer: Any) -> list[Tensor]:
         f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}; "
         f"install deepspeed=={DEEPSPEED_VERSION}"
     )
-
-
-def _import_deepspeed(device_type: str) -> Any:
-    """Import DeepSpeed for a kind of device, without building anything: a machine may have no compiler."""
-    # Otherwise it searches for an accelerator and warns that it found none.
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
-    deepspeed: Any = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Said to be unavailable, its shared-memory collectives are neither compiled nor used; gloo does their work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _dynamo_disabled():
-        # Muon's module compiles functions as it is imported, which costs seconds and is never used here.
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _dynamo_disabled() -> Iterator[None]:
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before

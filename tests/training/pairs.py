@@ -1,0 +1,38 @@
+"""A small indexed picture set, written as tar shards directly, for tests that train."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from data_pipeline.index import index
+from data_pipeline.shapes import caption, draw, sample_scene
+
+
+def write_shard(path: Path, count: int, seed: int, pixels: int = 64) -> None:
+    """A finished tar shard as img2dataset leaves it."""
+    generator = np.random.default_rng(seed)
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(count):
+            scene = sample_scene(generator)
+            picture = io.BytesIO()
+            Image.fromarray(draw(scene, pixels)).save(picture, "JPEG", quality=95)
+            text = caption(scene, generator)
+            described = {"url": f"http://127.0.0.1/{path.stem}/{number}", "caption": text, "exif": "{}"}
+            sample = {"jpg": picture.getvalue(), "txt": text.encode(), "json": json.dumps(described).encode()}
+            writer.write({"__key__": f"{number:06d}", **sample})
+    path.with_name(path.stem + "_stats.json").write_text(json.dumps({"status_dict": {"success": count}}))
+
+
+def write_pairs(folder: Path, shards: int = 2, count: int = 40) -> Path:
+    """Write shards and their manifest; returns the manifest's path."""
+    (folder / "shards").mkdir(parents=True)
+    for number in range(shards):
+        write_shard(folder / "shards" / f"{number:06d}.tar", count, seed=number)
+    index({"drawn": folder / "shards"}, folder / "manifest")
+    return folder / "manifest"

@@ -1,0 +1,198 @@
+"""The trainer on the tiny preset: the same step on any number of ranks, an unbroken curriculum, exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vdtrain.compose import ConfigError, compose, to_object
+from vdtrain.config import TrainConfig
+from vdtrain.diffusion.draws import StepDraws
+from vdtrain.diffusion.objective import Objective
+from vdtrain.flows import Flow
+from vdtrain.training import distributed
+from vdtrain.training.checkpoints import read_trainer_state, read_weights
+from vdtrain.training.curriculum import find_start
+from vdtrain.training.tracking import read_metrics
+from vdtrain.training.trainer import Trainer
+
+STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
+BATCH, STEPS = 8, 3
+MINIATURE = [
+    "model=tiny",
+    "data=shapes",
+    "hardware=cpu",
+    "tracking=none",
+    f"stage.global_batch_size={BATCH}",
+    "hardware.micro_batch_size={32:4,64:2}",
+    "optimizer.warmup_samples=0",
+    # Large enough that the clipped and the unclipped gradient differ.
+    "optimizer.gradient_clip=0.5",
+    "log_every_steps=1",
+]
+
+
+def phases(low: int, high: int) -> str:
+    first, second = ({"resolution": side, "samples": steps * BATCH} for side, steps in ((32, low), (64, high)))
+    kept = [phase for phase in (first, second) if phase["samples"]]
+    return f"stage.phases={json.dumps(kept)}".replace('"', "")
+
+
+def make_trainer(folder: Path, stage: str, *overrides: str) -> Trainer:
+    settings = [*MINIATURE, f"stage={stage}", f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
+    document = compose("train", [*settings, *overrides])
+    config = to_object(document, TrainConfig)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    place = distributed.Place(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))
+    return Trainer(config, document, find_start(config, document), place)
+
+
+def newest(folder: Path, run: str) -> Path:
+    return max((folder / "runs" / run / "checkpoints").glob("step-*"))
+
+
+def losses(folder: Path, run: str) -> list[dict[str, float]]:
+    return [record["loss"] for record in read_metrics(folder / "runs" / run)]
+
+
+# What each group of ranks does; every function runs in processes of its own.
+
+
+def four_flow_steps(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """Three four-flow steps from random weights under ZeRO 1 and 2; two micro-batches a step on two ranks."""
+    for zero_stage in (1, 2):
+        name = f"four-{distributed.world_size()}-zero{zero_stage}"
+        overrides = [f"hardware.zero_stage={zero_stage}", "stage.init_from=null", phases(STEPS, 0)]
+        overrides += ["hardware.micro_batch_size={32:2,64:2}"] if distributed.world_size() == 2 else []
+        assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/{name}", *overrides).run()
+    report({})
+
+
+def curriculum(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """The three stages in turn; the loss of every earlier flow at a stage's end and at the next one's start."""
+    seen: list[dict[str, Any]] = []
+    for number, stage in enumerate(STAGES):
+        if number:
+            trainer = make_trainer(folder, stage, phases(2, 1))
+            before = seen[-1]
+            now = {name: fixed_loss(trainer, name, resolution) for name, resolution in before["flows"]}
+            before["next_start"] = list(now.values())
+            trainer.engine.close()
+            trainer.reporter.close()
+        trainer = make_trainer(folder, stage, phases(2, 1))
+        assert trainer.run()
+        flows = [(name, resolution) for name in trainer.flow_names for resolution in (32, 64)]
+        seen.append({"flows": flows, "end": [fixed_loss(trainer, name, resolution) for name, resolution in flows]})
+    report({"stages": seen})
+
+
+def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
+    """Loss of one flow on a fixed batch with fixed noise, timesteps and dropout, to the last bit."""
+    objective = Objective(
+        [Flow.parse(name)], trainer.objective.schedule, trainer.objective.frozen, trainer.config.objective
+    )
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randint(256, (BATCH, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
+    samples = {"image": pictures, "text": [f"a red circle number {index}" for index in range(BATCH)]}
+    draws = StepDraws("fixed", 0, BATCH, slice(0, BATCH), torch.device("cpu"))
+    with torch.no_grad():
+        encoded = objective.encode(samples, resolution, draws)
+        return float(objective.losses(trainer.engine.module, encoded, draws)[name]).hex()
+
+
+def stopped_and_resumed(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """A run of two phases, once without a break and once stopped twice by a signal that only the last rank receives."""
+    overrides = ["stage.init_from=null", phases(4, 3), "checkpoint.every_steps=100"]
+    assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/whole", *overrides).run()
+    ends = []
+    for stop_at in (2, 5, None):
+        trainer = make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/broken", *overrides)
+        step = trainer._step
+
+        def stopping(
+            *arguments: Any, step: Any = step, trainer: Trainer = trainer, stop_at: int | None = stop_at
+        ) -> Any:
+            if trainer.state.step == stop_at and distributed.rank() == distributed.world_size() - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(*arguments)
+
+        trainer._step = stopping  # type: ignore[method-assign]
+        complete = trainer.run()
+        ends.append((trainer.state.step, complete))
+    report({"ends": ends})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pairs import write_pairs
+
+    folder = tmp_path_factory.mktemp("trainer")
+    write_pairs(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_flow_runs(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    run_on_ranks(four_flow_steps, 1, folder)
+    run_on_ranks(four_flow_steps, 2, folder)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_step_on_two_ranks_equals_the_step_on_one(four_flow_runs: None, folder: Path, zero_stage: int) -> None:
+    one, two = (read_weights(newest(folder, f"four-{ranks}-zero{zero_stage}"), "model") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    runs = [losses(folder, f"four-{ranks}-zero{zero_stage}") for ranks in (1, 2)]
+    assert len(runs[0]) == len(runs[1]) == STEPS
+    for first, second in zip(*runs, strict=True):
+        assert first == pytest.approx(second, abs=1e-5)
+
+
+def test_every_group_moved(four_flow_runs: None, folder: Path) -> None:
+    """The comparison above would hold for weights that never changed."""
+    weights = read_weights(newest(folder, "four-2-zero1"), "model")
+    for group in ("data_layers.image", "data_layers.text", "context_layers.image", "context_layers.text"):
+        last = max(
+            name for name in weights if name.startswith(group) and "proj_out.weight" in name or name.startswith(group)
+        )
+        assert any(
+            tensor.any()
+            for name, tensor in weights.items()
+            if name.startswith(group) and "out_layers.3" in name or name == last
+        )
+
+
+def test_losses_are_unbroken_from_stage_to_stage(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    stages = run_on_ranks(curriculum, 2, folder)[0]["stages"]
+    for before in stages[:-1]:
+        assert before["flows"]
+        assert before["next_start"] == before["end"]
+    # The fixed loss is one that training changes.
+    assert stages[0]["end"] != stages[1]["end"][: len(stages[0]["end"])]
+
+
+def test_stopped_runs_go_on_exactly(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    ends = run_on_ranks(stopped_and_resumed, 2, folder)[0]["ends"]
+    assert [complete for _, complete in ends] == [False, False, True]
+    assert ends[0][0] < ends[1][0] < ends[2][0] == 7
+    assert losses(folder, "broken") == losses(folder, "whole")
+    whole, broken = (newest(folder, name) for name in ("whole", "broken"))
+    for kind in ("model", "ema"):
+        expected, found = read_weights(whole, kind), read_weights(broken, kind)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert read_trainer_state(whole)["state"] == read_trainer_state(broken)["state"]
+
+
+def test_a_run_folder_is_not_continued_with_another_model(four_flow_runs: None, folder: Path) -> None:
+    overrides = [f"run_dir={folder}/runs/four-1-zero1", "stage.init_from=null", "seed=1"]
+    document = compose("train", [*MINIATURE, f"stage={STAGES[2]}", phases(STEPS, 0), *overrides])
+    with pytest.raises(ConfigError, match=r"run_dir=.*another seed \(0, now 1\)"):
+        find_start(to_object(document, TrainConfig), document)
