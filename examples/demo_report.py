@@ -1,6 +1,6 @@
 """What the demo's model has learnt: losses.png, samples.png and a table, from the run folders of the three stages.
 
-    python examples/demo_report.py demo/runs demo/report
+python examples/demo_report.py demo/runs demo/report
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from vdtrain.training.tracking import read_metrics
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
 RESOLUTION, STEPS, GUIDANCE_SCALE = 64, 25, 3.0
+# By flow: share of samples with the right colour and with the right shape.
+Accuracy = dict[str, dict[str, float]]
 # Not a seed that any training picture was drawn from.
 EVALUATION_SEED = 20_000
 
@@ -59,7 +62,7 @@ def plot_losses(curves: dict[str, list[tuple[int, float, str, int]]], file: Path
         if curve:
             axes.plot([row[0] for row in curve], [row[1] for row in curve], label=flow, linewidth=1.4)
     longest = curves[FLOWS[0]]
-    for before, after in zip(longest, longest[1:], strict=False):
+    for before, after in pairwise(longest):
         if before[2:] != after[2:]:
             axes.axvline(before[0], color="grey", linewidth=1, linestyle="-" if before[2] != after[2] else ":")
     for stage in STAGES:
@@ -76,7 +79,8 @@ def evaluation_set(count: int, held_out: bool) -> tuple[list[Scene], torch.Tenso
     """Fresh scenes, their pictures uint8 [count, 3, R, R], and their captions."""
     generator = np.random.default_rng(EVALUATION_SEED + held_out)
     scenes = [sample_scene(generator, held_out=held_out) for _ in range(count)]
-    pictures = torch.from_numpy(np.stack([draw(scene, RESOLUTION) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    drawn = np.stack([draw(scene, RESOLUTION) for scene in scenes])
+    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
     return scenes, pictures, [caption(scene, generator) for scene in scenes]
 
 
@@ -87,20 +91,22 @@ def attributes(samples: Any) -> list[tuple[str | None, str | None]]:
     return [caption_attributes(text) for text in samples]
 
 
-def evaluate(model: VersatileDiffusion, count: int, held_out: bool) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+def evaluate(model: VersatileDiffusion, count: int, held_out: bool) -> tuple[dict[str, Any], Accuracy]:
     """Samples of every flow, with their sources, and the accuracy of their colour and shape."""
     scenes, pictures, captions = evaluation_set(count, held_out)
     shown: dict[str, Any] = {"pictures": pictures, "captions": captions}
     accuracy = {}
     for flow in FLOWS:
         inputs: Any = pictures if flow.startswith("image") else captions
-        samples = model.generate(flow, inputs, resolution=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1)
-        found = attributes(samples)
+        samples = model.generate(
+            flow, inputs, resolution=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1
+        )
         shown[flow] = samples
-        accuracy[flow] = {
-            "colour": float(np.mean([colour == scene.colour for (colour, _), scene in zip(found, scenes, strict=True)])),
-            "shape": float(np.mean([shape == scene.shape for (_, shape), scene in zip(found, scenes, strict=True)])),
-        }
+        right = [
+            (colour == scene.colour, shape == scene.shape)
+            for (colour, shape), scene in zip(attributes(samples), scenes, strict=True)
+        ]
+        accuracy[flow] = dict(zip(("colour", "shape"), map(float, np.mean(right, axis=0)), strict=True))
     return shown, accuracy
 
 

@@ -31,7 +31,7 @@ def decode(data: bytes, resolution: int, crop: tuple[float, float]) -> NDArray[n
     """
     try:
         picture = _decode_jpeg(data, resolution) if simplejpeg.is_jpeg(data) else _decode_other(data)
-    except (ValueError, OSError, SyntaxError) as error:
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"cannot decode: {error}") from error
     height, width = picture.shape[:2]
     scale = resolution / min(height, width)

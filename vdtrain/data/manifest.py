@@ -17,26 +17,26 @@ from numpy.typing import NDArray
 
 SAMPLES_FILE, SHARDS_FILE = "samples.parquet", "shards.parquet"
 
-SAMPLE_SCHEMA = pa.schema(
+SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
-        ("uid", pa.string()),  # 128-bit hash of source, URL and caption, hexadecimal
-        ("shard", pa.int32()),  # row in shards.parquet
-        ("offset", pa.int64()),  # of the image file's bytes in the tar
-        ("size", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("caption", pa.string()),
+        pa.field("uid", pa.string()),  # 128-bit hash of source, URL and caption, hexadecimal
+        pa.field("shard", pa.int32()),  # row in shards.parquet
+        pa.field("offset", pa.int64()),  # of the image file's bytes in the tar
+        pa.field("size", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("caption", pa.string()),
     ]
 )
-SHARD_SCHEMA = pa.schema(
+SHARD_SCHEMA: pa.Schema = pa.schema(
     [
-        ("path", pa.string()),
-        ("source", pa.string()),
-        ("bytes", pa.int64()),
-        ("modified_ns", pa.int64()),
-        ("sha256", pa.string()),
-        ("samples", pa.int32()),
-        ("broken", pa.string()),  # JSON: reason -> members left out
+        pa.field("path", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("modified_ns", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("samples", pa.int32()),
+        pa.field("broken", pa.string()),  # JSON: reason -> members left out
     ]
 )
 
@@ -64,7 +64,7 @@ class Manifest:
             raise ManifestError(
                 f"data.manifest={folder}: cannot be read ({error}); run python -m data_pipeline index"
             ) from error
-        self.shards = [folder / path for path in shards["path"].to_pylist()]
+        self.shards = [folder / str(path) for path in shards["path"].to_pylist() if path]
         self.shard: NDArray[np.int32] = samples["shard"].to_numpy()
         self.offset: NDArray[np.int64] = samples["offset"].to_numpy()
         self.size: NDArray[np.int64] = samples["size"].to_numpy().astype(np.int64)

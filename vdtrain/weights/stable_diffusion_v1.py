@@ -97,4 +97,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ConfigError(
             f"stage.init_from={path}: cannot be read as plain tensors ({reason}); convert it to safetensors"
         ) from error
-    return content.get("state_dict", content)
+    tensors: Mapping[str, Tensor] = content.get("state_dict", content)
+    return tensors

@@ -1,0 +1,151 @@
+"""The stream: order, ranks, resume, pictures, and what it does about bad samples."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from data_pipeline.index import index
+from tests.pairs import write_pairs, write_shard
+from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.stream import PairBatch, PairStream, StreamError
+
+BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("stream"), shards=3, count=23)
+
+
+def read(manifest: Path, batches: int, **settings: object) -> list[PairBatch]:
+    stream = PairStream(manifest, **{"seed": 3, "resolution": 32, "global_batch_size": BATCH, **settings})
+    try:
+        return list(islice(stream, batches))
+    finally:
+        stream.close()
+
+
+def same(first: PairBatch, second: PairBatch) -> bool:
+    return (
+        torch.equal(first.samples["image"], second.samples["image"])
+        and first.samples["text"] == second.samples["text"]
+        and torch.equal(first.positions, second.positions)
+    )
+
+
+def test_an_epoch_holds_every_sample_once(manifest: Path) -> None:
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=BATCH)
+    assert len(stream) == 69
+    epochs = [stream.rows_at(np.arange(epoch * 69, (epoch + 1) * 69)).tolist() for epoch in range(3)]
+    stream.close()
+    for rows in epochs:
+        assert sorted(rows) == list(range(69))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_seeds_order_differently(manifest: Path) -> None:
+    first, second = read(manifest, 1)[0], read(manifest, 1, seed=4)[0]
+    assert first.samples["text"] != second.samples["text"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_together_read_the_global_batch(manifest: Path, ranks: int) -> None:
+    whole = read(manifest, 7)
+    parts = [read(manifest, 7, rank=rank, world_size=ranks) for rank in range(ranks)]
+    for number, batch in enumerate(whole):
+        pieces = [part[number] for part in parts]
+        assert torch.equal(torch.cat([piece.samples["image"] for piece in pieces]), batch.samples["image"])
+        assert [caption for piece in pieces for caption in piece.samples["text"]] == batch.samples["text"]
+        assert torch.equal(torch.cat([piece.positions for piece in pieces]), batch.positions)
+
+
+def test_any_number_of_workers_reads_the_same(manifest: Path) -> None:
+    for one, many in zip(
+        read(manifest, 7, workers=1, prefetch=1), read(manifest, 7, workers=4, prefetch=5), strict=True
+    ):
+        assert same(one, many)
+
+
+@pytest.mark.parametrize("done", [1, 5, 6, 11])
+def test_resuming_anywhere_goes_on_as_if_never_stopped(manifest: Path, done: int) -> None:
+    """Positions beyond 69 lie in the second epoch."""
+    whole = read(manifest, 13)
+    resumed = read(manifest, 13 - done, start=done * BATCH)
+    for expected, found in zip(whole[done:], resumed, strict=True):
+        assert same(expected, found)
+
+
+def test_pairs_stay_together(manifest: Path) -> None:
+    """Each caption comes with the picture that stands beside it in the shard, read by another library."""
+    own = {}
+    for shard in Manifest(manifest).shards:
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgb8"):
+            own.setdefault(sample["txt"], []).append(sample["jpg"])
+    for batch in read(manifest, 3, resolution=64):
+        for picture, caption in zip(batch.samples["image"], batch.samples["text"], strict=True):
+            differences = [
+                np.abs(picture.permute(1, 2, 0).numpy().astype(int) - other).mean() for other in own[caption]
+            ]
+            assert min(differences) < 1
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_pictures_have_the_phases_resolution(manifest: Path, resolution: int) -> None:
+    (batch,) = read(manifest, 1, resolution=resolution)
+    assert batch.samples["image"].shape == (BATCH, 3, resolution, resolution)
+    assert batch.samples["image"].dtype == torch.uint8
+
+
+def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "000000.tar", 10, seed=0, pixels=48)
+    write_shard(tmp_path / "shards" / "000001.tar", 10, seed=1, pixels=64)
+    index({"drawn": tmp_path / "shards"}, tmp_path / "manifest")
+    for resolution, expected in ((32, 20), (64, 10)):
+        stream = PairStream(tmp_path / "manifest", seed=0, resolution=resolution, global_batch_size=2)
+        assert len(stream) == expected
+        stream.close()
+    with pytest.raises(ManifestError, match="none of 20 pictures has a side of 128"):
+        PairStream(tmp_path / "manifest", seed=0, resolution=128, global_batch_size=2)
+
+
+def damage(manifest: Path, rows: list[int]) -> None:
+    content = Manifest(manifest)
+    for row in rows:
+        with content.shards[content.shard[row]].open("r+b") as file:
+            file.seek(int(content.offset[row]))
+            file.write(bytes(int(content.size[row])))
+
+
+def test_a_bad_sample_is_replaced_in_the_same_way_everywhere(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path, shards=2, count=20)
+    damage(manifest, [7])
+    whole = read(manifest, 4, global_batch_size=10)
+    halves = [read(manifest, 4, global_batch_size=10, rank=rank, world_size=2) for rank in (0, 1)]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([half[number].samples["image"] for half in halves]), batch.samples["image"])
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=40)
+    next(iter(stream))
+    assert sum(stream.replaced.values()) >= 1
+    stream.close()
+
+
+def test_too_many_bad_samples_stop_the_stream(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path, shards=2, count=40)
+    damage(manifest, list(range(0, 80, 2)))
+    with pytest.raises(StreamError, match="samples were bad"):
+        read(manifest, 10, global_batch_size=40)
+
+
+def test_a_shard_that_has_gone_is_named(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path, shards=1, count=20)
+    Manifest(manifest).shards[0].unlink()
+    with pytest.raises(StreamError, match=r"000000\.tar: No such file.*index the shards again"):
+        read(manifest, 1)
