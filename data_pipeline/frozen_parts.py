@@ -46,7 +46,7 @@ CAPTIONS = 20_000
 
 RECIPES = {
     "image_vae": Recipe(steps=9000, batch=16, learning_rate=2e-3),
-    "optimus": Recipe(steps=4000, batch=64, learning_rate=1e-3),
+    "optimus": Recipe(steps=6000, batch=64, learning_rate=1.5e-3),
     "clip": Recipe(steps=2000, batch=128, learning_rate=1e-3),
 }
 
