@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,8 +44,7 @@ def _download(data: DataConfig) -> None:
     from data_pipeline.download import DownloadError, download
 
     try:
-        for name, source in data.sources.items():
-            download(name, source, data.download)
+        download(data.sources, data.download)
     except DownloadError as error:
         raise ConfigError(str(error)) from error
 
@@ -68,6 +68,8 @@ def _serve(data: DataConfig) -> None:
     from data_pipeline.picture_set import serve
 
     shapes = _shapes(data)
+    # Stopped by `kill` as by Ctrl-C: this is how it ends, and no failure.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt):
             serve(shapes)
@@ -99,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         VERBS[verb](config.data)
         return 0
 
-    return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:])
+    try:
+        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:])
+    except KeyboardInterrupt:
+        print("stopped; run it again to continue", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,58 +7,66 @@ So the URLs are checked first, shards without statistics are removed before, and
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from data_pipeline.sources import Columns, metadata_files, resolve_columns
+from data_pipeline.url_list import write_url_list
 from vdtrain.config import DownloadConfig, SourceConfig
 
 OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml")
-LOCAL_NAMES = ("localhost", "localhost.localdomain")
+# Reads from a pipe that only the parent holds open: when the parent is gone, however it went, the group is killed.
+END_WITH_PARENT = 'exec 3<&0; (read -r line <&3; kill -KILL 0) & exec "$@" 3<&- </dev/null'
 
 
 class DownloadError(RuntimeError):
     """A download that did not do what was planned; the message is one line."""
 
 
-def download(name: str, source: SourceConfig, config: DownloadConfig) -> None:
-    """Download one source; run again after any interruption, it does what is missing.
+@dataclass(frozen=True)
+class Job:
+    """One source's download: `planned` shards out of the parquet files in `urls`."""
+
+    name: str
+    shards: Path
+    urls: Path
+    columns: Columns
+    planned: int
+
+
+def download(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> None:
+    """Download sources beside each other; run again after any interruption, it does what is missing.
 
     Raises:
-        ConfigError: metadata missing or of another schema.
-        DownloadError: another download holds the folder, img2dataset failed, or shards are missing at its end.
+        ConfigError: metadata missing or of another schema, or a plan that shards were made by has changed.
+        DownloadError: another download holds a folder, img2dataset failed, or shards are missing at its end.
     """
-    setting = f"data.sources.{name}"
-    files = metadata_files(f"{setting}.metadata", source.metadata)
-    columns = resolve_columns(setting, source.schema, files[0])
-    shards = Path(source.shards)
-    shards.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(shards):
-        urls = shards.with_name(shards.name + ".urls")
-        rows = _checked_urls(files, columns, urls, config.allow_loopback)
-        planned = -(-rows // config.samples_per_shard)
-        if len(finished(shards)) < planned:
-            _remove_unfinished(shards)
-            _run(_command(urls, shards, columns, config), shards, planned, name, config.max_image_pixels)
-        done = finished(shards)
-        if len(done) < planned:
-            raise DownloadError(f"{setting}: img2dataset left {planned - len(done)} of {planned} shards; run it again")
-        print(f"{name}: {summary(done)}")
+    with ExitStack() as locks:
+        jobs = []
+        for name, source in sources.items():
+            setting = f"data.sources.{name}"
+            files = metadata_files(f"{setting}.metadata", source.metadata)
+            columns = resolve_columns(setting, source.schema, files[0])
+            shards = Path(source.shards)
+            shards.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(shards))
+            urls = shards.with_name(shards.name + ".urls")
+            rows = write_url_list(urls, files, columns, config, begun=bool(finished(shards)))
+            jobs.append(Job(name, shards, urls, columns, planned=-(-rows // config.samples_per_shard)))
+        _run([job for job in jobs if len(finished(job.shards)) < job.planned], config)
+        for job in jobs:
+            _check(job)
 
 
 def finished(shards: Path) -> list[Path]:
@@ -78,67 +86,15 @@ def summary(statistics: Sequence[Path]) -> str:
     )
 
 
-def url_problem(url: str | None, allow_loopback: bool) -> str | None:
-    """Why a URL must not be fetched, or None: only http and https, and no address inside one's own network."""
-    try:
-        parts = urlsplit(url or "")
-        host = parts.hostname
-    except ValueError:
-        return "malformed URL"
-    if parts.scheme not in ("http", "https") or not host:
-        return "not http or https"
-    if host in LOCAL_NAMES:
-        return None if allow_loopback else "loopback host"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    if address.is_loopback:
-        return None if allow_loopback else "loopback host"
-    return None if address.is_global else "private address"
-
-
-def _checked_urls(files: Sequence[Path], columns: Columns, folder: Path, allow_loopback: bool) -> int:
-    """Write the rows whose URL may be fetched to `folder`, file by file; their number. Written once and kept."""
-    marker = folder / "checked.json"
-    fingerprint = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    if marker.exists() and (earlier := json.loads(marker.read_text()))["files"] == fingerprint:
-        return int(earlier["rows"])
-    if folder.exists() and any(folder.iterdir()) and marker.exists():
-        # img2dataset numbers its shards by row: other rows under the same numbers would mix two sets.
-        raise DownloadError(f"{folder}: the metadata has changed since the download began; give another shards folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    wanted = [columns.url, columns.caption, *columns.kept]
-    refused: Counter[str] = Counter()
-    rows = 0
-    for number, file in enumerate(files):
-        with pq.ParquetFile(file) as parquet:
-            schema = pa.schema([parquet.schema_arrow.field(column) for column in wanted])
-            with pq.ParquetWriter(folder / f"{number:05d}.parquet", schema) as writer:
-                for batch in parquet.iter_batches(columns=wanted):
-                    problems = [url_problem(url, allow_loopback) for url in batch.column(columns.url).to_pylist()]
-                    refused.update(problem for problem in problems if problem)
-                    kept = batch.filter(pa.array([problem is None for problem in problems]))
-                    writer.write_batch(kept.select(wanted))
-                    rows += len(kept)
-    draft = marker.with_suffix(".tmp")
-    draft.write_text(json.dumps({"files": fingerprint, "rows": rows, "refused": refused}))
-    os.replace(draft, marker)
-    if refused:
-        print(f"{folder}: refused {dict(refused)}")
-    return rows
-
-
-def _command(urls: Path, shards: Path, columns: Columns, config: DownloadConfig) -> list[str]:
+def _command(job: Job, config: DownloadConfig) -> list[str]:
     options = {
-        "url_list": urls,
+        "url_list": job.urls,
         "input_format": "parquet",
-        "url_col": columns.url,
-        "caption_col": columns.caption,
-        "save_additional_columns": json.dumps(list(columns.kept)),
+        "url_col": job.columns.url,
+        "caption_col": job.columns.caption,
+        "save_additional_columns": json.dumps(list(job.columns.kept)),
         "output_format": "webdataset",
-        "output_folder": shards,
+        "output_folder": job.shards,
         "distributor": config.distributor,
         "processes_count": config.processes,
         "thread_count": config.threads,
@@ -159,33 +115,82 @@ def _command(urls: Path, shards: Path, columns: Columns, config: DownloadConfig)
     return [sys.executable, "-m", "img2dataset.main", *(f"--{key}={value}" for key, value in options.items())]
 
 
-def _run(command: Sequence[str], shards: Path, planned: int, name: str, max_pixels: int) -> None:
-    """Run img2dataset to its end, showing the shards as they come; whatever happens here, its processes end."""
-    log = shards.with_name(shards.name + ".log")
+def _run(jobs: Sequence[Job], config: DownloadConfig) -> None:
+    """Run img2dataset for every job to its end, showing the shards as they come."""
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(disable=not sys.stdout.isatty()))
+        running = {}
+        for job in jobs:
+            _remove_unfinished(job.shards)
+            running[job] = stack.enter_context(_img2dataset(job, config))
+        tasks = {job: progress.add_task(f"download {job.name}", total=job.planned) for job in jobs}
+        while running:
+            time.sleep(0.2)
+            for job, process in list(running.items()):
+                progress.update(tasks[job], completed=len(finished(job.shards)))
+                if process.poll() is None:
+                    continue
+                del running[job]
+                if process.returncode != 0:
+                    log = _log(job)
+                    lines = log.read_text().splitlines() or ["no output"]
+                    raise DownloadError(
+                        f"{job.name}: img2dataset ended with status {process.returncode}: {lines[-1]} (see {log})"
+                    )
+
+
+@contextmanager
+def _img2dataset(job: Job, config: DownloadConfig) -> Iterator[subprocess.Popen[bytes]]:
+    """img2dataset in a process group that ends with this block, and with this process however it ends."""
     environment = {
         **os.environ,
         "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the package index at every import
-        "OPENCV_IO_MAX_IMAGE_PIXELS": str(max_pixels),  # refuses a decompression bomb before decoding it
+        "OPENCV_IO_MAX_IMAGE_PIXELS": str(config.max_image_pixels),  # refuses a decompression bomb before decoding it
         "OMP_NUM_THREADS": "1",
     }
-    with log.open("w") as output:
+    command = ["sh", "-c", END_WITH_PARENT, "sh", *_command(job, config)]
+    with _log(job).open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         try:
-            with Progress(disable=not sys.stdout.isatty()) as progress:
-                task = progress.add_task(f"download {name}", total=planned)
-                while process.poll() is None:
-                    progress.update(task, completed=len(finished(shards)))
-                    time.sleep(0.2)
+            yield process
         finally:
             # Its workers outlive it when it is killed, and would go on writing.
-            with _ignoring_missing():
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode != 0:
-        lines = log.read_text().splitlines() or ["no output"]
-        raise DownloadError(f"{name}: img2dataset ended with status {process.returncode}: {lines[-1]} (see {log})")
+            process.communicate()
+
+
+def _log(job: Job) -> Path:
+    return job.shards.with_name(job.shards.name + ".log")
+
+
+def _check(job: Job) -> None:
+    """Say what a job made.
+
+    Raises:
+        DownloadError: shards are missing, or some hold no picture; those are removed, to be downloaded again.
+    """
+    done = finished(job.shards)
+    if len(done) < job.planned:
+        raise DownloadError(
+            f"{job.shards}: {job.planned - len(done)} of {job.planned} shards are missing; run it again"
+        )
+    # A server or a network that was away fails every picture, and img2dataset would never try such a shard again.
+    empty = [file for file in done if json.loads(file.read_text())["successes"] == 0]
+    if empty:
+        reasons = summary(empty)
+        for file in empty:
+            file.unlink()
+        _remove_unfinished(job.shards)
+        raise DownloadError(f"{job.shards}: {reasons}; see that the addresses can be reached and run it again")
+    print(f"{job.name}: {summary(done)}")
 
 
 def _remove_unfinished(shards: Path) -> None:
@@ -204,11 +209,3 @@ def _locked(shards: Path) -> Iterator[None]:
         except OSError as error:
             raise DownloadError(f"{shards}: another download is writing there; wait for it or stop it") from error
         yield
-
-
-@contextmanager
-def _ignoring_missing() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        return

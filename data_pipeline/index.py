@@ -53,7 +53,8 @@ def index(sources: Mapping[str, Path], manifest: Path) -> None:
     found = [(source, path) for source, folder in sources.items() for path in sorted(folder.glob("*.tar"))]
     if not found:
         raise ShardError(f"data.sources: no .tar in {', '.join(map(str, sources.values()))}; run the download first")
-    samples, shards = [], []
+    samples: list[pa.Table] = []
+    shards: list[dict[str, Any]] = []
     for source, path in track(found, "index"):
         if not path.with_name(path.stem + "_stats.json").exists():
             logger.warning("%s is passed over: its download has not finished", path)

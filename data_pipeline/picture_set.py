@@ -30,37 +30,37 @@ JPEG_QUALITY = 95
 # Share of the pictures that the LAION table lists; the COYO table lists the others.
 LAION_SHARE = 0.6
 
-LAION_SCHEMA = pa.schema(
+LAION_SCHEMA: pa.Schema = pa.schema(
     [
-        ("SAMPLE_ID", pa.int64()),
-        ("URL", pa.string()),
-        ("TEXT", pa.string()),
-        ("HEIGHT", pa.int32()),
-        ("WIDTH", pa.int32()),
-        ("LICENSE", pa.string()),
-        ("NSFW", pa.string()),
-        ("similarity", pa.float64()),
+        pa.field("SAMPLE_ID", pa.int64()),
+        pa.field("URL", pa.string()),
+        pa.field("TEXT", pa.string()),
+        pa.field("HEIGHT", pa.int32()),
+        pa.field("WIDTH", pa.int32()),
+        pa.field("LICENSE", pa.string()),
+        pa.field("NSFW", pa.string()),
+        pa.field("similarity", pa.float64()),
     ]
 )
-COYO_SCHEMA = pa.schema(
+COYO_SCHEMA: pa.Schema = pa.schema(
     [
-        ("id", pa.int64()),
-        ("url", pa.string()),
-        ("text", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("image_phash", pa.string()),
-        ("text_length", pa.int64()),
-        ("word_count", pa.int64()),
-        ("num_tokens_bert", pa.int64()),
-        ("num_tokens_gpt", pa.int64()),
-        ("num_faces", pa.int64()),
-        ("clip_similarity_vitb32", pa.float64()),
-        ("clip_similarity_vitl14", pa.float64()),
-        ("nsfw_score_opennsfw2", pa.float64()),
-        ("nsfw_score_gantman", pa.float64()),
-        ("watermark_score", pa.float64()),
-        ("aesthetic_score_laion_v2", pa.float64()),
+        pa.field("id", pa.int64()),
+        pa.field("url", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("image_phash", pa.string()),
+        pa.field("text_length", pa.int64()),
+        pa.field("word_count", pa.int64()),
+        pa.field("num_tokens_bert", pa.int64()),
+        pa.field("num_tokens_gpt", pa.int64()),
+        pa.field("num_faces", pa.int64()),
+        pa.field("clip_similarity_vitb32", pa.float64()),
+        pa.field("clip_similarity_vitl14", pa.float64()),
+        pa.field("nsfw_score_opennsfw2", pa.float64()),
+        pa.field("nsfw_score_gantman", pa.float64()),
+        pa.field("watermark_score", pa.float64()),
+        pa.field("aesthetic_score_laion_v2", pa.float64()),
     ]
 )
 
@@ -94,9 +94,7 @@ def write_picture_set(config: ShapesConfig) -> None:
     draft = marker.with_suffix(".tmp")
     draft.write_text(json.dumps(settings))
     os.replace(draft, marker)
-    print(
-        f"{folder}: {config.pictures:,} pictures, {len(laion):,} in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet"
-    )
+    print(f"{folder}: {len(laion):,} pictures in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
 
 
 def serve(config: ShapesConfig) -> None:

@@ -145,7 +145,7 @@ def outline(shape: str) -> npt.NDArray[np.float64]:
     if shape == "triangle":
         return np.array([(0.0, -0.46), (0.5, 0.42), (-0.5, 0.42)])
     if shape == "star":
-        return _ring(np.tile([0.54, 0.54 * STAR_INNER_RADIUS], 5)) + np.array([0.0, 0.04])
+        return np.add(_ring(np.tile([0.54, 0.54 * STAR_INNER_RADIUS], 5)), (0.0, 0.04))
     if shape == "cross":
         a, b = CROSS_ARM / 2, 0.5
         return np.array(
@@ -186,7 +186,7 @@ def _ring(radii: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _turned(points: npt.NDArray[np.float64], degrees: float) -> npt.NDArray[np.float64]:
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return np.asarray(points @ np.array([[cosine, -sine], [sine, cosine]]), dtype=np.float64)
+    return np.stack([points[:, 0] * cosine + points[:, 1] * sine, points[:, 1] * cosine - points[:, 0] * sine], axis=1)
 
 
 def _shifted(colour: tuple[int, int, int], by: tuple[int, ...]) -> tuple[int, ...]:

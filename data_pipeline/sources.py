@@ -86,7 +86,8 @@ def resolve_columns(setting: str, schema_name: str, file: Path) -> Columns:
             if alias in spelt:
                 return spelt[alias]
         raise ConfigError(
-            f"{setting}.metadata: {file} has no {kind} column ({' or '.join(aliases)}), only {', '.join(spelt.values())}"
+            f"{setting}.metadata: {file} has no {kind} column ({' or '.join(aliases)}), only "
+            f"{', '.join(spelt.values())}; give metadata of the schema {schema_name}"
         )
 
     kept = tuple(spelt[name] for name in schema.kept if name in spelt)
