@@ -17,11 +17,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-RunOnRanks = Callable[..., list[dict[str, Any]]]
-
 
 @pytest.fixture(scope="session")
-def run_on_ranks() -> RunOnRanks:
+def run_on_ranks() -> Callable[..., list[dict[str, Any]]]:
     """run_on_ranks(function, ranks, folder): what `function(folder, report)` reported on each rank.
 
     The function belongs to a test module and is looked up there by name. Starting costs seconds, so that one run should

@@ -12,10 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunOnRanks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import Toy, difference, flip_byte, full_weights, gather, same_bits, settings, toy_groups, train_step
+from toy import (
+    RunOnRanks,
+    Toy,
+    difference,
+    flip_byte,
+    full_weights,
+    gather,
+    same_bits,
+    settings,
+    toy_groups,
+    train_step,
+)
 
 from vdtrain.training import checkpoints, distributed
 from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, shard_name

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import RunOnRanks
 from torch import Tensor
 from toy import (
     CHANGING_FLOWS,
     FLOWS,
+    RunOnRanks,
     Toy,
     difference,
     full_weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vdtrain.training.partitions import GroupLayout
 MODALITIES = ("image", "text")
 # (output, context)
 ToyFlow = tuple[str, str]
+RunOnRanks = Callable[..., list[dict[str, Any]]]
 FLOWS: list[ToyFlow] = [(output, context) for output in MODALITIES for context in MODALITIES]
 # Every group misses a step, one of them the last.
 CHANGING_FLOWS: list[list[ToyFlow]] = [FLOWS, [("image", "text")], [("text", "image"), ("text", "text")], FLOWS[:1]]
