@@ -142,14 +142,12 @@ class CheckpointStore:
 
     def _verify(self, path: Path) -> Index:
         """Check every file of a checkpoint, each process its share of them."""
-        index = Index.read(path)
         if path not in self._verified:
-            share = sorted(index.files)[distributed.rank() :: distributed.world_size()]
-            damages = [damage for damage in distributed.gather_json(index.damage(path, share)) if damage]
+            damages = [damage for damage in distributed.gather_json(_damage_in_own_share(path)) if damage]
             if damages:
                 raise CheckpointError(damages[0])
             self._verified.add(path)
-        return index
+        return Index.read(path)
 
     def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
         """Run `action` on every process; its results by rank, or an error on every process if any of them failed."""
@@ -213,6 +211,15 @@ class CheckpointStore:
                 shutil.rmtree(draft)
             else:
                 draft.unlink()
+
+
+def _damage_in_own_share(path: Path) -> str | None:
+    """Check the index and this process's share of the files: one line about what is damaged, if anything is."""
+    try:
+        index = Index.read(path)
+    except CheckpointError as error:
+        return str(error)
+    return index.damage(path, sorted(index.files)[distributed.rank() :: distributed.world_size()])
 
 
 def _write_own_files(draft: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, dict[str, Any]]:
