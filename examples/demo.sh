@@ -6,8 +6,8 @@ set -euo pipefail
 
 # How long each stage trains, in multiples of the miniature curriculum (conf/model/tiny.yaml).
 case "${DEMO_LENGTH:-short}" in
-    short) scales=(1 1 1) ;;
-    long) scales=(8 8 8) ;;
+    short) scales=(1 1 1) samples=64 ;;
+    long) scales=(8 8 8) samples=200 ;;
     *) echo "error: DEMO_LENGTH=$DEMO_LENGTH: choose short or long" >&2; exit 2 ;;
 esac
 runs=demo/runs-${DEMO_LENGTH:-short}
@@ -35,4 +35,4 @@ train stage=stage3_four_flow stage.samples_scale="${scales[2]}"
 # 4. Make a picture from a caption, then measure all four flows.
 vdtrain sample checkpoint="$runs/stage3_four_flow" flow=text-to-image resolution=64 guidance_scale=3 \
     'inputs=["a red circle on a white background", "a large blue star"]' output_dir="$runs/samples"
-python examples/demo_report.py "$runs" "$runs"
+python examples/demo_report.py "$runs" "$samples"

@@ -149,13 +149,12 @@ def print_table(losses: dict[str, tuple[float, float]], seen: dict[str, Any], he
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def main(runs: str, report: str, count: int = 128) -> None:
+def main(runs: str, samples_per_flow: str = "64") -> None:
     torch.set_num_threads(2)
-    folder = Path(report)
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = loss_curves(Path(runs))
+    folder, count = Path(runs), int(samples_per_flow)
+    curves = loss_curves(folder)
     plot_losses(curves, folder / "losses.png")
-    model = VersatileDiffusion.from_checkpoint(str(Path(runs) / STAGES[-1]))
+    model = VersatileDiffusion.from_checkpoint(str(folder / STAGES[-1]))
     shown, seen = evaluate(model, count, held_out=False)
     _, held_out = evaluate(model, count // 2, held_out=True)
     plot_samples(shown, folder / "samples.png")
@@ -172,4 +171,4 @@ def main(runs: str, report: str, count: int = 128) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])

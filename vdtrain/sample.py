@@ -17,7 +17,7 @@ from vdtrain.config import SampleConfig
 USAGE = """\
 Usage: vdtrain sample checkpoint=RUN flow=FLOW 'inputs=["...", "..."]' [SETTING=VALUE ...]
 
-Make one sample per input. FLOW is text-to-image, image-to-image, image-to-text or text-to-text; inputs are captions
+Make samples from inputs. FLOW is text-to-image, image-to-image, image-to-text or text-to-text; inputs are captions
 or picture files, by the flow's context.
 
   --help              this text
@@ -32,7 +32,7 @@ Settings:
   weights             ema (averaged) or model (as trained)
   output_dir          where 0000.png ... or captions.txt go
   resolution          side of the pictures in pixels
-  steps, guidance_scale, seed, device, threads
+  samples_per_input, steps, guidance_scale, seed, device, threads
 """
 
 
@@ -53,7 +53,8 @@ def sample(config: SampleConfig, document: DictConfig) -> int:
     for modality in (context, output):
         if modality not in MEDIA:
             raise ConfigError(f"flow={config.flow}: no files are known for {modality!r}, only for {', '.join(MEDIA)}")
-    inputs = MEDIA[context].read(config.inputs, config.resolution)
+    repeated = [given for given in config.inputs for _ in range(config.samples_per_input)]
+    inputs = MEDIA[context].read(repeated, config.resolution)
     interactive = sys.stdout.isatty()
     samples = model.generate(
         config.flow,

@@ -1,0 +1,60 @@
+"""Every command that the README and the demo show is one that the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.__main__ import main as data_pipeline_main
+from vdtrain.cli import main as vdtrain_main
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[str]:
+    """Command lines in the README, in the demo and in the help of the verbs, joined at backslashes."""
+    readme = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    demo = (ROOT / "examples" / "demo.sh").read_text()
+    helps = "\n".join((ROOT / "vdtrain" / f"{verb}.py").read_text() for verb in ("train", "sample"))
+    lines = re.sub(r"\\\n\s*", " ", "\n".join((readme, demo, helps))).splitlines()
+    shown = (line.strip().split("  #")[0].removesuffix(" &") for line in lines)
+    starts = ("vdtrain ", "python -m data_pipeline ", "torchrun ")
+    return sorted({line for line in shown if line.startswith(starts) and "..." not in line and "VERB" not in line})
+
+
+def run(command: str) -> int:
+    words = [re.sub(r"\$\{?runs\}?|\$\{scales\[\d\]\}", "1", word) for word in shlex.split(command) if word != "$@"]
+    if words[0] == "torchrun":
+        return vdtrain_main(["train", *words[words.index("vdtrain.train") + 1 :], "--cfg", "job"])
+    if words[0] == "vdtrain":
+        return vdtrain_main([*words[1:], "--cfg", "job"])
+    return data_pipeline_main([*words[3:], "--cfg", "job"])
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(commands()) >= 12
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_is_one_that_works(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "--help" in command:
+        pytest.fail("commands that only print help need no test here")
+    assert run(command) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert link.startswith("https://") or (ROOT / link).exists()
+
+
+def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vdtrain_main(["--help"]) == 0
+    assert "train one stage" in capsys.readouterr().out
+    assert vdtrain_main(["trian"]) == 2
+    assert "'trian' is no verb" in capsys.readouterr().err
+    for verb in ("train", "sample"):
+        assert vdtrain_main([verb, "--help"]) == 0
+        assert f"Usage: vdtrain {verb}" in capsys.readouterr().out
