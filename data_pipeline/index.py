@@ -130,10 +130,10 @@ def _sample(data: bytes, members: Mapping[str, tarfile.TarInfo], source: str) ->
     try:
         with Image.open(io.BytesIO(content["jpg"])) as picture:
             width, height = picture.size
-        described = json.loads(content["json"])
+        described = _mapping(content["json"])
         caption = content["txt"].decode()
-        exif = json.loads(described.get("exif") or "{}")
-    except (OSError, ValueError, TypeError) as error:
+        exif = _mapping(described.get("exif") or "{}")
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         return f"unreadable {type(error).__name__}"
     if not caption.strip():
         return "empty caption"
@@ -149,6 +149,13 @@ def _sample(data: bytes, members: Mapping[str, tarfile.TarInfo], source: str) ->
         "height": height,
         "caption": caption,
     }
+
+
+def _mapping(text: str | bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError(f"{type(found).__name__} in place of an object")
+    return found
 
 
 def _known(manifest: Path) -> dict[tuple[str, int, int], tuple[dict[str, Any], pa.Table]]:

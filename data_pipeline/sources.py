@@ -79,7 +79,7 @@ def resolve_columns(setting: str, schema_name: str, file: Path) -> Columns:
     if schema_name not in SCHEMAS:
         raise ConfigError(f"{setting}.schema={schema_name}: unknown; choose one of {', '.join(SCHEMAS)}")
     schema = SCHEMAS[schema_name]
-    spelt = {name.lower(): name for name in pq.read_schema(file).names}
+    spelt: dict[str, str] = {name.lower(): name for name in pq.read_schema(file).names}
 
     def find(kind: str, aliases: Sequence[str]) -> str:
         for alias in aliases:
