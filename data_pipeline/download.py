@@ -65,8 +65,9 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> Non
             rows = write_url_list(urls, files, columns, config, begun=bool(finished(shards)))
             jobs.append(Job(name, shards, urls, columns, planned=-(-rows // config.samples_per_shard)))
         _run([job for job in jobs if len(finished(job.shards)) < job.planned], config)
-        for job in jobs:
-            _check(job)
+        problems = [problem for job in jobs if (problem := _problem(job))]
+    if problems:
+        raise DownloadError("; ".join(problems) + "; run it again")
 
 
 def finished(shards: Path) -> list[Path]:
@@ -171,17 +172,11 @@ def _log(job: Job) -> Path:
     return job.shards.with_name(job.shards.name + ".log")
 
 
-def _check(job: Job) -> None:
-    """Say what a job made.
-
-    Raises:
-        DownloadError: shards are missing, or some hold no picture; those are removed, to be downloaded again.
-    """
+def _problem(job: Job) -> str | None:
+    """What a job left to be done again, or None after saying what it made. Shards without one picture are removed."""
     done = finished(job.shards)
     if len(done) < job.planned:
-        raise DownloadError(
-            f"{job.shards}: {job.planned - len(done)} of {job.planned} shards are missing; run it again"
-        )
+        return f"{job.shards}: {job.planned - len(done)} of {job.planned} shards are missing (see {_log(job)})"
     # A server or a network that was away fails every picture, and img2dataset would never try such a shard again.
     empty = [file for file in done if json.loads(file.read_text())["successes"] == 0]
     if empty:
@@ -189,8 +184,9 @@ def _check(job: Job) -> None:
         for file in empty:
             file.unlink()
         _remove_unfinished(job.shards)
-        raise DownloadError(f"{job.shards}: {reasons}; see that the addresses can be reached and run it again")
+        return f"{job.shards}: {reasons}; see that the addresses can be reached"
     print(f"{job.name}: {summary(done)}")
+    return None
 
 
 def _remove_unfinished(shards: Path) -> None:
