@@ -66,32 +66,42 @@ def losses(folder: Path, run: str) -> list[dict[str, float]]:
 # What each group of ranks does; every function runs in processes of its own.
 
 
-def four_flow_steps(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """Starting a process costs seconds, so that one run serves several tests."""
+    four_flow_steps(folder)
+    carried_along(folder)
+    report({})
+
+
+def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    four_flow_steps(folder)
+    report({"stages": curriculum(folder), "ends": stopped_and_resumed(folder)})
+
+
+def four_flow_steps(folder: Path) -> None:
     """Three four-flow steps from random weights under ZeRO 1 and 2; two micro-batches a step on two ranks."""
     for zero_stage in (1, 2):
         name = f"four-{distributed.world_size()}-zero{zero_stage}"
         overrides = [f"hardware.zero_stage={zero_stage}", "stage.init_from=null", phases(STEPS, 0)]
         overrides += ["hardware.micro_batch_size={32:2,64:2}"] if distributed.world_size() == 2 else []
         assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/{name}", *overrides).run()
-    report({})
 
 
-def curriculum(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def curriculum(folder: Path) -> list[dict[str, Any]]:
     """The three stages in turn; the loss of every earlier flow at a stage's end and at the next one's start."""
     seen: list[dict[str, Any]] = []
     for number, stage in enumerate(STAGES):
         if number:
             trainer = make_trainer(folder, stage, phases(2, 1))
             before = seen[-1]
-            now = {name: fixed_loss(trainer, name, resolution) for name, resolution in before["flows"]}
-            before["next_start"] = list(now.values())
+            before["next_start"] = [fixed_loss(trainer, name, resolution) for name, resolution in before["flows"]]
             trainer.engine.close()
             trainer.reporter.close()
         trainer = make_trainer(folder, stage, phases(2, 1))
         assert trainer.run()
         flows = [(name, resolution) for name in trainer.flow_names for resolution in (32, 64)]
         seen.append({"flows": flows, "end": [fixed_loss(trainer, name, resolution) for name, resolution in flows]})
-    report({"stages": seen})
+    return seen
 
 
 def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
@@ -108,11 +118,19 @@ def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
         return float(objective.losses(trainer.engine.module, encoded, draws)[name]).hex()
 
 
-def stopped_and_resumed(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def carried_along(folder: Path) -> None:
+    """A stage of one flow that starts from four, is resumed, and hands on what it did not train."""
+    whole = newest(folder, "four-1-zero1")
+    overrides = [f"run_dir={folder}/runs/carrying", f"stage.init_from={whole}"]
+    assert make_trainer(folder, STAGES[0], *overrides, phases(1, 0)).run()
+    assert make_trainer(folder, STAGES[0], *overrides, phases(2, 0)).run()
+
+
+def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
     """A run of two phases, once without a break and once stopped twice by a signal that only the last rank receives."""
     overrides = ["stage.init_from=null", phases(4, 3), "checkpoint.every_steps=100"]
     assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/whole", *overrides).run()
-    ends = []
+    ends: list[tuple[int, bool]] = []
     for stop_at in (2, 5, None):
         trainer = make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/broken", *overrides)
         step = trainer._step
@@ -127,7 +145,7 @@ def stopped_and_resumed(folder: Path, report: Callable[[dict[str, Any]], None]) 
         trainer._step = stopping  # type: ignore[method-assign]
         complete = trainer.run()
         ends.append((trainer.state.step, complete))
-    report({"ends": ends})
+    return ends
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +158,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four_flow_runs(run_on_ranks: Callable[..., Any], folder: Path) -> None:
-    run_on_ranks(four_flow_steps, 1, folder)
-    run_on_ranks(four_flow_steps, 2, folder)
+def runs(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
+    """Everything that is trained, and what the ranks saw of it."""
+    run_on_ranks(on_one_rank, 1, folder, timeout=300.0)
+    seen: dict[str, Any] = run_on_ranks(on_two_ranks, 2, folder, timeout=300.0)[0]
+    return seen
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_a_step_on_two_ranks_equals_the_step_on_one(four_flow_runs: None, folder: Path, zero_stage: int) -> None:
+def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder: Path, zero_stage: int) -> None:
     one, two = (read_weights(newest(folder, f"four-{ranks}-zero{zero_stage}"), "model") for ranks in (1, 2))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -157,7 +177,7 @@ def test_a_step_on_two_ranks_equals_the_step_on_one(four_flow_runs: None, folder
         assert first == pytest.approx(second, abs=1e-5)
 
 
-def test_every_group_moved(four_flow_runs: None, folder: Path) -> None:
+def test_every_group_moved(runs: dict[str, Any], folder: Path) -> None:
     """The comparison above would hold for weights that never changed."""
     weights = read_weights(newest(folder, "four-2-zero1"), "model")
     # Every residual branch ends in a layer that starts at zero.
@@ -166,8 +186,15 @@ def test_every_group_moved(four_flow_runs: None, folder: Path) -> None:
         assert len(moved) == 2
 
 
-def test_losses_are_unbroken_from_stage_to_stage(run_on_ranks: Callable[..., Any], folder: Path) -> None:
-    stages = run_on_ranks(curriculum, 2, folder)[0]["stages"]
+def test_layers_that_a_stage_does_not_train_are_handed_on(runs: dict[str, Any], folder: Path) -> None:
+    before, after = (read_weights(newest(folder, run), "model") for run in ("four-1-zero1", "carrying"))
+    assert before.keys() == after.keys()
+    changed = {layer_group(name) for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed == {"global", "data.image", "context.image"}
+
+
+def test_losses_are_unbroken_from_stage_to_stage(runs: dict[str, Any]) -> None:
+    stages = runs["stages"]
     for before in stages[:-1]:
         assert before["flows"]
         assert before["next_start"] == before["end"]
@@ -175,8 +202,8 @@ def test_losses_are_unbroken_from_stage_to_stage(run_on_ranks: Callable[..., Any
     assert stages[0]["end"] != stages[1]["end"][: len(stages[0]["end"])]
 
 
-def test_stopped_runs_go_on_exactly(run_on_ranks: Callable[..., Any], folder: Path) -> None:
-    ends = run_on_ranks(stopped_and_resumed, 2, folder)[0]["ends"]
+def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
+    ends = runs["ends"]
     assert [complete for _, complete in ends] == [False, False, True]
     assert ends[0][0] < ends[1][0] < ends[2][0] == 7
     assert losses(folder, "broken") == losses(folder, "whole")
@@ -187,7 +214,7 @@ def test_stopped_runs_go_on_exactly(run_on_ranks: Callable[..., Any], folder: Pa
     assert read_trainer_state(whole)["state"] == read_trainer_state(broken)["state"]
 
 
-def test_a_run_folder_is_not_continued_with_another_model(four_flow_runs: None, folder: Path) -> None:
+def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], folder: Path) -> None:
     overrides = [f"run_dir={folder}/runs/four-1-zero1", "stage.init_from=null", "seed=1"]
     document = compose("train", [*MINIATURE, f"stage={STAGES[2]}", phases(STEPS, 0), *overrides])
     with pytest.raises(ConfigError, match=r"run_dir=.*another seed \(0, now 1\)"):

@@ -235,6 +235,13 @@ def read_passengers(folder: Path, index: Index) -> dict[str, Tensor]:
     return load_file(folder / PASSENGERS_FILE) if PASSENGERS_FILE in index.files else {}
 
 
+def weight_names(folder: Path) -> list[str]:
+    """Names of all weights in a checkpoint, trained or not."""
+    index = Index.read(folder)
+    trained = [slot.name for layout in index.groups for slot in layout.slots]
+    return trained + list(read_passengers(folder, index))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write a safetensors file and see it onto the disk.
 

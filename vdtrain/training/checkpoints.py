@@ -27,6 +27,7 @@ from vdtrain.training.checkpoint_format import (
     read_weights,
     shard_name,
     sync,
+    weight_names,
     write_tensors,
     write_text,
 )
@@ -34,7 +35,7 @@ from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
 from vdtrain.training.partitions import EMA
 
-__all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights"]
+__all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
 
 LATEST_FILE = "latest"
 INCOMPLETE = ".incomplete"

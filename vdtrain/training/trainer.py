@@ -26,7 +26,7 @@ from vdtrain.models.attention import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training import distributed
-from vdtrain.training.checkpoints import CheckpointStore
+from vdtrain.training.checkpoints import CheckpointStore, weight_names
 from vdtrain.training.curriculum import CHECKPOINTS, Start, initial_weights, run_document
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, EngineSettings
@@ -54,7 +54,8 @@ class Trainer:
         self.flow_names = [flow.name for flow in flows]
         weights = initial_weights(start, config.model)
         # Layers that an earlier stage trained and this one does not are carried along to the stages after it.
-        carried = {layer_group(name) for name in weights}
+        names = weight_names(start.resume) if start.resume is not None else weights
+        carried = {layer_group(name) for name in names}
         diffuser = Diffuser(config.model, {*active_groups(flows), *carried}, seed=config.seed)
         load_weights(diffuser, weights)
         use_kernel(diffuser, config.hardware.attention)
