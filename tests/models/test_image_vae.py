@@ -105,7 +105,7 @@ def test_latents_have_unit_deviation(vae, pixels):
 
 
 def test_missing_weights_name_setting_and_remedy():
-    with pytest.raises(WeightsError, match=r"vae\.weights=asset:tiny/no\.safetensors: no such file; .*frozen_parts"):
+    with pytest.raises(WeightsError, match=r"vae\.weights=asset:tiny/no\.safetensors: no such file; .*make frozen"):
         ImageVAE(**SMALL, weights="asset:tiny/no.safetensors")
 
 

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from vdtrain.compose import ConfigError
+
 ASSET = "asset:"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 LISTED_KEYS = 5
 
 
-class WeightsError(ValueError):
+class WeightsError(ConfigError):
     """Weights or tokenizer that are missing, damaged or of another model; the message is one line."""
 
 
@@ -28,8 +30,8 @@ def locate(path: str, setting: str) -> Path:
     """
     found = ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else Path(path).expanduser()
     if not found.is_file():
-        remedy = "python -m data_pipeline.frozen_parts" if path.startswith(ASSET) else "vdtrain weights import"
-        raise WeightsError(f"{setting}={path}: no such file; `{remedy}` makes it, or set {setting} to an existing file")
+        remedy = "`make frozen` makes it" if path.startswith(ASSET) else "put it there"
+        raise WeightsError(f"{setting}={path}: no such file; {remedy}, or set {setting} to an existing file")
     return found
 
 
