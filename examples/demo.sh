@@ -4,13 +4,16 @@
 # Everything is written below demo/; to start from nothing, remove that folder.
 set -euo pipefail
 
-# How long each stage trains, in multiples of the miniature curriculum (conf/model/tiny.yaml).
-case "${DEMO_LENGTH:-short}" in
-    short) scales=(1 1 1) samples=64 ;;
-    long) scales=(8 8 8) samples=200 ;;
-    *) echo "error: DEMO_LENGTH=$DEMO_LENGTH: choose short or long" >&2; exit 2 ;;
+length=${DEMO_LENGTH:-short}
+runs=demo/runs-$length
+# Pairs that each stage trains at 32 and at 64 pixels, and how large the last stage's steps are: its text layers start
+# at random, and in a short run they have a few hundred steps to learn in.
+case $length in
+    short) pairs=("9600 1920" "9600 1920" "19200 1280") rate=40 samples=64 ;;
+    long) pairs=("64000 64000" "32000 96000" "57600 128000") rate=20 samples=200 ;;
+    *) echo "error: DEMO_LENGTH=$length: choose short or long" >&2; exit 2 ;;
 esac
-runs=demo/runs-${DEMO_LENGTH:-short}
+phases() { echo "stage.phases=[{resolution:32,samples:$1},{resolution:64,samples:$2}]"; }
 
 # 1. Draw the pictures and their metadata, one table in LAION-2B-en's schema and one in COYO-700M's.
 python -m data_pipeline shapes data=shapes
@@ -28,11 +31,11 @@ train() {
     torchrun --standalone --nproc-per-node=2 -m vdtrain.train \
         model=tiny data=shapes hardware=cpu tracking=offline runs_dir="$runs" "$@"
 }
-train stage=stage1_single_flow stage.samples_scale="${scales[0]}"
-train stage=stage2_dual_flow stage.samples_scale="${scales[1]}"
-train stage=stage3_four_flow stage.samples_scale="${scales[2]}"
+train stage=stage1_single_flow "$(phases ${pairs[0]})"
+train stage=stage2_dual_flow "$(phases ${pairs[1]})"
+train stage=stage3_four_flow "$(phases ${pairs[2]})" optimizer.learning_rate_scale=$rate
 
-# 4. Make a picture from a caption, then measure all four flows.
-vdtrain sample checkpoint="$runs/stage3_four_flow" flow=text-to-image resolution=64 guidance_scale=3 \
+# 4. Make two pictures from captions, then measure all four flows.
+vdtrain sample checkpoint="$runs/stage3_four_flow" flow=text-to-image resolution=64 guidance_scale=3 steps=25 \
     'inputs=["a red circle on a white background", "a large blue star"]' output_dir="$runs/samples"
 python examples/demo_report.py "$runs" "$samples"
