@@ -27,5 +27,7 @@ frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/
 	@touch $@
 
 .tools/bin/uv:
-	@python3 -m pip --version >/dev/null 2>&1 || { echo "error: python3 has no pip; install python3-pip, or uv" >&2; exit 1; }
-	@python3 -m pip install --quiet --disable-pip-version-check --target .tools uv
+	@python3 -m pip --version >/dev/null 2>&1 && pip="python3 -m pip" \
+		|| { python3 -m venv .tools/venv && pip=.tools/venv/bin/pip; } \
+		|| { echo "error: python3 has neither pip nor venv; install python3-pip, or uv" >&2; exit 1; }; \
+	$$pip install --quiet --disable-pip-version-check --root-user-action=ignore --target .tools uv

@@ -80,7 +80,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("stage.flows=[image-to-image,image-to-image]", ["stage.flows", "twice"]),
         (
             "stage.global_batch_size=33",
-            ["stage.global_batch_size=33", "hardware.micro_batch_size.32=16", "multiple of 16"],
+            ["stage.global_batch_size=33", "hardware.micro_batch_size.32=32", "multiple of 32"],
         ),
         ("stage.phases=[{resolution:40,samples:640}]", ["stage.phases.0.resolution=40", "multiple of 16", "try 48"]),
         ("stage.phases=[{resolution:48,samples:640}]", ["hardware.micro_batch_size", "resolution 48"]),
