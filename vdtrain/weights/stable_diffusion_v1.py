@@ -18,6 +18,12 @@ from vdtrain.compose import ConfigError
 from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role
 
 UNET_PREFIX = "model.diffusion_model."
+# The published sd-v1-4.ckpt keeps training state under this class.
+LIGHTNING_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+class _Placeholder:
+    """Stands for Lightning's class, so that the file can be read without it: nothing of it is run or kept."""
 
 
 def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
@@ -91,7 +97,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Placeholder, LIGHTNING_CLASS)]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
