@@ -3,6 +3,7 @@
 # `make demo` runs it; every command can be typed by hand, and each takes up whatever an earlier run left complete.
 # Everything is written below demo/; to start from nothing, remove that folder.
 set -euo pipefail
+export OMP_NUM_THREADS=1  # two processes on two cores
 
 length=${DEMO_LENGTH:-short}
 runs=demo/runs-$length

@@ -138,7 +138,6 @@ class HardwareConfig:
     # Pairs per process and forward pass, by resolution.
     micro_batch_size: dict[int, int] = MISSING
     attention: str = MISSING  # sdpa or xformers
-    compile: bool = MISSING
     loader_workers: int = MISSING
     threads: int | None = MISSING  # CPU threads per process for tensor operations; null leaves PyTorch's choice
 

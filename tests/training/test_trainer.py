@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
@@ -18,6 +21,7 @@ from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import layer_group
+from vdtrain.sample import main as sample
 from vdtrain.training import distributed
 from vdtrain.training.checkpoints import read_trainer_state, read_weights
 from vdtrain.training.curriculum import find_start
@@ -212,6 +216,58 @@ def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
         expected, found = read_weights(whole, kind), read_weights(broken, kind)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert read_trainer_state(whole)["state"] == read_trainer_state(broken)["state"]
+
+
+@pytest.mark.parametrize(
+    ("flow", "inputs", "expected"),
+    [
+        ("text-to-image", "[a red circle,a blue star]", ["0000.png", "0001.png"]),
+        ("image-to-text", "[{picture},{picture}]", ["captions.txt"]),
+    ],
+)
+def test_a_trained_checkpoint_samples(
+    runs: dict[str, Any],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flow: str,
+    inputs: str,
+    expected: list[str],
+) -> None:
+    picture = tmp_path / "given.png"
+    Image.new("RGB", (90, 70), (200, 30, 30)).save(picture)
+    arguments = [f"checkpoint={folder}/runs/four-1-zero1", f"flow={flow}", f"inputs={inputs.format(picture=picture)}"]
+    arguments += ["resolution=32", "steps=2", "seed=3", f"output_dir={tmp_path}/out"]
+    assert sample([*arguments, "weights=ema"]) == 0
+    written = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert written == expected
+    if flow == "text-to-image":
+        with Image.open(tmp_path / "out" / "0000.png") as made:
+            assert made.size == (32, 32)
+            assert json.loads(made.info["vdtrain"])["flow"] == flow
+    else:
+        assert len((tmp_path / "out" / "captions.txt").read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert sample([*arguments, "flow=text-to-sound"]) == 2
+    assert sample([*arguments, f"checkpoint={folder}/nowhere"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "flow=text-to-sound" in errors[0]
+    assert f"checkpoint={folder}/nowhere: does not exist" in errors[1]
+
+
+def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], folder: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "demo_report.py"
+    command = [sys.executable, str(script), str(folder / "runs"), "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "runs" / "report.json").read_text())
+    flows = {"image-to-image", "text-to-image", "image-to-text", "text-to-text"}
+    assert result["losses"].keys() == result["accuracy"]["seen"].keys() == flows
+    assert all(name in done.stdout for name in (*flows, "chance", "12.5%", "20.0%"))
+    for name in ("losses.png", "samples.png"):
+        with Image.open(folder / "runs" / name) as picture:
+            assert min(picture.size) > 300
 
 
 def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,5 +53,4 @@ class Reporter:
         if self.progress is not None:
             self.progress.stop()
         if self.tracker is not None:
-            with suppress(KeyboardInterrupt):
-                self.tracker.close()
+            self.tracker.close()
