@@ -6,6 +6,9 @@ python examples/demo_report.py demo/runs demo/report
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 import sys
 import textwrap
 from itertools import pairwise
@@ -149,6 +152,12 @@ def print_table(losses: dict[str, tuple[float, float]], seen: dict[str, Any], he
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.processor()
+
+
 def main(runs: str, samples_per_flow: str = "64") -> None:
     torch.set_num_threads(2)
     folder, count = Path(runs), int(samples_per_flow)
@@ -165,6 +174,8 @@ def main(runs: str, samples_per_flow: str = "64") -> None:
         "accuracy": {"seen": seen, "held_out": held_out},
         "chance": {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES)},
         "samples_per_flow": {"seen": count, "held_out": count // 2},
+        "pairs_trained": {stage: read_metrics(folder / stage)[-1]["samples"] for stage in STAGES},
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__},
     }
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{folder / 'losses.png'}\n{folder / 'samples.png'}\n{folder / 'report.json'}")
