@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import TrainConfig
-from vdtrain.validation import check, launched_rank, launched_world_size, phase_steps
+from vdtrain.launch import launch_variables
+from vdtrain.validation import check, phase_steps
 
 USAGE = """\
 Usage: vdtrain train stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -41,19 +42,20 @@ Settings (the whole list: --cfg job):
 """
 
 
-def train(config: TrainConfig, document: DictConfig) -> int:
+def train(config: TrainConfig, document: DictConfig, launch: Mapping[str, str]) -> int:
     """Check the configuration, then train; exit status 0 if the stage is complete, 128 + SIGTERM if stopped before."""
-    check(config, launched_world_size())
+    check(config, int(launch["WORLD_SIZE"]))
+    first = launch["RANK"] == "0"
     # Heavy imports come after the checks, so that a mistake is said at once.
     from vdtrain.training.curriculum import find_start
 
     start = find_start(config, document)
     if start.resume is not None and _is_complete(config, start.resume):
-        if launched_rank() == 0:
+        if first:
             print(f"{config.stage.name} is complete: {start.resume}")
         return 0
     run_dir = Path(config.run_dir)
-    if launched_rank() == 0:
+    if first:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
         origin = (
@@ -94,7 +96,16 @@ def _is_complete(config: TrainConfig, checkpoint: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain train`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_verb(USAGE, "train", TrainConfig, train, arguments, speaks=launched_rank() == 0)
+    try:
+        launch = launch_variables()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def action(config: TrainConfig, document: DictConfig) -> int:
+        return train(config, document, launch)
+
+    return run_verb(USAGE, "train", TrainConfig, action, arguments, speaks=launch["RANK"] == "0")
 
 
 if __name__ == "__main__":

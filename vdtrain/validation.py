@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,6 @@ from typing import Any
 from vdtrain.compose import ConfigError
 from vdtrain.config import PhaseConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
-
-
-def launched_world_size() -> int:
-    """Number of processes that the launcher (torchrun or srun) is starting; 1 without one."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-
-
-def launched_rank() -> int:
-    """This process's number according to the launcher; 0 without one."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in os.environ else "0"))
 
 
 def stage_flows(config: TrainConfig) -> list[Flow]:

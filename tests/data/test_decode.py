@@ -49,6 +49,7 @@ def test_damaged_bytes_are_refused(data: bytes) -> None:
         decode(data, 32, CENTRE)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_pictures_are_refused_before_decoding() -> None:
     file = io.BytesIO()
     Image.new("1", (11_000, 11_000)).save(file, "PNG")

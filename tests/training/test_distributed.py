@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from vdtrain import launch
 from vdtrain.training import distributed
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -25,7 +26,7 @@ SLURM_STEP = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without any launcher in it."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in distributed.TORCHRUN_VARIABLES]:
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in launch.TORCHRUN_VARIABLES]:
         monkeypatch.delenv(name)
     return monkeypatch
 
@@ -36,18 +37,18 @@ def set_all(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def test_plain_start_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    assert distributed.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert launch.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def test_torchrun_comes_before_slurm(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | TORCHRUN)
-    assert distributed.launch_variables() == TORCHRUN
+    assert launch.launch_variables() == TORCHRUN
 
 
 def test_incomplete_torchrun_names_what_is_missing(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*torchrun"):
-        distributed.launch_variables()
+        launch.launch_variables()
 
 
 def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
@@ -57,31 +58,31 @@ def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
 
     environment.setattr(subprocess, "run", scontrol)
     set_all(environment, SLURM_STEP)
-    launch = distributed.launch_variables()
-    assert launch == {
+    found = launch.launch_variables()
+    assert found == {
         "RANK": "9",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "16",
         "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": str(distributed.FIRST_PORT + 40003 % distributed.PORTS),
+        "MASTER_PORT": str(launch.FIRST_PORT + 40003 % launch.PORTS),
     }
 
 
 def test_slurm_on_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"})
-    assert distributed.launch_variables()["MASTER_ADDR"] == "gpu-07"
+    assert launch.launch_variables()["MASTER_ADDR"] == "gpu-07"
 
 
 def test_slurm_without_scontrol_says_what_to_set(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"PATH": ""})
     with pytest.raises(ValueError, match="set MASTER_ADDR"):
-        distributed.launch_variables()
+        launch.launch_variables()
 
 
 def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> None:
     batch = {name: value for name, value in SLURM_STEP.items() if "STEP" not in name}
     set_all(environment, batch | {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
-    assert distributed.launch_variables()["WORLD_SIZE"] == "1"
+    assert launch.launch_variables()["WORLD_SIZE"] == "1"
 
 
 def test_devices(environment: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,11 +18,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from vdtrain.launch import launch_variables
 from vdtrain.training.deepspeed_import import import_deepspeed
-
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Below the range from which Linux hands out ports to outgoing connections.
-FIRST_PORT, PORTS = 12_000, 20_000
 
 
 @dataclass(frozen=True)
@@ -69,24 +65,6 @@ def start(device: str, timeout_seconds: float = 1800.0) -> Place:
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
     return place
-
-
-def launch_variables() -> dict[str, str]:
-    """The five variables of torchrun, whoever started this process; without an address for a single process.
-
-    Raises:
-        ValueError: if the launcher's variables are incomplete.
-    """
-    environment = os.environ
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
-        if missing:
-            raise ValueError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
-        return {name: environment[name] for name in TORCHRUN_VARIABLES}
-    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return _slurm_launch()
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def finish() -> None:
@@ -144,30 +122,6 @@ def gather_json(value: Any) -> list[Any]:
 def broadcast_json(value: Any, source: int = 0) -> Any:
     """The `value` of rank `source`, on every process."""
     return gather_json(value if rank() == source else None)[source]
-
-
-def _slurm_launch() -> dict[str, str]:
-    environment = os.environ
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
-    if tasks != "1":
-        offset = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
-        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(environment["SLURM_JOB_NODELIST"])
-        launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
-    return launch
-
-
-def _first_node(node_list: str) -> str:
-    """First host of a Slurm node list such as "gpu[07-10,12],login1"."""
-    if not set(node_list) & set("[],"):
-        return node_list
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"launcher: scontrol cannot read nodes {node_list!r} ({error}); set MASTER_ADDR") from error
-    return answer.stdout.split()[0]
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -1,0 +1,54 @@
+"""Which of a run's processes this one is, from the variables of whoever started it. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from vdtrain.compose import ConfigError
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Below the range from which Linux hands out ports to outgoing connections.
+FIRST_PORT, PORTS = 12_000, 20_000
+
+
+def launch_variables() -> dict[str, str]:
+    """The five variables of torchrun, whoever started this process; without an address for a single process.
+
+    Raises:
+        ConfigError: if the launcher's variables are incomplete.
+    """
+    environment = os.environ
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+        if missing:
+            raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
+        return {name: environment[name] for name in TORCHRUN_VARIABLES}
+    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        return _slurm_launch()
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def _slurm_launch() -> dict[str, str]:
+    environment = os.environ
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+    if tasks != "1":
+        offset = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(environment["SLURM_JOB_NODELIST"])
+        launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
+    return launch
+
+
+def _first_node(node_list: str) -> str:
+    """First host of a Slurm node list such as "gpu[07-10,12],login1"."""
+    if not set(node_list) & set("[],"):
+        return node_list
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"launcher: scontrol cannot read nodes {node_list!r} ({error}); set MASTER_ADDR") from error
+    return answer.stdout.split()[0]
