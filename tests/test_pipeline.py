@@ -7,10 +7,8 @@ import torch
 
 from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
-from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.pipeline import VersatileDiffusion
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
@@ -23,7 +21,7 @@ def make_model(flows: list[Flow]) -> VersatileDiffusion:
     with torch.no_grad():
         for parameter in diffuser.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return VersatileDiffusion(diffuser, build_frozen(config), Schedule(config.schedule), torch.device("cpu"))
+    return VersatileDiffusion(config, diffuser)
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +67,9 @@ def test_flows_that_were_not_trained_are_refused() -> None:
         pictures(single, CAPTIONS)
     with pytest.raises(ConfigError, match="CONTEXT-to-OUTPUT"):
         single.generate("sideways", CAPTIONS)
+
+
+@pytest.mark.parametrize("resolution", [40, 33, 0])
+def test_impossible_resolutions_are_refused(model: VersatileDiffusion, resolution: int) -> None:
+    with pytest.raises(ConfigError, match=f"resolution={resolution}: not a multiple of 16"):
+        pictures(model, CAPTIONS, resolution=resolution)

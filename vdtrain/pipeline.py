@@ -13,29 +13,31 @@ import torch
 from torch import Tensor
 
 from vdtrain.compose import ConfigError
+from vdtrain.config import ModelConfig
 from vdtrain.diffusion.sampling import Progress, ddim, guided
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, layer_group
-from vdtrain.models.frozen import FrozenParts
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training.checkpoints import read_weights
 from vdtrain.training.curriculum import model_config, resolve_checkpoint
+from vdtrain.validation import check_resolution
 
 
 class VersatileDiffusion:
     """Diffuser, frozen parts and noise schedule, on one device.
 
     Args:
+        config: of the whole model; names the frozen parts' weights.
         diffuser: with at least the layers of the flows that will be asked for.
-        frozen: VAEs and context encoders of the same modalities.
     """
 
-    def __init__(self, diffuser: Diffuser, frozen: FrozenParts, schedule: Schedule, device: torch.device) -> None:
-        self.diffuser = diffuser.to(device).eval().requires_grad_(False)
-        self.frozen = frozen.to(device)
-        self.schedule = schedule
-        self.device = device
+    def __init__(self, config: ModelConfig, diffuser: Diffuser, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.diffuser = diffuser.to(self.device).eval().requires_grad_(False)
+        self.frozen = build_frozen(config).to(self.device)
+        self.schedule = Schedule(config.schedule, self.device)
 
     @classmethod
     def from_checkpoint(cls, path: str, weights: str = "ema", device: str = "cpu") -> VersatileDiffusion:
@@ -52,7 +54,7 @@ class VersatileDiffusion:
         tensors = read_weights(checkpoint, weights)
         diffuser = Diffuser(config, {layer_group(name) for name in tensors})
         diffuser.load_state_dict(tensors)
-        return cls(diffuser, build_frozen(config), Schedule(config.schedule, device), torch.device(device))
+        return cls(config, diffuser, device)
 
     def generate(
         self,
@@ -76,8 +78,9 @@ class VersatileDiffusion:
             guidance_scale: strength of classifier-free guidance; 1 is none.
 
         Raises:
-            ConfigError: the model was not trained for the flow.
+            ConfigError: the model was not trained for the flow, or cannot make pictures of that resolution.
         """
+        check_resolution("resolution", resolution, self.config)
         way = self._flow(flow)
         if isinstance(inputs, Tensor):
             inputs = inputs.to(self.device)

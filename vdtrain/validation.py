@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import PhaseConfig, TrainConfig
+from vdtrain.config import ModelConfig, PhaseConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
 
 
@@ -94,6 +94,20 @@ def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
     return batch // (world_size * micro)
 
 
+def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
+    """Refuse a resolution that the image VAE and the diffuser's levels cannot halve down and double up again.
+
+    Raises:
+        ConfigError: it is no multiple of the VAE's downsampling times the deepest level's.
+    """
+    multiple = model.latent_downsampling * 2 ** (len(model.diffuser.channels) - 1)
+    if resolution < multiple or resolution % multiple:
+        raise ConfigError(
+            f"{setting}={resolution}: not a multiple of {multiple} (model.latent_downsampling x the deepest level's); "
+            f"try {max(multiple, -(-resolution // multiple) * multiple)}"
+        )
+
+
 def check(config: TrainConfig, world_size: int) -> None:
     """Refuse a configuration that cannot work.
 
@@ -106,13 +120,8 @@ def check(config: TrainConfig, world_size: int) -> None:
         raise ConfigError("stage: global_batch_size, learning_rate and samples_scale must be above 0")
     if not config.stage.phases:
         raise ConfigError("stage.phases: empty; give at least one {resolution: R, samples: N}")
-    multiple = config.model.latent_downsampling * 2 ** (len(config.model.diffuser.channels) - 1)
     for index, phase in enumerate(config.stage.phases):
-        if phase.resolution < multiple or phase.resolution % multiple:
-            raise ConfigError(
-                f"stage.phases.{index}.resolution={phase.resolution}: not a multiple of {multiple} "
-                f"(model.latent_downsampling x the deepest level's); try {-(-phase.resolution // multiple) * multiple}"
-            )
+        check_resolution(f"stage.phases.{index}.resolution", phase.resolution, config.model)
         micro_batches(config, phase.resolution, world_size)
         if phase_steps(config, phase) < 1:
             raise ConfigError(

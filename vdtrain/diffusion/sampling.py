@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vdtrain.compose import ConfigError
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.diffuser import Context, Diffuser, by_rows
 
@@ -18,9 +19,15 @@ Progress = Callable[[Sequence[int]], Sequence[int]]
 def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """Uniform timesteps, rising, offset by one: 1, 21, ..., 981 for 50 steps of 1000.
 
-    As in the original, a number that does not divide the schedule gives a few more than were asked for.
+    As in the original, a number that does not divide the schedule gives a few more than were asked for. A last one
+    that would lie beyond the schedule, where the original fails, is left out.
+
+    Raises:
+        ConfigError: not between 1 and the schedule's own number of steps.
     """
-    return [timestep + 1 for timestep in range(0, schedule.steps, schedule.steps // steps)]
+    if not 1 <= steps <= schedule.steps:
+        raise ConfigError(f"steps={steps}: choose 1 to {schedule.steps}")
+    return list(range(1, schedule.steps, schedule.steps // steps))
 
 
 def guided(diffuser: Diffuser, output: str, context: Context, unconditional: Tensor, scale: float) -> NoisePredictor:
