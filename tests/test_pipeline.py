@@ -10,6 +10,7 @@ from vdtrain.config import TrainConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.sample import main as sample
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
 
@@ -73,3 +74,16 @@ def test_flows_that_were_not_trained_are_refused() -> None:
 def test_impossible_resolutions_are_refused(model: VersatileDiffusion, resolution: int) -> None:
     with pytest.raises(ConfigError, match=f"resolution={resolution}: not a multiple of 16"):
         pictures(model, CAPTIONS, resolution=resolution)
+
+
+@pytest.mark.parametrize("mistake", ["weights=average", "device=tpu", "inputs=[]", "samples_per_inputs=2"])
+def test_a_mistake_on_the_command_line_is_one_line(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample([mistake]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {mistake.partition('=')[0]}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(["device=cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: device=cuda: PyTorch finds no GPU")

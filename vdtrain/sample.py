@@ -40,12 +40,20 @@ def sample(config: SampleConfig, document: DictConfig) -> int:
     """Sample and write the results; returns the exit status."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one caption or picture file")
+    for setting, value, choices in (
+        ("weights", config.weights, ("ema", "model")),
+        ("device", config.device, ("cpu", "cuda")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
     import torch
     from rich.progress import track
 
     from vdtrain.media import MEDIA
     from vdtrain.pipeline import VersatileDiffusion
 
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = VersatileDiffusion.from_checkpoint(config.checkpoint, config.weights, config.device)
