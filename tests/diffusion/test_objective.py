@@ -8,7 +8,7 @@ from vdtrain.config import ObjectiveConfig, TrainConfig
 from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.flows import active_groups, all_flows
+from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
 from vdtrain.models.frozen import Encoded
 
@@ -19,8 +19,8 @@ BATCH = 4
 class Unconditional:
     """Stands where the frozen parts are: the latents and contexts of this test are given."""
 
-    def unconditional(self, modality: str, batch: int) -> torch.Tensor:
-        return torch.full((batch, 1, 64), {"image": 0.0, "text": 0.5}[modality])
+    def unconditional(self, flow: Flow, batch: int) -> torch.Tensor:
+        return torch.full((batch, 1, 64), {"image": 0.0, "text": 0.5}[flow.context])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_flows_together_equal_flows_alone(diffuser: Diffuser, encoded: Encoded) 
         noise = own.normal(f"noise/{flow}", latents.shape[1:])
         timesteps = own.integers(f"timestep/{flow}", 1000)
         tokens = encoded.contexts[flow.context].clone()
-        tokens[own.chance(f"dropout/{flow}", 0.5)] = Unconditional().unconditional(flow.context, 1)
+        tokens[own.chance(f"dropout/{flow}", 0.5)] = Unconditional().unconditional(flow, 1)
         noisy = schedule.add_noise(latents, noise, timesteps)
         with torch.no_grad():
             (out,) = diffuser([DiffuserInput(flow.output, noisy, timesteps, [Context(flow.context, tokens)])])

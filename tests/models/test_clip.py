@@ -11,6 +11,7 @@ from data_pipeline.frozen_corpus import scene_facts
 from data_pipeline.shapes import COLOURS, SHAPES
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.clip_tokenizer import ClipTokenizer
+from vdtrain.models.frozen_weights import shared_loading
 
 COUNT, TRAINED = 1200, 800
 """Samples, and how many of them a probe is fitted to."""
@@ -64,8 +65,11 @@ def test_released_vocabulary_gives_open_clips_ids():
         assert row[end:].eq(49_407).all()
 
 
-def test_both_contexts_share_one_model(text, image):
-    assert text.clip is image.clip
+def test_both_contexts_share_one_model_where_they_are_loaded_together(text, image):
+    assert text.clip is not image.clip
+    with shared_loading():
+        one, other = (build_clip(architecture(), "asset:tiny/clip.safetensors") for _ in range(2))
+    assert one is other
     assert build_clip(architecture(), None) is not build_clip(architecture(), None)
 
 
@@ -85,8 +89,8 @@ def test_global_tokens_are_open_clips_features(text, image):
     _, pictures, captions = fresh(8, 32)
     features = text.clip.encode_text(text.tokenizer(captions), normalize=True)
     torch.testing.assert_close(pooled(text, captions)[1], features, atol=1e-5, rtol=1e-4)
-    seen = image.clip.visual(image.preprocess(pictures))[0]
-    torch.testing.assert_close(image.encode(pictures)[:, 0], seen / seen.norm(dim=-1, keepdim=True))
+    seen = image.clip.encode_image(image.preprocess(pictures), normalize=True)
+    torch.testing.assert_close(image.encode(pictures)[:, 0], seen)
 
 
 def test_encoding_is_deterministic_and_does_not_depend_on_the_batch(text, image):
@@ -111,12 +115,15 @@ def test_preprocessing_is_pillows_bicubic_and_a_cut_from_the_middle(image, heigh
 
 
 def test_unconditional_contexts(text, image):
-    assert torch.equal(text.unconditional(3), text.encode([""]).expand(3, -1, -1))
-    assert torch.equal(image.unconditional(2), torch.zeros(2, 17, 64))
+    assert torch.equal(text.unconditional(3, "image"), text.encode([""]).expand(3, -1, -1))
+    assert torch.equal(image.unconditional(2, "image"), torch.zeros(2, 17, 64))
     black = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank="black")
-    assert black.clip is image.clip
+    assert black.clip is not image.clip
     picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    torch.testing.assert_close(black.unconditional(2)[1:], image.encode(picture))
+    torch.testing.assert_close(black.unconditional(2, "text")[1:], image.encode(picture))
+    mixed = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank_for={"text": "black"})
+    assert torch.equal(mixed.unconditional(2, "text"), black.unconditional(2, "text"))
+    assert torch.equal(mixed.unconditional(2, "image"), torch.zeros(2, 17, 64))
     with pytest.raises(ValueError, match="blank=white: not one of zeros, black, grey"):
         ClipImageContext(architecture(), blank="white")
 

@@ -1,5 +1,6 @@
 """The frozen parts together: one pass per part, no gradients, no modality by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from tiny import fresh, normal, tiny
 from torch import Tensor, nn
 
+from vdtrain.compose import compose, to_object
+from vdtrain.config import TrainConfig
+from vdtrain.flows import Flow
 from vdtrain.models.frozen import FrozenParts
+from vdtrain.models.versatile_diffusion import build_frozen
 
 
 class CountingVAE(nn.Module):
@@ -16,14 +21,14 @@ class CountingVAE(nn.Module):
         self.weight = nn.Parameter(torch.ones(1))
         self.calls: list[Any] = []
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        return (resolution,)
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return size
 
     def encode(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:
         self.calls.append(noise)
         return samples * self.weight
 
-    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         return latents
 
 
@@ -37,7 +42,7 @@ class CountingContext(nn.Module):
         self.calls += 1
         return self.dropout(samples[:, None])
 
-    def unconditional(self, batch: int) -> Tensor:
+    def unconditional(self, batch: int, output: str) -> Tensor:
         return torch.zeros(batch, 1, 2)
 
 
@@ -77,7 +82,7 @@ def test_outputs_can_enter_a_graph(toys):
 
 def test_unknown_modalities_and_missing_samples_are_named(toys):
     with pytest.raises(ValueError, match="modality 'taste' has no frozen parts; the model has sound, scent"):
-        toys.latent_shape("taste", 8)
+        toys.latent_shape("taste", (8, 8))
     with pytest.raises(ValueError, match="no 'scent' in the batch, only sound"):
         toys.encode({"sound": torch.ones(1)}, ["sound"], ["scent"])
 
@@ -86,18 +91,21 @@ def test_the_tiny_preset_encodes_a_batch_of_pairs():
     parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
     _, pictures, captions = fresh(8, 64)
     samples = {"image": pictures, "text": captions}
-    shapes = {name: torch.Size((8, *parts.latent_shape(name, 64))) for name in samples}
+    shapes = {name: torch.Size((8, *parts.latent_shape(name, (64, 64)))) for name in samples}
     encoded = parts.encode(samples, samples, samples, {"image": normal(shapes["image"])})
     assert {name: value.shape for name, value in encoded.latents.items()} == shapes
     for name, context in encoded.contexts.items():
-        assert context.shape == parts.unconditional(name, 8).shape
+        assert context.shape == parts.unconditional(Flow("image", name), 8).shape
     assert parts.decode("image", encoded.latents["image"]).shape == pictures.shape
-    written = parts.decode("text", encoded.latents["text"], torch.Generator().manual_seed(0))
+    written = parts.decode("text", encoded.latents["text"], [torch.Generator().manual_seed(row) for row in range(8)])
     assert len(written) == 8
 
 
-def test_shared_weights_are_held_once():
-    parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
+def test_shared_weights_are_held_once_in_a_model_and_not_between_models():
+    model = to_object(compose("train", ["model=tiny"]), TrainConfig).model
+    parts, others = build_frozen(model), build_frozen(model)
     held = sum(parameter.numel() for parameter in parts.parameters())
     alone = [tiny("image", "vae"), tiny("text", "vae"), tiny("image", "context_encoder")]
     assert held == sum(parameter.numel() for part in alone for parameter in part.parameters())
+    others.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in parts.parameters()} == {torch.float32}

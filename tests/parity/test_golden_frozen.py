@@ -243,6 +243,14 @@ def test_clip_image_context(clip):
     close(image.encode_pixels(reference["pixel_values"].float()), reference["image_context"])
 
 
+def test_clip_image_context_with_masks(clip):
+    _, image, reference = clip
+    masks = reference["masks"].float()
+    close(image.encode_pixels(reference["pixel_values"].float(), masks), reference["image_context_masked"])
+    plain = image.encode_pixels(reference["pixel_values"].float(), torch.ones_like(masks))
+    close(plain, reference["image_context"])
+
+
 def test_clip_preprocessing(clip):
     _, image, _ = clip
     reference = golden("clip_preprocess")

@@ -33,12 +33,12 @@ class Objective:
         self.weights = {flow.name: config.flow_weights.get(flow.name, 1.0) for flow in flows}
         self.outputs = set(self.flows)
         self.contexts = {flow.context for flow in flows}
-        self._unconditional: dict[str, Tensor] = {}
+        self._unconditional: dict[Flow, Tensor] = {}
 
     def encode(self, samples: Mapping[str, object], resolution: int, draws: StepDraws) -> Encoded:
         """Latents and contexts of a micro-batch, each encoded once and shared by all flows."""
         noise = {
-            output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, resolution))
+            output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
             for output in sorted(self.outputs)
         }
         return self.frozen.encode(samples, self.outputs, self.contexts, noise)
@@ -68,6 +68,6 @@ class Objective:
         """The flow's context tokens [B, M, D], some of them replaced by the unconditional context."""
         tokens = encoded.contexts[flow.context]
         dropped = draws.chance(f"dropout/{flow}", self.context_dropout)
-        if flow.context not in self._unconditional:
-            self._unconditional[flow.context] = self.frozen.unconditional(flow.context, 1).to(tokens)
-        return torch.where(dropped[:, None, None], self._unconditional[flow.context], tokens)
+        if flow not in self._unconditional:
+            self._unconditional[flow] = self.frozen.unconditional(flow, 1).to(tokens)
+        return torch.where(dropped[:, None, None], self._unconditional[flow], tokens)

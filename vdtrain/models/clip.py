@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
-from weakref import WeakValueDictionary
 
 import open_clip
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as image_functional  # type: ignore[import-untyped]
 
 from vdtrain.models.clip_tokenizer import ClipTokenizer
-from vdtrain.models.frozen_weights import device_and_dtype, load_weights
+from vdtrain.models.frozen_weights import device_and_dtype, load_weights, shared_module
 
 Blank = Literal["zeros", "black", "grey"]
 BLANK_LEVELS = {"black": 0, "grey": 127}
 
-_loaded: WeakValueDictionary[str, open_clip.CLIP] = WeakValueDictionary()
-
 
 def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> open_clip.CLIP:
-    """Build a CLIP, or hand out the one that this process has already loaded from the same weights.
+    """Build a CLIP; within `shared_loading` one and the same for the same architecture and weights.
 
     Args:
         architecture: name of an open_clip model, such as "ViT-L-14-quickgelu", or a mapping in the form of its model
@@ -41,20 +40,24 @@ def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> op
         WeightsError: the weights are missing or of another model.
     """
     config = _architecture(architecture)
-    # A module that was made on the meta device is no use to one that is asked for elsewhere.
-    key = json.dumps([config, weights, str(torch.get_default_device())], sort_keys=True)
-    if weights is not None and (shared := _loaded.get(key)) is not None:
-        return shared
+    if weights is None:
+        return _build(config)
+
+    def load() -> open_clip.CLIP:
+        clip = _build(config)
+        load_weights(clip, weights, "context_encoder.weights")
+        return clip
+
+    return shared_module(json.dumps([config, weights], sort_keys=True), load)
+
+
+def _build(config: dict[str, Any]) -> open_clip.CLIP:
     try:
         clip = open_clip.CLIP(**config)
     except TypeError as error:
         raise ValueError(f"context_encoder.architecture: {error}; it takes what open_clip's files hold") from error
     if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
         raise ValueError("context_encoder.architecture: the image side is no vision transformer; choose a ViT model")
-    clip.visual.output_tokens = True
-    if weights is not None:
-        load_weights(clip, weights, "context_encoder.weights")
-        _loaded[key] = clip
     return clip
 
 
@@ -95,8 +98,8 @@ class ClipTextContext(nn.Module):
         context: Tensor = tokens / pooled.norm(dim=-1)[:, None, None]
         return context
 
-    def unconditional(self, batch: int) -> Tensor:
-        """The context of no caption, [batch, L, D]: the encoding of ""."""
+    def unconditional(self, batch: int, output: str) -> Tensor:
+        """The context of no caption, [batch, L, D]: the encoding of "", whatever the output modality."""
         return self.encode([""]).expand(batch, -1, -1)
 
 
@@ -106,21 +109,31 @@ class ClipImageContext(nn.Module):
     Args:
         architecture, weights: see `build_clip`; the text context of the same arguments shares the model.
         blank: what stands for no picture: "zeros", a context of zeros, or the encoding of a "black" or "grey" picture.
+        blank_for: the same for single output modalities.
     """
 
     def __init__(
-        self, architecture: str | Mapping[str, Any], weights: str | None = None, blank: Blank = "zeros"
+        self,
+        architecture: str | Mapping[str, Any],
+        weights: str | None = None,
+        blank: Blank = "zeros",
+        blank_for: Mapping[str, Blank] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        if blank != "zeros" and blank not in BLANK_LEVELS:
-            raise ValueError(f"context_encoder.blank={blank}: not one of zeros, {', '.join(BLANK_LEVELS)}")
+        for given in (blank, *blank_for.values()):
+            if given != "zeros" and given not in BLANK_LEVELS:
+                raise ValueError(f"context_encoder.blank={given}: not one of zeros, {', '.join(BLANK_LEVELS)}")
         self.clip = build_clip(architecture, weights)
-        self.blank = blank
+        self.blank, self.blank_for = blank, dict(blank_for)
         self.side = int(self.clip.visual.image_size[0])
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode pictures uint8 [B, 3, H, W] of any size into [B, 1 + patches, D] in the dtype of the parameters."""
         return self.encode_pixels(self.preprocess(images))
+
+    def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
+        """`encode` through masks [B, 1, h, w] in 0..1, stretched over what CLIP sees of a picture: 0 hides a place."""
+        return self.encode_pixels(self.preprocess(images), masks)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """CLIP's own preparation: uint8 [B, 3, H, W] to normalised [B, 3, side, side].
@@ -139,21 +152,34 @@ class ClipImageContext(nn.Module):
         deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
         return ((images.float() / 255 - mean) / deviation).to(dtype)
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
         """`encode` for what `preprocess` gives."""
-        # open_clip's tokens have the last normalisation, which CLIP itself applies to the global token alone.
-        pooled, patches = self.clip.visual(pixels)
-        tokens = torch.cat([pooled[:, None], patches @ self.clip.visual.proj], dim=1)
-        context: Tensor = tokens / pooled.norm(dim=-1)[:, None, None]
-        return context
+        visual = self.clip.visual
+        patches = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        start = visual.class_embedding.expand(len(pixels), 1, -1)
+        hidden = torch.cat([start, patches], dim=1) + visual.positional_embedding
+        weights = None if masks is None else self._token_weights(masks.to(hidden))
+        if weights is not None:
+            hidden = hidden * weights
+        # CLIP itself applies the last normalisation to the global token alone; contexts are made of all of them.
+        tokens = visual.ln_post(visual.transformer(visual.ln_pre(hidden))) @ visual.proj
+        context: Tensor = tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
+        return context if weights is None else context * weights
 
-    def unconditional(self, batch: int) -> Tensor:
-        """The context of no picture, [batch, 1 + patches, D]."""
+    def _token_weights(self, masks: Tensor) -> Tensor:
+        """Weight [B, 1 + patches, 1] of each token: the mask's mean over all, then over each patch."""
+        masks = functional.interpolate(masks, (self.side, self.side), mode="bilinear")
+        patches = functional.avg_pool2d(masks, self.clip.visual.patch_size)
+        return torch.cat([masks.mean(dim=(2, 3)), patches.flatten(1)], dim=1)[..., None]
+
+    def unconditional(self, batch: int, output: str) -> Tensor:
+        """The context of no picture, [batch, 1 + patches, D], where the modality `output` is generated."""
         device, dtype = device_and_dtype(self.clip)
-        if self.blank == "zeros":
+        blank = self.blank_for.get(output, self.blank)
+        if blank == "zeros":
             rows, size = self.clip.visual.positional_embedding.shape[0], self.clip.visual.proj.shape[1]
             return torch.zeros((batch, rows, size), device=device, dtype=dtype)
-        picture = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[self.blank], dtype=torch.uint8)
+        picture = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[blank], dtype=torch.uint8)
         return self.encode(picture).expand(batch, -1, -1)
 
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from vdtrain.compose import ConfigError
+from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import freeze
 
 
 class VAE(Protocol):
     """Samples of a modality to latents and back."""
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Shape of one latent at a resolution in pixels, which only matters to modalities that have one."""
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one latent for pictures of `size`, height and width in pixels; other modalities may ignore it."""
 
     def encode(self, samples: Any, noise: Tensor | None = None) -> Tensor:
         """Latents [B, *latent_shape] of a batch; standard normal noise of that shape asks for a posterior sample."""
 
-    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Any:
-        """Samples of the modality from latents [B, *latent_shape]."""
+    def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Any:
+        """Samples of the modality from latents [B, *latent_shape]; a decoder that draws at random takes each row's
+        numbers from its own generator."""
 
 
 class ContextEncoder(Protocol):
@@ -31,8 +34,16 @@ class ContextEncoder(Protocol):
     def encode(self, samples: Any) -> Tensor:
         """Contexts [B, tokens, D] of a batch."""
 
-    def unconditional(self, batch: int) -> Tensor:
-        """The context [batch, tokens, D] of no sample at all, for classifier-free guidance."""
+    def unconditional(self, batch: int, output: str) -> Tensor:
+        """The context [batch, tokens, D] of no sample at all, for classifier-free guidance of the modality `output`."""
+
+
+@runtime_checkable
+class MaskedContextEncoder(ContextEncoder, Protocol):
+    """A context encoder that can leave parts of a sample out."""
+
+    def encode_masked(self, samples: Any, masks: Tensor) -> Tensor:
+        """Contexts [B, tokens, D] of a batch, seen through masks [B, 1, h, w] in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +102,30 @@ class FrozenParts(nn.Module):
         )
 
     @torch.no_grad()
-    def unconditional(self, modality: str, batch: int) -> Tensor:
-        """The context [batch, tokens, D] that stands for no sample of a modality."""
-        return self._context_encoder(modality).unconditional(batch)
+    def encode_masked(self, modality: str, samples: Any, masks: Tensor) -> Tensor:
+        """Contexts [B, tokens, D] of samples seen through masks [B, 1, h, w] in 0..1.
 
-    def latent_shape(self, modality: str, resolution: int) -> tuple[int, ...]:
-        """Shape of one latent of a modality at a resolution in pixels."""
-        return self._vae(modality).latent_shape(resolution)
+        Raises:
+            ConfigError: the modality's context encoder takes no masks.
+        """
+        encoder = self._context_encoder(modality)
+        if not isinstance(encoder, MaskedContextEncoder):
+            raise ConfigError(f"mask: a context of modality {modality!r} takes none; leave it out")
+        return encoder.encode_masked(samples, masks)
 
     @torch.no_grad()
-    def decode(self, modality: str, latents: Tensor, generator: torch.Generator | None = None) -> Any:
-        """Samples of a modality from latents [B, ...]; a generator is for VAEs whose decoder draws at random."""
-        return self._vae(modality).decode(latents, generator)
+    def unconditional(self, flow: Flow, batch: int) -> Tensor:
+        """The context [batch, tokens, D] that stands for no sample of the flow's context modality."""
+        return self._context_encoder(flow.context).unconditional(batch, flow.output)
+
+    def latent_shape(self, modality: str, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one latent of a modality, for pictures of `size`, height and width in pixels."""
+        return self._vae(modality).latent_shape(size)
+
+    @torch.no_grad()
+    def decode(self, modality: str, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Any:
+        """Samples of a modality from latents [B, ...]; generators, one a row, are for decoders that draw at random."""
+        return self._vae(modality).decode(latents, generators)
 
     def _vae(self, modality: str) -> VAE:
         vae: VAE = _named(self.vaes, modality)

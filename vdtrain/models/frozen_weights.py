@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +20,33 @@ ASSET = "asset:"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 LISTED_KEYS = 5
 
+Module = TypeVar("Module", bound=nn.Module)
+_shared_modules: ContextVar[dict[str, Any] | None] = ContextVar("shared_modules", default=None)
+
 
 class WeightsError(ConfigError):
     """Weights or tokenizer that are missing, damaged or of another model; the message is one line."""
+
+
+@contextmanager
+def shared_loading() -> Iterator[None]:
+    """Inside, parts that ask for the same weights get one and the same module; outside, each gets its own."""
+    token = _shared_modules.set({})
+    try:
+        yield
+    finally:
+        _shared_modules.reset(token)
+
+
+def shared_module(key: str, build: Callable[[], Module]) -> Module:
+    """The module that was built for `key` in the same `shared_loading`, else a new one."""
+    modules = _shared_modules.get()
+    if modules is None:
+        return build()
+    if key not in modules:
+        modules[key] = build()
+    module: Module = modules[key]
+    return module
 
 
 def locate(path: str, setting: str) -> Path:

@@ -62,18 +62,16 @@ class ImageVAE(nn.Module):
         if weights is not None:
             load_weights(self.autoencoder, weights, "vae.weights")
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Shape of one latent, [channels, R/f, R/f], for pictures of `resolution` pixels a side.
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one latent, [channels, H/f, W/f], for pictures of `size` (H, W) in pixels.
 
         Raises:
-            ValueError: the resolution is no multiple of the downsampling factor f.
+            ValueError: a side is no multiple of the downsampling factor f.
         """
-        if resolution % self.downsampling:
-            raise ValueError(
-                f"resolution={resolution} is no multiple of {self.downsampling}, the image VAE's downsampling"
-            )
-        side = resolution // self.downsampling
-        return self.latent_channels, side, side
+        if any(side % self.downsampling for side in size):
+            raise ValueError(f"size={size}: no multiples of {self.downsampling}, the image VAE's downsampling")
+        height, width = (side // self.downsampling for side in size)
+        return self.latent_channels, height, width
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode pictures.
@@ -92,10 +90,10 @@ class ImageVAE(nn.Module):
         return latents * self.latent_scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Decode latents [B, channels, h, w] of `encode` into pictures, uint8 [B, 3, h*f, w*f].
 
-        The decoder draws nothing at random: `generator` is there for the interface that all VAEs share.
+        The decoder draws nothing at random: `generators` is there for the interface that all VAEs share.
         """
         device, dtype = device_and_dtype(self)
         pixels = self.reconstruct(latents.to(device, dtype) / self.latent_scale)

@@ -113,8 +113,8 @@ class Optimus(nn.Module):
         if weights is not None:
             load_weights(self, weights, "vae.weights")
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Shape of one latent, [latent size]; a caption's does not depend on the picture's resolution."""
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one latent, [latent size]; a caption's does not depend on the picture's size."""
         return (self.latent_size,)
 
     def encode(self, captions: Sequence[str], noise: Tensor | None = None) -> Tensor:
@@ -125,22 +125,24 @@ class Optimus(nn.Module):
         return self._posterior_of(captions)[0]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0) -> list[str]:
+    def decode(
+        self, latents: Tensor, generators: Sequence[torch.Generator] | None = None, temperature: float = 1.0
+    ) -> list[str]:
         """Write one caption per latent.
 
         Args:
             latents: [B, latent size].
-            generator: draws the words; None takes the likeliest word each time. A row's words depend on the generator's
-                state and on the row's place in the batch, not on the rows after it.
-            temperature: below 1 favours likely words; has no effect without a generator.
+            generators: draw the words, one generator a row, so that a row's words do not depend on the others; None
+                takes the likeliest word each time.
+            temperature: below 1 favours likely words; has no effect without generators.
 
         Raises:
             ValueError: the temperature is not above 0, or the model has no tokenizers.
         """
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: not above 0; leave out the generator for the likeliest words")
+            raise ValueError(f"temperature={temperature}: not above 0; for the likeliest words leave generators out")
         tokenizer = self._decoder_tokenizer()
-        ids = self.generate(latents, tokenizer.first, tokenizer.last, generator, temperature)
+        ids = self.generate(latents, tokenizer.first, tokenizer.last, generators, temperature)
         return tokenizer.texts(ids)
 
     def posterior(self, ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -179,18 +181,17 @@ class Optimus(nn.Module):
         latents: Tensor,
         first: int,
         last: int,
-        generator: torch.Generator | None = None,
+        generators: Sequence[torch.Generator] | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
         """Ids int64 [B, at most max_length], from `first` to `last`, which fills up ended rows and ends all of them.
 
-        Without a generator the likeliest id is taken each time.
+        Without generators the likeliest id is taken each time.
         """
         device, dtype = device_and_dtype(self)
         latents = latents.to(device, dtype)
         cache = self.memory(latents)
-        # Drawn at once, row by row, so that a row's words are the same in a larger batch.
-        uniform = None if generator is None else _uniform(len(latents), self.max_length, generator)
+        uniform = None if generators is None else _uniform(self.max_length, generators)
         ids = torch.full((len(latents), 1), first, dtype=torch.int64, device=device)
         ended = torch.zeros(len(latents), dtype=torch.bool, device=device)
         while ids.shape[1] < self.max_length - 1 and not bool(ended.all()):
@@ -268,8 +269,8 @@ class Optimus(nn.Module):
         return self.posterior(self.encoder_tokenizer(captions).to(device), self.encoder_tokenizer.pad)
 
 
-def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.rand((rows, columns), generator=generator, device=generator.device)
+def _uniform(columns: int, generators: Sequence[torch.Generator]) -> Tensor:
+    return torch.stack([torch.rand(columns, generator=each, device=each.device) for each in generators])
 
 
 def _pick(scores: Tensor, uniform: Tensor) -> Tensor:

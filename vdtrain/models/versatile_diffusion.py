@@ -5,6 +5,7 @@ from __future__ import annotations
 from vdtrain.config import ModelConfig
 from vdtrain.instantiate import instantiate
 from vdtrain.models.frozen import FrozenParts
+from vdtrain.models.frozen_weights import shared_loading
 
 
 def build_frozen(config: ModelConfig) -> FrozenParts:
@@ -13,12 +14,13 @@ def build_frozen(config: ModelConfig) -> FrozenParts:
     Raises:
         ConfigError: a `_target_` or an argument that does not exist.
     """
-    return FrozenParts(
-        {
-            name: (
-                instantiate(modality.vae, f"model.modalities.{name}.vae"),
-                instantiate(modality.context_encoder, f"model.modalities.{name}.context_encoder"),
-            )
-            for name, modality in config.modalities.items()
-        }
-    )
+    with shared_loading():
+        return FrozenParts(
+            {
+                name: (
+                    instantiate(modality.vae, f"model.modalities.{name}.vae"),
+                    instantiate(modality.context_encoder, f"model.modalities.{name}.context_encoder"),
+                )
+                for name, modality in config.modalities.items()
+            }
+        )
