@@ -102,7 +102,7 @@ def evaluate(model: VersatileDiffusion, count: int, held_out: bool) -> tuple[dic
     for flow in FLOWS:
         inputs: Any = pictures if flow.startswith("image") else captions
         samples = model.generate(
-            flow, inputs, resolution=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1
+            flow, inputs, height=RESOLUTION, width=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1
         )
         shown[flow] = samples
         right = [

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from vdtrain.blend import main as blend
 from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
+from vdtrain.diffusion.solvers import SOLVERS
+from vdtrain.edit import main as edit_verb
+from vdtrain.editing import changed, edit
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.pipeline import Ingredient, VersatileDiffusion
 from vdtrain.sample import main as sample
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
@@ -31,14 +38,14 @@ def model() -> VersatileDiffusion:
 
 
 def pictures(model: VersatileDiffusion, captions: list[str], **settings: object) -> torch.Tensor:
-    return model.generate("text-to-image", captions, **{"resolution": 32, "steps": 4, **settings})
+    return model.generate("text-to-image", captions, **{"height": 32, "width": 32, "steps": 4, **settings})
 
 
 def test_every_flow_gives_samples_of_its_output(model: VersatileDiffusion) -> None:
     made = pictures(model, CAPTIONS)
     assert made.shape == (3, 3, 32, 32)
     assert made.dtype == torch.uint8
-    assert model.generate("image-to-image", made, resolution=48, steps=2).shape == (3, 3, 48, 48)
+    assert model.generate("image-to-image", made, height=48, width=48, steps=2).shape == (3, 3, 48, 48)
     for flow, given in (("image-to-text", made), ("text-to-text", CAPTIONS)):
         captions = model.generate(flow, given, steps=2)
         assert len(captions) == 3
@@ -70,15 +77,161 @@ def test_flows_that_were_not_trained_are_refused() -> None:
         single.generate("sideways", CAPTIONS)
 
 
-@pytest.mark.parametrize("resolution", [40, 33, 0])
-def test_impossible_resolutions_are_refused(model: VersatileDiffusion, resolution: int) -> None:
-    with pytest.raises(ConfigError, match=f"resolution={resolution}: not a multiple of 16"):
-        pictures(model, CAPTIONS, resolution=resolution)
+@pytest.mark.parametrize("side", ["height", "width"])
+@pytest.mark.parametrize("pixels", [40, 33, 0])
+def test_impossible_sizes_are_refused(model: VersatileDiffusion, side: str, pixels: int) -> None:
+    with pytest.raises(ConfigError, match=f"{side}={pixels}: not a multiple of 16"):
+        pictures(model, CAPTIONS, **{side: pixels})
 
 
-@pytest.mark.parametrize("mistake", ["weights=average", "device=tpu", "inputs=[]", "samples_per_inputs=2"])
-def test_a_mistake_on_the_command_line_is_one_line(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample([mistake]) == 2
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_does_not_depend_on_the_batch_size(model: VersatileDiffusion, solver: str) -> None:
+    whole, pieces = (pictures(model, CAPTIONS, solver=solver, batch_size=size) for size in (8, 2))
+    assert (whole.int() - pieces.int()).abs().max() <= 1
+    assert not torch.equal(whole[0], whole[1])
+    made = [model.generate("image-to-text", whole, steps=2, batch_size=size, seed=3) for size in (8, 1)]
+    assert made[0] == made[1]
+
+
+def test_eta_keeps_samples_apart_from_the_batch_size(model: VersatileDiffusion) -> None:
+    whole, pieces = (pictures(model, CAPTIONS, eta=1.0, batch_size=size) for size in (8, 2))
+    assert (whole.int() - pieces.int()).abs().max() <= 1
+    assert not torch.equal(whole, pictures(model, CAPTIONS))
+
+
+def test_pictures_need_not_be_square(model: VersatileDiffusion) -> None:
+    assert pictures(model, CAPTIONS[:1], height=32, width=64).shape == (1, 3, 32, 64)
+
+
+def test_the_networks_may_run_in_bfloat16(model: VersatileDiffusion) -> None:
+    half = VersatileDiffusion(model.config, copy.deepcopy(model.diffuser), dtype=torch.bfloat16)
+    difference = pictures(half, CAPTIONS).float() - pictures(model, CAPTIONS).float()
+    assert difference.abs().mean() < 8
+
+
+def test_focus_turns_the_context(model: VersatileDiffusion) -> None:
+    given = pictures(model, CAPTIONS)
+    plain, content, style = (
+        model.generate("image-to-image", given, height=32, width=32, steps=4, focus=level) for level in (0.5, 0.1, 0.9)
+    )
+    assert torch.equal(plain, model.generate("image-to-image", given, height=32, width=32, steps=4))
+    assert not torch.equal(plain, content)
+    assert not torch.equal(plain, style)
+    with pytest.raises(ConfigError, match="focus=2: not in 0"):
+        model.generate("image-to-image", given, focus=2)
+
+
+def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) -> None:
+    given = pictures(model, CAPTIONS, seed=9)
+    distances = [
+        float((pictures(model, CAPTIONS, steps=20, start_from=given, fidelity=level).float() - given).abs().mean())
+        for level in (0.1, 0.5, 0.9, 1.0)
+    ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] == 0
+    for wrong, message in (
+        ({"fidelity": 0.5}, r"start_from: nothing for 3 inputs; fidelity=0\.5 needs one"),
+        ({"fidelity": 0.5, "start_from": given[:2]}, "start_from: 2 for 3 inputs"),
+        ({"fidelity": 1.5}, r"fidelity=1\.5: not in 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pictures(model, CAPTIONS, **wrong)
+
+
+SMALL = {"height": 32, "width": 32, "steps": 3}
+
+
+@pytest.mark.parametrize("output", ["image", "text"])
+def test_one_ingredient_is_its_flow(model: VersatileDiffusion, output: str) -> None:
+    blended = model.blend(output, [Ingredient("text", CAPTIONS[0])], **SMALL)
+    plain = model.generate(f"text-to-{output}", CAPTIONS[:1], **SMALL)
+    assert torch.equal(blended, plain) if output == "image" else blended == plain
+
+
+@pytest.mark.parametrize("output", ["image", "text"])
+@pytest.mark.parametrize("mixing", ["attention", "layer"])
+def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str, mixing: str) -> None:
+    """Text from several contexts too, where the original crashes."""
+    picture = pictures(model, CAPTIONS[:1], seed=9)[0]
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, :4] = 1
+    ingredients = [
+        Ingredient("text", CAPTIONS[0], 1.0),
+        Ingredient("text", CAPTIONS[1], 2.0),
+        Ingredient("image", picture, 0.5),
+        Ingredient("image", picture, 0.5, mask),
+    ]
+    for join in (True, False):
+        made = model.blend(output, ingredients, count=3, mixing=mixing, join=join, **SMALL)
+        assert len(made) == 3
+        again = model.blend(output, ingredients, count=3, mixing=mixing, join=join, batch_size=2, **SMALL)
+        assert (made.int() - again.int()).abs().max() <= 1 if output == "image" else made == again
+
+
+def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusion) -> None:
+    picture = pictures(model, CAPTIONS[:1], seed=9)[0]
+
+    def made(text: float, image: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+        parts = [Ingredient("text", CAPTIONS[0], text), Ingredient("image", picture, image, mask)]
+        return model.blend("image", parts, **SMALL)
+
+    assert torch.equal(made(1, 3), made(2, 6))
+    assert not torch.equal(made(1, 3), made(3, 1))
+    assert torch.equal(made(1, 0), model.generate("text-to-image", CAPTIONS[:1], **SMALL))
+    assert (made(1, 3, torch.ones(1, 4, 4)).int() - made(1, 3).int()).abs().max() <= 1
+    assert not torch.equal(made(1, 3, torch.zeros(1, 4, 4)), made(1, 3))
+
+
+def test_impossible_blends_are_refused(model: VersatileDiffusion) -> None:
+    text = Ingredient("text", CAPTIONS[0])
+    for ingredients, settings, message in (
+        ([], {}, "contexts: 0 for 1 samples"),
+        ([text], {"count": 0}, "contexts: 1 for 0 samples"),
+        ([Ingredient("text", "a", -1.0)], {}, "none may be negative"),
+        ([Ingredient("text", "a", 0.0)], {}, "one must be above 0"),
+        ([text], {"mixing": "coin"}, "mixing=coin: choose one of attention, layer"),
+        ([Ingredient("sound", "a")], {}, "no layers for 'sound'"),
+        ([Ingredient("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: a context of modality 'text' takes none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.blend("image", ingredients, **{**SMALL, **settings})
+
+
+def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
+    latents = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    away, new = (model.encode_latents("text", [words])[0] for words in ("a circle", "a star"))
+    moved = changed(model, latents, "a circle", "a star")
+    torch.testing.assert_close((moved - new) @ away, torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(changed(model, latents, "", "a star"), latents + new)
+    given = pictures(model, CAPTIONS)
+    for words in ({"remove": "a circle"}, {"add": "a star"}, {"remove": "a circle", "add": "a star"}):
+        drawn, captions = edit(model, given, **words, **SMALL)
+        assert drawn.shape == given.shape
+        assert len(captions) == 3
+    with pytest.raises(ConfigError, match="remove, add: both empty"):
+        edit(model, given, **SMALL)
+    with pytest.raises(ConfigError, match=r"text_share=1\.5"):
+        edit(model, given, add="a star", text_share=1.5, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("verb", "mistake"),
+    [
+        (sample, "weights=average"),
+        (sample, "device=tpu"),
+        (sample, "precision=int4"),
+        (sample, "inputs=[]"),
+        (sample, "samples_per_inputs=2"),
+        (sample, "samples_per_input=0"),
+        (sample, "start_from=[a.png,b.png]"),
+        (blend, "checkpoint=nowhere"),
+        (edit_verb, "inputs=[]"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    verb: Callable[[list[str]], int], mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verb([mistake]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {mistake.partition('=')[0]}")
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 VERBS = {
     "train": "train one stage of the curriculum",
     "sample": "make pictures and captions with a trained model",
+    "blend": "make them from several captions and pictures at once",
+    "edit": "change pictures by words",
 }
 
 USAGE = """\

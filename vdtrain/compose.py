@@ -19,10 +19,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import vdtrain.config
-from vdtrain.config import DataPipelineConfig, SampleConfig, TrainConfig
+from vdtrain.config import BlendConfig, DataPipelineConfig, EditConfig, SampleConfig, TrainConfig
 
 Schema = TypeVar("Schema")
-SCHEMAS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "data_pipeline": DataPipelineConfig}
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "blend": BlendConfig,
+    "edit": EditConfig,
+    "data_pipeline": DataPipelineConfig,
+}
 
 
 class ConfigError(ValueError):

@@ -203,21 +203,65 @@ class TrainConfig:
 
 
 @dataclass
-class SampleConfig:
-    """Root of `conf/sample.yaml`."""
+class SamplingConfig:
+    """How a sample is drawn; the values are the released application's."""
+
+    height: int = 512  # of pictures, in pixels
+    width: int = 512
+    steps: int = 50
+    guidance_scale: float = 7.5  # 1 is no guidance
+    solver: str = "ddim"  # ddim, dpm-solver++ or unipc
+    eta: float = 0.0  # noise added back by DDIM: 0 none, 1 as much as in training
+    seed: int = 0
+    batch_size: int = 8  # samples that go through the network together
+
+
+@dataclass
+class SamplerConfig(SamplingConfig):
+    """What every verb that samples has in common: `conf/sampler.yaml`."""
 
     checkpoint: str = MISSING
     weights: str = MISSING  # ema or model
+    output_dir: str = MISSING
+    resolution: int = MISSING  # height and width, where these are not given
+    device: str = MISSING
+    precision: str = MISSING  # fp32, bf16 or fp16
+    threads: int | None = MISSING
+
+
+@dataclass
+class SampleConfig(SamplerConfig):
+    """Root of `conf/sample.yaml`."""
+
     flow: str = MISSING
     inputs: list[str] = MISSING  # captions, or picture files, by the flow's context
-    output_dir: str = MISSING
-    resolution: int = MISSING
     samples_per_input: int = MISSING
-    steps: int = MISSING
-    guidance_scale: float = MISSING
-    seed: int = MISSING
-    device: str = MISSING
-    threads: int | None = MISSING
+    focus: float = MISSING
+    start_from: list[str] = MISSING
+    fidelity: float = MISSING
+
+
+@dataclass
+class BlendConfig(SamplerConfig):
+    """Root of `conf/blend.yaml`."""
+
+    output: str = MISSING
+    # {text: CAPTION} or {image: FILE}, each with an optional weight and, for images, a mask file.
+    contexts: list[dict[str, Any]] = MISSING
+    samples: int = MISSING
+    mixing: str = MISSING
+    join: bool = MISSING
+
+
+@dataclass
+class EditConfig(SamplerConfig):
+    """Root of `conf/edit.yaml`."""
+
+    inputs: list[str] = MISSING  # picture files
+    remove: str = MISSING
+    add: str = MISSING
+    text_share: float = MISSING
+    style_rank: int = MISSING
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vdtrain.compose import ConfigError
 
@@ -19,36 +19,45 @@ class Medium:
     """Reading and writing of one modality.
 
     Attributes:
-        read: (inputs as typed, resolution in pixels) -> a batch, in the form that the modality's encoders take.
+        read: (inputs as typed, height and width in pixels) -> a batch, in the form that the modality's encoders take.
         write: (samples, output folder, settings to keep with them) -> the files written.
     """
 
-    read: Callable[[Sequence[str], int], Any]
+    read: Callable[[Sequence[str], tuple[int, int]], Any]
     write: Callable[[Any, Path, Mapping[str, Any]], list[Path]]
 
 
-def read_pictures(paths: Sequence[str], resolution: int) -> torch.Tensor:
-    """Picture files as uint8 [B, 3, resolution, resolution]: shortest side resized (bicubic), centre cropped.
+def read_pictures(paths: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
+    """Picture files as uint8 [B, 3, H, W]: resized (bicubic) to cover `size` (H, W), and the centre of it cropped.
 
     Raises:
         ConfigError: a file that is missing or no picture.
     """
     pictures = []
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except OSError as error:
-            raise ConfigError(f"inputs: {path}: {error}; give a picture file") from error
-        scale = resolution / min(picture.size)
-        size = (max(resolution, round(picture.width * scale)), max(resolution, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        cropped = picture.crop((left, top, left + resolution, top + resolution))
-        pictures.append(
-            torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
-        )
+        height, width = size
+        fitted = ImageOps.fit(_open(path).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+        pictures.append(torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3))
     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def read_mask(path: str) -> torch.Tensor:
+    """A mask file, of which white keeps a place and black hides it, as float32 [1, H, W] in 0..1.
+
+    Raises:
+        ConfigError: a file that is missing or no picture.
+    """
+    grey = _open(path).convert("L")
+    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return ImageOps.exif_transpose(file)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: {error}; give a picture file") from error
 
 
 def write_pictures(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -74,5 +83,5 @@ def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, 
 
 MEDIA = {
     "image": Medium(read_pictures, write_pictures),
-    "text": Medium(lambda captions, resolution: list(captions), write_captions),
+    "text": Medium(lambda captions, size: list(captions), write_captions),
 }

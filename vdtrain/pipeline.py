@@ -1,46 +1,92 @@
 """A trained model ready to sample.
 
 model = VersatileDiffusion.from_checkpoint("runs/stage3_four_flow")
-pictures = model.generate("text-to-image", ["a red circle on a white background"], resolution=64)
+pictures = model.generate("text-to-image", ["a red circle on a white background"], height=64, width=64)
 captions = model.generate("image-to-text", pictures)
+blended = model.blend("image", [Ingredient("text", "a red circle", 0.4), Ingredient("image", pictures[0], 0.6)])
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig
-from vdtrain.diffusion.sampling import Progress, ddim, guided
+from vdtrain.config import ModelConfig, SamplingConfig
+from vdtrain.diffusion.context_mixing import joined_by_modality, make_mixing, normalised
+from vdtrain.diffusion.focus import focus as focused
+from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.diffusion.solvers import make_solver
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, layer_group
+from vdtrain.models.frozen import FrozenParts
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training.checkpoints import read_weights
 from vdtrain.training.curriculum import model_config, resolve_checkpoint
-from vdtrain.validation import check_resolution
+from vdtrain.validation import check_sampling
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One context of a blend.
+
+    Attributes:
+        modality: of the context.
+        sample: a caption, or a picture uint8 [3, H, W], by the modality.
+        weight: share in the blend; only the ratio to the other weights matters.
+        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a place of the picture, 0 hides it.
+    """
+
+    modality: str
+    sample: Any
+    weight: float = 1.0
+    mask: Tensor | None = None
+
+    def batch(self) -> Any:
+        """The sample as a batch of one."""
+        return self.sample[None] if isinstance(self.sample, Tensor) else [self.sample]
+
+    def masks(self) -> Tensor | None:
+        """The mask as a batch of one."""
+        return None if self.mask is None else self.mask[None]
 
 
 class VersatileDiffusion:
     """Diffuser, frozen parts and noise schedule, on one device.
 
+    The methods take the fields of `SamplingConfig` as keywords: height, width, steps, guidance_scale, solver, eta,
+    seed, batch_size. The random numbers of a sample depend on the seed and on its place among the samples alone.
+
     Args:
         config: of the whole model; names the frozen parts' weights.
         diffuser: with at least the layers of the flows that will be asked for.
+        dtype: precision of the networks; the solver always works in float32.
+        frozen: VAEs and context encoders; None builds those that `config` names.
     """
 
-    def __init__(self, config: ModelConfig, diffuser: Diffuser, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        diffuser: Diffuser,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        frozen: FrozenParts | None = None,
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
-        self.diffuser = diffuser.to(self.device).eval().requires_grad_(False)
-        self.frozen = build_frozen(config).to(self.device)
+        self.diffuser = diffuser.to(self.device, dtype).eval().requires_grad_(False)
+        self.frozen = (frozen or build_frozen(config)).to(self.device, dtype)
         self.schedule = Schedule(config.schedule, self.device)
 
     @classmethod
-    def from_checkpoint(cls, path: str, weights: str = "ema", device: str = "cpu") -> VersatileDiffusion:
+    def from_checkpoint(
+        cls, path: str, weights: str = "ema", device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> VersatileDiffusion:
         """Load a run folder's latest checkpoint, or a checkpoint folder.
 
         Args:
@@ -54,48 +100,172 @@ class VersatileDiffusion:
         tensors = read_weights(checkpoint, weights)
         diffuser = Diffuser(config, {layer_group(name) for name in tensors})
         diffuser.load_state_dict(tensors)
-        return cls(config, diffuser, device)
+        return cls(config, diffuser, device, dtype)
 
     def generate(
         self,
         flow: str,
         inputs: Any,
         *,
-        resolution: int = 512,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        seed: int = 0,
+        focus: float = 0.5,
+        start_from: Any = None,
+        fidelity: float = 0.0,
         progress: Progress = list,
+        **settings: Any,
     ) -> Any:
-        """One sample per input: uint8 [B, 3, R, R] pictures or a list of captions, by the flow's output.
-
-        The starting noise of a sample depends on the seed and on its place in `inputs` alone.
+        """One sample per input: uint8 [B, 3, H, W] pictures or a list of captions, by the flow's output.
 
         Args:
             flow: "text-to-image", "image-to-image", "image-to-text" or "text-to-text".
-            inputs: captions, or uint8 [B, 3, H, W] pictures, by the flow's context.
-            resolution: side of generated pictures in pixels.
-            guidance_scale: strength of classifier-free guidance; 1 is none.
+            inputs: captions, or uint8 [B, 3, h, w] pictures, by the flow's context.
+            focus: semantic-style disentanglement of image contexts: 0 content, 0.5 as they are, 1 style.
+            start_from: samples of the output modality, one per input, to begin from instead of from noise; pictures of
+                the size that is asked for.
+            fidelity: how little `start_from` is noised: at 0 nothing of it is left, at 1 it comes back as it is.
+            settings: fields of `SamplingConfig`.
 
         Raises:
-            ConfigError: the model was not trained for the flow, or cannot make pictures of that resolution.
+            ConfigError: the model was not trained for the flow, or a setting that cannot work.
         """
-        check_resolution("resolution", resolution, self.config)
-        way = self._flow(flow)
-        if isinstance(inputs, Tensor):
-            inputs = inputs.to(self.device)
-        count = len(inputs)
-        tokens = self.frozen.encode({way.context: inputs}, (), (way.context,)).contexts[way.context]
-        unconditional = self.frozen.unconditional(way.context, count)
-        shape = self.frozen.latent_shape(way.output, resolution)
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
-        ).to(self.device)
-        predict = guided(self.diffuser, way.output, Context(way.context, tokens), unconditional, guidance_scale)
-        latents = ddim(predict, noise, self.schedule, steps, progress=progress)
-        return self.frozen.decode(way.output, latents, torch.Generator().manual_seed(seed))
+        way, chosen = self.flow(flow), self.settings(settings)
+        if not 0 <= fidelity <= 1:
+            raise ConfigError(f"fidelity={fidelity}: not in 0 (from noise) to 1 (start_from itself)")
+        start = None
+        if fidelity > 0:
+            if start_from is None or len(start_from) != len(inputs):
+                given = "nothing" if start_from is None else len(start_from)
+                raise ConfigError(
+                    f"start_from: {given} for {len(inputs)} inputs; fidelity={fidelity} needs one for each"
+                )
+            if fidelity == 1:
+                return start_from
+            start = self.encode_latents(way.output, start_from, chosen.batch_size)
+        tokens = self.encode_context(way.context, inputs, chosen.batch_size)
+        try:
+            tokens = focused(tokens, focus)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        contexts = [Context(way.context, tokens)]
+        return self.sample(way.output, contexts, chosen, start=start, fidelity=fidelity, progress=progress)
 
-    def _flow(self, name: str) -> Flow:
+    def blend(
+        self,
+        output: str,
+        ingredients: Sequence[Ingredient],
+        *,
+        count: int = 1,
+        mixing: str = "attention",
+        join: bool = True,
+        progress: Progress = list,
+        **settings: Any,
+    ) -> Any:
+        """Samples from several contexts at once: `count` pictures or captions, by `output`.
+
+        Args:
+            mixing: "attention" averages the contexts at every context layer; "layer" draws one of them for each.
+            join: contexts of one modality become one, token after token, as in the released application; otherwise
+                each is mixed on its own.
+
+        Raises:
+            ConfigError: the model has no layers for a modality, or a setting that cannot work.
+        """
+        chosen = self.settings(settings)
+        if not ingredients or count < 1:
+            raise ConfigError(f"contexts: {len(ingredients)} for {count} samples; give at least one of each")
+        for ingredient in ingredients:
+            self.flow(Flow(output, ingredient.modality).name)
+        contexts = [
+            Context(each.modality, self.encode_context(each.modality, each.batch(), masks=each.masks()))
+            for each in ingredients
+        ]
+        weights = [each.weight for each in ingredients]
+        try:
+            normalised(weights)
+            if join:
+                contexts, weights = joined_by_modality(contexts, weights)
+            way = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), chosen.seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        contexts = [Context(each.modality, each.tokens.expand(count, -1, -1)) for each in contexts]
+        return self.sample(output, contexts, chosen, mixing=way, progress=progress)
+
+    def sample(
+        self,
+        output: str,
+        contexts: Sequence[Context],
+        settings: SamplingConfig,
+        *,
+        unconditional: Sequence[Context] | None = None,
+        mixing: Mixing = alone,
+        start: Tensor | None = None,
+        fidelity: float = 0.0,
+        progress: Progress = list,
+        decode: bool = True,
+    ) -> Any:
+        """Samples of a modality from encoded contexts; what the other methods come down to.
+
+        Args:
+            contexts: tokens [B, M, D] each, B samples in all.
+            unconditional: for each of `contexts`, tokens [1, M, D]; None takes the modality's own, as often as it fits.
+            start: clean latents [B, ...] to begin from, noised as `fidelity` (below 1) says.
+            decode: False returns latents [B, ...], float32.
+        """
+        if unconditional is None:
+            unconditional = [self._unconditional(output, context) for context in contexts]
+        count, parts = len(contexts[0].tokens), []
+        shape = self.frozen.latent_shape(output, (settings.height, settings.width))
+        for begin in range(0, count, settings.batch_size):
+            rows = range(begin, min(begin + settings.batch_size, count))
+            generators = [torch.Generator().manual_seed(settings.seed + row) for row in rows]
+            chunk = [Context(each.modality, each.tokens[rows.start : rows.stop]) for each in contexts]
+            without = [Context(each.modality, each.tokens.expand(len(rows), -1, -1)) for each in unconditional]
+            predict = guided(self.diffuser, output, chunk, without, settings.guidance_scale, mixing)
+            latents = self._normal(shape, generators)
+            drawn = lambda index, generators=generators: self._normal(shape, generators)  # noqa: E731
+            solver = make_solver(settings.solver, self.schedule, settings.steps, settings.eta, drawn)
+            first = 0
+            if start is not None:
+                first = len(solver.timesteps) - max(1, int(len(solver.timesteps) * (1 - fidelity)))
+                timesteps = torch.full((len(rows),), solver.timesteps[first], device=self.device)
+                latents = self.schedule.add_noise(start[rows.start : rows.stop], latents, timesteps)
+            latents = denoise(predict, latents, solver, first, progress)
+            parts.append(self.frozen.decode(output, latents, generators) if decode else latents)
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else [each for part in parts for each in part]
+
+    def encode_context(self, modality: str, samples: Any, batch_size: int = 8, masks: Tensor | None = None) -> Tensor:
+        """Context tokens [B, M, D] of samples of a modality.
+
+        Args:
+            masks: [B, 1, h, w] in 0..1, for modalities whose encoder takes them.
+
+        Raises:
+            ConfigError: masks for a modality that takes none.
+        """
+        if masks is not None:
+            return self.frozen.encode_masked(modality, self._here(samples), masks.to(self.device))
+        chunks = [samples[begin : begin + batch_size] for begin in range(0, len(samples), batch_size)]
+        return torch.cat(
+            [self.frozen.encode({modality: self._here(chunk)}, (), (modality,)).contexts[modality] for chunk in chunks]
+        )
+
+    def encode_latents(self, modality: str, samples: Any, batch_size: int = 8) -> Tensor:
+        """Mean latents [B, ...] of samples of a modality."""
+        chunks = [samples[begin : begin + batch_size] for begin in range(0, len(samples), batch_size)]
+        return torch.cat(
+            [self.frozen.encode({modality: self._here(chunk)}, (modality,), ()).latents[modality] for chunk in chunks]
+        )
+
+    def decode(self, modality: str, latents: Tensor, seed: int = 0) -> Any:
+        """Samples of a modality from latents [B, ...]; what is drawn at random depends on the seed and the row."""
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(len(latents))]
+        return self.frozen.decode(modality, latents, generators)
+
+    def flow(self, name: str) -> Flow:
+        """A flow by name.
+
+        Raises:
+            ConfigError: no flow, or one that this model has no layers for.
+        """
         try:
             flow = Flow.parse(name)
         except ValueError as error:
@@ -104,3 +274,28 @@ class VersatileDiffusion:
             if part not in layers:
                 raise ConfigError(f"flow={name}: this checkpoint has no layers for {part!r}; sample from a later stage")
         return flow
+
+    def unconditional(self, output: str, modality: str) -> Tensor:
+        """The context [1, M, D] that stands for no sample of `modality` where `output` is generated."""
+        return self.frozen.unconditional(Flow(output, modality), 1)
+
+    def _unconditional(self, output: str, context: Context) -> Context:
+        tokens = self.unconditional(output, context.modality)
+        return Context(context.modality, tokens.repeat(1, context.tokens.shape[1] // tokens.shape[1], 1))
+
+    def settings(self, changes: Mapping[str, Any]) -> SamplingConfig:
+        """The default settings with changes, checked.
+
+        Raises:
+            ConfigError: a setting that cannot work.
+        """
+        settings = replace(SamplingConfig(), **changes)
+        check_sampling(settings, self.config)
+        return settings
+
+    def _normal(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """Unit normal noise [B, *shape], each row from its own generator, the same on every device."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+    def _here(self, samples: Any) -> Any:
+        return samples.to(self.device) if isinstance(samples, Tensor) else samples

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import SampleConfig
 
-USAGE = """\
+SAMPLER_SETTINGS = """\
+  checkpoint          run folder (its latest checkpoint), checkpoint folder, or weights folder
+  weights             ema (averaged) or model (as trained)
+  output_dir          where 0000.png ... or captions.txt go; pictures keep the settings in their metadata
+  resolution          side of the pictures in pixels; height=, width= for pictures that are not square
+  solver, steps       ddim (50 steps), or dpm-solver++ or unipc (about 20)
+  guidance_scale, eta, seed, batch_size, device, precision (fp32, bf16, fp16), threads
+"""
+
+USAGE = f"""\
 Usage: vdtrain sample checkpoint=RUN flow=FLOW 'inputs=["...", "..."]' [SETTING=VALUE ...]
 
 Make samples from inputs. FLOW is text-to-image, image-to-image, image-to-text or text-to-text; inputs are captions
@@ -26,65 +34,46 @@ or picture files, by the flow's context.
 Examples:
   vdtrain sample checkpoint=runs/stage3_four_flow flow=text-to-image 'inputs=["a red circle", "a blue star"]'
   vdtrain sample checkpoint=runs/stage3_four_flow flow=image-to-text 'inputs=[picture.png]' output_dir=captions
+  vdtrain sample checkpoint=runs/stage3_four_flow flow=image-to-image 'inputs=[picture.png]' focus=0.1
+  vdtrain sample flow=text-to-image 'inputs=["a blue star"]' 'start_from=[picture.png]' fidelity=0.4
 
 Settings:
-  checkpoint          run folder (its latest checkpoint) or checkpoint folder
-  weights             ema (averaged) or model (as trained)
-  output_dir          where 0000.png ... or captions.txt go
-  resolution          side of the pictures in pixels
-  samples_per_input, steps, guidance_scale, seed, device, threads
-"""
+  focus               image contexts: 0 keeps the content, 0.5 changes nothing, 1 keeps the style
+  start_from          samples to begin from instead of from noise, one for each input
+  fidelity            how little they are noised: 0 (from noise) to 1 (start_from itself)
+  samples_per_input
+{SAMPLER_SETTINGS}"""
 
 
 def sample(config: SampleConfig, document: DictConfig) -> int:
     """Sample and write the results; returns the exit status."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one caption or picture file")
-    for setting, value, choices in (
-        ("weights", config.weights, ("ema", "model")),
-        ("device", config.device, ("cpu", "cuda")),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
-    import torch
-    from rich.progress import track
+    if config.samples_per_input < 1:
+        raise ConfigError(f"samples_per_input={config.samples_per_input}: must be at least 1")
+    if config.start_from and len(config.start_from) != len(config.inputs):
+        raise ConfigError(
+            f"start_from: {len(config.start_from)} for {len(config.inputs)} inputs; give one for each, or none"
+        )
+    from vdtrain.sampler import Sampler
 
-    from vdtrain.media import MEDIA
-    from vdtrain.pipeline import VersatileDiffusion
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    model = VersatileDiffusion.from_checkpoint(config.checkpoint, config.weights, config.device)
-    context, _, output = config.flow.partition("-to-")
-    for modality in (context, output):
-        if modality not in MEDIA:
-            raise ConfigError(f"flow={config.flow}: no files are known for {modality!r}, only for {', '.join(MEDIA)}")
-    repeated = [given for given in config.inputs for _ in range(config.samples_per_input)]
-    inputs = MEDIA[context].read(repeated, config.resolution)
-    interactive = sys.stdout.isatty()
-    samples = model.generate(
+    sampler = Sampler(config, document)
+    flow = sampler.model.flow(config.flow)
+    start = _repeated(config.start_from, config.samples_per_input)
+    samples = sampler.model.generate(
         config.flow,
-        inputs,
-        resolution=config.resolution,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        progress=lambda turns: track(turns, config.flow) if interactive else turns,  # type: ignore[arg-type, return-value]
+        sampler.read(flow.context, _repeated(config.inputs, config.samples_per_input)),
+        focus=config.focus,
+        start_from=sampler.read(flow.output, start, sampler.size) if start else None,
+        fidelity=config.fidelity,
+        progress=sampler.progress,
+        **sampler.settings,
     )
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in document.items() if key not in ("output_dir", "device", "threads")}
-    for file in MEDIA[output].write(samples, folder, {str(key): _plain(value) for key, value in settings.items()}):
-        print(file)
-    if isinstance(samples, list):
-        print("\n".join(samples))
-    return 0
+    return sampler.write(flow.output, samples)
 
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def _repeated(inputs: Sequence[str], times: int) -> list[str]:
+    return [given for given in inputs for _ in range(times)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

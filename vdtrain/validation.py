@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig, PhaseConfig, TrainConfig
+from vdtrain.config import ModelConfig, PhaseConfig, SamplingConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
 
 
@@ -92,6 +92,18 @@ def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
             "or a micro-batch that divides"
         )
     return batch // (world_size * micro)
+
+
+def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:
+    """Refuse settings that no sample can be drawn with.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    check_resolution("height", settings.height, model)
+    check_resolution("width", settings.width, model)
+    if settings.batch_size < 1:
+        raise ConfigError(f"batch_size={settings.batch_size}: must be at least 1")
 
 
 def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:

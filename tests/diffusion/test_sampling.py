@@ -1,39 +1,100 @@
+"""Solvers against a perfect predictor: whatever the way, it leads to the clean latents."""
+
 import pytest
 import torch
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import ScheduleConfig
-from vdtrain.diffusion.sampling import ddim, ddim_timesteps
+from vdtrain.diffusion.sampling import denoise
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.diffusion.solvers import SOLVERS, ddim_timesteps, make_solver
 
 SCHEDULE = Schedule(ScheduleConfig())
 
 
+def normal(seed: int) -> torch.Tensor:
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+CLEAN = normal(0)
+
+
+def perfect(latents: torch.Tensor, timestep: int) -> torch.Tensor:
+    """The noise that separates latents from the clean ones."""
+    kept = SCHEDULE.alphas_cumprod[timestep]
+    return (latents - kept.sqrt() * CLEAN) / (1 - kept).sqrt()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 37, 50, 999, 1000])
-def test_timesteps_rise_within_the_schedule(steps: int) -> None:
+def test_timesteps_fall_within_the_schedule(steps: int) -> None:
     timesteps = ddim_timesteps(SCHEDULE, steps)
-    assert timesteps[0] == 1
-    assert timesteps == sorted(set(timesteps))
-    assert timesteps[-1] < SCHEDULE.steps
+    assert timesteps[-1] == 1
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    assert timesteps[0] < SCHEDULE.steps
     assert len(timesteps) >= min(steps, SCHEDULE.steps - 1)
 
 
-@pytest.mark.parametrize("steps", [0, -5, 1001])
-def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
-    with pytest.raises(ConfigError, match=f"steps={steps}: choose 1 to 1000"):
-        ddim_timesteps(SCHEDULE, steps)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0: choose 1 to 1000"),
+        ({"steps": 1001}, "steps=1001: choose 1 to 1000"),
+        ({"name": "euler"}, "solver=euler: choose one of ddim, dpm-solver\\+\\+, unipc"),
+        ({"eta": 2.0}, "eta=2.0: not in 0"),
+        ({"name": "unipc", "eta": 0.5}, "eta=0.5: only solver=ddim has it"),
+    ],
+)
+def test_impossible_solvers_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_solver(**{"name": "ddim", "schedule": SCHEDULE, "steps": 10, **settings})
 
 
 @pytest.mark.parametrize("steps", [3, 50])
-def test_a_perfect_predictor_leads_to_the_clean_latents(steps: int) -> None:
-    """Predicting the noise that separates each state from known latents ends at those latents, nearly noiseless."""
-    clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_perfect_predictor_leads_to_the_clean_latents(name: str, steps: int) -> None:
+    out = denoise(perfect, normal(1), make_solver(name, SCHEDULE, steps))
+    kept = SCHEDULE.alphas_cumprod[0]
+    assert float((out - kept.sqrt() * CLEAN).std()) < 1.3 * float((1 - kept).sqrt())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_later_start_takes_up_partly_noised_latents(name: str) -> None:
+    solver = make_solver(name, SCHEDULE, 20)
+    first = 14
+    timesteps = torch.full((2,), solver.timesteps[first])
+    visited = []
 
     def predict(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-        kept = SCHEDULE.alphas_cumprod[timestep]
-        return (latents - kept.sqrt() * clean) / (1 - kept).sqrt()
+        visited.append(timestep)
+        return perfect(latents, timestep)
 
-    start = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    out = ddim(predict, start, SCHEDULE, steps)
-    kept = SCHEDULE.alphas_cumprod[0]
-    assert float((out - kept.sqrt() * clean).std()) < 1.3 * float((1 - kept).sqrt())
+    out = denoise(predict, SCHEDULE.add_noise(CLEAN, normal(1), timesteps), solver, first)
+    assert visited == solver.timesteps[first:]
+    assert float((out - CLEAN).abs().max()) < 0.15
+
+
+def test_eta_adds_the_given_noise() -> None:
+    noises = torch.stack([normal(seed) for seed in range(2, 12)])
+    still = denoise(perfect, normal(1), make_solver("ddim", SCHEDULE, 10))
+    moved = denoise(perfect, normal(1), make_solver("ddim", SCHEDULE, 10, 1.0, lambda index: noises[index]))
+    again = denoise(perfect, normal(1), make_solver("ddim", SCHEDULE, 10, 1.0, lambda index: noises[index]))
+    assert torch.equal(moved, again)
+    assert not torch.equal(moved, still)
+
+
+def test_the_fast_solvers_need_fewer_steps() -> None:
+    """On data that are normal with a known deviation, the way from noise to sample has a closed form."""
+    deviation = 0.3
+
+    def exact(latents: torch.Tensor, timestep: int) -> torch.Tensor:
+        kept = SCHEDULE.alphas_cumprod[timestep]
+        return (1 - kept).sqrt() * latents / (kept * deviation**2 + 1 - kept)
+
+    errors = {}
+    for name in SOLVERS:
+        solver = make_solver(name, SCHEDULE, 12)
+        kept = SCHEDULE.alphas_cumprod[solver.timesteps[0]]
+        target = normal(1) * deviation / (kept * deviation**2 + 1 - kept).sqrt()
+        errors[name] = float((denoise(exact, normal(1), solver) - target).abs().mean())
+    assert errors["dpm-solver++"] < errors["ddim"] / 4
+    assert errors["unipc"] < errors["ddim"] / 4

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from vdtrain.config import DiffuserConfig, ModalityConfig, ModelConfig, ScheduleConfig
-from vdtrain.diffusion.sampling import ddim, ddim_timesteps, guided
+from vdtrain.diffusion.context_mixing import by_layer, mixed
+from vdtrain.diffusion.sampling import denoise, guided
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.diffusion.solvers import DDIM, ddim_timesteps
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, timestep_sinusoid
 from vdtrain.weights.versatile_diffusion_v1 import from_released, to_released
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+SCHEDULE = Schedule(ScheduleConfig())
 FLOWS = [flow.name for flow in all_flows(["image", "text"])]
 
 pytestmark = pytest.mark.skipif(
@@ -109,9 +112,8 @@ def test_time_embedding(golden: dict, diffuser: Diffuser) -> None:
 def test_loss_and_gradients(golden: dict, diffuser: Diffuser, name: str) -> None:
     flow, inputs = Flow.parse(name), golden["inputs"]
     expected = golden["train"][released_flow(flow)]
-    schedule = Schedule(ScheduleConfig())
     noise = inputs[f"noise_{flow.output}"]
-    noisy = schedule.add_noise(inputs[f"x_{flow.output}"], noise, inputs["t"])
+    noisy = SCHEDULE.add_noise(inputs[f"x_{flow.output}"], noise, inputs["t"])
     torch.testing.assert_close(noisy, golden["train"][f"q_sample {flow.output}"], atol=1e-5, rtol=0)
 
     diffuser.zero_grad(set_to_none=True)
@@ -136,13 +138,13 @@ def test_loss_and_gradients(golden: dict, diffuser: Diffuser, name: str) -> None
 
 def test_schedule(golden: dict) -> None:
     expected = golden["schedule"]["alphas_cumprod"]
-    torch.testing.assert_close(Schedule(ScheduleConfig()).alphas_cumprod, expected.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(SCHEDULE.alphas_cumprod, expected.float(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [5, 7, 50])
 def test_ddim_timesteps(golden: dict, steps: int) -> None:
     expected = golden["ddim"][f"schedule {steps}"]["timesteps"].tolist()
-    assert ddim_timesteps(Schedule(ScheduleConfig()), steps) == expected
+    assert ddim_timesteps(SCHEDULE, steps) == expected[::-1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,79 @@ def test_ddim_timesteps(golden: dict, steps: int) -> None:
 def test_ddim(golden: dict, diffuser: Diffuser, name: str, scale: float, eta: int) -> None:
     flow, inputs = Flow.parse(name), golden["inputs"]
     case = golden["ddim"][f"{released_flow(flow)} steps5 scale{scale:g} eta{eta}"]
-    context = Context(flow.context, inputs[f"c_{flow.context}"])
-    predict = guided(diffuser, flow.output, context, inputs[f"uc_{flow.context}"], scale)
-    out = ddim(predict, case["xT"], Schedule(ScheduleConfig()), steps=5, eta=eta, noises=case.get("noises"))
-    torch.testing.assert_close(out, case["out"], atol=1e-4 * max(1.0, float(case["out"].abs().max())), rtol=0)
+    predict = guided(diffuser, flow.output, [given(inputs, flow.context)], [without(inputs, flow.context)], scale)
+    noises = case.get("noises")
+    solver = DDIM(SCHEDULE, 5, eta, None if noises is None else noises.__getitem__)
+    close(denoise(predict, case["xT"], solver), case["out"])
+
+
+def given(inputs: dict, modality: str) -> Context:
+    return Context(modality, inputs[f"c_{modality}"])
+
+
+def without(inputs: dict, modality: str) -> Context:
+    return Context(modality, inputs[f"uc_{modality}"])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """1e-4, relative where the trajectory of a network with random weights has left the unit range."""
+    torch.testing.assert_close(found, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
+
+
+def test_image_to_image_from_partly_noised_latents(golden: dict, diffuser: Diffuser) -> None:
+    """The original noises to one timestep and begins at the one before; ours begins where it noised to."""
+    case, inputs = golden["ddim"]["img2img steps10 forward6 scale7.5"], golden["inputs"]
+    solver = DDIM(SCHEDULE, 10)
+    begin = len(solver.timesteps) - 6
+    noisy = SCHEDULE.add_noise(case["x0"], case["noise"], torch.full((2,), solver.timesteps[begin - 1]))
+    predict = guided(diffuser, "image", [given(inputs, "image")], [without(inputs, "image")], 7.5)
+    close(denoise(predict, noisy, solver, begin), case["out"])
+
+
+MIXED = {
+    "attention text=0.5 image=0.5": (0.5, 0.5),
+    "attention text=0.3 image=0.7": (0.3, 0.7),
+    "attention text=3.0 image=1.0": (3.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_attention_mixing(golden: dict, diffuser: Diffuser, name: str) -> None:
+    inputs = golden["inputs"]
+    route = mixed([given(inputs, "text"), given(inputs, "image")], MIXED[name])
+    with torch.no_grad():
+        out = diffuser.predict("image", inputs["x_image"], inputs["t"], route)
+    torch.testing.assert_close(out, golden["multi"][name], atol=1e-4, rtol=0)
+
+
+def test_attention_mixing_of_three(golden: dict, diffuser: Diffuser) -> None:
+    inputs = golden["inputs"]
+    flat = Context("image", torch.full_like(inputs["c_image"], 0.1))
+    route = mixed([given(inputs, "image"), flat, given(inputs, "text")], (1, 1, 2))
+    with torch.no_grad():
+        out = diffuser.predict("image", inputs["x_image"], inputs["t"], route)
+    expected = golden["multi"]["attention three: image=1, image(const 0.1)=1, text=2"]
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+def test_layer_mixing(golden: dict, diffuser: Diffuser) -> None:
+    inputs, choices = golden["inputs"], golden["multi"]["layer choices"]
+    route = by_layer([given(inputs, "text"), given(inputs, "image")], choices)
+    with torch.no_grad():
+        out = diffuser.predict("image", inputs["x_image"], inputs["t"], route)
+    expected = golden["multi"]["layer text=0.4 image=0.6 (np.random.seed(5))"]
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+def test_ddim_with_two_contexts(golden: dict, diffuser: Diffuser) -> None:
+    inputs, case = golden["inputs"], golden["ddim"]["multicontext text0.6 image0.4 steps5 scale7.5"]
+    modalities = ("text", "image")
+    predict = guided(
+        diffuser,
+        "image",
+        [given(inputs, modality) for modality in modalities],
+        [without(inputs, modality) for modality in modalities],
+        7.5,
+        lambda contexts, timestep: mixed(contexts, (0.6, 0.4)),
+    )
+    close(denoise(predict, case["xT"], DDIM(SCHEDULE, 5)), case["out"])

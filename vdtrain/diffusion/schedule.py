@@ -16,7 +16,7 @@ class Schedule:
     """
 
     def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:
-        self.steps = config.steps
+        self.steps, self.beta_start, self.beta_end = config.steps, config.beta_start, config.beta_end
         roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps, dtype=torch.float64)
         self.alphas_cumprod = torch.cumprod(1 - roots**2, dim=0).float().to(device)
 
