@@ -1,0 +1,183 @@
+"""Weights files are opened without reading them, and what is none of them is one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.tensor_files import LIGHTNING_CLASS, LazyTensors, open_tensors
+
+TENSORS = {
+    "a.weight": torch.arange(6.0).view(2, 3),
+    "a.half": torch.arange(4.0).half(),
+    "a.bfloat": torch.arange(4.0).bfloat16(),
+    "steps": torch.tensor(7),
+}
+
+
+def equal(found: LazyTensors, expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+def write(file: Path, content: object = TENSORS, legacy: bool = False) -> Path:
+    if file.suffix == ".safetensors":
+        assert isinstance(content, dict)
+        save_file(content, file)
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    return file
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.ckpt", "w.bin", "w.pt", "no_ending"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_every_kind_of_file_gives_its_tensors(tmp_path: Path, name: str, legacy: bool) -> None:
+    found = open_tensors(write(tmp_path / name, legacy=legacy), "path")
+    assert equal(found, TENSORS)
+    assert found.outline()["a.half"].dtype == torch.float16
+    assert found.outline()["a.weight"].shape == (2, 3)
+    assert found.nbytes == 24 + 8 + 8 + 8
+
+
+def test_a_state_dict_is_unwrapped(tmp_path: Path) -> None:
+    file = write(tmp_path / "w.ckpt", {"state_dict": TENSORS, "global_step": 3, "lr": torch.ones(1)})
+    assert equal(open_tensors(file, "path"), TENSORS)
+
+
+def test_tensors_are_read_on_access_alone(tmp_path: Path) -> None:
+    reads: list[str] = []
+    lazy = open_tensors(write(tmp_path / "w.safetensors"), "path")
+    for name, entry in lazy.entries.items():
+        read = entry.read
+        object.__setattr__(entry, "read", lambda name=name, read=read: (reads.append(name), read())[1])
+    assert lazy.outline().keys() == TENSORS.keys()
+    renamed = lazy.renamed({"first": "a.weight", "second": "a.weight", "third": "steps"}).cast(torch.float16)
+    assert renamed.outline()["first"].dtype == torch.float16
+    assert renamed.outline()["third"].dtype == torch.int64
+    assert not reads
+    assert torch.equal(renamed["second"], TENSORS["a.weight"].half())
+    assert reads == ["a.weight"]
+    with pytest.raises(KeyError):
+        lazy.renamed({"first": "absent"})
+
+
+def shards(folder: Path) -> Path:
+    """Two shards and their index."""
+    folder.mkdir()
+    names = {name: f"model-{number}.safetensors" for number, name in enumerate(TENSORS)}
+    for name, file in names.items():
+        save_file({name: TENSORS[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+def test_shards_by_folder_or_index(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "w")
+    assert equal(open_tensors(folder, "path"), TENSORS)
+    assert equal(open_tensors(folder / "model.safetensors.index.json", "path"), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_map": {"a": "../other.safetensors"}}, "lies outside"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing"),
+        ({"weight_map": {"b": "model-0.safetensors"}}, "b is not in model-0.safetensors"),
+        ({"weights": {}}, "is no index of weights"),
+        ([], "is no index of weights"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path: Path, change: object, message: str) -> None:
+    folder = shards(tmp_path / "w")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(change))
+    with pytest.raises(WeightsError, match=message):
+        open_tensors(folder, "path")
+
+
+def test_a_folder_gives_its_plain_weights(tmp_path: Path) -> None:
+    write(tmp_path / "model.bin", {"other": torch.ones(1)})
+    write(tmp_path / "model.fp16.safetensors", {"other": torch.ones(1)})
+    write(tmp_path / "model.safetensors")
+    assert equal(open_tensors(tmp_path, "path"), TENSORS)
+    write(tmp_path / "second.safetensors")
+    with pytest.raises(WeightsError, match=r"holds 2 weights files \(model.safetensors, second.safetensors\)"):
+        open_tensors(tmp_path, "path")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "legacy.pth"])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / name, legacy=name == "legacy.pth")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(WeightsError, match=rf"path=.*{name} is truncated or damaged.*fetch it again"):
+        open_tensors(file, "path")
+
+
+def test_code_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    plain = tmp_path / "plain.ckpt"
+    with plain.open("wb") as stream:
+        pickle.dump({"state_dict": Payload()}, stream, protocol=2)
+    for file in (plain, write(tmp_path / "zip.ckpt", {"w": Payload()}), write(tmp_path / "old.ckpt", Payload(), True)):
+        with pytest.raises(WeightsError, match=r"path=.*cannot be read as plain tensors.*convert it to safetensors"):
+            open_tensors(file, "path")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ViT-L-14.pt"
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(file))
+    with pytest.raises(WeightsError, match=r"is a TorchScript program.*openai/clip-vit-large-patch14"):
+        open_tensors(file, "path")
+
+
+def test_the_published_file_names_a_class_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sd-v1-4.ckpt keeps its callbacks under Lightning's class, which is neither installed nor built from the file."""
+    name = LIGHTNING_CLASS.rpartition(".")
+    module = types.ModuleType(name[0])
+    setattr(module, name[2], type(name[2], (), {"__module__": name[0]}))
+    file = tmp_path / "sd.ckpt"
+    with monkeypatch.context() as patch:
+        for package in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, package, types.ModuleType(package))
+        patch.setitem(sys.modules, name[0], module)
+        torch.save({"state_dict": TENSORS, "callbacks": {getattr(module, name[2]): {"best": torch.ones(1)}}}, file)
+    assert equal(open_tensors(file, "path"), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        (b"<!doctype html><html>404</html>", "is no file of tensors"),
+        (b"", "is no file of tensors"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        open_tensors(tmp_path / "w.pth", "path")
+
+
+def test_nothing_to_open_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no such file"):
+        open_tensors(tmp_path / "absent.pth", "path")
+    with pytest.raises(WeightsError, match="a folder without weights"):
+        open_tensors(tmp_path, "path")
+    with pytest.raises(WeightsError, match="holds no tensors by name"):
+        open_tensors(write(tmp_path / "w.pth", {"step": 3}), "path")
+    with pytest.raises(WeightsError, match="holds no tensors by name"):
+        open_tensors(write(tmp_path / "w.pth", torch.ones(2)), "path")
