@@ -13,6 +13,7 @@ from vdtrain.models.clip import ClipImageContext, build_clip
 from vdtrain.models.clip import ClipTextContext as TextContext
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
+from vdtrain.weights.clip_names import to_open_clip
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 TOLERANCE = 1e-4
@@ -186,7 +187,7 @@ def clip() -> tuple[TextContext, ClipImageContext, dict[str, Any]]:
         },
     }
     model = build_clip(architecture, None).eval()
-    model.load_state_dict(open_clip_names(reference["state_dict"]))
+    model.load_state_dict(to_open_clip(reference["state_dict"]))
     image = ClipImageContext(architecture)
     image.clip = model
     # Its vocabulary of 100 ids has no tokenizer.
@@ -194,43 +195,6 @@ def clip() -> tuple[TextContext, ClipImageContext, dict[str, Any]]:
     torch.nn.Module.__init__(text)
     text.clip = model
     return text, image, reference
-
-
-def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face CLIPModel's weights under open_clip's names."""
-    renamed = {
-        "logit_scale": state["logit_scale"],
-        "visual.proj": state["visual_projection.weight"].T,
-        "text_projection": state["text_projection.weight"].T,
-        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
-        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
-        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
-        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
-        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
-    }
-    names = {
-        "vision_model.pre_layrnorm": "visual.ln_pre",
-        "vision_model.post_layernorm": "visual.ln_post",
-        "text_model.final_layer_norm": "ln_final",
-    }
-    parts = {
-        "self_attn.out_proj": "attn.out_proj",
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    for tower, prefix in (("vision_model", "visual."), ("text_model", "")):
-        layers = {key.split(".")[3] for key in state if key.startswith(f"{tower}.encoder.layers.")}
-        for layer in layers:
-            source, target = f"{tower}.encoder.layers.{layer}", f"{prefix}transformer.resblocks.{layer}"
-            names |= {f"{source}.{old}": f"{target}.{new}" for old, new in parts.items()}
-            for kind in ("weight", "bias"):
-                projections = [state[f"{source}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
-                renamed[f"{target}.attn.in_proj_{kind}"] = torch.cat(projections)
-    for old, new in names.items():
-        renamed |= {f"{new}.{kind}": state[f"{old}.{kind}"] for kind in ("weight", "bias")}
-    return renamed
 
 
 def test_clip_text_context(clip):
