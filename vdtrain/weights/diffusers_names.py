@@ -7,10 +7,19 @@ embedding. Stable Diffusion's U-Net is the first of the two. A tensor has the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
-from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role
+import torch
+
+from vdtrain.config import DiffuserConfig, ModelConfig
+from vdtrain.flows import GLOBAL_GROUP
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role, make_plan
+from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]
 """Of a U-Net: on pictures [B, C, H, W], or on latents without extent in space."""
@@ -38,6 +47,7 @@ class UnetNames:
     """
 
     def __init__(self, plan: LayerPlan, kind: Kind, data: str, context: str) -> None:
+        self.kind, self.data, self.context = kind, data, context
         self._theirs = {f"global_layers.{own}": name for own, name in GLOBAL_LAYERS.items()}
         data_names, context_names = module_names(plan)
         for index, (step, name) in enumerate(zip(plan.data_steps, data_names, strict=True)):
@@ -54,6 +64,53 @@ class UnetNames:
     def to_own(self, key: str) -> str | None:
         """Our parameter name of a key of the U-Net; None for a key that it cannot have."""
         return _translated(key, self._own)
+
+    def open(self, folder: Path, config: DiffuserConfig, setting: str) -> LazyTensors:
+        """The tensors of a U-Net's folder, by our names.
+
+        Args:
+            folder: with the weights and their `config.json`.
+            config: of the diffuser that takes them.
+            setting: names where the folder comes from, in errors.
+
+        Raises:
+            WeightsError: the weights cannot be read, or there is one that has no place in the diffuser.
+        """
+        tensors = open_tensors(folder, setting)
+        _check_sizes(folder / "config.json", config, setting)
+        names = {key: self.to_own(key) for key in tensors}
+        if foreign := [key for key, name in names.items() if name is None]:
+            raise WeightsError(f"{setting}={folder}: {foreign[0]} has no place in the model; is it of this kind?")
+        return tensors.renamed({name: key for key, name in names.items() if name is not None})
+
+
+def unet_tensors(
+    folder: Path, model: ModelConfig, contexts: Collection[str], setting: str = "stage.init_from"
+) -> LazyTensors:
+    """Stable Diffusion v1's U-Net out of a folder of diffusers, by our names; a tensor is read on access.
+
+    Args:
+        folder: of the whole pipeline; the U-Net is in its `unet/`.
+        model: that takes them; its base modality's data layers and the global layers are filled.
+        contexts: modalities whose context layers each take the U-Net's attention.
+        setting: names where the folder comes from, in errors.
+
+    Raises:
+        WeightsError: no such folder, or a U-Net of other sizes.
+    """
+    data = model.base_modality
+    opened = UnetNames(make_plan(model.diffuser), "image", data, data).open(folder / "unet", model.diffuser, setting)
+    attention = f"context_layers.{data}."
+    names = {name: name for name in opened if not name.startswith(attention)}
+    shared = [name for name in opened if name.startswith(attention)]
+    for context in contexts:
+        names |= {name.replace(attention, f"context_layers.{context}."): name for name in shared}
+    tensors = opened.renamed(names)
+    with torch.device("meta"):
+        expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", *(f"context.{name}" for name in contexts)])
+    if differences := compare(expected.state_dict(), tensors.outline()):
+        raise WeightsError(f"{setting}={folder}: no Stable Diffusion v1 of model={model.name}: {differences}")
+    return tensors
 
 
 def module_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
@@ -96,6 +153,21 @@ def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
         yield "", name
     else:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"
+
+
+def _check_sizes(file: Path, config: DiffuserConfig, setting: str) -> None:
+    """Compare what the shapes of weights do not tell."""
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        # The number of heads goes by the name of their size, in configurations of these U-Nets.
+        pairs = {"attention_head_dim": config.heads, "norm_num_groups": config.norm_groups}
+        differing = {key: found[key] for key, value in pairs.items() if found.get(key, value) != value}
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{setting}={file.parent}: {file.name} is no JSON object; fetch it again") from error
+    for key, value in differing.items():
+        raise WeightsError(f"{setting}={file.parent}: {key} is {value} in {file.name}, and the model has {pairs[key]}")
 
 
 def _translated(name: str, modules: Mapping[str, str]) -> str | None:
