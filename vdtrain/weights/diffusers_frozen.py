@@ -1,0 +1,157 @@
+"""The frozen parts as the folders of a diffusers pipeline: image VAE, CLIP's two encoders and what feeds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from vdtrain.config import ModelConfig, ScheduleConfig
+from vdtrain.instantiate import instantiate
+from vdtrain.models.clip import ClipImageContext, ClipTextContext
+from vdtrain.models.clip_tokenizer import released_tokenizer
+from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
+from vdtrain.models.image_vae import ImageVAE
+from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.weights.shards import write_shards
+
+ACTIVATIONS: dict[type[nn.Module], str] = {open_clip.transformer.QuickGELU: "quick_gelu", nn.GELU: "gelu"}
+CLIP_PARTS = {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}
+"""What the names of CLIP's tensors begin with at Hugging Face."""
+MODEL_STEM = "diffusion_pytorch_model"
+"""Of the weights files of diffusers' own classes."""
+PICTURE_SIDE = 512
+"""Pixels of a picture where a pipeline's caller names no size."""
+
+
+def write_vae(folder: Path, model: ModelConfig, image: str, dtype: torch.dtype) -> None:
+    """Write `AutoencoderKL` of the modality `image`."""
+    vae = _built(model, image, "vae", ImageVAE)
+    autoencoder: Any = vae.autoencoder
+    autoencoder.register_to_config(scaling_factor=vae.latent_scale, sample_size=PICTURE_SIDE)
+    folder.mkdir()
+    autoencoder.save_config(folder)
+    write_shards(folder, MODEL_STEM, ((name, tensor.to(dtype)) for name, tensor in autoencoder.state_dict().items()))
+
+
+def write_text_encoder(folder: Path, tokenizer_folder: Path, model: ModelConfig, text: str, dtype: torch.dtype) -> None:
+    """Write `CLIPTextModelWithProjection` and `CLIPTokenizer` of the modality `text`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    context = _built(model, text, "context_encoder", ClipTextContext)
+    clip = context.clip
+    size = context.tokenizer.size
+    config = CLIPTextConfig(
+        **_transformer_sizes(clip.transformer),
+        vocab_size=clip.vocab_size,
+        max_position_embeddings=clip.context_length,
+        layer_norm_eps=clip.ln_final.eps,
+        projection_dim=clip.text_projection.shape[1],
+        # CLIP's pooled token is the first of this id, and the tokenizer pads with it.
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+    _write_encoder(folder, CLIPTextModelWithProjection, config, clip, dtype)
+    path = model.modalities[text].context_encoder.get("tokenizer")
+    _write_tokenizer(tokenizer_folder, path, f"model.modalities.{text}.context_encoder.tokenizer", clip.context_length)
+
+
+def write_image_encoder(
+    folder: Path, processor_folder: Path, model: ModelConfig, image: str, dtype: torch.dtype
+) -> None:
+    """Write `CLIPVisionModelWithProjection` and `CLIPImageProcessor` of the modality `image`."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    context = _built(model, image, "context_encoder", ClipImageContext)
+    visual: Any = context.clip.visual
+    config = CLIPVisionConfig(
+        **_transformer_sizes(visual.transformer),
+        image_size=context.side,
+        patch_size=visual.patch_size[0],
+        layer_norm_eps=visual.ln_post.eps,
+        projection_dim=visual.proj.shape[1],
+    )
+    _write_encoder(folder, CLIPVisionModelWithProjection, config, context.clip, dtype)
+    CLIPImageProcessor(
+        size={"shortest_edge": context.side}, crop_size={"height": context.side, "width": context.side}
+    ).save_pretrained(processor_folder)
+
+
+def write_scheduler(folder: Path, schedule: ScheduleConfig) -> None:
+    """Write `DDIMScheduler` with the original's timesteps: offset by one, the last one on the first's variance."""
+    from diffusers import DDIMScheduler
+
+    # diffusers' constructors carry no types.
+    scheduler: Any = DDIMScheduler
+    scheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(folder)
+
+
+def _built(model: ModelConfig, modality: str, part: str, kind: type[Any]) -> Any:
+    setting = f"model.modalities.{modality}.{part}"
+    built = instantiate(getattr(model.modalities[modality], part), setting)
+    if not isinstance(built, kind):
+        raise WeightsError(f"{setting}: a {type(built).__name__}; diffusers has a counterpart of {kind.__name__} alone")
+    return built
+
+
+def _transformer_sizes(transformer: open_clip.transformer.Transformer) -> dict[str, Any]:
+    """What a Hugging Face configuration says of an open_clip transformer."""
+    block: Any = transformer.resblocks[0]
+    if type(block.mlp.gelu) not in ACTIVATIONS:
+        raise WeightsError(f"context_encoder.architecture: {block.mlp.gelu} has no name in Hugging Face's CLIP")
+    return {
+        "hidden_size": block.attn.embed_dim,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": ACTIVATIONS[type(block.mlp.gelu)],
+    }
+
+
+def _write_encoder(
+    folder: Path, kind: Callable[[Any], nn.Module], config: Any, clip: nn.Module, dtype: torch.dtype
+) -> None:
+    """Write one of CLIP's encoders: the tensors of the whole that it has, under Hugging Face's names."""
+    with torch.device("meta"):
+        expected = kind(config).state_dict()
+    others = CLIP_PARTS - {name.partition(".")[0] for name in expected}
+    found: dict[str, Tensor] = {
+        name: tensor.to(dtype)
+        for name, tensor in to_hugging_face(clip.state_dict()).items()
+        if name.partition(".")[0] not in others
+    }
+    if differences := compare(expected, found):
+        raise WeightsError(f"context_encoder.architecture: no CLIP that Hugging Face's classes can run: {differences}")
+    folder.mkdir()
+    config.architectures = [getattr(kind, "__name__", "")]
+    config.save_pretrained(folder)
+    write_shards(folder, "model", found.items())
+
+
+def _write_tokenizer(folder: Path, path: str | None, setting: str, length: int) -> None:
+    tokenizer = released_tokenizer() if path is None else load_tokenizer(path, setting)
+    content = json.loads(tokenizer.to_str())["model"]
+    start, end = (tokenizer.id_to_token(tokenizer.get_vocab_size() - back) for back in (2, 1))
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [" ".join(pair) for pair in content["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}, indent=2)
+    )

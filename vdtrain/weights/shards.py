@@ -1,0 +1,58 @@
+"""Safetensors in the form of Hugging Face's libraries: one file, or several of bounded size with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 2 * 2**30
+
+
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write `<stem>.safetensors`, or `<stem>-0000i-of-0000n.safetensors` with `<stem>.safetensors.index.json`.
+
+    No more than one file's tensors, about 2 GiB, are held at a time.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    drafts: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+
+    def write_held() -> None:
+        draft = folder / f"{stem}.{len(drafts)}.incomplete"
+        # transformers reads the framework from here.
+        save_file(held, draft, metadata={"format": "pt"})
+        _sync(draft)
+        drafts.append((draft, list(held)))
+
+    for name, tensor in tensors:
+        if held and held_bytes + tensor.nbytes > SHARD_BYTES:
+            write_held()
+            held, held_bytes = {}, 0
+        held[name] = tensor.detach().cpu().contiguous()
+        held_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    write_held()
+    if len(drafts) == 1:
+        drafts[0][0].rename(folder / f"{stem}.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, (draft, names) in enumerate(drafts, start=1):
+        file = f"{stem}-{number:05d}-of-{len(drafts):05d}.safetensors"
+        draft.rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _sync(path: Path) -> None:
+    """See a file onto the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
