@@ -62,6 +62,19 @@ def test_out_and_back_is_the_identity(written: Path, tensors: dict[str, Tensor])
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
+def test_configurations_describe_the_full_size() -> None:
+    """diffusers builds, from the sizes that are written, networks with every tensor of the diffuser and no other."""
+    full: ModelConfig = to_object(compose("train", []), TrainConfig).model
+    diffuser, unets = diffusers_folder._unets(full)
+    own = diffuser.state_dict()
+    for part, names in unets.items():
+        unet = diffusers_folder._unet(full, diffuser, names)
+        expected = {key: tensor.shape for name, tensor in own.items() if (key := names.to_diffusers(name))}
+        assert {key: tensor.shape for key, tensor in unet.state_dict().items()} == expected, part
+        assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 8
+        assert unet.config.sample_size == 64
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_precision_is_kept_and_the_frozen_parts_have_it_too(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = random_tensors(dtype)

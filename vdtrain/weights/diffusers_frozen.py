@@ -104,7 +104,9 @@ def _built(model: ModelConfig, modality: str, part: str, kind: type[Any]) -> Any
     setting = f"model.modalities.{modality}.{part}"
     built = instantiate(getattr(model.modalities[modality], part), setting)
     if not isinstance(built, kind):
-        raise WeightsError(f"{setting}: a {type(built).__name__}; diffusers has a counterpart of {kind.__name__} alone")
+        raise WeightsError(
+            f"{setting}._target_={type(built).__name__}: diffusers has a counterpart of {kind.__name__} alone"
+        )
     return built
 
 
