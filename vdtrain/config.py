@@ -31,7 +31,7 @@ class StageConfig:
     gradient_scales: dict[str, Any] = MISSING
     gradient_scale_mode: str = MISSING
     phases: list[PhaseConfig] = MISSING
-    # A run folder, a checkpoint folder or a weights file; null starts from random weights.
+    # A run folder, a checkpoint folder or a weights folder; null starts from random weights.
     init_from: str | None = MISSING
     # Multiplies the samples of every phase: 0.01 is a pilot run of one per cent.
     samples_scale: float = 1.0
@@ -70,7 +70,7 @@ class ScheduleConfig:
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    # What stage 1 starts from; null for random weights.
+    # The weights folder that stage 1 starts from; null for random weights.
     base_weights: str | None = MISSING
     # The modality whose data layers the base weights fill.
     base_modality: str = "image"

@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +23,12 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vdtrain.files import FileRecord, damage, sync, write_text
 from vdtrain.training.partitions import EMA, MASTER, GroupLayout, ParameterSlot
+from vdtrain.weights.tensor_files import Entry, LazyTensors, open_tensors
 
 FORMAT = 1
 INDEX_FILE = "checkpoint.json"
@@ -36,19 +37,6 @@ PASSENGERS_FILE = "passengers.safetensors"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or must not be read; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of a file of the checkpoint."""
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        with path.open("rb") as file:
-            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -139,20 +127,6 @@ class Index:
             files={name: FileRecord(**record) for name, record in content["files"].items()},
         )
 
-    def damage(self, folder: Path, names: Iterable[str]) -> str | None:
-        """Compare the named files with their records: None if all are whole, else one line about a damaged one."""
-        for name in names:
-            path, expected = folder / name, self.files[name]
-            try:
-                size = path.stat().st_size
-                if size != expected.bytes:
-                    return f"{path}: {size} bytes instead of {expected.bytes}, the file is truncated or foreign"
-                if FileRecord.of(path) != expected:
-                    return f"{path}: its checksum does not match, the file is damaged"
-            except OSError as error:
-                return f"{path}: cannot be read ({error.strerror})"
-        return None
-
 
 class PieceReader:
     """Reads any slice of a group's row, whatever the number of processes that wrote it."""
@@ -185,10 +159,11 @@ class PieceReader:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def read_weights(folder: Path, which: str = "model") -> dict[str, Tensor]:
+def read_weights(folder: Path, which: str = "model") -> LazyTensors:
     """Full weights of a checkpoint by parameter name, float32 on the CPU, bitwise as the processes held them.
 
-    Needs no process group. What the stage did not train is included; it has no average, so "ema" gives it as it is.
+    All files are checked first; a weight is then read on access. Needs no process group. What the stage did not train
+    is included; it has no average, so "ema" gives it as it is.
 
     Args:
         folder: a complete checkpoint.
@@ -202,18 +177,20 @@ def read_weights(folder: Path, which: str = "model") -> dict[str, Tensor]:
     if which not in kinds:
         raise ValueError(f"weights: {which!r} is neither model nor ema")
     index = Index.read(folder)
-    damage = index.damage(folder, index.files)
-    if damage:
-        raise CheckpointError(damage)
+    if damaged := damage(folder, index.files):
+        raise CheckpointError(damaged)
     if which == "ema" and index.ema_updates is None:
         raise CheckpointError(f"{folder}: keeps no averaged weights (it was trained with ema.enabled=false); use model")
-    weights = read_passengers(folder, index)
-    with PieceReader(folder, index) as reader:
-        for layout in index.groups:
-            for slot in layout.slots:
-                row = reader.read(layout.group, kinds[which], slot.offset, slot.offset + slot.numel)
-                weights[slot.name] = row.view(slot.shape)
-    return weights
+    reader = PieceReader(folder, index)
+
+    def entry(group: str, slot: ParameterSlot) -> Entry:
+        def read() -> Tensor:
+            return reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel).view(slot.shape)
+
+        return Entry(torch.Size(slot.shape), torch.float32, read)
+
+    trained = {slot.name: entry(layout.group, slot) for layout in index.groups for slot in layout.slots}
+    return LazyTensors({**read_passengers(folder, index).entries, **trained})
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -230,9 +207,11 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     return Index.read(folder).trainer
 
 
-def read_passengers(folder: Path, index: Index) -> dict[str, Tensor]:
+def read_passengers(folder: Path, index: Index) -> LazyTensors:
     """What the stage did not train, by name."""
-    return load_file(folder / PASSENGERS_FILE) if PASSENGERS_FILE in index.files else {}
+    if PASSENGERS_FILE not in index.files:
+        return LazyTensors({})
+    return open_tensors(folder / PASSENGERS_FILE, "checkpoint")
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -254,23 +233,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         raise OSError(str(error)) from error
     sync(path)
     return FileRecord.of(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and see it onto the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """See a file, or a folder's list of names, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def shard_name(rank: int, world_size: int) -> str:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
 from vdtrain.training import distributed
 from vdtrain.training.checkpoint_format import (
     PASSENGERS_FILE,
     CheckpointError,
-    FileRecord,
     Index,
     PieceReader,
     is_checkpoint,
@@ -26,10 +26,8 @@ from vdtrain.training.checkpoint_format import (
     read_trainer_state,
     read_weights,
     shard_name,
-    sync,
     weight_names,
     write_tensors,
-    write_text,
 )
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
@@ -38,8 +36,6 @@ from vdtrain.training.partitions import EMA
 __all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
 
 LATEST_FILE = "latest"
-INCOMPLETE = ".incomplete"
-REPLACED = ".replaced"
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +216,7 @@ def _damage_in_own_share(path: Path) -> str | None:
         index = Index.read(path)
     except CheckpointError as error:
         return str(error)
-    return index.damage(path, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+    return damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
 
 
 def _write_own_files(draft: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, TrainConfig
-from vdtrain.models.layer_plan import make_plan
-from vdtrain.training.checkpoints import CheckpointStore, is_checkpoint, read_trainer_state, read_weights
-from vdtrain.validation import raise_unless_found
-from vdtrain.weights.stable_diffusion_v1 import read_stable_diffusion
+from vdtrain.training.checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    is_checkpoint,
+    read_trainer_state,
+    read_weights,
+)
+from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
+from vdtrain.weights.tensor_files import SUFFIXES
 
 CHECKPOINTS = "checkpoints"
-WEIGHTS_FILES = (".ckpt", ".safetensors")
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
 FIXED_SETTINGS = ("seed", "stage.flows", "stage.global_batch_size", "model.diffuser", "model.modalities")
 
@@ -28,7 +33,7 @@ class Start:
 
     Attributes:
         resume: this run's own checkpoint, continued with optimiser and position.
-        weights: another run's checkpoint, of which only the weights are taken, or a file of published weights.
+        weights: another run's checkpoint, of which only the weights are taken, or a weights folder.
     """
 
     resume: Path | None = None
@@ -50,10 +55,22 @@ def find_start(config: TrainConfig, document: DictConfig) -> Start:
         return Start(resume=own)
     if config.stage.init_from is None:
         return Start()
-    if Path(config.stage.init_from).suffix in WEIGHTS_FILES:
-        raise_unless_found("stage.init_from", config.stage.init_from)
-        return Start(weights=Path(config.stage.init_from))
-    return Start(weights=resolve_checkpoint("stage.init_from", config.stage.init_from))
+    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from))
+
+
+def resolve_weights(setting: str, value: str) -> Path:
+    """The folder that a setting names: a weights folder, a checkpoint folder, or a run folder's latest checkpoint.
+
+    Raises:
+        ConfigError: there is nothing of these.
+    """
+    path = Path(value).expanduser()
+    if path.suffix in SUFFIXES or path.is_file():
+        raise ConfigError(
+            f"{setting}={value}: a file of published weights is imported first: "
+            f"`vdtrain weights import stable_diffusion {value}`, then {setting}=weights/stable_diffusion_v1"
+        )
+    return path if is_weights_folder(path) else resolve_checkpoint(setting, value)
 
 
 def resolve_checkpoint(setting: str, value: str) -> Path:
@@ -62,28 +79,58 @@ def resolve_checkpoint(setting: str, value: str) -> Path:
     Raises:
         ConfigError: there is no complete checkpoint.
     """
-    path = Path(value)
+    path = Path(value).expanduser()
     if is_checkpoint(path):
         return path
+    remedy = "train that stage first, or make it with `vdtrain weights import`"
     if not path.exists():
-        raise ConfigError(f"{setting}={value}: does not exist; train that stage first, or give another checkpoint")
+        raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
     latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete()
     if latest is None:
-        raise ConfigError(f"{setting}={value}: holds no complete checkpoint; let that stage finish, or give another")
+        raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
     return latest
 
 
-def initial_weights(start: Start, model: ModelConfig) -> dict[str, Tensor]:
+def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """The diffuser that a setting names: its model, and its tensors by our names, each read on access.
+
+    Args:
+        value: a run folder, a checkpoint folder or a weights folder.
+        which: "ema" or "model", of a checkpoint. A weights folder holds one set of weights, which serves as both.
+
+    Raises:
+        ConfigError: there is nothing complete to read.
+    """
+    folder = resolve_weights(setting, value)
+    try:
+        return _model_of(folder, setting), _weights_of(folder, setting, which)
+    except CheckpointError as error:
+        raise ConfigError(f"{setting}={value}: {error}") from error
+
+
+def initial_weights(start: Start, model: ModelConfig) -> Mapping[str, Tensor]:
     """The weights by name that a new stage starts from; empty where it resumes or starts at random.
 
     Raises:
-        ConfigError: published weights that are not what this model starts from.
+        ConfigError: they are of a model of other sizes.
     """
     if start.weights is None:
         return {}
-    if start.weights.is_dir():
-        return read_weights(start.weights, "model")
-    return read_stable_diffusion(start.weights, make_plan(model.diffuser), model.base_modality, list(model.modalities))
+    theirs = _model_of(start.weights, "stage.init_from")
+    if theirs.diffuser != model.diffuser:
+        raise ConfigError(
+            f"stage.init_from={start.weights}: of a model with {theirs.diffuser}, and this one has {model.diffuser}; "
+            f"choose model={theirs.name}, or other weights"
+        )
+    return _weights_of(start.weights, "stage.init_from", "model")
+
+
+def _model_of(folder: Path, setting: str) -> ModelConfig:
+    return weights_folder_model(folder, setting) if is_weights_folder(folder) else model_config(folder)
+
+
+def _weights_of(folder: Path, setting: str, which: str) -> Mapping[str, Tensor]:
+    return open_weights_folder(folder, setting) if is_weights_folder(folder) else read_weights(folder, which)
 
 
 def run_document(document: DictConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from vdtrain.training.preemption import StopSignal
 from vdtrain.training.reporter import Reporter
 from vdtrain.training.state import TrainState
 from vdtrain.validation import gradient_scales, micro_batches, phase_steps, stage_flows
+from vdtrain.weights.tensor_files import LazyTensors
 
 
 class Trainer:
@@ -221,12 +222,14 @@ def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"stage.init_from: {len(names)} {problem} weights, e.g. {min(names)}; is it the same model?"
             )
-    for name, tensor in weights.items():
+    for name, tensor in LazyTensors.of(weights).outline().items():
         if own[name].shape != tensor.shape:
             raise ConfigError(
                 f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"
             )
-    diffuser.load_state_dict(dict(weights), strict=False)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
 
 
 def engine_settings(config: TrainConfig) -> EngineSettings:

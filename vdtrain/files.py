@@ -1,0 +1,108 @@
+"""Files and folders that are there as a whole or not at all, and the records that tell whether they still are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vdtrain.compose import ConfigError
+
+INCOMPLETE = ".incomplete"
+REPLACED = ".replaced"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def damage(folder: Path, files: Mapping[str, FileRecord], names: Iterable[str] | None = None) -> str | None:
+    """Compare files with their records: None if all, or the named ones, are whole; else a line about a damaged one."""
+    for name in files if names is None else names:
+        path, expected = folder / name, files[name]
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                return f"{path}: {size} bytes instead of {expected.bytes}, the file is truncated or foreign"
+            if FileRecord.of(path) != expected:
+                return f"{path}: its checksum does not match, the file is damaged"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+@contextmanager
+def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
+    """A name beside `path` for the block to write a file or folder under; it becomes `path` once it is on the disk.
+
+    If the block fails, nothing of it is left, and what stood at `path` before stays.
+
+    Args:
+        place: the setting and its value, for errors.
+        overwrite: replace what stands at `path`.
+
+    Raises:
+        ConfigError: `path` exists and may not be replaced, or cannot be written.
+    """
+    refuse_existing(path, place, overwrite)
+    draft = path.with_name(path.name + INCOMPLETE)
+    replaced = path.with_name(path.name + REPLACED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(draft)
+        yield draft
+        for each in [*draft.rglob("*"), draft]:
+            sync(each)
+        _remove(replaced)
+        if path.is_dir():
+            path.rename(replaced)
+        draft.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be written ({error}); make room, or choose another place") from error
+    finally:
+        _remove(draft)
+        _remove(replaced)
+
+
+def refuse_existing(path: Path, place: str, overwrite: bool) -> None:
+    """Raise a ConfigError if there is something at `path` that may not be replaced."""
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{place}: {path} exists already; overwrite=true replaces it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and see it onto the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

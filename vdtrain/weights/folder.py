@@ -1,0 +1,121 @@
+"""A weights folder: the diffuser alone, as what is imported, started from, sampled from and handed on.
+
+weights/versatile_diffusion/
+    model-00001-of-00002.safetensors   tensors under the keys of the released weights, in the precision they came in
+    model.safetensors.index.json       which file has which; absent, with plain model.safetensors, if one is enough
+    model.yaml                         the model's configuration
+    weights.json                       size and SHA-256 of all these; its presence says that they are there
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from vdtrain.config import ModelConfig
+from vdtrain.files import FileRecord, damage, write_text, written_whole
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.shards import write_shards
+from vdtrain.weights.tensor_files import LazyTensors, open_tensors
+from vdtrain.weights.versatile_diffusion_v1 import from_released, to_released
+
+FORMAT = 1
+STEM = "model"
+INDEX_FILE = "weights.json"
+MODEL_FILE = "model.yaml"
+
+Items = Iterable[tuple[str, Tensor]]
+Tracked = Callable[[Items, int], Items]
+"""Shows how far a loop over named tensors, of a known number, has come."""
+
+
+def untracked(items: Items, count: int) -> Items:
+    """Show nothing."""
+    return items
+
+
+def is_weights_folder(path: Path) -> bool:
+    """Whether a folder holds weights of this form, whole or damaged."""
+    return (path / INDEX_FILE).is_file()
+
+
+def write_weights_folder(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    setting: str = "output",
+    overwrite: bool = False,
+    tracked: Tracked = untracked,
+) -> None:
+    """Write a weights folder; it appears when it is whole.
+
+    Args:
+        tensors: by our names; each is read once, and keeps its dtype.
+        model: what the tensors are the diffuser of.
+        setting: names where the path comes from, in errors.
+        overwrite: replace what is there.
+
+    Raises:
+        ConfigError: there is something already, or the folder cannot be written.
+    """
+    with written_whole(path, f"{setting}={path}", overwrite) as draft:
+        draft.mkdir()
+        items = ((to_released(name), tensor) for name, tensor in tracked(tensors.items(), len(tensors)))
+        write_shards(draft, STEM, items)
+        write_text(draft / MODEL_FILE, OmegaConf.to_yaml(OmegaConf.structured(model)))
+        records = {file.name: asdict(FileRecord.of(file)) for file in sorted(draft.iterdir())}
+        write_text(draft / INDEX_FILE, json.dumps({"format": FORMAT, "files": records}, indent=1))
+
+
+def open_weights_folder(path: Path, setting: str = "checkpoint") -> LazyTensors:
+    """The diffuser's tensors by our names. All files are checked; a tensor is read on access.
+
+    Raises:
+        WeightsError: a file is missing, truncated, damaged, or of other weights.
+    """
+    _check(path, setting)
+    released = open_tensors(path, setting)
+    names = {from_released(key): key for key in released}
+    if foreign := names.get(None):
+        raise WeightsError(f"{setting}={path}: {foreign} is no key of a diffuser; import the weights again")
+    return released.renamed({name: key for name, key in names.items() if name is not None})
+
+
+def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig:
+    """The model that a weights folder is the diffuser of.
+
+    Raises:
+        WeightsError: the description is missing, damaged, or of another version of vdtrain.
+    """
+    try:
+        document = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path / MODEL_FILE))
+        model = OmegaConf.to_object(document)
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{setting}={path}: {MODEL_FILE} cannot be read ({reason}); import the weights again"
+        ) from error
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def _check(path: Path, setting: str) -> None:
+    remedy = "import the weights again"
+    try:
+        index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
+        records = {str(name): FileRecord(**record) for name, record in index["files"].items()}
+        written_by = index["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{setting}={path}: {INDEX_FILE} cannot be read ({error!r}); {remedy}") from error
+    if written_by != FORMAT:
+        raise WeightsError(f"{setting}={path}: format {written_by}, and this version of vdtrain reads format {FORMAT}")
+    if foreign := {file.name for file in path.glob("*.safetensors*")} - records.keys():
+        raise WeightsError(f"{setting}={path}: {min(foreign)} does not belong to it; take it away")
+    if damaged := damage(path, records):
+        raise WeightsError(f"{setting}={path}: {damaged}; {remedy}")
