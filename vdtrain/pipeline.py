@@ -25,10 +25,11 @@ from vdtrain.diffusion.solvers import make_solver
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, layer_group
 from vdtrain.models.frozen import FrozenParts
+from vdtrain.models.frozen_weights import compare
 from vdtrain.models.versatile_diffusion import build_frozen
-from vdtrain.training.checkpoints import read_weights
-from vdtrain.training.curriculum import model_config, resolve_checkpoint
+from vdtrain.training.curriculum import open_weights
 from vdtrain.validation import check_sampling
+from vdtrain.weights.tensor_files import LazyTensors
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,25 @@ class VersatileDiffusion:
     def from_checkpoint(
         cls, path: str, weights: str = "ema", device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> VersatileDiffusion:
-        """Load a run folder's latest checkpoint, or a checkpoint folder.
+        """Load a run folder's latest checkpoint, a checkpoint folder, or a weights folder.
 
         Args:
             weights: "ema" (averaged) or "model" (as trained).
 
         Raises:
-            ConfigError: there is no complete checkpoint.
+            ConfigError: there is nothing complete to load.
         """
-        checkpoint = resolve_checkpoint("checkpoint", path)
-        config = model_config(checkpoint)
-        tensors = read_weights(checkpoint, weights)
-        diffuser = Diffuser(config, {layer_group(name) for name in tensors})
-        diffuser.load_state_dict(tensors)
+        config, tensors = open_weights("checkpoint", path, weights)
+        # Made without values, so that a large model is held once, and in the precision that is asked for.
+        with torch.device("meta"):
+            diffuser = Diffuser(config, {layer_group(name) for name in tensors})
+        differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).outline())
+        if differences:
+            raise ConfigError(f"checkpoint={path}: weights of another model: {differences}")
+        diffuser = diffuser.to(dtype).to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in diffuser.named_parameters():
+                parameter.copy_(tensors[name])
         return cls(config, diffuser, device, dtype)
 
     def generate(
