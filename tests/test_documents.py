@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -17,16 +18,20 @@ ROOT = Path(__file__).parents[1]
 def commands() -> list[str]:
     """Command lines in the README, in the demo and in the help of the verbs, joined at backslashes."""
     readme = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
-    demo = (ROOT / "examples" / "demo.sh").read_text()
-    helps = "\n".join((ROOT / "vdtrain" / f"{verb}.py").read_text() for verb in ("train", "sample"))
-    lines = re.sub(r"\\\n\s*", " ", "\n".join((readme, demo, helps))).splitlines()
+    scripts = [(ROOT / "examples" / name).read_text() for name in ("demo.sh", "gallery.sh")]
+    helps = [importlib.import_module(f"vdtrain.{verb}").USAGE for verb in ("train", "sample", "blend", "edit")]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join((readme, *scripts, *helps))).splitlines()
     shown = (line.strip().split("  #")[0].removesuffix(" &") for line in lines)
     starts = ("vdtrain ", "python -m data_pipeline ", "torchrun ")
     return sorted({line for line in shown if line.startswith(starts) and "..." not in line and "VERB" not in line})
 
 
 def run(command: str) -> int:
-    words = [re.sub(r"\$\{?runs\}?|\$\{scales\[\d\]\}", "1", word) for word in shlex.split(command) if word != "$@"]
+    settings = re.search(r'settings="(.*)"', (ROOT / "examples" / "gallery.sh").read_text())
+    assert settings is not None
+    command = command.replace("$settings", settings[1]).replace('"$@"', "")
+    # What else a script fills in stands for a number or a part of a path.
+    words = shlex.split(re.sub(r"\$(\w+|\{\w+\})", "1", command))
     if words[0] == "torchrun":
         return vdtrain_main(["train", *words[words.index("vdtrain.train") + 1 :], "--cfg", "job"])
     if words[0] == "vdtrain":
@@ -55,6 +60,6 @@ def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2
     assert "'trian' is no verb" in capsys.readouterr().err
-    for verb in ("train", "sample"):
+    for verb in ("train", "sample", "blend", "edit"):
         assert vdtrain_main([verb, "--help"]) == 0
         assert f"Usage: vdtrain {verb}" in capsys.readouterr().out
