@@ -135,7 +135,7 @@ def test_weights_of_an_earlier_stage_are_refused(tensors: dict[str, Tensor], tmp
 
 def test_a_folder_that_exists_is_left_alone(written: Path, tensors: dict[str, Tensor]) -> None:
     before = sorted(written.rglob("*"))
-    with pytest.raises(ConfigError, match=r"folder=.*tiny: exists already"):
+    with pytest.raises(ConfigError, match=r"folder=.*tiny exists already"):
         write_pipeline(written, tensors, MODEL)
     assert sorted(written.rglob("*")) == before
 
@@ -161,6 +161,15 @@ def test_models_that_diffusers_cannot_hold_are_refused(tensors: dict[str, Tensor
     del other.modalities["text"]
     with pytest.raises(WeightsError, match=r"model\.modalities=image: diffusers' pipelines have one modality"):
         write_pipeline(tmp_path / "out", tensors, other)
+
+
+def test_a_folder_is_replaced_as_a_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
+    (folder / "text_unet" / "old.safetensors").touch()
+    changed = tensors | {"global_layers.0.bias": torch.ones_like(tensors["global_layers.0.bias"])}
+    write_pipeline(folder, changed, MODEL, overwrite=True)
+    assert_identical(open_pipeline(folder, MODEL), changed)
+    assert not (folder / "text_unet" / "old.safetensors").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def change(folder: Path, part: str, changes: dict[str, Tensor]) -> None:

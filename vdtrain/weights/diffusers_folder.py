@@ -9,17 +9,15 @@ text VAE is not part of it.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig
+from vdtrain.files import refuse_existing, written_whole
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError, compare
@@ -36,7 +34,6 @@ FLAT_UNET_MODULE = "diffusers.pipelines.deprecated.versatile_diffusion.modeling_
 """Where the text U-Net's class is. The published folder gives it as "versatile_diffusion", which no longer resolves."""
 FLAT_TOKENS = 4
 """The tokens that a text state is split into; a constant of the text U-Net's class."""
-INCOMPLETE = ".incomplete"
 COMPONENTS = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     "image_feature_extractor": ("transformers", "CLIPImageProcessor"),
@@ -49,29 +46,31 @@ COMPONENTS = {
 }
 
 
-def write_pipeline(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig, setting: str = "folder") -> None:
+def write_pipeline(
+    folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig, setting: str = "folder", overwrite: bool = False
+) -> None:
     """Write the diffuser and the configured frozen parts. The folder appears when it is whole.
 
     Args:
-        folder: must not exist yet.
         tensors: all of the diffuser by our names; each is read when it is written, and keeps its dtype. The frozen
             parts are written in the dtype of the global layers.
         setting: names where the folder comes from, in errors.
+        overwrite: replace what is there.
 
     Raises:
         ConfigError: the folder exists already, or cannot be written.
         WeightsError: layers are missing, or the model has a part that diffusers cannot run.
     """
-    if folder.exists():
-        raise ConfigError(f"{setting}={folder}: exists already; choose another, or remove it")
+    place = f"{setting}={folder}"
+    refuse_existing(folder, place, overwrite)
     diffuser, unets = _unets(model)
     tensors = LazyTensors.of(tensors)
-    _check(f"{setting}={folder}", diffuser, tensors)
+    _check(place, diffuser, tensors)
     dtype = tensors.entries["global_layers.0.weight"].dtype
     image, text = unets["image_unet"].data, unets["text_unet"].data
-    with _draft(folder, setting) as draft:
+    with written_whole(folder, place, overwrite) as draft:
         for part, names in unets.items():
-            (draft / part).mkdir()
+            (draft / part).mkdir(parents=True)
             _unet(model, diffuser, names).save_config(draft / part)
             keys = {name: names.to_diffusers(name) for name in tensors}
             write_shards(
@@ -169,18 +168,3 @@ def _index() -> dict[str, Any]:
     import diffusers
 
     return {"_class_name": "VersatileDiffusionPipeline", "_diffusers_version": diffusers.__version__, **COMPONENTS}
-
-
-@contextmanager
-def _draft(folder: Path, setting: str) -> Iterator[Path]:
-    """A new folder that takes its final name when the block is done, and is gone if it fails."""
-    draft = folder.with_name(folder.name + INCOMPLETE)
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        draft.rename(folder)
-    except OSError as error:
-        raise ConfigError(f"{setting}={folder}: cannot be written ({error}); choose another place") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from vdtrain.files import sync
 
 SHARD_BYTES = 2 * 2**30
 
@@ -29,7 +30,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
         draft = folder / f"{stem}.{len(drafts)}.incomplete"
         # transformers reads the framework from here.
         save_file(held, draft, metadata={"format": "pt"})
-        _sync(draft)
+        sync(draft)
         drafts.append((draft, list(held)))
 
     for name, tensor in tensors:
@@ -50,9 +51,3 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _sync(path: Path) -> None:
-    """See a file onto the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
