@@ -118,7 +118,7 @@ def accept_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let diffusers' dual-guided network run: 0.42 gives its own module a mask, always None, that it does not take."""
     mix = DualTransformer2DModel.forward
 
-    def forward(self: DualTransformer2DModel, *inputs: Any, encoder_attention_mask: None, **more: Any) -> Any:
+    def forward(self: DualTransformer2DModel, *inputs: Any, encoder_attention_mask: None = None, **more: Any) -> Any:
         return mix(self, *inputs, **more)
 
     monkeypatch.setattr(DualTransformer2DModel, "forward", forward)
