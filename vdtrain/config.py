@@ -125,6 +125,8 @@ class DataConfig:
     root: str = MISSING
     sources: dict[str, SourceConfig] = MISSING
     manifest: str = MISSING
+    # What yields the batches (vdtrain.data.stream.BatchStream), a `_target_` with its arguments.
+    stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
     download: DownloadConfig = MISSING
     shapes: ShapesConfig | None = None
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from hydra.utils import get_object
 
 from vdtrain.compose import ConfigError
 
@@ -17,18 +16,36 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
     Raises:
         ConfigError: no such target, or an argument that it does not take or misses; `setting` names the place.
     """
-    options = {key: value for key, value in specification.items() if key != "_target_"}
-    name = specification.get("_target_")
-    try:
-        target = get_object(str(name))
-    except Exception as error:
-        raise ConfigError(f"{setting}._target_={name}: cannot be imported ({' '.join(str(error).split())})") from error
-    parameters = inspect.signature(target).parameters
-    unknown = [key for key in options if key not in parameters]
-    if unknown:
-        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {', '.join(parameters)}")
+    target, options = find_target(specification, setting)
+    given = [key for key in options if key in arguments]
+    if given:
+        raise ConfigError(f"{setting}.{given[0]}={options[given[0]]}: follows from other settings; leave it out")
+    name, parameters = specification["_target_"], inspect.signature(target).parameters
     try:
         inspect.signature(target).bind(**arguments, **options)
     except TypeError as error:
         raise ConfigError(f"{setting}: {error}; {name} takes {', '.join(parameters)}") from error
     return target(**arguments, **options)
+
+
+def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What `specification["_target_"]` names, imported but not called, and the other entries.
+
+    Raises:
+        ConfigError: no such target, or an entry that is none of its arguments.
+    """
+    options = {key: value for key, value in specification.items() if key != "_target_"}
+    name = specification.get("_target_")
+    module, _, attribute = str(name).rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ConfigError(
+            f"{setting}._target_={name}: cannot be imported ({' '.join(str(error).split())}); "
+            "give package.module.Name, its folder on PYTHONPATH"
+        ) from error
+    parameters = inspect.signature(target).parameters
+    unknown = [key for key in options if key not in parameters]
+    if unknown:
+        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {', '.join(parameters)}")
+    return target, options

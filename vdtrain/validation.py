@@ -9,6 +9,7 @@ from typing import Any
 from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, PhaseConfig, SamplingConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
+from vdtrain.instantiate import find_target
 
 
 def stage_flows(config: TrainConfig) -> list[Flow]:
@@ -149,6 +150,8 @@ def check(config: TrainConfig, world_size: int) -> None:
             f"data.manifest={config.data.manifest}: does not exist; make it with "
             f"`python -m data_pipeline index data={config.data.name}`"
         )
+    # Last, for it imports what it names.
+    find_target(config.data.stream, "data.stream")
 
 
 def _check_choices(config: TrainConfig) -> None:

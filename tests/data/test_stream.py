@@ -13,7 +13,7 @@ import webdataset
 from data_pipeline.index import index
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.stream import PairBatch, PairStream, StreamError
+from vdtrain.data.stream import Batch, PairStream, StreamError
 
 BATCH = 12
 
@@ -23,7 +23,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("stream"), shards=3, count=23)
 
 
-def read(manifest: Path, batches: int, **settings: object) -> list[PairBatch]:
+def read(manifest: Path, batches: int, **settings: object) -> list[Batch]:
     stream = PairStream(manifest, **{"seed": 3, "resolution": 32, "global_batch_size": BATCH, **settings})
     try:
         return list(islice(stream, batches))
@@ -31,7 +31,7 @@ def read(manifest: Path, batches: int, **settings: object) -> list[PairBatch]:
         stream.close()
 
 
-def same(first: PairBatch, second: PairBatch) -> bool:
+def same(first: Batch, second: Batch) -> bool:
     return (
         torch.equal(first.samples["image"], second.samples["image"])
         and first.samples["text"] == second.samples["text"]

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ class StreamError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """This rank's part of a global batch of b pairs.
+class Batch:
+    """This rank's part of a global batch: b samples, each in every modality.
 
     Attributes:
-        samples: by modality, {"image": uint8 [b, 3, R, R], "text": b captions}.
+        samples: by modality, in the form that its VAE and context encoder take: a tensor [b, ...] or a list of b.
         positions: int64 [b] global positions.
     """
 
@@ -45,8 +45,24 @@ class PairBatch:
     positions: torch.Tensor
 
 
+class BatchStream(Protocol):
+    """What training asks of a stream; `data.stream` names one by its `_target_`, with arguments of its own.
+
+    It is made anew for every phase of a stage, with the arguments of `PairStream` from `manifest` to `start` and
+    `workers`, by name, and must guarantee three things. It does not end. The batch at a position depends on the other
+    arguments alone, so that a run that is stopped goes on with the samples that it would have seen. And the ranks'
+    batches, put one after another, are the batch of one rank that reads alone.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of global_batch_size / world_size samples, in every modality of the stage's flows."""
+
+    def close(self) -> None:
+        """Let go of files and threads; nothing is read afterwards."""
+
+
 class PairStream:
-    """An endless stream of batches, decoded ahead by threads.
+    """Image-text pairs, {"image": uint8 [b, 3, R, R], "text": b captions}, decoded ahead by threads; a `BatchStream`.
 
     Args:
         manifest: folder written by `python -m data_pipeline index`.
@@ -100,7 +116,7 @@ class PairStream:
         self._delivered = 0
         self._ahead = workers + prefetch
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-        self._pending: deque[Future[PairBatch]] = deque()
+        self._pending: deque[Future[Batch]] = deque()
         self._files: dict[int, int] = {}
         self._lock = Lock()
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -109,7 +125,7 @@ class PairStream:
         """Samples per epoch."""
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             while len(self._pending) < self._ahead:
                 self._pending.append(self._pool.submit(self._load, self.next_batch))
@@ -146,7 +162,7 @@ class PairStream:
                 self._orders[epoch] = generator.permutation(len(self.rows))
             return self._orders[epoch]
 
-    def _load(self, batch: int) -> PairBatch:
+    def _load(self, batch: int) -> Batch:
         first = batch * self.global_batch_size + self.rank * self.local_batch_size
         positions = np.arange(first, first + self.local_batch_size, dtype=np.int64)
         pictures = torch.empty(len(positions), self.resolution, self.resolution, 3, dtype=torch.uint8)
@@ -156,7 +172,7 @@ class PairStream:
             pictures[place] = torch.from_numpy(np.ascontiguousarray(picture))
             captions.append(str(self.manifest.captions[used]))
         samples = {"image": pictures.permute(0, 3, 1, 2).contiguous(), "text": captions}
-        return PairBatch(samples, torch.from_numpy(positions))
+        return Batch(samples, torch.from_numpy(positions))
 
     def _picture(self, position: int, row: int) -> tuple[NDArray[np.uint8], int]:
         """The decoded picture at a position and the row that it came from: the next good one where a row is bad."""

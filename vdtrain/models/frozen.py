@@ -90,11 +90,14 @@ class FrozenParts(nn.Module):
                 VAE's mean.
 
         Raises:
-            ValueError: a modality that is asked for has no samples.
+            ConfigError: a modality that is asked for has no samples.
         """
         for modality in [*outputs, *contexts]:
             if modality not in samples:
-                raise ValueError(f"samples: no {modality!r} in the batch, only {', '.join(samples)}")
+                raise ConfigError(
+                    f"samples: no {modality!r} in the batch, only {', '.join(samples)}; the stage's flows need a "
+                    "data.stream that yields it"
+                )
         noise = noise or {}
         return Encoded(
             latents={name: self._vae(name).encode(samples[name], noise.get(name)) for name in dict.fromkeys(outputs)},

@@ -1,7 +1,7 @@
 """The training loop of one stage: phases, steps, logging, checkpoints. It never names a modality.
 
-One step encodes each image-text pair once, sends it through every flow of the stage, sums the losses, accumulates
-the gradients over micro-batches, and updates once.
+One step encodes each sample once, sends it through every flow of the stage, sums the losses, accumulates the gradients
+over micro-batches, and updates once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import PhaseConfig, TrainConfig
-from vdtrain.data.stream import PairBatch, PairStream
+from vdtrain.data.stream import Batch, BatchStream
 from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
+from vdtrain.instantiate import instantiate
 from vdtrain.models.attention import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.versatile_diffusion import build_frozen
@@ -100,8 +101,10 @@ class Trainer:
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
-        stream = PairStream(
-            Path(config.data.manifest),
+        stream: BatchStream = instantiate(
+            config.data.stream,
+            "data.stream",
+            manifest=Path(config.data.manifest),
             seed=self._phase_seed,
             resolution=phase.resolution,
             global_batch_size=batch_size,
@@ -136,7 +139,7 @@ class Trainer:
             stream.close()
         return asked
 
-    def _step(self, batch: PairBatch, phase: PhaseConfig, interval: Interval) -> dict[str, Tensor]:
+    def _step(self, batch: Batch, phase: PhaseConfig, interval: Interval) -> dict[str, Tensor]:
         """One update over the local batch; returns this rank's mean loss of each flow."""
         count = micro_batches(self.config, phase.resolution, self.place.world_size)
         local = self.config.stage.global_batch_size // self.place.world_size
@@ -157,7 +160,7 @@ class Trainer:
         self.state.phase_step += 1
         return sums
 
-    def _losses(self, batch: PairBatch, rows: slice, local: int, phase: PhaseConfig) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, rows: slice, local: int, phase: PhaseConfig) -> dict[str, Tensor]:
         first = self.place.rank * local
         draws = StepDraws(
             self._draw_seed,
