@@ -44,7 +44,7 @@ def test_full_size_numbers_are_the_default(name: str) -> None:
 
 def test_each_stage_starts_from_the_one_before() -> None:
     starts = [load(f"stage={name}", "runs_dir=r").stage.init_from for name in STAGES]
-    assert starts == ["weights/sd-v1-4.ckpt", "r/stage1_single_flow", "r/stage2_dual_flow"]
+    assert starts == ["weights/stable_diffusion_v1", "r/stage1_single_flow", "r/stage2_dual_flow"]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -94,7 +94,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("ema.decay=1", ["ema.decay=1"]),
         ("data.manifest=nowhere", ["data.manifest=nowhere", "data_pipeline index"]),
         ("stage=stage2_dual_flow", ["stage.init_from=", "stage1_single_flow", "train that stage first"]),
-        ("stage.init_from=weights.safetensors", ["stage.init_from=weights.safetensors", "no such file"]),
+        ("stage.init_from=weights.safetensors", ["stage.init_from=weights.safetensors", "vdtrain weights import"]),
         ("--fast", ["unknown flag --fast"]),
     ],
 )

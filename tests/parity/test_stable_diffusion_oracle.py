@@ -25,7 +25,7 @@ from vdtrain.models.diffuser import Context, Diffuser, by_rows
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.diffusers_names import unet_tensors
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names, read_stable_diffusion
+from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names, open_stable_diffusion
 
 MODEL = model_config()
 PLAN = make_plan(MODEL.diffuser)
@@ -76,7 +76,7 @@ def test_flows_to_pictures_give_what_stable_diffusion_gives(
 ) -> None:
     if source == "ckpt":
         torch.save({"state_dict": checkpoint, "global_step": 1}, tmp_path / "sd.ckpt")
-        tensors = read_stable_diffusion(tmp_path / "sd.ckpt", PLAN, "image", CONTEXTS)
+        tensors = open_stable_diffusion(tmp_path / "sd.ckpt", MODEL, CONTEXTS, "stage.init_from")
     else:
         if source != "folder":
             folder = tmp_path

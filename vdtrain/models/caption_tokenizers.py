@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vdtrain.models.frozen_weights import WeightsError, load_tokenizer
 
+ENCODER_SPECIALS = ("[PAD]", "[CLS]", "[SEP]")
+DECODER_SPECIALS = ("<PAD>", "<BOS>", "<EOS>")
+
 
 class EncoderTokenizer:
     """Captions to BERT ids as Versatile Diffusion makes them: lower case, cut, between [CLS] and [SEP].
@@ -26,7 +29,7 @@ class EncoderTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._limit = limit
-        ids = special_ids(self._tokenizer, ("[PAD]", "[CLS]", "[SEP]"), f"{setting}={path}")
+        ids = special_ids(self._tokenizer, ENCODER_SPECIALS, f"{setting}={path}")
         self.pad, self._first, self._last = ids
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -49,9 +52,8 @@ class DecoderTokenizer:
         self._tokenizer = load_tokenizer(path, setting)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        specials = ["<PAD>", "<BOS>", "<EOS>"]
-        self._tokenizer.add_special_tokens(specials)
-        self.pad, self.first, self.last = special_ids(self._tokenizer, specials, f"{setting}={path}")
+        self._tokenizer.add_special_tokens(list(DECODER_SPECIALS))
+        self.pad, self.first, self.last = special_ids(self._tokenizer, DECODER_SPECIALS, f"{setting}={path}")
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, longest caption + 2], <BOS> ... <EOS>, padded on the right with `pad`.

@@ -7,23 +7,15 @@ along for stage 2. Text data layers have no counterpart and start at random.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from vdtrain.compose import ConfigError
-from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role
+from vdtrain.config import ModelConfig
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
+from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 UNET_PREFIX = "model.diffusion_model."
-# The published sd-v1-4.ckpt keeps training state under this class.
-LIGHTNING_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-class _Placeholder:
-    """Stands for Lightning's class, so that the file can be read without it: nothing of it is run or kept."""
 
 
 def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
@@ -66,43 +58,29 @@ def own_names(plan: LayerPlan, key: str, image: str, contexts: Collection[str]) 
     return []
 
 
-def read_stable_diffusion(path: Path, plan: LayerPlan, image: str, contexts: Collection[str]) -> dict[str, Tensor]:
-    """Weights by our names, float32, from a `.ckpt` or `.safetensors` file.
+def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[str], setting: str) -> LazyTensors:
+    """Stable Diffusion's U-Net by our names, each tensor read on access.
 
     Args:
-        plan: of the model that takes them.
-        image: name of the modality whose data layers they fill.
+        path: a `.ckpt` or `.safetensors` file. Of a file with an averaged copy (`model_ema.*`) the other one is taken.
+        model: that takes the weights; its base modality's data layers and the global layers are filled.
         contexts: names of the context modalities that start from the U-Net's attention.
+        setting: names where the path comes from, in errors.
 
     Raises:
-        ConfigError: the file cannot be read without running code, or is no Stable Diffusion v1.
+        WeightsError: the file cannot be read without running code, or is no Stable Diffusion v1 of the model's sizes.
     """
-    unet = {key.removeprefix(UNET_PREFIX): value for key, value in _read(path).items() if key.startswith(UNET_PREFIX)}
+    tensors = open_tensors(path, setting)
+    unet = [key for key in tensors if key.startswith(UNET_PREFIX)]
     if not unet:
-        raise ConfigError(
-            f"stage.init_from={path}: no keys below {UNET_PREFIX}; give Stable Diffusion v1 in CompVis' layout"
+        raise WeightsError(
+            f"{setting}={path}: no keys below {UNET_PREFIX}; give Stable Diffusion v1 in CompVis' layout"
         )
-    weights: dict[str, Tensor] = {}
-    for key, value in unet.items():
-        names = own_names(plan, key, image, contexts)
-        if not names:
-            raise ConfigError(
-                f"stage.init_from={path}: {UNET_PREFIX}{key} has no place in the model; is it Stable Diffusion v1?"
-            )
-        weights |= {name: value.float() for name in names}
-    return weights
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([(_Placeholder, LIGHTNING_CLASS)]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"stage.init_from={path}: cannot be read as plain tensors ({reason}); convert it to safetensors"
-        ) from error
-    tensors: Mapping[str, Tensor] = content.get("state_dict", content)
-    return tensors
+    plan = make_plan(model.diffuser)
+    names: dict[str, str] = {}
+    for key in unet:
+        own = own_names(plan, key.removeprefix(UNET_PREFIX), model.base_modality, contexts)
+        if not own:
+            raise WeightsError(f"{setting}={path}: {key} has no place in the model; is it Stable Diffusion v1?")
+        names |= dict.fromkeys(own, key)
+    return tensors.renamed(names)

@@ -1,0 +1,85 @@
+"""Where an import reads from: a local path, or files of a Hugging Face repository at one commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.tensor_files import SUFFIXES
+
+PREFIX = "hf:"
+ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@(.+)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+DESCRIPTIONS = (".json", ".txt")
+
+
+def fetched(path: str, parts: Sequence[str]) -> Path:
+    """The local path of what an import names, downloaded into Hugging Face's cache if it lies in a repository.
+
+    Args:
+        path: a local path, or `hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT`.
+        parts: what is needed of a folder: files, or folders within it; none for all weights and descriptions.
+
+    Raises:
+        WeightsError: no such path or repository, no full commit, or no network.
+    """
+    if not path.startswith(PREFIX):
+        local = Path(path).expanduser()
+        if not local.exists():
+            raise WeightsError(f"path={path}: no such file or folder; give what is there, or hf:ORG/REPO/FILE@COMMIT")
+        return local
+    match = ADDRESS.fullmatch(path)
+    if match is None or ".." in path or not COMMIT.fullmatch(match[3]):
+        raise WeightsError(
+            f"path={path}: not of the form hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT with the 40 digits of a commit; "
+            "pin a commit, so that the weights cannot change"
+        )
+    repository, inside, commit = match.groups()
+    try:
+        return _download(repository, (inside or "").strip("/"), commit, parts)
+    except WeightsError:
+        raise
+    # The client raises errors of its own, of its HTTP library and of the system, which change with its version.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(
+            f"path={path}: cannot be fetched ({reason}); check the name and the network, or fetch it elsewhere and "
+            "give the local path"
+        ) from error
+
+
+def _download(repository: str, inside: str, commit: str, parts: Sequence[str]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    if PurePosixPath(inside).suffix in (*SUFFIXES, *DESCRIPTIONS):
+        return Path(hf_hub_download(repository, inside, revision=commit))
+    below = f"{inside}/" if inside else ""
+    files = [
+        name.removeprefix(below)
+        for name in HfApi().list_repo_files(repository, revision=commit)
+        if name.startswith(below)
+    ]
+    wanted = needed(files, parts)
+    if not wanted:
+        raise WeightsError(f"path=hf:{repository}/{inside}@{commit}: holds no weights; name the file or folder in it")
+    for name in wanted:
+        file = Path(hf_hub_download(repository, below + name, revision=commit))
+    return file.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def needed(files: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Of a repository's files those that an import reads: one kind of weights a folder, no variants of them."""
+    inside = [
+        name for name in files if not parts or name in parts or name.startswith(tuple(f"{part}/" for part in parts))
+    ]
+    chosen = [name for name in inside if name.endswith(DESCRIPTIONS)]
+    for folder in sorted({str(PurePosixPath(name).parent) for name in inside}):
+        here = [name for name in inside if str(PurePosixPath(name).parent) == folder]
+        for suffix in SUFFIXES:
+            plain = [name for name in here if name.endswith(suffix) and "." not in PurePosixPath(name).stem]
+            if plain:
+                chosen += plain
+                break
+    return chosen
