@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ def config_folder() -> Path:
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose `conf/<config_name>.yaml` with Hydra overrides, strictly against its schema.
 
+    `hydra.searchpath=[FOLDER]` finds group options in a user's own folder too.
+
     Raises:
         ConfigError: unknown key or group option, wrong type, malformed override.
     """
@@ -55,12 +58,18 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         store.store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="provider=hydra.searchpath")
             config = hydra_compose(config_name, overrides=list(overrides))
         # Missing values and broken interpolations surface here rather than in the middle of a run.
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    except UserWarning as warning:
+        folder = re.sub(r".*path=(.*) is not available.*", r"\1", str(warning))
+        raise ConfigError(
+            f"hydra.searchpath={folder}: no such folder; give one that holds model/, stage/ ..."
+        ) from warning
     return config
 
 
@@ -127,7 +136,8 @@ def _one_line(error: Exception) -> str:
     missing = re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.+)$", " ".join(str(error).split()))
     if missing:
         option, group = missing.group(1).split("/")[-1], missing.group(2)
-        return f"{group}={option}: no such option; choose one of {', '.join(options(group))}"
+        known = missing.group(3).partition(" Config search path:")[0].split()
+        return f"{group}={option}: no such option; choose one of {', '.join(known)}"
     if "not in '" in text or "not in struct" in text:
         nearest = difflib.get_close_matches(key.split(".")[-1], _setting_names(), n=1)
         hint = (

@@ -39,6 +39,7 @@ Settings (the whole list: --cfg job):
   stage.samples_scale                                           0.01 trains one per cent of every phase
   hardware.micro_batch_size, hardware.zero_stage, hardware.precision
   run_dir, seed, log_every_steps, checkpoint.every_steps, checkpoint.keep, ema.enabled, ema.decay
+  hydra.searchpath=[FOLDER]                                     finds FOLDER/model/NAME.yaml as model=NAME, and so on
 """
 
 
