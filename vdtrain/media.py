@@ -81,6 +81,7 @@ def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, 
     return [file]
 
 
+# The module that a further modality's parts come from adds its medium here; it is imported before any file is read.
 MEDIA = {
     "image": Medium(read_pictures, write_pictures),
     "text": Medium(lambda captions, size: list(captions), write_captions),
