@@ -109,7 +109,7 @@ def trained(name: str, recipe: Recipe, folder: Path, seed: int, report: Report) 
 def untrained(modality: str, part: str, **files: str) -> Any:
     """A part as `conf/model/tiny.yaml` describes it, with random weights unless `files` names some."""
     config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / "tiny.yaml"))
-    arguments = config["model"]["modalities"][modality][part] | {"weights": None} | files
+    arguments = config["modalities"][modality][part] | {"weights": None} | files
     return instantiate(arguments, f"model.modalities.{modality}.{part}")
 
 

@@ -6,11 +6,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+# Verb -> its module, and what it does.
 VERBS = {
-    "train": "train one stage of the curriculum",
-    "sample": "make pictures and captions with a trained model",
-    "blend": "make them from several captions and pictures at once",
-    "edit": "change pictures by words",
+    "train": ("vdtrain.train", "train one stage of the curriculum"),
+    "sample": ("vdtrain.sample", "make pictures and captions with a trained model"),
+    "blend": ("vdtrain.blend", "make them from several captions and pictures at once"),
+    "edit": ("vdtrain.edit", "change pictures by words"),
+    "weights": ("vdtrain.weights.command", "bring published weights in, and trained ones out"),
 }
 
 USAGE = """\
@@ -29,7 +31,7 @@ The data that a training run streams is made by `python -m data_pipeline --help`
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    usage = USAGE.format(verbs="\n".join(f"  {name:<10} {text}" for name, text in VERBS.items()))
+    usage = USAGE.format(verbs="\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items()))
     if not arguments or arguments[0] in ("--help", "-h"):
         print(usage, end="")
         return 0 if arguments else 2
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"error: {verb!r} is no verb; choose one of {', '.join(VERBS)} (see vdtrain --help)", file=sys.stderr)
         return 2
-    status = importlib.import_module(f"vdtrain.{verb}").main(rest)
+    status = importlib.import_module(VERBS[verb][0]).main(rest)
     assert isinstance(status, int)
     return status
 

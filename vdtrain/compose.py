@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import vdtrain.config
-from vdtrain.config import BlendConfig, DataPipelineConfig, EditConfig, SampleConfig, TrainConfig
+from vdtrain.config import BlendConfig, DataPipelineConfig, EditConfig, SampleConfig, TrainConfig, WeightsConfig
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -28,6 +28,7 @@ SCHEMAS: dict[str, type] = {
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,
+    "weights": WeightsConfig,
     "data_pipeline": DataPipelineConfig,
 }
 

@@ -267,6 +267,18 @@ class EditConfig(SamplerConfig):
 
 
 @dataclass
+class WeightsConfig:
+    """Root of `conf/weights.yaml`."""
+
+    model: ModelConfig = MISSING  # import: the model that the weights are of
+    output: str | None = MISSING
+    checkpoint: str = MISSING
+    weights: str = MISSING  # ema or model
+    precision: str = MISSING  # keep, fp32, fp16 or bf16
+    overwrite: bool = MISSING
+
+
+@dataclass
 class DataPipelineConfig:
     """Root of `conf/data_pipeline.yaml`."""
 

@@ -20,7 +20,7 @@ FRESH_SEED = 20_221_115
 
 def arguments(preset: str, modality: str, part: str) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / "model" / f"{preset}.yaml"))
-    return config.get("model", config)["modalities"][modality][part]
+    return config["modalities"][modality][part]
 
 
 @cache

@@ -107,7 +107,7 @@ def _diffuser(
             for part, convert, tensors in opened.frozen
             for product in _part_files(part, convert, tensors, request.model, f"{PATH}={path}")
         ]
-        return [Product(request.output, place, described(opened.diffuser), write), *frozen]
+        return [Product(request.output, place, opened.diffuser.summary, write), *frozen]
 
     return Source(text, address, parts, output, _no_targets, made)
 
@@ -144,9 +144,8 @@ def _part_files(
     found = []
     for target in part.targets(model):
         state = convert(tensors, target.specification, place)
-        found.append(
-            Product(target.path, target.place, described(LazyTensors.of(state)), partial(_write_part, target, state))
-        )
+        summary = LazyTensors.of(state).summary
+        found.append(Product(target.path, target.place, summary, partial(_write_part, target, state)))
     return found
 
 
@@ -158,12 +157,6 @@ def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tr
 def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool, tracked: Tracked) -> None:
     with written_whole(target.path, target.place, overwrite) as draft:
         write_text(draft, tokenizer.to_str(pretty=True))
-
-
-def described(tensors: LazyTensors) -> str:
-    """Number, precision and size of tensors."""
-    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in tensors.entries.values()})
-    return f"{len(tensors):,} tensors, {' and '.join(dtypes)}, {tensors.nbytes / 1e6:,.1f} MB"
 
 
 SOURCES = {

@@ -105,6 +105,12 @@ class LazyTensors(Mapping[str, Tensor]):
         """Bytes of all tensors."""
         return sum(entry.shape.numel() * entry.dtype.itemsize for entry in self.entries.values())
 
+    @property
+    def summary(self) -> str:
+        """Number, precision and size of the tensors, for people."""
+        dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()})
+        return f"{len(self):,} tensors, {' and '.join(dtypes)}, {self.nbytes / 1e6:,.1f} MB"
+
 
 class _Placeholder:
     """Stands for Lightning's class, so that the file can be read without it: nothing of it is run or kept."""

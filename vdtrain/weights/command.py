@@ -1,0 +1,163 @@
+"""Bring published weights in, and trained ones out.
+
+vdtrain weights import versatile_diffusion vd-four-flow-v1-0.pth
+vdtrain weights export diffusers exported checkpoint=runs/stage3_four_flow
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vdtrain.compose import ConfigError, run_verb
+from vdtrain.config import WeightsConfig
+from vdtrain.files import refuse_existing
+from vdtrain.weights.folder import Items
+
+USAGE = """\
+Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
+       vdtrain weights export FORMAT OUTPUT [SETTING=VALUE ...]
+
+Bring published weights in, in whatever layout they were published, and trained ones out. Names and shapes are checked
+against the model before anything is written, nothing in a file is run, and what is written appears as a whole.
+
+  --help              this text
+  --cfg job           print the configuration and stop
+
+Import. PATH is a file or folder, or hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT; a source with an address needs none.
+{sources}
+
+  The diffuser goes to `output`, a weights folder that stage.init_from, model.base_weights and checkpoint= read; a
+  frozen part goes where the model's configuration reads it. Precision is kept.
+
+Export. OUTPUT is the file or folder to make.
+{formats}
+
+Examples:
+  vdtrain weights import stable_diffusion sd-v1-4.ckpt
+  vdtrain weights import clip
+  vdtrain weights import image_vae hf:ORG/REPO/kl-f8.pth@0123456789abcdef0123456789abcdef01234567
+  vdtrain weights import versatile_diffusion vd-four-flow-v1-0-fp16.pth output=weights/released
+  vdtrain sample checkpoint=weights/released flow=text-to-image 'inputs=["a lighthouse at dusk"]' device=cuda
+  vdtrain weights export versatile_diffusion my-vd.pth checkpoint=runs/stage3_four_flow weights=ema precision=fp16
+  vdtrain weights export safetensors my-vd checkpoint=weights/released
+  vdtrain weights export diffusers my-vd-diffusers checkpoint=runs/stage3_four_flow
+
+Settings:
+  output              import: where the diffuser goes (default: as shown beside the source)
+  checkpoint          export: run folder (its latest checkpoint), checkpoint folder, or weights folder
+  weights             export: ema (averaged) or model (as trained)
+  precision           export: keep, fp32, fp16 or bf16
+  overwrite           true replaces what is there
+"""
+
+
+def _usage() -> str:
+    from vdtrain.weights.exports import FORMATS
+    from vdtrain.weights.sources import SOURCES
+
+    sources = []
+    for name, source in SOURCES.items():
+        sources.append(f"  {name:<21}{source.text}")
+        sources += [f"  {'':<21}  from {source.address}"] if source.address else []
+        sources += [f"  {'':<21}  to {source.output}"] if source.output else []
+    formats = [f"  {name:<21}{form.text}" for name, form in FORMATS.items()]
+    return USAGE.format(sources="\n".join(sources), formats="\n".join(formats))
+
+
+Action = Callable[[WeightsConfig], int]
+
+
+def parse(words: Sequence[str]) -> Action:
+    """What the words of a command line, without its settings, ask for.
+
+    Raises:
+        ConfigError: no such verb, source or format, or another number of words.
+    """
+    from vdtrain.weights.exports import FORMATS
+    from vdtrain.weights.sources import SOURCES
+
+    verb, name, *rest = [*words, "", ""][: max(2, len(words))]
+    if verb == "import":
+        if name not in SOURCES:
+            raise ConfigError(f"import {name}: no such source; choose one of {', '.join(SOURCES)}")
+        path = rest[0] if rest else SOURCES[name].address
+        if path is None or len(rest) > 1:
+            raise ConfigError(f"import {name}: takes one path, {len(rest)} given; give the file or folder to import")
+        return partial(import_weights, name, path)
+    if verb == "export":
+        if name not in FORMATS:
+            raise ConfigError(f"export {name}: no such format; choose one of {', '.join(FORMATS)}")
+        if len(rest) != 1:
+            raise ConfigError(f"export {name}: takes one output, {len(rest)} given; give the file or folder to make")
+        return partial(export_weights, name, Path(rest[0]).expanduser())
+    raise ConfigError(f"weights{verb and f' {verb}'}: choose import or export (see vdtrain weights --help)")
+
+
+def import_weights(name: str, path: str, config: WeightsConfig) -> int:
+    """Import from a source by name; returns the exit status."""
+    from vdtrain.weights.sources import SOURCES, Request, products
+
+    source = SOURCES[name]
+    if config.output and source.output is None:
+        raise ConfigError(f"output={config.output}: {name} goes where the model reads it; set that setting instead")
+    output = Path(config.output or source.output or "").expanduser()
+    for product in products(source, path, Request(config.model, output, config.overwrite)):
+        product.write(config.overwrite, _tracked)
+        print(f"{product.path}  ({product.summary})")
+    return 0
+
+
+def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
+    """Export in a format by name; returns the exit status."""
+    from vdtrain.training.curriculum import open_weights
+    from vdtrain.weights.exports import FORMATS, PRECISIONS
+    from vdtrain.weights.tensor_files import LazyTensors
+
+    for setting, value, choices in (
+        ("weights", config.weights, ("ema", "model")),
+        ("precision", config.precision, tuple(PRECISIONS)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    refuse_existing(output, f"output={output}", config.overwrite)
+    model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
+    tensors = LazyTensors.of(weights).cast(PRECISIONS[config.precision])
+    FORMATS[name].write(output, tensors, model, config.overwrite, _tracked)
+    print(f"{output}  ({tensors.summary})")
+    return 0
+
+
+def _tracked(items: Items, count: int) -> Items:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stdout.isatty():
+        return items
+    from rich.progress import track
+
+    return track(items, "writing", total=count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vdtrain weights`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in arguments if "=" not in word and not word.startswith("-") and word != "job"]
+    others = [argument for argument in arguments if argument not in words]
+
+    def action(config: WeightsConfig, document: DictConfig) -> int:
+        return parse(words)(config)
+
+    try:
+        if words:
+            parse(words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_verb(_usage(), "weights", WeightsConfig, action, others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
