@@ -19,7 +19,7 @@ from vdtrain.config import ModelConfig, TrainConfig
 from vdtrain.flows import GLOBAL_GROUP, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights import diffusers_folder, shards
+from vdtrain.weights import diffusers_folder, diffusers_frozen, shards
 from vdtrain.weights.diffusers_folder import open_pipeline, write_pipeline
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 
@@ -147,7 +147,7 @@ def test_a_failure_leaves_nothing_behind(
         assert not (tmp_path / "out").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusers_folder.diffusers_frozen, "write_vae", full)
+    monkeypatch.setattr(diffusers_frozen, "write_vae", full)
     with pytest.raises(ConfigError, match=r"folder=.*out: cannot be written \(.*No space left"):
         write_pipeline(tmp_path / "out", tensors, MODEL)
     assert not list(tmp_path.iterdir())

@@ -24,8 +24,7 @@ from vdtrain.models.frozen_weights import WeightsError, compare
 from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.text_layers import FlatLinear, TextDataLayers
-from vdtrain.weights import diffusers_frozen
-from vdtrain.weights.diffusers_names import UnetNames
+from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE, UnetNames
 from vdtrain.weights.shards import write_shards
 from vdtrain.weights.tensor_files import LazyTensors
 
@@ -61,6 +60,9 @@ def write_pipeline(
         ConfigError: the folder exists already, or cannot be written.
         WeightsError: layers are missing, or the model has a part that diffusers cannot run.
     """
+    # Takes ten seconds, and reading a folder does not need it.
+    from vdtrain.weights import diffusers_frozen
+
     place = f"{setting}={folder}"
     refuse_existing(folder, place, overwrite)
     diffuser, unets = _unets(model)
@@ -73,9 +75,7 @@ def write_pipeline(
             (draft / part).mkdir(parents=True)
             _unet(model, diffuser, names).save_config(draft / part)
             keys = {name: names.to_diffusers(name) for name in tensors}
-            write_shards(
-                draft / part, diffusers_frozen.MODEL_STEM, ((key, tensors[name]) for name, key in keys.items() if key)
-            )
+            write_shards(draft / part, MODEL_STEM, ((key, tensors[name]) for name, key in keys.items() if key))
         diffusers_frozen.write_vae(draft / "vae", model, image, dtype)
         diffusers_frozen.write_text_encoder(draft / "text_encoder", draft / "tokenizer", model, text, dtype)
         diffusers_frozen.write_image_encoder(
@@ -149,7 +149,7 @@ def _unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     with torch.device("meta"):
         return unet(
-            sample_size=diffusers_frozen.PICTURE_SIDE // model.latent_downsampling,
+            sample_size=PICTURE_SIDE // model.latent_downsampling,
             in_channels=latent,
             out_channels=latent,
             block_out_channels=list(config.channels),

@@ -18,15 +18,12 @@ from vdtrain.models.clip_tokenizer import released_tokenizer
 from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE
 from vdtrain.weights.shards import write_shards
 
 ACTIVATIONS: dict[type[nn.Module], str] = {open_clip.transformer.QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 CLIP_PARTS = {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}
 """What the names of CLIP's tensors begin with at Hugging Face."""
-MODEL_STEM = "diffusion_pytorch_model"
-"""Of the weights files of diffusers' own classes."""
-PICTURE_SIDE = 512
-"""Pixels of a picture where a pipeline's caller names no size."""
 
 
 def write_vae(folder: Path, model: ModelConfig, image: str, dtype: torch.dtype) -> None:
