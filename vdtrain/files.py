@@ -75,6 +75,8 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
         raise ConfigError(f"{place}: cannot be written ({error}); make room, or choose another place") from error
     finally:
         _remove(draft)
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         _remove(replaced)
 
 
