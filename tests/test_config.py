@@ -89,6 +89,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("stage.gradient_scale_mode=both", ["stage.gradient_scale_mode=both", "learning_rate, gradient"]),
         ("hardware.zero_stage=3", ["hardware.zero_stage=3", "1, 2"]),
         ("hardware.attention=xformers", ["hardware.attention=xformers", "sdpa"]),
+        ("hardware.activation_checkpointing=all", ["hardware.activation_checkpointing=all", "none, context, blocks"]),
         ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),
         ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
         ("ema.decay=1", ["ema.decay=1"]),

@@ -140,6 +140,8 @@ class HardwareConfig:
     # Pairs per process and forward pass, by resolution.
     micro_batch_size: dict[int, int] = MISSING
     attention: str = MISSING  # sdpa or xformers
+    # What the backward pass computes again instead of keeping it: none, context (layers) or blocks (all of them).
+    activation_checkpointing: str = MISSING
     loader_workers: int = MISSING
     threads: int | None = MISSING  # CPU threads per process for tensor operations; null leaves PyTorch's choice
 

@@ -161,6 +161,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("hardware.precision", hardware.precision, ("bf16", "fp32")),
         ("hardware.zero_stage", hardware.zero_stage, (1, 2)),
         ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
+        ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
         ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
         ("tracking.mode", config.tracking.mode, ("online", "offline", "disabled")),
     ):
