@@ -1,0 +1,188 @@
+"""A third modality from outside the package: short sounds, in all that `docs/modalities.md` asks for.
+
+A sound is a waveform, float32 [256] in -1..1. Its pitch stands for the colour of a drawn scene and its wave for the
+shape, so that picture, caption and sound of a sample say the same.
+"""
+
+from __future__ import annotations
+
+import math
+import wave
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.shapes import COLOURS, SHAPES
+from vdtrain.data.stream import Batch, PairStream
+from vdtrain.media import MEDIA, Medium
+from vdtrain.models.image_layers import zero
+from vdtrain.models.layer_plan import DataStep, LayerPlan, Role
+
+SAMPLES, FRAME = 256, 16
+FRAMES = SAMPLES // FRAME
+# One period each: phase in 0..1 -> amplitude in -1..1.
+WAVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "circle": lambda phase: torch.sin(2 * math.pi * phase),
+    "square": lambda phase: torch.where(phase < 0.5, 1.0, -1.0),
+    "triangle": lambda phase: 4 * (phase - 0.5).abs() - 1,
+    "star": lambda phase: 2 * phase - 1,
+    "cross": lambda phase: torch.where(phase < 0.125, 1.0, -1.0),
+}
+
+
+def sounds(captions: Sequence[str]) -> Tensor:
+    """What captions of drawn scenes sound like: float32 [B, 256]."""
+    made = []
+    for caption in captions:
+        words = caption.split()
+        (colour,), (shape,) = ([word for word in words if word in names] for names in (COLOURS, SHAPES))
+        periods = 4 + 2 * list(COLOURS).index(colour)
+        made.append(WAVES[shape](torch.arange(SAMPLES) * periods / SAMPLES % 1))
+    return torch.stack(made)
+
+
+class SoundStream(PairStream):
+    """The image-text stream with the sound of each caption."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            yield replace(batch, samples={**batch.samples, "sound": sounds(batch.samples["text"])})
+
+
+class FrameVAE(nn.Module):
+    """Cosine transform of every frame of 16 samples: latents [B, 16, 16], frequencies by frames. Nothing is lost."""
+
+    transform: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        places, frequencies = torch.arange(FRAME) + 0.5, torch.arange(FRAME)
+        transform = (2 / FRAME) ** 0.5 * torch.cos(math.pi / FRAME * frequencies[:, None] * places)
+        transform[0] /= 2**0.5
+        self.register_buffer("transform", transform)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """[16, 16], whatever the size of pictures."""
+        return FRAME, FRAMES
+
+    def encode(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Sounds [B, 256] to latents [B, 16, 16]; the posterior is a point, so that noise adds nothing."""
+        return self.transform.float() @ samples.view(-1, FRAMES, FRAME).transpose(1, 2)
+
+    def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Latents [B, 16, 16] to sounds [B, 256]."""
+        frames = self.transform.float().T @ latents.float()
+        return frames.transpose(1, 2).reshape(-1, SAMPLES).clamp(-1, 1)
+
+
+class FrameContext(nn.Module):
+    """A fixed projection of every frame: contexts [B, 16, width]."""
+
+    projection: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(FRAME, width, generator=generator) / FRAME**0.5)
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """Sounds [B, 256] to contexts [B, 16, width]."""
+        return samples.view(-1, FRAMES, FRAME).to(self.projection) @ self.projection
+
+    def unconditional(self, batch: int, output: str) -> Tensor:
+        """Silence, whatever is generated."""
+        return self.projection.new_zeros(batch, FRAMES, self.projection.shape[1])
+
+
+class Convolution(nn.Conv1d):
+    """A convolution along time, from a latent [B, C, L] or a state [B, C, L, 1] to a state [B, C', L', 1]."""
+
+    def forward(self, h: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return super().forward(h.flatten(2)).unsqueeze(3)
+
+
+class Upsample(Convolution):
+    """Doubles the length."""
+
+    def forward(self, h: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return super().forward(h.repeat_interleave(2, dim=2))
+
+
+class Block(nn.Module):
+    """Two convolutions with the timestep added between them, around a shortcut."""
+
+    def __init__(self, step: DataStep, plan: LayerPlan) -> None:
+        super().__init__()
+        width = step.width_out
+        self.first = nn.Sequential(
+            nn.GroupNorm(plan.norm_groups, step.width_in), nn.SiLU(), Convolution(step.width_in, width, 3, padding=1)
+        )
+        self.time = nn.Linear(plan.embedding_width, width)
+        self.second = nn.Sequential(
+            nn.GroupNorm(plan.norm_groups, width), nn.SiLU(), zero(Convolution(width, width, 3, padding=1))
+        )
+        self.shortcut = nn.Identity() if step.width_in == width else Convolution(step.width_in, width, 1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.first(h) + self.time(embedding)[:, :, None, None]
+        out: Tensor = self.shortcut(h) + self.second(inner)
+        return out
+
+
+class Leave(nn.Sequential):
+    """A state [B, C, L, 1] to noise in the latent [B, 16, L]."""
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            h = layer(h)
+        return h.squeeze(3)
+
+
+class SoundDataLayers(nn.ModuleList):
+    """All sound data layers, in the order of the plan's data steps; states are [B, C, L, 1]."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(self._layer(step, plan) for step in plan.data_steps)
+
+    @staticmethod
+    def _layer(step: DataStep, plan: LayerPlan) -> nn.Module:
+        match step.role:
+            case Role.ENTER:
+                return Convolution(FRAME, step.width_out, 3, padding=1)
+            case Role.BLOCK:
+                return Block(step, plan)
+            case Role.DOWN:
+                return Convolution(step.width_in, step.width_out, 3, stride=2, padding=1)
+            case Role.UP:
+                return Upsample(step.width_in, step.width_out, 3, padding=1)
+            case Role.LEAVE:
+                last = zero(Convolution(step.width_in, FRAME, 3, padding=1))
+                return Leave(nn.GroupNorm(plan.norm_groups, step.width_in), nn.SiLU(), last)
+
+
+def read_sounds(paths: Sequence[str], size: tuple[int, int]) -> Tensor:
+    """16-bit mono WAV files of 256 samples as float32 [B, 256]."""
+    made = []
+    for path in paths:
+        with wave.open(path) as file:
+            made.append(torch.frombuffer(bytearray(file.readframes(SAMPLES)), dtype=torch.int16) / 32767)
+    return torch.stack(made)
+
+
+def write_sounds(samples: Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """float32 [B, 256] as numbered WAV files."""
+    files = [folder / f"{index:04d}.wav" for index in range(len(samples))]
+    for path, sample in zip(files, (samples * 32767).round().to(torch.int16), strict=True):
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(sample.numpy().tobytes())
+    return files
+
+
+MEDIA["sound"] = Medium(read_sounds, write_sounds)
