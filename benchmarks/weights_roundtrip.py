@@ -1,0 +1,148 @@
+"""Full-size weights in and out again: time, memory, and whether every bit is back.
+
+python benchmarks/weights_roundtrip.py --precision fp16 --folder /tmp/roundtrip
+
+Random weights of the full size are written in the layout of the released vd-four-flow-v1-0, imported, exported in that
+layout, imported again, and compared with what they were made of. Each step is a process of its own, watched from
+outside: seconds, peak resident memory, and the share of it that is not pages of files, which the system can take back.
+A step's input is deleted when it is done, so that the disk holds two copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdtrain.compose import compose, to_object
+from vdtrain.config import WeightsConfig
+from vdtrain.flows import active_groups, all_flows
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.weights.folder import open_weights_folder
+from vdtrain.weights.tensor_files import Entry, LazyTensors
+from vdtrain.weights.torch_file import write_torch
+from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+POLL_SECONDS = 0.02
+
+
+def random_weights(precision: str) -> LazyTensors:
+    """The full-size diffuser by our names; a tensor is drawn when it is read, the same each time."""
+    model = to_object(compose("weights", []), WeightsConfig).model
+    with torch.device("meta"):
+        outline = Diffuser(model, active_groups(all_flows(model.modalities))).state_dict()
+    dtype = DTYPES[precision]
+
+    def entry(number: int, shape: torch.Size) -> Entry:
+        def draw() -> Tensor:
+            generator = torch.Generator().manual_seed(number)
+            return torch.empty(shape).uniform_(-1, 1, generator=generator).to(dtype)
+
+        return Entry(shape, dtype, draw)
+
+    return LazyTensors({name: entry(number, tensor.shape) for number, (name, tensor) in enumerate(outline.items())})
+
+
+def write(precision: str, path: Path) -> None:
+    """The released file, as if it had been downloaded."""
+    tensors = random_weights(precision)
+    write_torch(path, tensors.renamed({to_released(name): name for name in tensors}))
+
+
+def compare(precision: str, folder: Path) -> None:
+    """Exit with an error unless the folder holds the random weights, bit for bit."""
+    expected, found = random_weights(precision), open_weights_folder(folder)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        given, drawn = found[name], expected[name]
+        assert given.dtype == drawn.dtype, name
+        assert torch.equal(given.view(torch.uint8), drawn.view(torch.uint8)), name
+
+
+def watched(name: str, command: list[str]) -> dict[str, Any]:
+    """Run a step; its seconds and peak memory in GB."""
+    start, peak, anonymous = time.monotonic(), 0, 0
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        peak = max(peak, _kilobytes(fields.get("VmHWM")))
+        anonymous = max(anonymous, _kilobytes(fields.get("RssAnon")))
+        time.sleep(POLL_SECONDS)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{name} failed:\n{errors}")
+    found = {
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_resident_GB": round(peak / 1e6, 2),
+        "peak_anonymous_GB": round(anonymous / 1e6, 2),
+    }
+    print(name, found, flush=True)
+    return found
+
+
+def _kilobytes(field: str | None) -> int:
+    return int(field.split()[0]) if field else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp16")
+    parser.add_argument("--folder", type=Path, required=True, help="with room for two copies (fp16 5.2 GB each)")
+    parser.add_argument("--step", choices=["write", "compare"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    precision, folder = arguments.precision, arguments.folder
+    published, first, exported, second = (folder / name for name in ("vd.pth", "first", "exported.pth", "second"))
+    if arguments.step:
+        (write if arguments.step == "write" else compare)(precision, published if arguments.step == "write" else second)
+        return
+    parameters = sum(entry.shape.numel() for entry in random_weights(precision).entries.values())
+    folder.mkdir(parents=True)
+    own = [__file__, "--precision", precision, "--folder", str(folder), "--step"]
+    verb = ["-m", "vdtrain.cli", "weights"]
+    steps = {}
+    try:
+        steps["write"] = watched("write", [*own, "write"])
+        published_bytes = published.stat().st_size
+        importing = [*verb, "import", "versatile_diffusion"]
+        steps["import"] = watched("import", [*importing, str(published), f"output={first}"])
+        published.unlink()
+        exporting = [*verb, "export", "versatile_diffusion", str(exported), f"checkpoint={first}"]
+        steps["export"] = watched("export", exporting)
+        shutil.rmtree(first)
+        steps["import again"] = watched("import again", [*importing, str(exported), f"output={second}"])
+        exported.unlink()
+        steps["compare"] = watched("compare", [*own, "compare"])
+    finally:
+        shutil.rmtree(folder)
+    result = {
+        "claim": "full-size weights come back bit for bit; no step holds more than 1 GB besides pages of files",
+        "precision": precision,
+        "parameters": parameters,
+        "file_bytes": published_bytes,
+        "identical": True,
+        "steps": steps,
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of its cores",
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"weights_roundtrip_{precision}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Published weights of the frozen parts become the files that the model reads, or one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.models.tiny import arguments, tiny
+from tests.weights.small import PLAN, same, weights
+from vdtrain.cli import main
+from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.versatile_diffusion_2022 import to_2022
+from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+HEAD, WORDS = "decoder.lm_head.weight", "decoder.transformer.wte.weight"
+
+
+def compvis(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' image VAE under CompVis' names, by trying every name that could be one of them."""
+    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
+    found = {}
+    for key, tensor in state.items():
+        name = re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key)
+        name = re.sub(r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample.", name)
+        name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
+        name = name.replace(".resnets.", ".block.").replace("upsamplers.0", "upsample")
+        name = name.replace("mid_block.block.0", "mid.block_1").replace("mid_block.block.1", "mid.block_2")
+        name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")
+        pixel = "attn_1" in name and name.endswith("weight") and tensor.ndim == 2
+        found[name] = tensor[:, :, None, None].contiguous() if pixel else tensor
+    return found
+
+
+def optimus() -> dict[str, Tensor]:
+    """The text VAE as it was released: with causal masks and the head."""
+    state = dict(tiny("text", "vae").state_dict())
+    length = state["decoder.transformer.wpe.weight"].shape[0]
+    masks = {
+        f"decoder.transformer.h.{layer}.attn.bias": torch.ones(length, length).tril()[None, None] for layer in range(2)
+    }
+    return {**state, HEAD: state[WORDS].clone(), **masks}
+
+
+def image_vae() -> dict[str, Tensor]:
+    return dict(tiny("image", "vae").autoencoder.state_dict())
+
+
+def clip() -> dict[str, Tensor]:
+    return dict(tiny("text", "context_encoder").clip.state_dict())
+
+
+PLACES = {
+    "image_vae": "model.modalities.image.vae.weights",
+    "text_vae": "model.modalities.text.vae.weights",
+    "clip": "model.modalities.text.context_encoder.weights",
+}
+EXPECTED = {
+    "image_vae": image_vae,
+    "text_vae": lambda: {key: value for key, value in tiny("text", "vae").state_dict().items() if key != HEAD},
+    "clip": clip,
+}
+
+
+def settings(folder: Path) -> list[str]:
+    shared = [f"model.modalities.image.context_encoder.weights={folder / 'clip.safetensors'}"]
+    return ["model=tiny", *shared, *(f"{setting}={folder / name}.safetensors" for name, setting in PLACES.items())]
+
+
+def run(source: str, content: dict[str, Any], folder: Path, *more: str) -> int:
+    torch.save(content, folder / "published.pth")
+    return main(["weights", "import", source, str(folder / "published.pth"), *settings(folder), *more])
+
+
+def check(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    found = load_file(folder / f"{name}.safetensors")
+    assert same(found, {key: tensor.to(dtype) for key, tensor in EXPECTED[name]().items()})
+
+
+@pytest.mark.parametrize(
+    ("source", "published"),
+    [
+        ("image_vae", lambda: compvis(image_vae())),
+        ("image_vae", lambda: compvis(image_vae()) | {"loss.logvar": torch.zeros(1)}),
+        ("image_vae", lambda: {f"first_stage_model.{key}": value for key, value in compvis(image_vae()).items()}),
+        ("image_vae", image_vae),
+        ("text_vae", optimus),
+        ("clip", clip),
+        ("clip", lambda: {**clip(), "input_resolution": torch.tensor(32), "vocab_size": torch.tensor(629)}),
+        ("clip", lambda: to_hugging_face(clip()) | {"text_model.embeddings.position_ids": torch.arange(24)[None]}),
+    ],
+)
+def test_every_layout_of_a_part(tmp_path: Path, source: str, published: Any, capsys) -> None:
+    assert run(source, published(), tmp_path) == 0
+    check(source, tmp_path)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert run(source, published(), tmp_path) == 2
+    assert "exists already; overwrite=true replaces it" in capsys.readouterr().err
+    assert run(source, published(), tmp_path, "overwrite=true") == 0
+
+
+def test_parts_keep_their_precision_and_fill_the_model(tmp_path: Path) -> None:
+    halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in optimus().items()}
+    assert run("text_vae", halves, tmp_path) == 0
+    check("text_vae", tmp_path, torch.float16)
+
+
+def whole(release: int) -> dict[str, Tensor]:
+    """The whole model in one file."""
+    if release == 2022:
+        parts = {"autokl.": compvis(image_vae()), "optimus.": optimus(), "clip.model.": to_hugging_face(clip())}
+        state = {to_2022(PLAN, name): tensor for name, tensor in weights().items()}
+    else:
+        parts = {"vae.image.": compvis(image_vae()), "vae.text.": optimus()}
+        parts |= {f"ctx.{modality}.model.": to_hugging_face(clip()) for modality in ("image", "text")}
+        state = {to_released(name): tensor for name, tensor in weights().items()}
+    return state | {prefix + key: tensor for prefix, part in parts.items() for key, tensor in part.items()}
+
+
+@pytest.mark.parametrize("release", [2022, 2023])
+def test_a_whole_model_gives_all_parts(tmp_path: Path, release: int, capsys) -> None:
+    assert run("versatile_diffusion", whole(release), tmp_path, f"output={tmp_path / 'vd'}") == 0
+    for name in PLACES:
+        check(name, tmp_path)
+    assert (tmp_path / "vd" / "weights.json").is_file()
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_nothing_is_written_where_one_part_is_wrong(tmp_path: Path, capsys) -> None:
+    content = whole(2023)
+    content["ctx.image.model.logit_scale"] = torch.tensor(1.0)
+    assert run("versatile_diffusion", content, tmp_path, f"output={tmp_path / 'vd'}") == 2
+    assert "another CLIP" in capsys.readouterr().err
+    del content["vae.text.encoder.linear.weight"]
+    content["ctx.image.model.logit_scale"] = content["ctx.text.model.logit_scale"]
+    assert run("versatile_diffusion", content, tmp_path, f"output={tmp_path / 'vd'}") == 2
+    assert "not the text VAE (optimus-vae.pth)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]
+
+
+def changed(content: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    made = dict(content)
+    for key, value in changes.items():
+        name = next(name for name in content if name.endswith(key.replace("__", ".")))
+        if value is None:
+            del made[name]
+        else:
+            made[name] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("source", "published", "message"),
+    [
+        (
+            "image_vae",
+            lambda: changed(compvis(image_vae()), decoder__conv_in__bias=None),
+            "missing decoder.conv_in.bias",
+        ),
+        ("image_vae", lambda: compvis(image_vae()) | {"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
+        ("image_vae", optimus, "not the image VAE"),
+        ("text_vae", lambda: changed(optimus(), h__0__attn__bias=torch.ones(1, 1, 32, 32)), "no causal mask"),
+        ("text_vae", lambda: changed(optimus(), lm_head__weight=torch.zeros(385, 96)), "differs from .*wte"),
+        ("text_vae", lambda: changed(optimus(), lm_head__weight=None, wte__weight=None), "missing .*wte"),
+        ("clip", lambda: changed(clip(), ln_final__bias=torch.ones(5)), r"shape ln_final.bias \[5\] instead of \[96\]"),
+        ("clip", lambda: changed(to_hugging_face(clip()), logit_scale=None), "missing logit_scale"),
+    ],
+)
+def test_other_weights_are_refused(tmp_path: Path, source: str, published: Any, message: str, capsys) -> None:
+    assert run(source, published(), tmp_path) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith(f"error: path={tmp_path}")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]
+
+
+def test_a_part_without_a_place_is_refused(tmp_path: Path, capsys) -> None:
+    torch.save(clip(), tmp_path / "published.pth")
+    assert main(["weights", "import", "clip", str(tmp_path / "published.pth"), "model=tiny"]) == 2
+    assert "context_encoder.weights=asset:tiny/clip.safetensors: no file to write to" in capsys.readouterr().err
+    other = f"output={tmp_path / 'clip'}"
+    assert main(["weights", "import", "clip", str(tmp_path / "published.pth"), other]) == 2
+    assert "output=" in capsys.readouterr().err
+
+
+def full_size_vae() -> tuple[nn.Module, dict[str, Any]]:
+    specification = arguments("versatile_diffusion", "image", "vae")
+    with torch.device("meta"):
+        widths = tuple(specification["block_out_channels"])
+        down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+        made = AutoencoderKL(
+            down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2, norm_num_groups=32
+        )
+    return made, dict(made.config)
+
+
+def test_names_of_the_image_vae_are_those_of_diffusers_converter() -> None:
+    made, config = full_size_vae()
+    outline = {key: torch.empty(tensor.shape) for key, tensor in compvis(dict(made.state_dict())).items()}
+    found = to_diffusers(outline)
+    expected = convert_ldm_vae_checkpoint({f"first_stage_model.{key}": outline[key] for key in outline}, config)
+    assert {key: tensor.shape for key, tensor in found.items()} == {
+        key: tensor.shape for key, tensor in expected.items()
+    }
+    assert all(found[key].data_ptr() == tensor.data_ptr() for key, tensor in expected.items())
+
+
+def test_an_image_vae_by_an_older_diffusers(tmp_path: Path) -> None:
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {
+        re.sub(r"attentions\.0\.(to_\w(?:ut\.0)?)", lambda match: f"attentions.0.{older[match[1]]}", key): tensor
+        for key, tensor in image_vae().items()
+    }
+    (tmp_path / "vae").mkdir()
+    save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert any(".query." in key for key in state)
+    assert main(["weights", "import", "image_vae", str(tmp_path / "vae"), *settings(tmp_path)]) == 0
+    check("image_vae", tmp_path)

@@ -1,0 +1,125 @@
+"""Import, export and import again give the same bits in every layout, by the commands that a user types."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.weights.small import MODEL, PLAN, same, weights
+from vdtrain.cli import main
+from vdtrain.config import ScheduleConfig
+from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
+from vdtrain.weights.schedule_buffers import schedule_buffers
+from vdtrain.weights.tensor_files import open_tensors
+from vdtrain.weights.versatile_diffusion_2022 import from_2022, to_2022
+from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def run(*words: object) -> int:
+    return main(["weights", *map(str, words), *([] if words[0] == "export" else ["model=tiny"])])
+
+
+def imported(source: str, path: Path, output: Path) -> dict[str, Tensor]:
+    assert run("import", source, path, f"output={output}") == 0
+    assert weights_folder_model(output) == MODEL
+    return dict(open_weights_folder(output))
+
+
+def buffers(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in schedule_buffers(ScheduleConfig()).items()}
+
+
+def release_2023(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {to_released(name): tensor for name, tensor in weights(dtype).items()}
+
+
+def release_2022(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {to_2022(PLAN, name): tensor for name, tensor in weights(dtype).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("release", [release_2023, release_2022])
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_release(tmp_path: Path, dtype: torch.dtype, release, extras: bool, capsys) -> None:
+    content = release(dtype)
+    if extras:
+        content |= buffers(dtype) | {"logvar": torch.zeros(1000), "lvlb_weights": torch.zeros(1000)}
+        content |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.diffuserweight": torch.ones(1)}
+    torch.save(content, tmp_path / "vd.pth")
+    assert same(imported("versatile_diffusion", tmp_path / "vd.pth", tmp_path / "first"), weights(dtype))
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'first'}  ({len(weights())} tensors, float")
+    assert run("export", "versatile_diffusion", tmp_path / "out.pth", f"checkpoint={tmp_path / 'first'}") == 0
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True), release_2023(dtype))
+    assert same(imported("versatile_diffusion", tmp_path / "out.pth", tmp_path / "second"), weights(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
+def test_a_folder(tmp_path: Path, dtype: torch.dtype, layout: str) -> None:
+    write_weights_folder(tmp_path / "first", weights(dtype), MODEL)
+    assert run("export", layout, tmp_path / "out", f"checkpoint={tmp_path / 'first'}") == 0
+    assert same(imported(layout, tmp_path / "out", tmp_path / "second"), weights(dtype))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("keep", None)])
+def test_precision(tmp_path: Path, precision: str, dtype: torch.dtype | None) -> None:
+    write_weights_folder(tmp_path / "first", weights(), MODEL)
+    out = tmp_path / "out.pth"
+    assert run("export", "versatile_diffusion", out, f"checkpoint={tmp_path / 'first'}", f"precision={precision}") == 0
+    assert same(open_tensors(out, "path"), release_2023(dtype or torch.float32))
+
+
+def test_names_of_the_first_release() -> None:
+    """Layers that have a module inside for pictures are plain linear ones for text."""
+    names = {
+        "global_layers.2.bias": "time_embed.2.bias",
+        "data_layers.image.0.weight": "unet_image.input_blocks.0.0.weight",
+        "data_layers.image.2.op.weight": "unet_image.input_blocks.2.0.op.weight",
+        "data_layers.text.2.weight": "unet_text.input_blocks.2.0.weight",
+        "context_layers.text.0.proj_in.weight": "unet_text.input_blocks.1.1.proj_in.weight",
+        "context_layers.image.2.norm.weight": "unet_image.middle_block.1.norm.weight",
+        "data_layers.text.11.2.bias": "unet_text.out.2.bias",
+    }
+    for name, key in names.items():
+        assert name in weights()
+        assert to_2022(PLAN, name) == f"model.diffusion_model.{key}"
+    assert all(from_2022(PLAN, to_2022(PLAN, name)) == name for name in weights())
+    assert from_2022(PLAN, "model.diffusion_model.unet_image.time_embed.0.weight") is None
+    assert from_2022(PLAN, "model.diffusion_model.input_blocks.0.0.weight") is None
+
+
+def without(content: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in content.items() if not any(part in key for part in parts)}
+
+
+RELEASED = release_2023(torch.float32)
+LAST = "diffuser.text.data_blocks.11.0.2.bias"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (without(RELEASED, LAST), "weights of another model than model=tiny: missing data_layers.text.11.2.bias"),
+        (without(RELEASED, "diffuser.text.data"), "missing data_layers.text.0.weight, .* and .* more"),
+        (RELEASED | {LAST: torch.zeros(3)}, r"shape data_layers.text.11.2.bias \[3\] instead of \[64\]"),
+        (RELEASED | {"diffuser.sound.data_blocks.0.0.weight": torch.ones(1)}, "unexpected data_layers.sound.0.weight"),
+        (RELEASED | {"unet.weight": torch.ones(1)}, "unet.weight has no place in the model"),
+        (RELEASED | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas is not that of .*set model.schedule"),
+        (RELEASED | {"betas": torch.ones(10)}, "betas is not that of"),
+        ({"weight": torch.ones(1)}, "no keys below model.diffusion_model. or diffuser."),
+    ],
+)
+def test_other_weights_are_refused(tmp_path: Path, content: dict[str, Tensor], message: str, capsys) -> None:
+    torch.save(content, tmp_path / "vd.pth")
+    assert run("import", "versatile_diffusion", tmp_path / "vd.pth", f"output={tmp_path / 'out'}") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert re.search(message, shown.err), shown.err
+    assert not (tmp_path / "out").exists()
