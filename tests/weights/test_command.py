@@ -1,0 +1,139 @@
+"""`vdtrain weights export` of a checkpoint, and the mistakes that its command line can hold."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.weights.small import MODEL, same, weights
+from vdtrain.cli import main
+from vdtrain.compose import compose
+from vdtrain.models.diffuser import layer_group
+from vdtrain.training import checkpoint_format as form
+from vdtrain.training.curriculum import open_weights
+from vdtrain.training.partitions import EMA, MASTER, GroupLayout
+from vdtrain.weights.folder import open_weights_folder, write_weights_folder
+from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+CARRIED = "context.text"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with one checkpoint: `weights()`, averaged `weights(seed=1)`, one group not trained."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "checkpoints" / "step-000000007"
+    folder.mkdir(parents=True)
+    groups: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, tensor in weights().items():
+        groups.setdefault(layer_group(name), {})[name] = torch.nn.Parameter(tensor)
+    carried = {name: parameter.detach() for name, parameter in groups.pop(CARRIED).items()}
+    layouts = tuple(GroupLayout.of(group, parameters) for group, parameters in groups.items())
+    records = {form.PASSENGERS_FILE: form.write_tensors(folder / form.PASSENGERS_FILE, carried)}
+    for rank in range(2):
+        pieces = {}
+        for kind, source in ((MASTER, weights()), (EMA, weights(seed=1))):
+            for layout in layouts:
+                row = torch.cat([source[slot.name].reshape(-1) for slot in layout.slots])
+                pieces[f"{layout.group}/{kind}"] = row[slice(*layout.piece(rank, 2))]
+        name = form.shard_name(rank, 2)
+        records[name] = form.write_tensors(folder / name, pieces)
+    document = OmegaConf.to_container(compose("train", ["model=tiny"]), resolve=False)
+    form.Index(
+        step=7,
+        world_size=2,
+        zero_stage=1,
+        precision="fp32",
+        optimizer_steps=7,
+        ema_updates=7,
+        trainer={"config": document, "state": {}},
+        groups=layouts,
+        files=records,
+    ).write(folder)
+    return run
+
+
+def averaged() -> dict[str, torch.Tensor]:
+    return {
+        name: tensor if layer_group(name) == CARRIED else weights(seed=1)[name] for name, tensor in weights().items()
+    }
+
+
+@pytest.mark.parametrize("which", ["ema", "model"])
+def test_a_run_and_its_checkpoint_folder(run_folder: Path, tmp_path: Path, which: str) -> None:
+    expected = averaged() if which == "ema" else weights()
+    model, found = open_weights("checkpoint", str(run_folder), which)
+    assert model.name == "tiny"
+    assert same(found, expected)
+    checkpoint = run_folder / "checkpoints" / "step-000000007"
+    words = ["export", "safetensors", str(tmp_path / "out"), f"checkpoint={checkpoint}", f"weights={which}"]
+    assert main(["weights", *words]) == 0
+    assert same(open_weights_folder(tmp_path / "out"), expected)
+    torch_file = tmp_path / "out.pth"
+    words = ["export", "versatile_diffusion", str(torch_file), f"checkpoint={run_folder}", f"weights={which}"]
+    assert main(["weights", *words, "precision=fp16"]) == 0
+    assert same(
+        torch.load(torch_file, weights_only=True),
+        {to_released(name): tensor.half() for name, tensor in expected.items()},
+    )
+
+
+def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(run_folder / "checkpoints" / "step-000000007", copy)
+    file = copy / form.shard_name(1, 2)
+    file.write_bytes(file.read_bytes()[:-4])
+    assert main(["weights", "export", "safetensors", str(tmp_path / "out"), f"checkpoint={copy}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: checkpoint={copy}: ")
+    assert "truncated" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "choose import or export"),
+        ("improt clip x", "weights improt: choose import or export"),
+        ("import", "import : no such source; choose one of versatile_diffusion"),
+        ("import clpi x", "import clpi: no such source"),
+        ("import text_vae", "import text_vae: takes one path, 0 given"),
+        ("import text_vae a b", "import text_vae: takes one path, 2 given"),
+        ("import text_vae absent.pth", "path=absent.pth: no such file or folder"),
+        ("import text_vae hf:org/repo/optimus-vae.pth@main", "pin a commit"),
+        ("import versatile_diffusion absent.pth outptu=x", "outptu: no such setting; did you mean"),
+        ("export", "export : no such format; choose one of versatile_diffusion, safetensors, diffusers"),
+        ("export onnx out", "export onnx: no such format"),
+        ("export safetensors", "takes one output, 0 given"),
+        ("export safetensors out checkpoint=absent", "checkpoint=absent: does not exist"),
+        ("export safetensors out checkpoint=vd.pth", "checkpoint=vd.pth: a file of published weights is imported"),
+        ("export safetensors out weights=best", "weights=best: choose one of ema, model"),
+        ("export safetensors out precision=fp8", "precision=fp8: choose one of fp32, fp16, bf16, keep"),
+        ("export safetensors {here}", "exists already; overwrite=true replaces it"),
+    ],
+)
+def test_a_mistake_is_one_line(line: str, message: str, tmp_path: Path, capsys) -> None:
+    assert main(["weights", *shlex.split(line.format(here=tmp_path))]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+
+
+def test_part_of_a_model_is_exported_as_what_it_is(tmp_path: Path, capsys) -> None:
+    first_stage = {name: tensor for name, tensor in weights().items() if "text" not in name}
+    write_weights_folder(tmp_path / "w", first_stage, MODEL)
+    source = f"checkpoint={tmp_path / 'w'}"
+    assert main(["weights", "export", "safetensors", str(tmp_path / "out"), source]) == 0
+    assert same(open_weights_folder(tmp_path / "out"), first_stage)
+    again = ["weights", "import", "safetensors", str(tmp_path / "out"), f"output={tmp_path / 'again'}", "model=tiny"]
+    assert main(again) == 0
+    assert main(["weights", "export", "diffusers", str(tmp_path / "pipeline"), source]) == 2
+    assert "no layers of" in capsys.readouterr().err
+    assert not (tmp_path / "pipeline").exists()
