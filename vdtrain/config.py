@@ -136,7 +136,8 @@ class HardwareConfig:
     name: str = MISSING
     device: str = MISSING  # cuda or cpu
     precision: str = MISSING  # bf16 or fp32
-    zero_stage: int = MISSING
+    zero_stage: int = MISSING  # 0, 1 or 2
+    offload_optimizer: bool = False  # refused, with the reason
     # Pairs per process and forward pass, by resolution.
     micro_batch_size: dict[int, int] = MISSING
     attention: str = MISSING  # sdpa or xformers

@@ -156,10 +156,20 @@ def check(config: TrainConfig, world_size: int) -> None:
 
 def _check_choices(config: TrainConfig) -> None:
     hardware, stage = config.hardware, config.stage
+    if hardware.zero_stage == 3:
+        raise ConfigError(
+            "hardware.zero_stage=3: DeepSpeed 0.19.8 applies a layer's last gradient again in steps that leave the "
+            "layer out; choose one of 0, 1, 2"
+        )
+    if hardware.offload_optimizer:
+        raise ConfigError(
+            "hardware.offload_optimizer=true: DeepSpeed 0.19.8 then loses the updates of layers that a step's last "
+            "micro-batch leaves out; set it to false, and hardware.zero_stage=2 to save memory"
+        )
     for setting, value, choices in (
         ("hardware.device", hardware.device, ("cuda", "cpu")),
         ("hardware.precision", hardware.precision, ("bf16", "fp32")),
-        ("hardware.zero_stage", hardware.zero_stage, (1, 2)),
+        ("hardware.zero_stage", hardware.zero_stage, (0, 1, 2)),
         ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
         ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
         ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),

@@ -30,7 +30,7 @@ from vdtrain.training import distributed
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
 
-STAGES = (1, 2)
+STAGES = (0, 1, 2)
 MODES = ("learning_rate", "gradient")
 PRECISIONS = ("fp32", "bf16")
 TRAINED = ("global", "data.image", "context.text")
@@ -72,7 +72,9 @@ def against_reference(stage: int, mode: str) -> dict[str, Any]:
         "weights": difference(full_weights(engine), expected),
         "module": difference(dict(module.named_parameters()), expected),
         "moved": difference(dict(Toy().named_parameters()), expected),
-        "norms": max(abs(report.gradient_norm - norm) / norm for report, norm in zip(reports, norms, strict=True)),
+        "norms": max(
+            abs(float(report.gradient_norm) - norm) / norm for report, norm in zip(reports, norms, strict=True)
+        ),
         "steps": engine.optimizer_steps,
     }
     engine.close()
@@ -94,10 +96,10 @@ def skipped_step(stage: int, precision: str) -> dict[str, Any]:
     moved = difference(before, full_weights(engine))
     engine.close()
     return {
-        "applied": report.applied,
-        "norm": report.gradient_norm,
+        "applied": bool(report.applied),
+        "norm": float(report.gradient_norm),
         "kept": kept,
-        "next": after.applied,
+        "next": bool(after.applied),
         "moved": moved,
     }
 
@@ -124,7 +126,7 @@ def bf16_step(stage: int) -> dict[str, Any]:
     results = {
         "exact_start": exact_start,
         "dtype": str(engine.partitions()[0].master.dtype),
-        "norm_error": abs(report.gradient_norm / squares**0.5 - 1.0),
+        "norm_error": abs(float(report.gradient_norm) / squares**0.5 - 1.0),
         "finer_than_bf16": not same_bits(weights, {name: w.bfloat16().float() for name, w in weights.items()}),
         "module": same_bits(
             dict(module.named_parameters()), {name: weights[name].bfloat16() for name, _ in module.named_parameters()}
@@ -290,7 +292,6 @@ def test_words_between_ranks(results: list[dict[str, Any]]) -> None:
     ("changes", "named"),
     [
         ({"zero_stage": 3}, "hardware.zero_stage"),
-        ({"zero_stage": 0}, "hardware.zero_stage"),
         ({"precision": "fp16"}, "hardware.precision"),
         ({"gradient_scale_mode": "loss"}, "stage.gradient_scale_mode"),
     ],

@@ -1,51 +1,85 @@
-"""The DeepSpeed ZeRO engine behind a small, typed face.
+"""The training engine behind a small, typed face: ZeRO 0, 1 and 2, float32 or bf16.
 
     for index, micro_batch in enumerate(micro_batches):
         loss = engine(micro_batch) / len(micro_batches)
         engine.backward(loss, last=index == len(micro_batches) - 1)
     report = engine.step(learning_rate)
 
-Everything that DeepSpeed keeps private is read here and nowhere else.
+How weights and gradients travel between processes is an Exchange's; norm, clipping, AdamW and the decision to leave a
+step out are the same for all, and none of them waits for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vdtrain.training import distributed
-from vdtrain.training.deepspeed_import import DEEPSPEED_VERSION, import_deepspeed
-from vdtrain.training.engine_settings import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings, deepspeed_configuration
-from vdtrain.training.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT, GroupLayout, Partition, RowReader, cut
+from vdtrain.training.engine_optimizer import GuardedAdamW
+from vdtrain.training.engine_replicas import Replicas
+from vdtrain.training.engine_settings import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings
+from vdtrain.training.engine_zero import ZeroPieces
+from vdtrain.training.partitions import GroupLayout, Partition, RowReader
 
 __all__ = ["Engine", "EngineSettings", "StepReport"]
-
-# ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
-# takes for ZeRO 1 with float32 accumulation, under the second.
-MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimiser step did.
+    """What an optimiser step did: scalars on the device, the same on every process. Reading them waits for the device.
 
     Attributes:
-        gradient_norm: global 2-norm after gradient scales and before clipping; infinite if it was not finite.
-        applied: False if the gradient was not finite, in which case every process kept its weights.
+        gradient_norm: float64, global 2-norm after gradient scales and before clipping; infinite if the step was left
+            out.
+        applied: bool; false if a loss or a gradient was not finite, in which case every process kept its weights,
+            averages and count of updates bit for bit.
     """
 
-    gradient_norm: float
-    applied: bool
+    gradient_norm: Tensor
+    applied: Tensor
+
+
+class Exchange(Protocol):
+    """How weights and gradients travel between processes.
+
+    Attributes:
+        masters: the float32 weights, a flat row to a layer group: whole, or this process's piece. Padding at their end.
+    """
+
+    masters: list[Tensor]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a loss; after the last one of a step, average over the processes."""
+
+    def gradients(self) -> list[Tensor]:
+        """Float32 gradients of the step, laid out as the masters; they may be overwritten."""
+
+    def forget_gradients(self) -> None:
+        """Start the next step with none."""
+
+    def own_part(self, start: int, stop: int) -> slice:
+        """Where elements [start, stop) of a group's row, this process's piece, lie in its master."""
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        """Fill rows that are whole, of which this process knows its own piece, with the pieces of the others."""
+
+    def spread(self) -> None:
+        """Bring every process's module up to the masters."""
+
+    def close(self) -> None:
+        """Let go of the module, which keeps its last weights."""
 
 
 class Engine:
-    """A module under ZeRO, with AdamW and one parameter group per layer group.
+    """A module with AdamW and one parameter group per layer group, trained by all processes together.
 
     Parameters that no group names take no part: they get no gradient and no optimiser state. Their float32 values are
     kept by rank 0 in `passengers` for the stages to come.
@@ -58,13 +92,14 @@ class Engine:
 
     Raises:
         ValueError: if the groups do not fit the module.
-        RuntimeError: without a process group, or with a DeepSpeed laid out otherwise than the pinned one.
+        RuntimeError: without a process group, from different weights on the processes, or with a DeepSpeed laid out
+            otherwise than the pinned one.
     """
 
     def __init__(
         self, module: nn.Module, groups: Mapping[str, Mapping[str, nn.Parameter]], settings: EngineSettings
     ) -> None:
-        if not torch.distributed.is_initialized():
+        if not dist.is_initialized():
             raise RuntimeError("the engine needs a process group: call vdtrain.training.distributed.start first")
         self.module = module
         self.settings = settings
@@ -76,51 +111,31 @@ class Engine:
         self.passengers: dict[str, Tensor] = {}
         if distributed.rank() == 0:
             self.passengers = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
-        self._scales = {group: float(settings.gradient_scales.get(group, 1.0)) for group in groups}
+
+        layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
+        exchange_kind = Replicas if settings.zero_stage == 0 else ZeroPieces
+        self._exchange: Exchange = exchange_kind(module, groups, layouts, settings)
+        self._optimizer = GuardedAdamW(self._exchange.masters, settings)
+        self._partitions = [self._partition(index, layout) for index, layout in enumerate(layouts)]
+        self._scales = [float(settings.gradient_scales.get(group, 1.0)) for group in groups]
         self._gradient_hooks = [
-            parameter.register_hook(_multiply_by(self._scales[group]))
-            for group, parameters in groups.items()
+            parameter.register_hook(_multiply_by(scale))
+            for scale, parameters in zip(self._scales, groups.values(), strict=True)
             for parameter in parameters.values()
             if settings.gradient_scale_mode == GRADIENT_MODE
         ]
-
-        layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
-        pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
-        # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
-        exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
-        self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
-        device = next(module.parameters()).device
-        optimizer = torch.optim.AdamW(
-            [{"params": list(parameters.values()), "name": group} for group, parameters in groups.items()],
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
-        )
-        deepspeed = import_deepspeed(device.type)
-        with contextlib.redirect_stdout(io.StringIO()):
-            configuration = deepspeed_configuration(settings)
-            self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=configuration)
-        self._optimizer = optimizer
-        masters = _masters(self._deepspeed.optimizer)
-        self._check_layout(layouts, masters, exact)
-        self._partitions = [
-            self._partition(layout, start, stop, master)
-            for layout, (start, stop), master in zip(layouts, pieces, masters, strict=True)
-        ]
-        for partition, weights in zip(self._partitions, exact, strict=True):
-            partition.master.copy_(weights)
+        # Of the step in progress: the sum of its losses, and whether the last of them came.
+        self._losses = torch.zeros((), dtype=torch.float64, device=self._exchange.masters[0].device)
         self._gradients_complete = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of the module's weights; DeepSpeed does not convert inputs, so they must come in it."""
-        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        """Type of the module's weights; inputs are not converted, so they must come in it."""
+        return self.settings.compute_dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
-        return self._deepspeed(*args, **kwargs)
+        return self._exchange.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's loss, a scalar already divided by the number of micro-batches.
@@ -128,20 +143,30 @@ class Engine:
         Every process must run the same flows in the same order. `last` ends the step's accumulation: the gradients are
         averaged over the processes.
         """
-        self._deepspeed.set_gradient_accumulation_boundary(last)
-        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        self._exchange.backward(loss, last)
+        self._losses += loss.detach()
         self._gradients_complete = last
 
+    @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
-        """Clip, update the weights, and hand them to every process."""
+        """Clip, update the weights, and hand them to every process; or, on all of them, leave the step out."""
         if not self._gradients_complete:
             raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
+        gradients = self._exchange.gradients()
+        report = self._examine(gradients)
+        clip = self.settings.gradient_clip
+        divisor = torch.ones_like(report.gradient_norm)
+        if clip > 0:
+            divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
+        by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
+        rates = [learning_rate * (scale if by_rate else 1.0) for scale in self._scales]
+        self._optimizer.update(gradients, rates, divisor, report.applied)
+        del gradients
+        self._exchange.forget_gradients()
+        self._exchange.spread()
+        self._losses.zero_()
         self._gradients_complete = False
-        by_learning_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate * (self._scales[group["name"]] if by_learning_rate else 1.0)
-        self._deepspeed.step()
-        return StepReport(float(self._deepspeed.get_global_grad_norm()), bool(self._deepspeed.was_step_applied()))
+        return report
 
     def partitions(self) -> list[Partition]:
         """This process's piece of every layer group, in the order of the groups. Writing to them changes the optimiser;
@@ -150,16 +175,18 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates applied so far, from which AdamW corrects its averages."""
-        return int(self._states[0]["step"].item())
+        """Updates applied so far, from which AdamW corrects its averages. Reading it waits for the device."""
+        return self._optimizer.steps
 
     @torch.no_grad()
     def load_partitions(self, read: RowReader, optimizer_steps: int) -> None:
         """Take master weights and optimiser state from `read`, on every process, and refresh the weights."""
-        for partition, state in zip(self._partitions, self._states, strict=True):
+        for partition in self._partitions:
             for kind, row in partition.rows.items():
                 row.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
-            state["step"].fill_(optimizer_steps)
+        self._exchange.share(self._optimizer.first_moments)
+        self._exchange.share(self._optimizer.second_moments)
+        self._optimizer.steps = optimizer_steps
         self.refresh_weights()
 
     @torch.no_grad()
@@ -171,50 +198,40 @@ class Engine:
         if distributed.rank() == 0:
             self.passengers = dict(passengers)
 
+    @torch.no_grad()
     def refresh_weights(self) -> None:
         """Bring every process's module up to the master weights; every process must call it."""
-        self._deepspeed.optimizer.update_lp_params()
+        self._exchange.share(self._exchange.masters)
+        self._exchange.spread()
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks, buffers and process groups; the module keeps its last weights."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._deepspeed.destroy()
-        # What DeepSpeed leaves behind on the module would keep its engine, and the process groups, alive.
-        forward_hooks = (self._deepspeed.module_forward_pre_hook, self._deepspeed.module_forward_post_hook)
-        for hook in (*forward_hooks, *self._gradient_hooks):
+        """Release hooks, buffers and process groups; the module keeps its last weights."""
+        self._exchange.close()
+        for hook in self._gradient_hooks:
             hook.remove()
-        for name, parameter in self.module.named_parameters():
-            for attribute in vars(parameter).keys() - self._attributes[name]:
-                delattr(parameter, attribute)
-        del self._deepspeed, self._optimizer
+        del self._exchange, self._optimizer
         self._partitions = []
 
-    @property
-    def _states(self) -> list[dict[str, Tensor]]:
-        return [self._optimizer.state[group["params"][0]] for group in self._optimizer.param_groups]
+    def _partition(self, index: int, layout: GroupLayout) -> Partition:
+        start, stop = layout.piece(distributed.rank(), distributed.world_size())
+        part = self._exchange.own_part(start, stop)
+        optimizer = self._optimizer
+        rows = (optimizer.masters[index], optimizer.first_moments[index], optimizer.second_moments[index])
+        return Partition(layout, start, stop, *(row[part] for row in rows))
 
-    def _partition(self, layout: GroupLayout, start: int, stop: int, master: Tensor) -> Partition:
-        # AdamW would make its state at the first step; a checkpoint needs it before.
-        state = self._optimizer.state[master]
-        state["step"] = torch.zeros((), device=master.device if master.is_cuda else "cpu")
-        for kind in (FIRST_MOMENT, SECOND_MOMENT):
-            state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format, requires_grad=False)
-        # Without the padding, which is no part of a checkpoint.
-        rows = {MASTER: master.detach(), **{kind: state[kind] for kind in (FIRST_MOMENT, SECOND_MOMENT)}}
-        return Partition(layout, start, stop, **{kind: row[: stop - start] for kind, row in rows.items()})
-
-    def _check_layout(self, layouts: list[GroupLayout], masters: list[Tensor], exact: list[Tensor]) -> None:
-        sizes = [layout.piece_size(distributed.world_size()) for layout in layouts]
-        fits = [master.numel() for master in masters] == sizes and all(
-            torch.equal(master[: weights.numel()], weights.to(self.compute_dtype).float())
-            for master, weights in zip(masters, exact, strict=True)
-        )
-        if not distributed.all_agree(fits):
-            self.close()
-            raise RuntimeError(
-                "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes "
-                f"started from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
-            )
+    def _examine(self, gradients: Sequence[Tensor]) -> StepReport:
+        """Norm of the gradients over all processes, and whether all that went into them was finite."""
+        own = [
+            gradient[self._exchange.own_part(partition.start, partition.stop)]
+            for gradient, partition in zip(gradients, self._partitions, strict=True)
+        ]
+        squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in own]).square().sum()
+        sums = torch.stack([squares, self._losses])
+        if distributed.world_size() > 1:
+            dist.all_reduce(sums)
+        # Finite gradients whose squares float32 cannot hold would be the end of the second moments.
+        applied = torch.isfinite(sums.float()).all()
+        return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied)
 
 
 def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> set[str]:
@@ -237,13 +254,3 @@ def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Param
 
 def _multiply_by(scale: float) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient * scale
-
-
-def _masters(optimizer: Any) -> list[Tensor]:
-    for attribute in MASTER_ATTRIBUTES:
-        if hasattr(optimizer, attribute) and hasattr(optimizer, "update_lp_params"):
-            return list(getattr(optimizer, attribute))
-    raise RuntimeError(
-        f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}; "
-        f"install deepspeed=={DEEPSPEED_VERSION}"
-    )

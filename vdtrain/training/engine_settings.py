@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 # Elements per collective: long enough to fill a network, short enough to add little memory.
 BUCKET_ELEMENTS = 50_000_000
-ZERO_STAGES = (1, 2)
+ZERO_STAGES = (0, 1, 2)
 PRECISIONS = ("fp32", "bf16")
 LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
 
@@ -18,7 +20,7 @@ class EngineSettings:
     """Numbers of the optimiser and the way it is spread over the processes.
 
     Attributes:
-        zero_stage: 1 (optimiser state in pieces) or 2 (gradients too).
+        zero_stage: 0 (every process holds everything), 1 (optimiser state in pieces) or 2 (gradients too).
         precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
         gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
         gradient_scales: factor of each layer group; a group that is not named has 1.
@@ -43,16 +45,24 @@ class EngineSettings:
             if value not in choices:
                 raise ValueError(f"{setting}: {value!r} is not supported; choose from {choices}")
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the weights that forward and backward use."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 def deepspeed_configuration(settings: EngineSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration; what is said here, it would choose otherwise, or choose anew in another version."""
+    """DeepSpeed's configuration for ZeRO 1 and 2.
+
+    What is said here, it would choose otherwise, or choose anew in another version.
+    """
     configuration: dict[str, Any] = {
         # Micro-batches and their weights are the trainer's; DeepSpeed only counts with these two.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
-        # Absent, it would be 1.0.
-        "gradient_clipping": settings.gradient_clip,
+        # The engine clips; absent, it would be 1.0.
+        "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": settings.zero_stage,
             # Under ZeRO 1 it would reduce the last micro-batch's gradients only.

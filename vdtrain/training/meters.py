@@ -50,7 +50,7 @@ class Interval:
     """Sums since the last log line."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
-    gradient_norms: list[float] = field(default_factory=list)
+    gradient_norms: list[float | Tensor] = field(default_factory=list)
     waited: float = 0.0
     pairs: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -64,7 +64,7 @@ class Interval:
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
-            "gradient_norm": sum(self.gradient_norms) / max(len(self.gradient_norms), 1),
+            "gradient_norm": sum(map(float, self.gradient_norms)) / max(len(self.gradient_norms), 1),
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
             "memory_gb": memory_gb(device),

@@ -1,0 +1,121 @@
+"""ZeRO 1 and 2: DeepSpeed cuts the optimiser's rows into pieces, reduces gradients to them and gathers the weights.
+
+What DeepSpeed would do in its own step (norm, clipping, skipping, AdamW) waits for the device several times; the engine
+does it instead. Everything that DeepSpeed keeps private is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdtrain.training import distributed
+from vdtrain.training.deepspeed_import import DEEPSPEED_VERSION, import_deepspeed
+from vdtrain.training.engine_settings import EngineSettings, deepspeed_configuration
+from vdtrain.training.partitions import GroupLayout, cut
+
+# ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
+# takes for ZeRO 1 with float32 accumulation, under the second.
+MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+
+
+class ZeroPieces:
+    """This process's pieces of weights and gradients, under DeepSpeed. See engine.Exchange.
+
+    Raises:
+        RuntimeError: on every process, if they started from different weights, or DeepSpeed lays out its memory
+            otherwise than the pinned one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        layouts: Sequence[GroupLayout],
+        settings: EngineSettings,
+    ) -> None:
+        self._module = module
+        pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
+        # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
+        exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
+        self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
+        # DeepSpeed takes groups and pieces from it; it is never stepped.
+        grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
+        deepspeed = import_deepspeed(next(module.parameters()).device.type)
+        with contextlib.redirect_stdout(io.StringIO()):
+            configuration = deepspeed_configuration(settings)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=grouping, config=configuration)
+        self._optimizer = self._engine.optimizer
+        self.masters = [master.detach() for master in _masters(self._optimizer)]
+        sizes = [layout.piece_size(distributed.world_size()) for layout in layouts]
+        fits = [master.numel() for master in self.masters] == sizes and all(
+            torch.equal(master[: weights.numel()], weights.to(settings.compute_dtype).float())
+            for master, weights in zip(self.masters, exact, strict=True)
+        )
+        if not distributed.all_agree(fits):
+            self.close()
+            raise RuntimeError(
+                "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes "
+                f"started from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
+            )
+        for master, weights in zip(self.masters, exact, strict=True):
+            master[: weights.numel()] = weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> list[Tensor]:
+        if hasattr(self._optimizer, MASTER_ATTRIBUTES[1]):
+            return list(self._optimizer.fp32_groups_gradient_flat_partition)
+        return [_flat(self._optimizer.averaged_gradients[index]) for index in range(len(self.masters))]
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad()
+        # Left there, they would be taken for this process's gradients of the next step.
+        for gradients in ("averaged_gradients", "all_grad_tensors"):
+            getattr(self._optimizer, gradients, {}).clear()
+
+    def own_part(self, start: int, stop: int) -> slice:
+        return slice(0, stop - start)
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        """Nothing: a process needs its own pieces only."""
+
+    def spread(self) -> None:
+        self._optimizer.update_lp_params()
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.destroy()
+        # What DeepSpeed leaves behind on the module would keep its engine, and the process groups, alive.
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            hook.remove()
+        for name, parameter in self._module.named_parameters():
+            for attribute in vars(parameter).keys() - self._attributes[name]:
+                delattr(parameter, attribute)
+        del self._engine, self._optimizer
+
+
+def _flat(gradients: Any) -> Tensor:
+    """One row of a group's gradients, which DeepSpeed keeps as a list of parts, with or without the row beneath."""
+    row = getattr(gradients, "flat_partition", None)
+    return row if isinstance(row, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
+
+
+def _masters(optimizer: Any) -> list[Tensor]:
+    for attribute in MASTER_ATTRIBUTES:
+        if hasattr(optimizer, attribute) and hasattr(optimizer, "update_lp_params"):
+            return list(getattr(optimizer, attribute))
+    raise RuntimeError(
+        f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}; "
+        f"install deepspeed=={DEEPSPEED_VERSION}"
+    )
