@@ -1,4 +1,4 @@
-"""Every command that the README and the demo show is one that the program takes."""
+"""Every command that the documents and the demo show is one that the program takes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.__main__ import main as data_pipeline_main
+from vdtrain.cli import VERBS
 from vdtrain.cli import main as vdtrain_main
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "weights.md"]
+LINKS = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())}
 
 
 def commands() -> list[str]:
-    """Command lines in the README, in the demo and in the help of the verbs, joined at backslashes."""
-    readme = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+    """Command lines in the documents, in the demo and in the help of the verbs, joined at backslashes."""
+    pages = [text for page in PAGES for text in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)]
     scripts = [(ROOT / "examples" / name).read_text() for name in ("demo.sh", "gallery.sh")]
-    helps = [importlib.import_module(f"vdtrain.{verb}").USAGE for verb in ("train", "sample", "blend", "edit")]
-    lines = re.sub(r"\\\n\s*", " ", "\n".join((readme, *scripts, *helps))).splitlines()
+    helps = [importlib.import_module(module).USAGE for module, _ in VERBS.values()]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join((*pages, *scripts, *helps))).splitlines()
     shown = (line.strip().split("  #")[0].removesuffix(" &") for line in lines)
     starts = ("vdtrain ", "python -m data_pipeline ", "torchrun ")
     return sorted({line for line in shown if line.startswith(starts) and "..." not in line and "VERB" not in line})
@@ -50,9 +53,9 @@ def test_command_is_one_that_works(command: str, capsys: pytest.CaptureFixture[s
     assert run(command) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert link.startswith("https://") or (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), sorted(LINKS))
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    assert link.startswith("https://") or (page.parent / link).exists()
 
 
 def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +63,6 @@ def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2
     assert "'trian' is no verb" in capsys.readouterr().err
-    for verb in ("train", "sample", "blend", "edit"):
+    for verb in VERBS:
         assert vdtrain_main([verb, "--help"]) == 0
         assert f"Usage: vdtrain {verb}" in capsys.readouterr().out

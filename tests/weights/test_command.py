@@ -18,6 +18,8 @@ from vdtrain.training import checkpoint_format as form
 from vdtrain.training.curriculum import open_weights
 from vdtrain.training.partitions import EMA, MASTER, GroupLayout
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
+from vdtrain.weights.hub import ADDRESS, COMMIT
+from vdtrain.weights.sources import SOURCES
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 CARRIED = "context.text"
@@ -102,7 +104,7 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ("improt clip x", "weights improt: choose import or export"),
         ("import", "import : no such source; choose one of versatile_diffusion"),
         ("import clpi x", "import clpi: no such source"),
-        ("import text_vae", "import text_vae: takes one path, 0 given"),
+        ("import safetensors", "import safetensors: takes one path, 0 given"),
         ("import text_vae a b", "import text_vae: takes one path, 2 given"),
         ("import text_vae absent.pth", "path=absent.pth: no such file or folder"),
         ("import text_vae hf:org/repo/optimus-vae.pth@main", "pin a commit"),
@@ -137,3 +139,9 @@ def test_part_of_a_model_is_exported_as_what_it_is(tmp_path: Path, capsys) -> No
     assert main(["weights", "export", "diffusers", str(tmp_path / "pipeline"), source]) == 2
     assert "no layers of" in capsys.readouterr().err
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_every_address_is_pinned() -> None:
+    addresses = [source.address for source in SOURCES.values() if source.address]
+    assert len(addresses) == 8
+    assert all(ADDRESS.fullmatch(address) and COMMIT.fullmatch(address.partition("@")[2]) for address in addresses)

@@ -38,9 +38,9 @@ Export. OUTPUT is the file or folder to make.
 {formats}
 
 Examples:
+  vdtrain weights import stable_diffusion
   vdtrain weights import stable_diffusion sd-v1-4.ckpt
-  vdtrain weights import clip
-  vdtrain weights import image_vae hf:ORG/REPO/kl-f8.pth@0123456789abcdef0123456789abcdef01234567
+  vdtrain weights import image_vae hf:shi-labs/versatile-diffusion/vae@2926f8e11ea526b562cd592b099fcf9c2985d0b7
   vdtrain weights import versatile_diffusion vd-four-flow-v1-0-fp16.pth output=weights/released
   vdtrain sample checkpoint=weights/released flow=text-to-image 'inputs=["a lighthouse at dusk"]' device=cuda
   vdtrain weights export versatile_diffusion my-vd.pth checkpoint=runs/stage3_four_flow weights=ema precision=fp16

@@ -159,17 +159,19 @@ def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool, trac
         write_text(draft, tokenizer.to_str(pretty=True))
 
 
+RELEASED = "hf:shi-labs/versatile-diffusion{}@2926f8e11ea526b562cd592b099fcf9c2985d0b7"
+
 SOURCES = {
     "versatile_diffusion": _diffuser(
         "Versatile Diffusion: vd-four-flow-v1-0.pth of 2023, or vd-official.pth of 2022 with its frozen parts",
-        None,
+        RELEASED.format("/pretrained_pth/vd-four-flow-v1-0.pth"),
         (),
         "weights/versatile_diffusion",
         diffuser_sources.versatile_diffusion,
     ),
     "diffusers": _diffuser(
         "Versatile Diffusion as a folder of diffusers; its diffuser alone",
-        "hf:shi-labs/versatile-diffusion@2926f8e11ea526b562cd592b099fcf9c2985d0b7",
+        RELEASED.format(""),
         ("image_unet", "text_unet"),
         "weights/versatile_diffusion",
         diffuser_sources.diffusers,
@@ -190,13 +192,17 @@ SOURCES = {
     ),
     "image_vae": _frozen(
         "the image VAE: kl-f8.pth, Stable Diffusion's file, or a vae folder of diffusers",
-        None,
+        RELEASED.format("/pretrained_pth/kl-f8.pth"),
         (),
         frozen_sources.IMAGE_VAE,
         frozen_sources.image_vae,
     ),
     "text_vae": _frozen(
-        "the text VAE Optimus: optimus-vae.pth", None, (), frozen_sources.TEXT_VAE, frozen_sources.text_vae
+        "the text VAE Optimus: optimus-vae.pth",
+        RELEASED.format("/pretrained_pth/optimus-vae.pth"),
+        (),
+        frozen_sources.TEXT_VAE,
+        frozen_sources.text_vae,
     ),
     "clip": _frozen(
         "CLIP ViT-L/14, by Hugging Face or by open_clip",
