@@ -57,16 +57,16 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
     Raises:
         ConfigError: `path` exists and may not be replaced, or cannot be written.
     """
-    refuse_existing(path, place, overwrite)
     draft = path.with_name(path.name + INCOMPLETE)
     replaced = path.with_name(path.name + REPLACED)
+    _settle(path, replaced)
+    refuse_existing(path, place, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(draft)
         yield draft
         for each in [*draft.rglob("*"), draft]:
             sync(each)
-        _remove(replaced)
         if path.is_dir():
             path.rename(replaced)
         draft.replace(path)
@@ -101,6 +101,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _settle(path: Path, replaced: Path) -> None:
+    """Bring what was moved out of the way back if nothing came in its place, else take it away."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    _remove(replaced)
 
 
 def _remove(path: Path) -> None:

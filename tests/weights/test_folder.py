@@ -14,10 +14,11 @@ from safetensors import safe_open
 from tests.weights.small import MODEL, same, weights
 from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
+from vdtrain.files import written_whole
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.training.assembly import load_weights
 from vdtrain.training.curriculum import Start, find_start, initial_weights, open_weights
-from vdtrain.training.trainer import load_weights
 from vdtrain.weights import shards
 from vdtrain.weights.folder import (
     is_weights_folder,
@@ -110,6 +111,25 @@ def test_what_fails_leaves_nothing_and_spares_what_was_there(folder: Path) -> No
     write_weights_folder(folder, weights(seed=1), MODEL, overwrite=True)
     assert same(open_weights_folder(folder), weights(seed=1))
     assert [path.name for path in folder.parent.iterdir()] == ["w"]
+
+
+def test_a_replacement_that_fails_at_the_last_moment_brings_the_old_one_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(draft: Path, target: Path) -> Path:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            write_weights_folder(folder, weights(seed=1), MODEL, overwrite=True)
+    assert same(open_weights_folder(folder), weights())
+    assert [path.name for path in folder.parent.iterdir()] == ["w"]
+    # What a killed process left between the two renamings comes back too.
+    folder.rename(folder.with_name("w.replaced"))
+    with pytest.raises(ConfigError, match="exists already"), written_whole(folder, "output=w"):
+        pytest.fail("what came back would be replaced")
+    assert same(open_weights_folder(folder), weights())
 
 
 def config(*overrides: str) -> tuple[TrainConfig, object]:
