@@ -185,7 +185,8 @@ class EmaConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = MISSING
-    keep: int = MISSING
+    keep: int = MISSING  # the newest ones, however they came about
+    keep_every_steps: int | None = MISSING  # beside them, those of a step that is a multiple of it; null for none
 
 
 @dataclass
@@ -205,6 +206,8 @@ class TrainConfig:
     run_dir: str = MISSING
     seed: int = MISSING
     log_every_steps: int = MISSING
+    # Longest time without a step before a process writes down where it stands and ends; null waits for ever.
+    watchdog_seconds: float | None = MISSING
 
 
 @dataclass

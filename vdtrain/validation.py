@@ -188,13 +188,21 @@ def _check_choices(config: TrainConfig) -> None:
             )
     if not 0 <= config.ema.decay < 1:
         raise ConfigError(f"ema.decay={config.ema.decay}: not in [0, 1)")
+    checkpoint = config.checkpoint
     for setting, number in (
-        ("checkpoint.every_steps", config.checkpoint.every_steps),
-        ("checkpoint.keep", config.checkpoint.keep),
+        ("checkpoint.every_steps", checkpoint.every_steps),
+        ("checkpoint.keep", checkpoint.keep),
         ("log_every_steps", config.log_every_steps),
+        ("watchdog_seconds", config.watchdog_seconds),
     ):
-        if number < 1:
+        if number is not None and number < 1:
             raise ConfigError(f"{setting}={number}: must be at least 1")
+    kept = checkpoint.keep_every_steps
+    if kept is not None and (kept < 1 or kept % checkpoint.every_steps):
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={checkpoint.every_steps}, "
+            "so that there are no checkpoints to keep; choose one, or null"
+        )
 
 
 def _check_files(setting: str, arguments: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, shar
 from vdtrain.training.checkpoints import CheckpointError, CheckpointStore, read_trainer_state, read_weights
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
+from vdtrain.training.snapshot import HostMemory, Snapshot
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -71,11 +72,16 @@ def write_alone(folder: Path, report: Report) -> None:
     report({"losses": train_save_train(folder, "alone", build(1))["losses"]})
 
 
+def save(store: CheckpointStore, run: Run, state: dict[str, Any], step: int) -> Path:
+    """Write a checkpoint while training stands still."""
+    return store.write(Snapshot.take(run.engine, run.ema, state, step, HostMemory()))
+
+
 def train_save_train(folder: Path, name: str, run: Run) -> dict[str, Any]:
     """Train, save, check what can be read back, and go on; the end is kept beside the store for comparison."""
     run.train(0, BEFORE)
     store = CheckpointStore(folder / name, keep=1)
-    path = store.save(run.engine, run.ema, {"position": BEFORE}, BEFORE)
+    path = save(store, run, {"position": BEFORE}, BEFORE)
     found = {
         "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
         "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
@@ -151,7 +157,7 @@ def failure(action: Callable[[], Any]) -> str:
 
 def save_on_a_full_disk(folder: Path) -> dict[str, Any]:
     run, store = build(1), CheckpointStore(folder / "full", keep=1)
-    store.save(run.engine, run.ema, {}, 1)
+    save(store, run, {}, 1)
     write = checkpoints.write_tensors
 
     def full(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -160,12 +166,12 @@ def save_on_a_full_disk(folder: Path) -> dict[str, Any]:
 
     if distributed.rank() == 1:
         checkpoints.write_tensors = full
-    message = failure(lambda: store.save(run.engine, run.ema, {}, 2))
+    message = failure(lambda: save(store, run, {}, 2))
     checkpoints.write_tensors = write
     names = sorted(path.name for path in store.folder.iterdir())
     latest = store.latest_complete()
     distributed.barrier()
-    store.save(run.engine, run.ema, {}, 3)
+    save(store, run, {}, 3)
     run.engine.close()
     return {
         "message": message,
@@ -177,7 +183,7 @@ def save_on_a_full_disk(folder: Path) -> dict[str, Any]:
 
 def save_a_state_that_is_no_json(folder: Path) -> dict[str, Any]:
     run, store = build(1), CheckpointStore(folder / "no_json", keep=1)
-    message = failure(lambda: store.save(run.engine, run.ema, {"generator": torch.zeros(3)}, 1))
+    message = failure(lambda: save(store, run, {"generator": torch.zeros(3)}, 1))
     run.engine.close()
     return {"message": message, "latest": store.latest_complete()}
 
@@ -199,7 +205,7 @@ def load_into_others(folder: Path) -> dict[str, str]:
 def save_many(folder: Path) -> list[str]:
     run, store = build(2), CheckpointStore(folder / "many", keep=2)
     for step in (1, 2, 3, 4):
-        store.save(run.engine, run.ema, {"position": step}, step)
+        save(store, run, {"position": step}, step)
     distributed.barrier()
     run.engine.close()
     return sorted(path.name for path in store.folder.iterdir())
@@ -207,7 +213,7 @@ def save_many(folder: Path) -> list[str]:
 
 def is_killed_while_saving(folder: Path, say: Callable[[], None]) -> dict[str, Any]:
     run, store = build(1), CheckpointStore(folder / "killed", keep=2)
-    store.save(run.engine, run.ema, {"position": 1}, 1)
+    save(store, run, {"position": 1}, 1)
 
     def die(path: Path, tensors: dict[str, Tensor]) -> None:
         path.write_bytes(b"half of it")
@@ -217,7 +223,7 @@ def is_killed_while_saving(folder: Path, say: Callable[[], None]) -> dict[str, A
         say()
         checkpoints.write_tensors = die
     try:
-        store.save(run.engine, run.ema, {"position": 2}, 2)
+        save(store, run, {"position": 2}, 2)
     except RuntimeError as error:
         return {"noticed": type(error).__name__, "names": sorted(path.name for path in store.folder.iterdir())}
     return {}
@@ -233,7 +239,7 @@ def take_over_alone(folder: Path, report: Report) -> None:
     assert latest is not None
     state = store.load(latest, run.engine, run.ema)
     for position in (2, 3):
-        store.save(run.engine, run.ema, {"position": position}, 2)
+        save(store, run, {"position": position}, 2)
     found["after_kill"] = {
         "state": state,
         "names": sorted(path.name for path in store.folder.iterdir()),
@@ -241,7 +247,7 @@ def take_over_alone(folder: Path, report: Report) -> None:
     }
     without, bare = build(1), CheckpointStore(folder / "bare", keep=1)
     without.train(0, 1)
-    path = bare.save(without.engine, None, {}, 1)
+    path = bare.write(Snapshot.take(without.engine, None, {}, 1, HostMemory()))
     found["no_average"] = failure(lambda: read_weights(path, "ema"))
     bare.load(path, run.engine, run.ema)
     found["average_restarts"] = same_bits(run.ema_weights(), without.model_weights())

@@ -102,8 +102,7 @@ def curriculum(folder: Path) -> list[dict[str, Any]]:
             trainer = make_trainer(folder, stage, phases(2, 1))
             before = seen[-1]
             before["next_start"] = [fixed_loss(trainer, name, resolution) for name, resolution in before["flows"]]
-            trainer.engine.close()
-            trainer.reporter.close()
+            trainer.close()
         trainer = make_trainer(folder, stage, phases(2, 1))
         assert trainer.run()
         flows = [(name, resolution) for name in trainer.flow_names for resolution in (32, 64)]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tests.weights.small import GROUPS, MODEL, PLAN, weights
 from vdtrain.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.training.trainer import load_weights
+from vdtrain.training.assembly import load_weights
 from vdtrain.weights.diffuser_sources import stable_diffusion
 from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names
 

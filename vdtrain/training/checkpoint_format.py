@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,19 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from vdtrain.files import FileRecord, damage, sync, write_text
+from vdtrain.files import FileRecord, damage, write_text
 from vdtrain.training.partitions import EMA, MASTER, GroupLayout, ParameterSlot
-from vdtrain.weights.tensor_files import Entry, LazyTensors, open_tensors
+from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
 
 FORMAT = 1
 INDEX_FILE = "checkpoint.json"
 PASSENGERS_FILE = "passengers.safetensors"
+# Bytes that are hashed and written at a time: long enough to cost nothing, short enough to stay in the CPU's cache.
+BLOCK_BYTES = 1 << 20
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(RuntimeError):
@@ -159,7 +162,7 @@ class PieceReader:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def read_weights(folder: Path, which: str = "model") -> LazyTensors:
+def read_weights(folder: Path, which: str = "model", verify: bool = True) -> LazyTensors:
     """Full weights of a checkpoint by parameter name, float32 on the CPU, bitwise as the processes held them.
 
     All files are checked first; a weight is then read on access. Needs no process group. What the stage did not train
@@ -168,6 +171,7 @@ def read_weights(folder: Path, which: str = "model") -> LazyTensors:
     Args:
         folder: a complete checkpoint.
         which: "model", the weights last trained, or "ema", their average.
+        verify: False where the files have just been checked, e.g. by `CheckpointStore.verify`.
 
     Raises:
         ValueError: if `which` is neither.
@@ -177,7 +181,7 @@ def read_weights(folder: Path, which: str = "model") -> LazyTensors:
     if which not in kinds:
         raise ValueError(f"weights: {which!r} is neither model nor ema")
     index = Index.read(folder)
-    if damaged := damage(folder, index.files):
+    if verify and (damaged := damage(folder, index.files)):
         raise CheckpointError(damaged)
     if which == "ema" and index.ema_updates is None:
         raise CheckpointError(f"{folder}: keeps no averaged weights (it was trained with ema.enabled=false); use model")
@@ -224,15 +228,38 @@ def weight_names(folder: Path) -> list[str]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write a safetensors file and see it onto the disk.
 
+    Its checksum is taken of what is written, not of what is read back. Other threads run meanwhile: hashing and writing
+    do without Python's lock, which the safetensors package holds for as long as it writes.
+
+    Args:
+        tensors: on the CPU.
+
     Raises:
         OSError: if it cannot be written, also when the disk is full.
     """
-    try:
-        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    sync(path)
-    return FileRecord.of(path)
+    # The format wants every tensor aligned to its own item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest, size = hashlib.sha256(head), len(head)
+    with path.open("wb") as file:
+        file.write(head)
+        for _, tensor in ordered:
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for begin in range(0, len(content), BLOCK_BYTES):
+                block = content[begin : begin + BLOCK_BYTES]
+                digest.update(block)
+                file.write(block)
+            size += len(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
 
 
 def shard_name(rank: int, world_size: int) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ from vdtrain.training.checkpoint_format import (
 )
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
-from vdtrain.training.partitions import EMA
+from vdtrain.training.snapshot import Snapshot
 
 __all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
 
 LATEST_FILE = "latest"
+
+# Every process's value, by rank, on every process.
+Gather = Callable[[Any], list[Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -48,51 +52,48 @@ class CheckpointStore:
     Args:
         folder: on a file system that every process sees.
         keep: how many checkpoints stay, the newest included.
+        keep_every_steps: those of a step that is a multiple of it stay as well; None for none.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every_steps: int | None = None) -> None:
         if keep < 1:
             raise ValueError(f"checkpoint.keep: {keep} would remove the newest checkpoint; keep at least 1")
         self.folder = folder
         self.keep = keep
+        self.keep_every_steps = keep_every_steps
         self._verified: set[Path] = set()
 
-    def save(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> Path:
+    def write(self, snapshot: Snapshot, gather: Gather = distributed.gather_json) -> Path:
         """Write a checkpoint, make it the latest, and remove those that are too many.
 
         Args:
-            trainer_state: JSON values, the same on every process; `load` gives them back.
-            step: names the checkpoint; one of the same step is replaced.
+            snapshot: this process's share; its step names the checkpoint, and one of the same step is replaced.
+            gather: the exchange between the processes, e.g. of a group that belongs to the calling thread.
 
         Raises:
             CheckpointError: on every process, if any of them failed. The earlier checkpoints are untouched, and
                 training may go on.
         """
-        final = self.folder / f"step-{step:09d}"
+        final = self.folder / f"step-{snapshot.index.step:09d}"
         draft = final.with_name(final.name + INCOMPLETE)
+        first = distributed.rank() == 0
+
+        def together(action: Callable[[], Any]) -> list[Any]:
+            return _together(action, gather, f"{self.folder}: the checkpoint of step {snapshot.index.step}")
+
         try:
-            self._together(step, lambda: self._prepare(draft) if distributed.rank() == 0 else None)
+            together(lambda: self._prepare(draft) if first else None)
             records: dict[str, FileRecord] = {}
-            for written in self._together(step, lambda: _write_own_files(draft, engine, ema)):
+            for written in together(lambda: _write_own_files(draft, snapshot)):
                 records.update({name: FileRecord(**record) for name, record in written.items()})
-            index = Index(
-                step=step,
-                world_size=distributed.world_size(),
-                zero_stage=engine.settings.zero_stage,
-                precision=engine.settings.precision,
-                optimizer_steps=engine.optimizer_steps,
-                ema_updates=None if ema is None else ema.updates,
-                trainer=trainer_state,
-                groups=tuple(partition.layout for partition in engine.partitions()),
-                files=records,
-            )
-            self._together(step, lambda: self._publish(draft, final, index) if distributed.rank() == 0 else None)
+            index = replace(snapshot.index, files=records)
+            together(lambda: self._publish(draft, final, index) if first else None)
         except CheckpointError:
-            if distributed.rank() == 0:
+            if first:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
         self._verified.discard(final)
-        if distributed.rank() == 0:
+        if first:
             self._prune(final)
         return final
 
@@ -100,7 +101,7 @@ class CheckpointStore:
         """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one."""
         for path in map(Path, distributed.broadcast_json([str(path) for path in self._candidates()])):
             try:
-                self._verify(path)
+                self.verify(path)
             except CheckpointError as error:
                 if distributed.rank() == 0:
                     logger.warning("checkpoint %s is passed over: %s", path.name, error)
@@ -119,7 +120,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: if the checkpoint is damaged, or was written by a stage that trains other layers.
         """
-        index = self._verify(path)
+        index = self.verify(path)
         own = tuple(partition.layout for partition in engine.partitions())
         if index.groups != own:
             raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
@@ -137,27 +138,18 @@ class CheckpointStore:
                 ema.restart()
         return index.trainer
 
-    def _verify(self, path: Path) -> Index:
-        """Check every file of a checkpoint, each process its share of them."""
+    def verify(self, path: Path) -> Index:
+        """Check every file of a checkpoint, once in the life of this store and each process its share of them.
+
+        Raises:
+            CheckpointError: on every process, if any of the files is damaged.
+        """
         if path not in self._verified:
             damages = [damage for damage in distributed.gather_json(_damage_in_own_share(path)) if damage]
             if damages:
                 raise CheckpointError(damages[0])
             self._verified.add(path)
         return Index.read(path)
-
-    def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
-        """Run `action` on every process; its results by rank, or an error on every process if any of them failed."""
-        result, failure = None, None
-        try:
-            result = action()
-        except (OSError, TypeError, ValueError) as error:
-            failure = f"process {distributed.rank()}: {type(error).__name__}: {error}"
-        outcomes = distributed.gather_json({"result": result, "failure": failure})
-        failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
-        if failures:
-            raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not saved ({failures[0]})")
-        return [outcome["result"] for outcome in outcomes]
 
     def _prepare(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,10 +189,11 @@ class CheckpointStore:
         return sorted((self.folder / match[0] for match in found), key=lambda path: path.name != latest)
 
     def _prune(self, newest: Path) -> None:
-        """Remove all but the `keep` newest; checkpoints after `newest`, of a run that was set back, stay."""
+        """Remove all that no rule keeps; checkpoints after `newest`, of a run that was set back, stay."""
         older = sorted(path for path in self._candidates() if path.name < newest.name)
         for path in older[: max(0, len(older) - (self.keep - 1))]:
-            shutil.rmtree(path, ignore_errors=True)
+            if self.keep_every_steps is None or _step_of(path) % self.keep_every_steps:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _remove_drafts(self) -> None:
         for draft in self.folder.glob(f"*{INCOMPLETE}"):
@@ -219,19 +212,32 @@ def _damage_in_own_share(path: Path) -> str | None:
     return damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
 
 
-def _write_own_files(draft: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, dict[str, Any]]:
+def _together(action: Callable[[], Any], gather: Gather, what: str) -> list[Any]:
+    """Run `action` on every process; its results by rank, or an error on every process if any of them failed."""
+    result, failure = None, None
+    try:
+        result = action()
+    # Whatever it is: a process that stays away from the exchange leaves the others waiting.
+    except Exception as error:
+        failure = f"process {distributed.rank()}: {type(error).__name__}: {' '.join(str(error).split())}"
+    outcomes = gather({"result": result, "failure": failure})
+    failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
+    if failures:
+        raise CheckpointError(f"{what} was not saved ({failures[0]})")
+    return [outcome["result"] for outcome in outcomes]
+
+
+def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
     """Write this process's piece, and on rank 0 the passengers; the records of the files, by name, as JSON."""
-    tensors = {}
-    for position, partition in enumerate(engine.partitions()):
-        for kind, row in partition.rows.items():
-            tensors[f"{partition.layout.group}/{kind}"] = row
-        if ema is not None:
-            tensors[f"{partition.layout.group}/{EMA}"] = ema.rows[position]
     name = shard_name(distributed.rank(), distributed.world_size())
-    records = {name: write_tensors(draft / name, tensors)}
-    if engine.passengers:
-        records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, engine.passengers)
-    return {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in records.items()}
+    records = {name: write_tensors(draft / name, snapshot.pieces)}
+    if snapshot.passengers:
+        records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, snapshot.passengers)
+    return {name: asdict(record) for name, record in records.items()}
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-").removesuffix(REPLACED))
 
 
 def _difference(index: Index, engine: Engine) -> str:

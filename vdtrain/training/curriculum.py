@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config import ModelConfig, StageConfig, TrainConfig
 from vdtrain.training.checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -19,6 +19,7 @@ from vdtrain.training.checkpoints import (
     read_trainer_state,
     read_weights,
 )
+from vdtrain.validation import phase_steps
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 from vdtrain.weights.tensor_files import SUFFIXES
 
@@ -122,7 +123,11 @@ def initial_weights(start: Start, model: ModelConfig) -> Mapping[str, Tensor]:
             f"stage.init_from={start.weights}: of a model with {theirs.diffuser}, and this one has {model.diffuser}; "
             f"choose model={theirs.name}, or other weights"
         )
-    return _weights_of(start.weights, "stage.init_from", "model")
+    if is_weights_folder(start.weights):
+        return open_weights_folder(start.weights, "stage.init_from")
+    # Each process checks its share of the files, where reading would check all of them on every process.
+    CheckpointStore(start.weights.parent, keep=1).verify(start.weights)
+    return read_weights(start.weights, verify=False)
 
 
 def _model_of(folder: Path, setting: str) -> ModelConfig:
@@ -147,6 +152,21 @@ def model_config(checkpoint: Path) -> ModelConfig:
     found = OmegaConf.to_object(model)
     assert isinstance(found, ModelConfig)
     return found
+
+
+def unfinished_stage(weights: Path) -> str | None:
+    """What a person should know of weights that a stage starts from and whose own stage did not come to its end."""
+    if is_weights_folder(weights):
+        return None
+    content = read_trainer_state(weights)
+    document = OmegaConf.create(content["config"])
+    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
+    assert isinstance(stage, StageConfig)
+    step = content["state"]["step"]
+    total = sum(phase_steps(TrainConfig(stage=stage), phase) for phase in stage.phases)
+    if step >= total:
+        return None
+    return f"{stage.name} stopped at step {step} of {total} there; train it to its end first, or go on from this"
 
 
 def _check_same_run(before: dict[str, Any], now: DictConfig, run_dir: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ from torch._C._distributed_c10d import HashStore
 from vdtrain.launch import launch_variables
 from vdtrain.training.deepspeed_import import import_deepspeed
 
+TIMEOUT_SECONDS = 1800.0
+# How gloo and NCCL word it that a process at the other end is gone.
+LOST_CONNECTION = re.compile(
+    r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE
+)
+
+
+class SharedError(RuntimeError):
+    """An error that every process raises alike, whichever of them met it."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -32,7 +43,7 @@ class Place:
     device: torch.device
 
 
-def start(device: str, timeout_seconds: float = 1800.0) -> Place:
+def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Place:
     """Join the processes of this run and choose this process's device.
 
     Args:
@@ -104,19 +115,35 @@ def all_agree(flag: bool) -> bool:
     return bool(votes.item())
 
 
-def gather_json(value: Any) -> list[Any]:
-    """Every process's `value`, by rank, on every process. The values must be JSON: nothing is ever unpickled."""
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every process's `value`, by rank, on every process. The values must be JSON: nothing is ever unpickled.
+
+    Args:
+        group: all processes, as another group than the one that training uses, for a thread beside it.
+    """
     if world_size() == 1:
         return [value]
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([payload.numel()]))
+    dist.all_gather(lengths, torch.tensor([payload.numel()]), group)
     longest = max(int(length) for length in lengths)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: payload.numel()] = payload
     rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
-    dist.all_gather(rows, padded)
+    dist.all_gather(rows, padded, group)
     return [json.loads(bytes(row[: int(length)].tolist())) for row, length in zip(rows, lengths, strict=True)]
+
+
+def raise_if_any(failure: str | None) -> None:
+    """Raise a SharedError with the first process's `failure` on every process, unless it is None on all of them."""
+    failures = [found for found in gather_json(failure) if found is not None]
+    if failures:
+        raise SharedError(failures[0])
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of PyTorch's collectives says that another process is gone."""
+    return isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)) is not None
 
 
 def broadcast_json(value: Any, source: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,24 @@ class Reporter:
             self.progress.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Print a record and send it to the tracker."""
-        if self.tracker is not None:
+        """Print a record and send it to the tracker. A disk that takes neither does not end the run."""
+        if self.tracker is None:
+            return
+        self._say(log_line(record))
+        try:
             self.tracker.log(record)
-            self.console.print(log_line(record))
+        except OSError as error:
+            self.warn(f"{self.tracker.path}: the figures of step {record['step']} were not written ({error.strerror})")
+
+    def warn(self, line: str) -> None:
+        """Print what a person should see to; training goes on."""
+        if self.tracker is not None:
+            self._say(f"warning: {line}")
+
+    def _say(self, line: str) -> None:
+        # Standard output may be a file on the disk that is full.
+        with contextlib.suppress(OSError):
+            self.console.print(line, markup=False)
 
     def advance(self, pairs: int) -> None:
         """Move the progress bar."""

@@ -53,9 +53,18 @@ class Tracker:
         )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record with at least "step" and "loss"."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append a record with at least "step" and "loss".
+
+        Raises:
+            OSError: it cannot be written; nothing of it is left in the file.
+        """
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError:
+            os.truncate(self.path, size)
+            raise
         if self._wandb is not None:
             flat = {f"loss/{name}": value for name, value in record["loss"].items()}
             self._wandb.log(flat | {key: value for key, value in record.items() if key != "loss"}, step=record["step"])

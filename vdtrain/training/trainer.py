@@ -7,7 +7,6 @@ over micro-batches, and updates once.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,29 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
 from vdtrain.config import PhaseConfig, TrainConfig
-from vdtrain.data.stream import Batch, BatchStream
+from vdtrain.data.manifest import ManifestError
+from vdtrain.data.stream import Batch, BatchStream, StreamError
 from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
 from vdtrain.instantiate import instantiate
-from vdtrain.models.attention import use_kernel
-from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
+from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training import distributed
-from vdtrain.training.checkpoints import CheckpointStore, weight_names
-from vdtrain.training.curriculum import CHECKPOINTS, Start, initial_weights, run_document
+from vdtrain.training.assembly import engine_settings, starting_diffuser
+from vdtrain.training.background_save import BackgroundSaver
+from vdtrain.training.checkpoints import CheckpointError, CheckpointStore
+from vdtrain.training.curriculum import CHECKPOINTS, Start, run_document
 from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine, EngineSettings
+from vdtrain.training.engine import Engine
 from vdtrain.training.meters import Interval, StepConsensus
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.reporter import Reporter
 from vdtrain.training.state import TrainState
-from vdtrain.validation import gradient_scales, micro_batches, phase_steps, stage_flows
-from vdtrain.weights.tensor_files import LazyTensors
+from vdtrain.training.watchdog import DUMPS, Watchdog
+from vdtrain.validation import micro_batches, phase_steps, stage_flows
 
 
 class Trainer:
@@ -47,21 +47,23 @@ class Trainer:
         document: the same configuration, unresolved, for the checkpoints.
         start: from `find_start`.
         place: from `distributed.start`.
+        watchdog: fed with every step; without it, nothing is watched.
     """
 
-    def __init__(self, config: TrainConfig, document: DictConfig, start: Start, place: distributed.Place) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        document: DictConfig,
+        start: Start,
+        place: distributed.Place,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.config, self.place = config, place
+        self.watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
         self.document = run_document(document)
         flows = stage_flows(config)
         self.flow_names = [flow.name for flow in flows]
-        weights = initial_weights(start, config.model)
-        # Layers that an earlier stage trained and this one does not are carried along to the stages after it.
-        names = weight_names(start.resume) if start.resume is not None else weights
-        carried = {layer_group(name) for name in names}
-        diffuser = Diffuser(config.model, {*active_groups(flows), *carried}, seed=config.seed)
-        load_weights(diffuser, weights)
-        use_kernel(diffuser, config.hardware.attention)
-        diffuser.to(place.device)
+        diffuser = starting_diffuser(config, start).to(place.device)
         trained = parameters_by_group(diffuser)
         self.engine = Engine(
             diffuser,
@@ -71,29 +73,45 @@ class Trainer:
         frozen = build_frozen(config.model).to(place.device, self.engine.compute_dtype)
         self.objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
         self.ema = ShardEMA(self.engine, config.ema.decay) if config.ema.enabled else None
-        self.store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep=config.checkpoint.keep)
+        keep = config.checkpoint
+        store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps)
+        self.saver = BackgroundSaver(store, config.watchdog_seconds and config.watchdog_seconds / 2)
         self.state = TrainState()
         if start.resume is not None:
-            self.state = TrainState.from_dict(self.store.load(start.resume, self.engine, self.ema)["state"])
+            self._resume(start.resume)
         self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
-        self.saved_step = self.state.step if start.resume is not None else -1
         self.reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), self.state.step, place.rank)
 
-    def run(self) -> bool:
-        """Train to the end of the stage, or until a signal asks to stop; True if the stage is complete."""
-        stop = StopSignal()
+    def run(self, stop: StopSignal | None = None) -> bool:
+        """Train to the end of the stage, or until a signal asks to stop; True if the stage is complete.
+
+        Args:
+            stop: signals that came since the process started; by default, those that come from now on.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written; the one before is there.
+            SharedError: on every process, if the data cannot be read on one of them.
+            StreamError: the data can no longer be read on this process.
+        """
+        stop = stop or StopSignal()
         try:
             while self.state.phase < len(self.config.stage.phases):
-                phase = self.config.stage.phases[self.state.phase]
-                if self._run_phase(phase, stop):
+                if not distributed.all_agree(stop.number == 0):
+                    break
+                if self._run_phase(self.config.stage.phases[self.state.phase], stop):
                     break
                 self.state.phase, self.state.phase_step = self.state.phase + 1, 0
-            self._save()
+            self._save_last()
             return self.state.step == self.total_steps
         finally:
             stop.restore()
-            self.reporter.close()
-            self.engine.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the tracker, the engine and their process groups."""
+        self.reporter.close()
+        self.saver.close()
+        self.engine.close()
 
     def _run_phase(self, phase: PhaseConfig, stop: StopSignal) -> bool:
         """Train the phase from the present position to its end; True if asked to stop before."""
@@ -101,26 +119,17 @@ class Trainer:
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
-        stream: BatchStream = instantiate(
-            config.data.stream,
-            "data.stream",
-            manifest=Path(config.data.manifest),
-            seed=self._phase_seed,
-            resolution=phase.resolution,
-            global_batch_size=batch_size,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-            start=self.state.phase_step * batch_size,
-            workers=config.hardware.loader_workers,
-        )
+        stream = self._open_stream(phase)
         consensus = StepConsensus(self.flow_names, self.place.device)
         interval, asked = Interval(), False
         batches = iter(stream)
         try:
             while self.state.phase_step < steps and not asked:
+                self.watchdog.beat(f"step {self.state.step + 1}, waiting for data")
                 asked_at = time.monotonic()
                 batch = next(batches)
                 interval.waited += time.monotonic() - asked_at
+                self.watchdog.place = f"step {self.state.step + 1}"
                 losses = self._step(batch, phase, interval)
                 # The previous step's losses arrive now; this step's travel while the next one computes.
                 asked = _collect(consensus, interval)
@@ -132,12 +141,37 @@ class Trainer:
                     self.reporter.log(self._record(phase, interval))
                     interval = Interval()
                 if self.state.step % config.checkpoint.every_steps == 0 or last:
-                    self._save()
+                    self._begin_save()
+                self._report_saves()
                 self.reporter.advance(batch_size)
             asked = _collect(consensus, interval) or asked
+            self._settle_saves()
         finally:
             stream.close()
         return asked
+
+    def _open_stream(self, phase: PhaseConfig) -> BatchStream:
+        """The phase's stream from the present position, on every process or on none."""
+        config, failure = self.config, None
+        stream: BatchStream | None = None
+        try:
+            stream = instantiate(
+                config.data.stream,
+                "data.stream",
+                manifest=Path(config.data.manifest),
+                seed=self._phase_seed,
+                resolution=phase.resolution,
+                global_batch_size=config.stage.global_batch_size,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+                start=self.state.phase_step * config.stage.global_batch_size,
+                workers=config.hardware.loader_workers,
+            )
+        except (ManifestError, StreamError, OSError) as error:
+            failure = str(error)
+        distributed.raise_if_any(failure)
+        assert stream is not None
+        return stream
 
     def _step(self, batch: Batch, phase: PhaseConfig, interval: Interval) -> dict[str, Tensor]:
         """One update over the local batch; returns this rank's mean loss of each flow."""
@@ -199,56 +233,45 @@ class Trainer:
             "total_samples": self.total_steps * batch_size,
             "learning_rate": self._learning_rate(),
             "skipped": self.state.skipped,
+            "failed_saves": self.saver.failed,
             **interval.summary(self.place.device),
         }
 
-    def _save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one already."""
-        if self.state.step == self.saved_step:
-            return
+    def _resume(self, checkpoint: Path) -> None:
+        try:
+            content = self.saver.store.load(checkpoint, self.engine, self.ema)
+        except CheckpointError:
+            self.saver.close()
+            self.engine.close()
+            raise
+        self.state = TrainState.from_dict(content["state"])
+        self.saver.saved_step = self.state.step
+
+    def _begin_save(self) -> None:
+        self.watchdog.beat(f"step {self.state.step}, saving")
         content = {"state": self.state.to_dict(), "config": self.document}
-        self.store.save(self.engine, self.ema, content, self.state.step)
-        self.saved_step = self.state.step
+        self.saver.begin(self.engine, self.ema, content, self.state.step)
 
+    def _settle_saves(self) -> None:
+        """Wait for the save under way, before the model's or the data's shape changes or the process ends."""
+        self.watchdog.beat(f"step {self.state.step}, waiting for the checkpoint to be written")
+        self.saver.settle()
+        self._report_saves()
 
-def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name. Every layer group comes whole or not at all; one that does not keeps its random start.
+    def _report_saves(self) -> None:
+        for line in self.saver.failures():
+            self.reporter.warn(f"{line}; training goes on, and the next save tries again")
 
-    Raises:
-        ConfigError: a name or a shape that the model does not have, or a group of which a part is missing.
-    """
-    own = diffuser.state_dict()
-    given = {layer_group(name) for name in weights}
-    expected = {name for name in own if layer_group(name) in given}
-    for problem, names in (("unknown", weights.keys() - own.keys()), ("missing", expected - weights.keys())):
-        if names:
-            raise ConfigError(
-                f"stage.init_from: {len(names)} {problem} weights, e.g. {min(names)}; is it the same model?"
-            )
-    for name, tensor in LazyTensors.of(weights).outline().items():
-        if own[name].shape != tensor.shape:
-            raise ConfigError(
-                f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"
-            )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-
-
-def engine_settings(config: TrainConfig) -> EngineSettings:
-    """The engine's share of a training configuration."""
-    optimizer, hardware = config.optimizer, config.hardware
-    first, second = optimizer.betas
-    return EngineSettings(
-        zero_stage=hardware.zero_stage,
-        precision=hardware.precision,
-        gradient_clip=optimizer.gradient_clip,
-        betas=(first, second),
-        epsilon=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay,
-        gradient_scales=gradient_scales(config),
-        gradient_scale_mode=config.stage.gradient_scale_mode,
-    )
+    def _save_last(self) -> None:
+        """Leave with a checkpoint of the present step, or with an error."""
+        self._settle_saves()
+        if self.saver.saved_step == self.state.step:
+            return
+        self._begin_save()
+        self.saver.settle()
+        failures = self.saver.failures()
+        if failures:
+            raise CheckpointError(f"{failures[0]}; make room, then run the same command again")
 
 
 def _collect(consensus: StepConsensus, interval: Interval) -> bool:

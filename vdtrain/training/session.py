@@ -1,0 +1,109 @@
+"""One process of a training run, from joining the others to its exit status."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from vdtrain.compose import ConfigError
+from vdtrain.config import TrainConfig
+from vdtrain.data.manifest import ManifestError
+from vdtrain.data.stream import StreamError
+from vdtrain.training import distributed
+from vdtrain.training.checkpoints import CheckpointError, read_trainer_state
+from vdtrain.training.curriculum import find_start, unfinished_stage
+from vdtrain.training.preemption import StopSignal
+from vdtrain.training.trainer import Trainer
+from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
+from vdtrain.validation import phase_steps
+
+FAILED, STOPPED = 1, 128 + signal.SIGTERM
+# Exchanges between processes time out after the watchdog: it is to speak first, for it knows where each stands.
+TIMEOUT_OVER_WATCHDOG = 2.0
+
+
+def run(config: TrainConfig, document: DictConfig, rank: int) -> int:
+    """Train a stage whose configuration has been checked.
+
+    Returns:
+        Exit status: 0 if the stage is complete, 128 + SIGTERM if it was stopped before, 1 after an error that is said
+        in one line (its traceback is in the process's record); a process that stands still ends with the watchdog's.
+
+    Raises:
+        ConfigError: on every process alike.
+    """
+    dumps = Path(config.run_dir) / DUMPS
+    stop, watchdog = StopSignal(), Watchdog(config.watchdog_seconds, dumps, rank)
+    try:
+        record_collectives(dumps)
+        return STOPPED if not _train(config, document, stop, watchdog) else 0
+    except ConfigError:
+        raise
+    except Exception as error:
+        watchdog.record(f"process {rank} ended by an error", error)
+        line = _line(error, rank)
+        if line is None:
+            raise
+        if line:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        return FAILED
+    finally:
+        distributed.finish()
+        watchdog.close()
+        stop.restore()
+
+
+def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
+    """True if the stage is complete."""
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    limit = config.watchdog_seconds
+    timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
+    try:
+        place = distributed.start(config.hardware.device, timeout)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    watchdog.beat("looking for the checkpoint to start from")
+    start = find_start(config, document)
+    total = sum(phase_steps(config, phase) for phase in config.stage.phases)
+    if start.resume is not None and read_trainer_state(start.resume)["state"]["step"] >= total:
+        if place.rank == 0:
+            print(f"{config.stage.name} is complete: {start.resume}")
+        return True
+    distributed.raise_if_any(_prepare_folder(config, document) if place.rank == 0 else None)
+    if place.rank == 0:
+        origin = (
+            f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
+        )
+        print(f"{config.stage.name} {origin}", flush=True)
+        if start.weights is not None and (unfinished := unfinished_stage(start.weights)):
+            print(f"warning: stage.init_from={config.stage.init_from}: {unfinished}", file=sys.stderr, flush=True)
+    watchdog.beat("building the model")
+    return Trainer(config, document, start, place, watchdog).run(stop)
+
+
+def _prepare_folder(config: TrainConfig, document: DictConfig) -> str | None:
+    """Make the run folder; what is wrong with it, if anything is."""
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
+    except OSError as error:
+        return f"run_dir={run_dir}: cannot be written ({error}); make room, or choose another folder"
+    return None
+
+
+def _line(error: Exception, rank: int) -> str | None:
+    """What this process says of an error: nothing where another one says the same; None if it is no known one."""
+    text = " ".join(str(error).split())
+    if isinstance(error, CheckpointError | distributed.SharedError):
+        return text if rank == 0 else ""
+    if isinstance(error, StreamError | ManifestError):
+        return f"process {rank}: {text}"
+    if distributed.is_lost_connection(error):
+        return f"process {rank}: lost the connection to another process, which has ended"
+    return None
