@@ -17,9 +17,11 @@ from vdtrain.models.diffuser import layer_group
 from vdtrain.training import checkpoint_format as form
 from vdtrain.training.curriculum import open_weights
 from vdtrain.training.partitions import EMA, MASTER, GroupLayout
+from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
+from vdtrain.weights.exports import DTYPES, WRITERS
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 from vdtrain.weights.hub import ADDRESS, COMMIT
-from vdtrain.weights.sources import SOURCES
+from vdtrain.weights.sources import READERS
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 CARRIED = "context.text"
@@ -145,3 +147,9 @@ def test_every_address_is_pinned() -> None:
     addresses = [source.address for source in SOURCES.values() if source.address]
     assert len(addresses) == 8
     assert all(ADDRESS.fullmatch(address) and COMMIT.fullmatch(address.partition("@")[2]) for address in addresses)
+
+
+def test_what_has_a_name_can_be_done() -> None:
+    assert READERS.keys() == SOURCES.keys()
+    assert WRITERS.keys() == FORMATS.keys()
+    assert tuple(DTYPES) == PRECISIONS

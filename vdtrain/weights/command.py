@@ -7,16 +7,17 @@ vdtrain weights export diffusers exported checkpoint=runs/stage3_four_flow
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import WeightsConfig
 from vdtrain.files import refuse_existing
-from vdtrain.weights.folder import Items
+from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
 
 USAGE = """\
 Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
@@ -57,15 +58,12 @@ Settings:
 
 
 def _usage() -> str:
-    from vdtrain.weights.exports import FORMATS
-    from vdtrain.weights.sources import SOURCES
-
     sources = []
     for name, source in SOURCES.items():
         sources.append(f"  {name:<21}{source.text}")
         sources += [f"  {'':<21}  from {source.address}"] if source.address else []
         sources += [f"  {'':<21}  to {source.output}"] if source.output else []
-    formats = [f"  {name:<21}{form.text}" for name, form in FORMATS.items()]
+    formats = [f"  {name:<21}{text}" for name, text in FORMATS.items()]
     return USAGE.format(sources="\n".join(sources), formats="\n".join(formats))
 
 
@@ -78,9 +76,6 @@ def parse(words: Sequence[str]) -> Action:
     Raises:
         ConfigError: no such verb, source or format, or another number of words.
     """
-    from vdtrain.weights.exports import FORMATS
-    from vdtrain.weights.sources import SOURCES
-
     verb, name, *rest = [*words, "", ""][: max(2, len(words))]
     if verb == "import":
         if name not in SOURCES:
@@ -100,13 +95,13 @@ def parse(words: Sequence[str]) -> Action:
 
 def import_weights(name: str, path: str, config: WeightsConfig) -> int:
     """Import from a source by name; returns the exit status."""
-    from vdtrain.weights.sources import SOURCES, Request, products
+    from vdtrain.weights.sources import Request, products
 
     source = SOURCES[name]
     if config.output and source.output is None:
         raise ConfigError(f"output={config.output}: {name} goes where the model reads it; set that setting instead")
     output = Path(config.output or source.output or "").expanduser()
-    for product in products(source, path, Request(config.model, output, config.overwrite)):
+    for product in products(name, path, Request(config.model, output, config.overwrite)):
         product.write(config.overwrite, _tracked)
         print(f"{product.path}  ({product.summary})")
     return 0
@@ -115,24 +110,24 @@ def import_weights(name: str, path: str, config: WeightsConfig) -> int:
 def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     """Export in a format by name; returns the exit status."""
     from vdtrain.training.curriculum import open_weights
-    from vdtrain.weights.exports import FORMATS, PRECISIONS
+    from vdtrain.weights.exports import DTYPES, WRITERS
     from vdtrain.weights.tensor_files import LazyTensors
 
     for setting, value, choices in (
         ("weights", config.weights, ("ema", "model")),
-        ("precision", config.precision, tuple(PRECISIONS)),
+        ("precision", config.precision, PRECISIONS),
     ):
         if value not in choices:
             raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
     refuse_existing(output, f"output={output}", config.overwrite)
     model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
-    tensors = LazyTensors.of(weights).cast(PRECISIONS[config.precision])
-    FORMATS[name].write(output, tensors, model, config.overwrite, _tracked)
+    tensors = LazyTensors.of(weights).cast(DTYPES[config.precision])
+    WRITERS[name](output, tensors, model, config.overwrite, _tracked)
     print(f"{output}  ({tensors.summary})")
     return 0
 
 
-def _tracked(items: Items, count: int) -> Items:
+def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
     """A progress bar on a terminal, nothing elsewhere."""
     if not sys.stdout.isatty():
         return items

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,25 +17,13 @@ from vdtrain.weights.versatile_diffusion_v1 import to_released
 Write = Callable[[Path, LazyTensors, ModelConfig, bool, Tracked], None]
 """(output, the diffuser by our names, its model, whether to replace what is there, progress)."""
 
-PRECISIONS: dict[str, torch.dtype | None] = {
+DTYPES: dict[str, torch.dtype | None] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "keep": None,
 }
 OUTPUT = "output"
-
-
-@dataclass(frozen=True)
-class Format:
-    """A layout that others read.
-
-    Attributes:
-        text: what it is, in a line of help.
-    """
-
-    text: str
-    write: Write
 
 
 def _released(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, tracked: Tracked) -> None:
@@ -51,10 +38,8 @@ def _pipeline(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite:
     write_pipeline(output, tensors, model, OUTPUT, overwrite)
 
 
-FORMATS = {
-    "versatile_diffusion": Format("one .pth in the layout of the released vd-four-flow-v1-0", _released),
-    "safetensors": Format(
-        "a weights folder: the same keys as safetensors, with the model's configuration", _weights_folder
-    ),
-    "diffusers": Format("a folder of diffusers' Versatile Diffusion pipelines, frozen parts included", _pipeline),
+WRITERS: dict[str, Write] = {
+    "versatile_diffusion": _released,
+    "safetensors": _weights_folder,
+    "diffusers": _pipeline,
 }
