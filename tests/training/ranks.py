@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +19,9 @@ TIMEOUT_SECONDS = 60.0
 
 def main(module_path: Path, function: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    place = distributed.start("cpu", TIMEOUT_SECONDS)
+    # NCCL wants a GPU to each process.
+    kind = "cuda" if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]) else "cpu"
+    place = distributed.start(kind, TIMEOUT_SECONDS)
     answer = folder / f"{function}-{place.rank}.json"
 
     def report(results: dict[str, Any]) -> None:

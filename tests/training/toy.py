@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vdtrain.training import distributed
 from vdtrain.training.engine import Engine, EngineSettings, StepReport
-from vdtrain.training.partitions import GroupLayout
+from vdtrain.training.partitions import FIRST_MOMENT, MASTER, GroupLayout
 
 MODALITIES = ("image", "text")
 # (output, context)
@@ -23,7 +23,7 @@ FLOWS: list[ToyFlow] = [(output, context) for output in MODALITIES for context i
 CHANGING_FLOWS: list[list[ToyFlow]] = [FLOWS, [("image", "text")], [("text", "image"), ("text", "text")], FLOWS[:1]]
 SCALES = {"global": 0.1, "data.image": 1.0, "data.text": 0.5, "context.image": 0.3}
 WIDTH, CONTEXT_WIDTH, BATCH = 9, 5, 8
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-2, 0.05, 0.5
+LEARNING_RATE, WEIGHT_DECAY, CLIP, BETAS = 1e-2, 0.05, 0.5, (0.9, 0.99)
 
 
 class Toy(nn.Module):
@@ -36,9 +36,10 @@ class Toy(nn.Module):
         self.data_layers = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in MODALITIES})
         # One odd number of elements, so that a row needs padding.
         self.context_layers = nn.ModuleDict({name: nn.Linear(CONTEXT_WIDTH, WIDTH, bias=False) for name in MODALITIES})
+        self.to(device())
 
     def forward(self, flows: Sequence[ToyFlow], data: Tensor, context: Tensor, target: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=data.device)
         for output, source in flows:
             hidden = torch.tanh(self.global_layers[0](data) + self.context_layers[source](context))
             predicted = self.global_layers[1](torch.tanh(self.data_layers[output](hidden)))
@@ -56,12 +57,17 @@ def toy_groups(module: Toy, names: Sequence[str] | None = None) -> dict[str, dic
     return groups
 
 
+def device() -> torch.device:
+    """This process's: a GPU of its own where there is one."""
+    return torch.device("cuda" if torch.cuda.device_count() >= distributed.world_size() else "cpu")
+
+
 def settings(**changes: Any) -> EngineSettings:
     values: dict[str, Any] = {
         "zero_stage": 1,
         "precision": "fp32",
         "gradient_clip": CLIP,
-        "betas": (0.9, 0.99),
+        "betas": BETAS,
         "epsilon": 1e-8,
         "weight_decay": WEIGHT_DECAY,
         "gradient_scales": SCALES,
@@ -74,7 +80,8 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch of all processes together; targets large enough for clipping to act."""
     generator = torch.Generator().manual_seed(1000 + step)
     data, target = (torch.randn(BATCH, WIDTH, generator=generator) for _ in range(2))
-    return data, torch.randn(BATCH, CONTEXT_WIDTH, generator=generator), 5 * target
+    context = torch.randn(BATCH, CONTEXT_WIDTH, generator=generator)
+    return data.to(device()), context.to(device()), 5 * target.to(device())
 
 
 def micro_batches(step: int, count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
@@ -91,13 +98,15 @@ def train_step(engine: Engine, step: int, flows: Sequence[ToyFlow], count: int =
     for index, parts in enumerate(micro_batches(step, count, engine.compute_dtype)):
         loss = engine(flows, *parts) / count
         engine.backward(loss, last=index == count - 1)
-        total += loss.detach().double()
+        total += loss.detach().double().cpu()
     dist.all_reduce(total)
     return float(total) / distributed.world_size(), engine.step(LEARNING_RATE)
 
 
-def reference(module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: str) -> list[float]:
-    """Train on whole batches with plain PyTorch; gradient norms before clipping."""
+def reference(
+    module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: str = "learning_rate", clip: float = CLIP
+) -> tuple[list[float], torch.optim.AdamW]:
+    """Train on whole batches with plain PyTorch; gradient norms before clipping, and the optimiser."""
     scales = {group: SCALES.get(group, 1.0) for group in toy_groups(module)}
     by_rate = mode == "learning_rate"
     optimizer = torch.optim.AdamW(
@@ -105,7 +114,7 @@ def reference(module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: st
             {"params": list(parameters.values()), "lr": LEARNING_RATE * (scales[group] if by_rate else 1.0)}
             for group, parameters in toy_groups(module).items()
         ],
-        betas=(0.9, 0.99),
+        betas=BETAS,
         eps=1e-8,
         weight_decay=WEIGHT_DECAY,
     )
@@ -119,9 +128,9 @@ def reference(module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: st
             for parameter in parameters.values():
                 assert parameter.grad is not None
                 parameter.grad.mul_(1.0 if by_rate else scales[group])
-        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip or float("inf"))))
         optimizer.step()
-    return norms
+    return norms, optimizer
 
 
 def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, Tensor]:
@@ -138,19 +147,31 @@ def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, 
     return weights
 
 
-def full_weights(engine: Engine) -> dict[str, Tensor]:
+def full_rows(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Master weights or an average of AdamW, by parameter name."""
     partitions = engine.partitions()
-    return gather([part.master for part in partitions], [part.layout for part in partitions])
+    return gather([part.rows[kind] for part in partitions], [part.layout for part in partitions])
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    return full_rows(engine, MASTER)
+
+
+def reduced_gradients(engine: Engine, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The unclipped gradients of the step after which the first moments, `before` it, are what they are now."""
+    keep = BETAS[0]
+    moments = full_rows(engine, FIRST_MOMENT)
+    return {name: (moment.double() - keep * before[name].double()) / (1 - keep) for name, moment in moments.items()}
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Largest absolute difference between two sets of weights of the same names."""
     assert one.keys() == other.keys()
-    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+    return max(float((one[name].float().cpu() - other[name].float().cpu()).abs().max()) for name in one)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
 
 
 def flip_byte(path: Path, position: int) -> None:
