@@ -97,8 +97,14 @@ class CheckpointStore:
             self._prune(final)
         return final
 
-    def latest_complete(self) -> Path | None:
-        """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one."""
+    def latest_complete(self, thorough: bool = True) -> Path | None:
+        """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one.
+
+        Args:
+            thorough: False only looks whether there is one, for which no other process is asked or awaited.
+        """
+        if not thorough:
+            return next(filter(is_checkpoint, self._candidates()), None)
         for path in map(Path, distributed.broadcast_json([str(path) for path in self._candidates()])):
             try:
                 self.verify(path)

@@ -41,25 +41,27 @@ class Start:
     weights: Path | None = None
 
 
-def find_start(config: TrainConfig, document: DictConfig) -> Start:
+def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True) -> Start:
     """Look for the stage's starting point on disk.
 
     Args:
         document: the composed configuration, unresolved.
+        thorough: check every byte of the run's own checkpoint, each process its share; False trusts it, and tells of
+            mistaken settings before there are other processes to talk to.
 
     Raises:
         ConfigError: the run folder holds another run, or `stage.init_from` names nothing that can be read.
     """
-    own = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep=config.checkpoint.keep).latest_complete()
+    own = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep=config.checkpoint.keep).latest_complete(thorough)
     if own is not None:
         _check_same_run(read_trainer_state(own)["config"], document, config.run_dir)
         return Start(resume=own)
     if config.stage.init_from is None:
         return Start()
-    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from))
+    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from, thorough))
 
 
-def resolve_weights(setting: str, value: str) -> Path:
+def resolve_weights(setting: str, value: str, thorough: bool = True) -> Path:
     """The folder that a setting names: a weights folder, a checkpoint folder, or a run folder's latest checkpoint.
 
     Raises:
@@ -71,11 +73,14 @@ def resolve_weights(setting: str, value: str) -> Path:
             f"{setting}={value}: a file of published weights is imported first: "
             f"`vdtrain weights import stable_diffusion {value}`, then {setting}=weights/stable_diffusion_v1"
         )
-    return path if is_weights_folder(path) else resolve_checkpoint(setting, value)
+    return path if is_weights_folder(path) else resolve_checkpoint(setting, value, thorough)
 
 
-def resolve_checkpoint(setting: str, value: str) -> Path:
+def resolve_checkpoint(setting: str, value: str, thorough: bool = True) -> Path:
     """The checkpoint that a setting names: a checkpoint folder, or a run folder, of which the latest is taken.
+
+    Args:
+        thorough: pass over damaged ones, for which all files are read; see `find_start`.
 
     Raises:
         ConfigError: there is no complete checkpoint.
@@ -86,7 +91,7 @@ def resolve_checkpoint(setting: str, value: str) -> Path:
     remedy = "train that stage first, or make it with `vdtrain weights import`"
     if not path.exists():
         raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
-    latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete()
+    latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete(thorough)
     if latest is None:
         raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
     return latest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     """True if the stage is complete."""
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
+    # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
+    with contextlib.suppress(CheckpointError):
+        find_start(config, document, thorough=False)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:
