@@ -29,6 +29,10 @@ LOST_CONNECTION = re.compile(
 )
 
 
+# Variables of the launcher as they were before `start`; None for those that were not set.
+_replaced_variables: dict[str, str | None] = {}
+
+
 class SharedError(RuntimeError):
     """An error that every process raises alike, whichever of them met it."""
 
@@ -58,6 +62,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Place:
     place = Place(rank, local_rank, world_size, _device(device, local_rank))
     # DeepSpeed takes the device of a process from LOCAL_RANK.
     launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
+    _replaced_variables.update({name: os.environ.get(name) for name in launch})
     os.environ.update(launch)
     # Before there is a group: some modules of PyTorch that it imports take the world group of that moment as a default,
     # and would keep it alive beyond `finish`.
@@ -89,6 +94,13 @@ def finish() -> None:
         started = deepspeed is not None and deepspeed.is_initialized()
         (deepspeed if started else dist).destroy_process_group()
         gc.collect()
+    # A process that trains again, or something else, is not to take itself for one of several.
+    for name, value in _replaced_variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _replaced_variables.clear()
 
 
 def rank() -> int:
