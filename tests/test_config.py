@@ -90,6 +90,8 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("hardware.zero_stage=3", ["hardware.zero_stage=3", "gradient again", "0, 1, 2"]),
         ("hardware.zero_stage=4", ["hardware.zero_stage=4", "0, 1, 2"]),
         ("hardware.offload_optimizer=true", ["hardware.offload_optimizer=true", "loses", "hardware.zero_stage=2"]),
+        ("optimizer.gradient_clip=-1", ["optimizer.gradient_clip=-1", "0 clips nothing"]),
+        ("optimizer.max_bad_steps=0", ["optimizer.max_bad_steps=0", "at least 1"]),
         ("hardware.attention=xformers", ["hardware.attention=xformers", "sdpa"]),
         ("hardware.activation_checkpointing=all", ["hardware.activation_checkpointing=all", "none, context, blocks"]),
         ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),

@@ -162,7 +162,9 @@ class OptimizerConfig:
     betas: list[float] = MISSING
     epsilon: float = MISSING
     weight_decay: float = MISSING
-    gradient_clip: float = MISSING
+    gradient_clip: float = MISSING  # largest norm; 0 clips nothing
+    # As many steps in a row, left out for a loss or a gradient that is not finite, end the run.
+    max_bad_steps: int = MISSING
     warmup_samples: int = MISSING
     # Multiplies the stage's learning rate: a narrow network takes larger steps.
     learning_rate_scale: float = MISSING

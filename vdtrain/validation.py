@@ -179,6 +179,8 @@ def _check_choices(config: TrainConfig) -> None:
             raise ConfigError(f"{setting}={value}: choose one of {', '.join(map(str, choices))}")
     if hardware.device == "cpu" and hardware.attention == "xformers":
         raise ConfigError("hardware.attention=xformers: has no CPU kernels; choose sdpa")
+    if config.optimizer.gradient_clip < 0:
+        raise ConfigError(f"optimizer.gradient_clip={config.optimizer.gradient_clip}: below 0; 0 clips nothing")
     if not 0 <= config.objective.context_dropout < 1:
         raise ConfigError(f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)")
     for name in config.objective.flow_weights:
@@ -193,6 +195,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("checkpoint.every_steps", checkpoint.every_steps),
         ("checkpoint.keep", checkpoint.keep),
         ("log_every_steps", config.log_every_steps),
+        ("optimizer.max_bad_steps", config.optimizer.max_bad_steps),
         ("watchdog_seconds", config.watchdog_seconds),
     ):
         if number is not None and number < 1:

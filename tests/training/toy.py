@@ -164,6 +164,7 @@ def reduced_gradients(engine: Engine, before: dict[str, Tensor]) -> dict[str, Te
     return {name: (moment.double() - keep * before[name].double()) / (1 - keep) for name, moment in moments.items()}
 
 
+@torch.no_grad()
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Largest absolute difference between two sets of weights of the same names."""
     assert one.keys() == other.keys()
