@@ -1,0 +1,120 @@
+"""One process per rank that forks itself for every case, so that imports are paid once: `python forks.py FOLDER RANK`.
+
+FOLDER/cases.json lists what `run_cases` was asked for. Each fork leaves FOLDER/NUMBER-RANK.log and its exit status in
+FOLDER/NUMBER-RANK.exit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TIMEOUT_SECONDS = 420.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One start of `vdtrain train` on some ranks, with the trouble that befalls it (see trouble.py), if any."""
+
+    ranks: int
+    arguments: list[str]
+    trouble: dict[str, str | int] | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a case ended: exit status (negative for a signal) and output, by rank."""
+
+    statuses: list[int]
+    logs: list[str]
+
+
+def run_cases(folder: Path, cases: list[Case]) -> list[Ending]:
+    """Run cases one after another; what they have in common is on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps([{**asdict(case), "port": _free_port()} for case in cases]))
+    ranks = max(case.ranks for case in cases)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__)), str(folder)]
+    servers = [
+        subprocess.Popen([*command, str(rank)], env=environment, start_new_session=True) for rank in range(ranks)
+    ]
+    try:
+        for server in servers:
+            assert server.wait(TIMEOUT_SECONDS) == 0
+    finally:
+        for server in servers:
+            if server.poll() is None:
+                os.killpg(server.pid, 9)
+                server.wait()
+    return [
+        Ending(
+            [int((folder / f"{number}-{rank}.exit").read_text()) for rank in range(case.ranks)],
+            [(folder / f"{number}-{rank}.log").read_text() for rank in range(case.ranks)],
+        )
+        for number, case in enumerate(cases)
+    ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(folder: Path, rank: int) -> None:
+    import torch
+
+    from vdtrain.training.deepspeed_import import import_deepspeed
+
+    torch.set_num_threads(1)
+    import_deepspeed("cpu")
+    import vdtrain.training.session  # noqa: F401
+    from vdtrain.compose import compose, to_object
+    from vdtrain.config import TrainConfig
+    from vdtrain.models.versatile_diffusion import build_frozen
+
+    # Once, for all that it imports.
+    build_frozen(to_object(compose("train", ["model=tiny", "data=shapes"]), TrainConfig).model)
+    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
+        if rank >= case["ranks"]:
+            continue
+        child = os.fork()
+        if child == 0:
+            _be_rank(folder / f"{number}-{rank}.log", rank, case)
+        _, status = os.waitpid(child, 0)
+        (folder / f"{number}-{rank}.exit").write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+def _be_rank(log: Path, rank: int, case: dict[str, object]) -> None:
+    status = 70
+    try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["ranks"]))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]))
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        import trouble
+
+        from vdtrain.train import main
+
+        if case["trouble"]:
+            trouble.prepare(rank, case["trouble"])
+        status = main(case["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,128 @@
+"""Runs that stand still, lose a process or meet an error end, say so in a line, and leave a record."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from forks import Case, Ending, run_cases
+
+from tests.pairs import write_pairs
+from vdtrain.training.watchdog import EXIT_STATUS, Watchdog
+
+MINIATURE = [
+    "stage=stage1_single_flow",
+    "model=tiny",
+    "data=shapes",
+    "hardware=cpu",
+    "tracking=none",
+    "stage.init_from=null",
+    "stage.global_batch_size=2",
+    "hardware.micro_batch_size={32:1,64:1}",
+    "stage.phases=[{resolution:32,samples:20}]",
+    "data.stream._target_=trouble.DrillStream",
+    "log_every_steps=1",
+]
+LIMIT = 6
+TROUBLES = {
+    "sleeps": {"rank": 1, "what": "sleep", "when": "batch", "number": 2},
+    "holds_the_lock": {"rank": 1, "what": "hold", "when": "batch", "number": 2},
+    "is_killed": {"rank": 1, "what": "SIGKILL", "when": "batch", "number": 2},
+    "cannot_read": {"rank": 1, "what": "stream_error", "when": "batch", "number": 2},
+    "cannot_open": {"rank": 1, "what": "stream_error", "when": "open", "number": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watchdog")
+    write_pairs(folder / "data", count=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endings(folder: Path) -> dict[str, Ending]:
+    cases = []
+    for name, trouble in TROUBLES.items():
+        own = [f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{name}", f"watchdog_seconds={LIMIT}"]
+        cases.append(Case(2, [*MINIATURE, *own, f"+data.stream.diary={folder}/{name}-diary"], trouble))
+    return dict(zip(TROUBLES, run_cases(folder / "cases", cases), strict=True))
+
+
+def record(folder: Path, name: str, rank: int) -> str:
+    return (folder / name / "dumps" / f"rank-{rank}.txt").read_text()
+
+
+def errors(ending: Ending, rank: int) -> list[str]:
+    return [line for line in ending.logs[rank].splitlines() if line.startswith("error")]
+
+
+def test_a_rank_that_sleeps_ends_the_job_with_a_record_of_every_rank(endings: dict[str, Ending], folder: Path) -> None:
+    assert EXIT_STATUS in endings["sleeps"].statuses
+    assert 0 not in endings["sleeps"].statuses
+    assert "trouble.py" in record(folder, "sleeps", 1)
+    assert "_befall" in record(folder, "sleeps", 1)
+    assert "step 3, waiting for data" in record(folder, "sleeps", 1)
+    waiting = record(folder, "sleeps", 0)
+    assert "engine" in waiting
+    assert "gloo:" in waiting
+    assert (folder / "sleeps" / "dumps" / "collectives-rank-0").stat().st_size > 0
+    (line,) = errors(endings["sleeps"], 1)
+    assert "watchdog_seconds=6" in line
+
+
+def test_a_rank_that_hangs_with_pythons_lock_ends_too(endings: dict[str, Ending], folder: Path) -> None:
+    assert 0 not in endings["holds_the_lock"].statuses
+    assert "_befall" in endings["holds_the_lock"].logs[1]
+    assert "engine" in record(folder, "holds_the_lock", 0)
+
+
+def test_a_rank_that_is_killed_ends_the_job(endings: dict[str, Ending], folder: Path) -> None:
+    assert endings["is_killed"].statuses == [1, -9]
+    assert errors(endings["is_killed"], 0) == [
+        "error: process 0: lost the connection to another process, which has ended"
+    ]
+    assert "Traceback" not in endings["is_killed"].logs[0]
+    assert "Traceback" in record(folder, "is_killed", 0)
+
+
+def test_data_that_cannot_be_read_is_one_line(endings: dict[str, Ending], folder: Path) -> None:
+    ending = endings["cannot_read"]
+    assert ending.statuses == [1, 1]
+    assert errors(ending, 1) == ["error: process 1: shard 7: No such file; index the shards again"]
+    assert len(errors(ending, 0)) == 1
+    assert "Traceback" not in "".join(ending.logs)
+    assert "StreamError" in record(folder, "cannot_read", 1)
+
+
+def test_data_that_one_rank_cannot_open_is_one_line_of_all(endings: dict[str, Ending]) -> None:
+    ending = endings["cannot_open"]
+    assert ending.statuses == [1, 1]
+    assert errors(ending, 0) == ["error: shard 7: No such file; index the shards again"]
+    assert errors(ending, 1) == []
+
+
+def test_no_limit_watches_nothing_and_still_records(tmp_path: Path) -> None:
+    watchdog = Watchdog(None, tmp_path / "dumps", rank=3)
+    assert not list(tmp_path.iterdir())
+    watchdog.beat("step 5")
+    try:
+        raise ValueError("told apart")
+    except ValueError as error:
+        watchdog.record("first", error)
+    watchdog.record("second")
+    watchdog.close()
+    text = (tmp_path / "dumps" / "rank-3.txt").read_text()
+    assert text.index("first") < text.index("told apart") < text.index("second")
+    assert "at: step 5" in text
+    assert "test_no_limit_watches_nothing" in text
+
+
+def test_a_record_that_cannot_be_written_goes_to_standard_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dumps").write_text("a file stands where the folder should")
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    Watchdog(None, tmp_path / "dumps", rank=0).record("why")
+    assert "why" in capfd.readouterr().err

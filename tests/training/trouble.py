@@ -1,0 +1,92 @@
+"""What befalls a rank in the drills, and a stream that writes down what it delivers."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vdtrain.data.stream import Batch, PairStream, StreamError
+from vdtrain.training import checkpoints
+
+# Set by `prepare` in a process that forks for one case.
+plan: dict[str, Any] = {}
+counts = {"open": 0, "batch": 0, "write": 0, "publish": 0}
+
+
+def prepare(rank: int, trouble: dict[str, Any]) -> None:
+    """Let `trouble` befall its rank.
+
+    Args:
+        trouble: rank; what: a signal's name, or sleep, hold, stream_error, limit, or unlimit; when: open (of a stream),
+            batch (before its delivery), write (in the middle of a file) or publish (between the renames); number: how
+            many of these pass before.
+    """
+    if rank == trouble["rank"]:
+        plan.update(trouble)
+        checkpoints.write_tensors = _writing(checkpoints.write_tensors)
+        checkpoints.write_text = _publishing(checkpoints.write_text)
+
+
+def _reach(when: str) -> None:
+    if plan.get("when") == when and counts[when] == plan["number"]:
+        _befall(plan["what"])
+    counts[when] += 1
+
+
+def _befall(what: str) -> None:
+    print(f"drill: {what}", flush=True)
+    if what == "sleep":
+        time.sleep(3600)
+    elif what == "hold":
+        # PyDLL keeps Python's lock for as long as the call lasts.
+        ctypes.PyDLL(None).sleep(3600)
+    elif what == "stream_error":
+        raise StreamError("shard 7: No such file; index the shards again")
+    else:
+        os.kill(os.getpid(), getattr(signal, what))
+
+
+def _writing(write: Any) -> Any:
+    def wrapped(path: Path, tensors: Any) -> Any:
+        if plan["when"] == "write" and plan["what"] == "SIGKILL" and counts["write"] == plan["number"]:
+            path.write_bytes(b"half of it")
+        _reach("write")
+        return write(path, tensors)
+
+    return wrapped
+
+
+def _publishing(write: Any) -> Any:
+    def wrapped(path: Path, text: str) -> None:
+        _reach("publish")
+        write(path, text)
+
+    return wrapped
+
+
+class DrillStream(PairStream):
+    """Appends every batch that it delivers to a file: phase seed, positions and manifest rows.
+
+    Args:
+        diary: the file, with the rank at its end.
+    """
+
+    def __init__(self, manifest: Path, *, diary: str, **arguments: Any) -> None:
+        super().__init__(manifest, **arguments)
+        self.diary = Path(f"{diary}-{self.rank}")
+        _reach("open")
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            _reach("batch")
+            positions = batch.positions.numpy()
+            line = {"seed": self.seed, "positions": positions.tolist(), "rows": self.rows_at(positions).tolist()}
+            with self.diary.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            yield batch
