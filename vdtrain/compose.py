@@ -20,11 +20,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import vdtrain.config
-from vdtrain.config import BlendConfig, DataPipelineConfig, EditConfig, SampleConfig, TrainConfig, WeightsConfig
+from vdtrain.config import (
+    BlendConfig,
+    DataPipelineConfig,
+    EditConfig,
+    PlanConfig,
+    SampleConfig,
+    TrainConfig,
+    WeightsConfig,
+)
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
+    "plan": PlanConfig,
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,

@@ -135,6 +135,7 @@ class DataConfig:
 class HardwareConfig:
     name: str = MISSING
     device: str = MISSING  # cuda or cpu
+    memory_gb: float | None = MISSING  # of one GPU, in 10^9 bytes; null where there is none to fill
     precision: str = MISSING  # bf16 or fp32
     zero_stage: int = MISSING  # 0, 1 or 2
     offload_optimizer: bool = False  # refused, with the reason
@@ -210,6 +211,14 @@ class TrainConfig:
     log_every_steps: int = MISSING
     # Longest time without a step before a process writes down where it stands and ends; null waits for ever.
     watchdog_seconds: float | None = MISSING
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """Root of `conf/plan.yaml`."""
+
+    gpus: int = MISSING
+    format: str = MISSING  # table or json
 
 
 @dataclass

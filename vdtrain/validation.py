@@ -122,7 +122,26 @@ def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
 
 
 def check(config: TrainConfig, world_size: int) -> None:
-    """Refuse a configuration that cannot work.
+    """Refuse a configuration that cannot work, or names files that are not there.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy, in one line.
+    """
+    check_settings(config, world_size)
+    for name, modality in config.model.modalities.items():
+        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
+            _check_files(f"model.modalities.{name}.{part}", arguments)
+    if not Path(config.data.manifest).exists():
+        raise ConfigError(
+            f"data.manifest={config.data.manifest}: does not exist; make it with "
+            f"`python -m data_pipeline index data={config.data.name}`"
+        )
+    # Last, for it imports what it names.
+    find_target(config.data.stream, "data.stream")
+
+
+def check_settings(config: TrainConfig, world_size: int) -> None:
+    """Refuse settings that cannot work, whatever files there are.
 
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
@@ -142,16 +161,6 @@ def check(config: TrainConfig, world_size: int) -> None:
                 f"less than one batch of {config.stage.global_batch_size}"
             )
     _check_choices(config)
-    for name, modality in config.model.modalities.items():
-        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
-            _check_files(f"model.modalities.{name}.{part}", arguments)
-    if not Path(config.data.manifest).exists():
-        raise ConfigError(
-            f"data.manifest={config.data.manifest}: does not exist; make it with "
-            f"`python -m data_pipeline index data={config.data.name}`"
-        )
-    # Last, for it imports what it names.
-    find_target(config.data.stream, "data.stream")
 
 
 def _check_choices(config: TrainConfig) -> None:

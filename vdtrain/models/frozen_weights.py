@@ -22,6 +22,7 @@ LISTED_KEYS = 5
 
 Module = TypeVar("Module", bound=nn.Module)
 _shared_modules: ContextVar[dict[str, Any] | None] = ContextVar("shared_modules", default=None)
+_read_files: ContextVar[bool] = ContextVar("read_files", default=True)
 
 
 class WeightsError(ConfigError):
@@ -36,6 +37,16 @@ def shared_loading() -> Iterator[None]:
         yield
     finally:
         _shared_modules.reset(token)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, `load_weights` reads nothing: parts that are built only to be measured need no files."""
+    token = _read_files.set(False)
+    try:
+        yield
+    finally:
+        _read_files.reset(token)
 
 
 def shared_module(key: str, build: Callable[[], Module]) -> Module:
@@ -57,7 +68,7 @@ def locate(path: str, setting: str) -> Path:
     """
     found = ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else Path(path).expanduser()
     if not found.is_file():
-        remedy = "`make frozen` makes it" if path.startswith(ASSET) else "put it there"
+        remedy = "`make frozen` makes it" if path.startswith(ASSET) else "`vdtrain weights import` makes it"
         raise WeightsError(f"{setting}={path}: no such file; {remedy}, or set {setting} to an existing file")
     return found
 
@@ -83,6 +94,8 @@ def load_weights(module: nn.Module, path: str, setting: str) -> None:
     Raises:
         WeightsError: the file is missing or damaged, or its keys or shapes are not those of the module.
     """
+    if not _read_files.get():
+        return
     file = locate(path, setting)
     try:
         state = load_file(file)

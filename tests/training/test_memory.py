@@ -1,0 +1,256 @@
+"""The plan of a stage's memory against the bytes of the real thing, at tiny size; its totals at full size."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdtrain.compose import compose, to_object
+from vdtrain.config import TrainConfig
+from vdtrain.diffusion.draws import StepDraws
+from vdtrain.diffusion.objective import Objective
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.flows import active_groups
+from vdtrain.models.diffuser import Diffuser, parameters_by_group
+from vdtrain.models.recompute import recompute_activations
+from vdtrain.models.versatile_diffusion import build_frozen
+from vdtrain.plan import main
+from vdtrain.training import distributed
+from vdtrain.training.ema import ShardEMA
+from vdtrain.training.engine import Engine, EngineSettings
+from vdtrain.training.engine_settings import BUCKET_ELEMENTS, PRECISIONS, ZERO_STAGES
+from vdtrain.training.live_memory import LiveMemory
+from vdtrain.training.memory import checkpoint_bytes, standing_memory, update_bytes
+from vdtrain.training.outline import Outline
+from vdtrain.training.partitions import GroupLayout
+from vdtrain.validation import stage_flows
+
+TINY = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none", "stage=stage3_four_flow"]
+# Counters, sums of losses and the like.
+SMALL = 1000
+
+
+def tiny(*overrides: str) -> TrainConfig:
+    return to_object(compose("train", [*TINY, *overrides]), TrainConfig)
+
+
+# What each group of ranks does; every function runs in processes of its own.
+
+
+def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    report({"cases": [standing(zero_stage, precision) for zero_stage in ZERO_STAGES for precision in PRECISIONS]})
+
+
+def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    on_one_rank(folder, report)
+
+
+def standing(zero_stage: int, precision: str) -> dict[str, Any]:
+    """Bytes of one engine: predicted, and counted in the middle of a step, when gradients are there."""
+    config = tiny(f"hardware.zero_stage={zero_stage}", f"hardware.precision={precision}")
+    before = storages(everything())
+    diffuser = Diffuser(config.model, active_groups(stage_flows(config)))
+    groups = parameters_by_group(diffuser)
+    layouts = [GroupLayout.of(*item) for item in groups.items()]
+    predicted = standing_memory(config, layouts, distributed.world_size())
+    settings = EngineSettings(
+        zero_stage=zero_stage,
+        precision=precision,
+        gradient_clip=1.0,
+        betas=(0.9, 0.99),
+        epsilon=1e-8,
+        weight_decay=0.0,
+        gradient_scales={},
+        gradient_scale_mode="learning_rate",
+    )
+    engine = Engine(diffuser, groups, settings)
+    ema = ShardEMA(engine, 0.9)
+    squares = torch.stack([parameter.float().square().sum() for parameter in diffuser.parameters()])
+    engine.backward(squares.sum(), last=False)
+    del squares
+    # DeepSpeed may leave its bucket open until the step is complete.
+    bucket = BUCKET_ELEMENTS * diffuser.global_layers[0].weight.element_size()
+    counted = storages(everything())
+    fresh = {key: size for key, size in counted.items() if key not in before and size != bucket}
+    weights = storages(diffuser.parameters())
+    partitions = engine.partitions()
+    masters = storages(partition.master for partition in partitions)
+    moments = storages(row for partition in partitions for row in (partition.exp_avg, partition.exp_avg_sq))
+    averages = storages(ema.rows)
+    named = {**weights, **masters, **moments, **averages}
+    squares = torch.stack([parameter.float().square().sum() for parameter in diffuser.parameters()])
+    with LiveMemory() as reduction:
+        engine.backward(squares.sum(), last=True)
+    engine.step(1e-3)
+    rows = [row for partition in partitions for row in partition.rows.values()]
+    written = sum(row.numel() * row.element_size() for row in [*rows, *ema.rows])
+    engine.close()
+    return {
+        "case": [zero_stage, precision],
+        "predicted": vars(predicted),
+        "weights": sum(weights.values()),
+        "masters": sum(size for key, size in masters.items() if key not in weights),
+        "moments": sum(moments.values()),
+        "ema": sum(averages.values()),
+        "gradients": sum(size for key, size in fresh.items() if key not in named),
+        "reduction": [reduction.peak, update_bytes(config, layouts, distributed.world_size())],
+        "checkpoint": checkpoint_bytes(config, layouts),
+        "written": written,
+    }
+
+
+def everything() -> list[Tensor]:
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+    return tensors + [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of every storage, by its place in memory."""
+    kept = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in kept}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_stands_from_step_to_step_is_what_the_engine_holds(
+    run_on_ranks: Callable[..., Any], tmp_path: Path, ranks: int
+) -> None:
+    answers = run_on_ranks(on_one_rank if ranks == 1 else on_two_ranks, ranks, tmp_path, timeout=300.0)
+    for case in answers[0]["cases"]:
+        predicted = case["predicted"]
+        for item in ("weights", "masters", "moments", "ema", "gradients"):
+            assert case[item] == pytest.approx(predicted[item], abs=SMALL), (case["case"], item)
+        if case["case"] == [1, "bf16"]:
+            counted, expected = case["reduction"]
+            assert counted == pytest.approx(expected, abs=SMALL)
+    for cases in zip(*(answer["cases"] for answer in answers), strict=True):
+        assert sum(case["written"] for case in cases) == cases[0]["checkpoint"]
+
+
+def real_micro_batch(config: TrainConfig, resolution: int, rows: int) -> tuple[int, int, int, int]:
+    """Of a real forward and backward: bytes kept and at most, tensors that autograd saved, and the encoding's peak."""
+    flows = stage_flows(config)
+    diffuser = Diffuser(config.model, active_groups(flows))
+    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    for parameter in diffuser.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    frozen = build_frozen(config.model)
+    objective = Objective(flows, Schedule(config.model.schedule), frozen, config.objective)
+    draws = StepDraws("real", 0, config.stage.global_batch_size, slice(0, rows), torch.device("cpu"))
+    pictures = torch.zeros(rows, 3, resolution, resolution, dtype=torch.uint8)
+    with LiveMemory() as encoding, torch.no_grad():
+        frozen.vaes["image"].encode(pictures)
+    encoded = objective.encode({"image": pictures, "text": ["a red circle"] * rows}, resolution, draws)
+    parameters = storages(diffuser.parameters())
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.update(storages([tensor]))
+        return tensor
+
+    with LiveMemory() as memory, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        total = objective.total(objective.losses(diffuser, encoded, draws))
+        kept = memory.now
+        total.backward()
+    return kept, memory.peak, sum(size for key, size in saved.items() if key not in parameters), encoding.peak
+
+
+@pytest.fixture(scope="module")
+def outlines() -> dict[str, Outline]:
+    modes = ("none", "context", "blocks")
+    return {mode: Outline(tiny(f"hardware.activation_checkpointing={mode}")) for mode in modes}
+
+
+@pytest.mark.parametrize("mode", ["none", "context", "blocks"])
+def test_a_micro_batch_takes_what_the_real_one_takes(outlines: dict[str, Outline], mode: str) -> None:
+    measured = outlines[mode].measure(32, 8)
+    kept, peak, saved, encoding = real_micro_batch(outlines[mode].config, 32, 8)
+    assert measured.kept == pytest.approx(kept, abs=SMALL)
+    assert measured.peak == pytest.approx(peak, rel=0.005)
+    assert measured.encoding == encoding
+    if mode == "none":
+        # What autograd saves is nearly all that stays; some of it was there before.
+        assert measured.kept == pytest.approx(saved, rel=0.02)
+    assert outlines[mode].unmeasured == set()
+
+
+def test_recomputing_takes_less(outlines: dict[str, Outline]) -> None:
+    none, context, blocks = (outline.measure(32, 8) for outline in outlines.values())
+    assert blocks.kept < context.kept < none.kept
+    assert blocks.peak < context.peak < none.peak
+    assert blocks.encoding == none.encoding
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [*TINY, "gpus=2", "stage.phases=[{resolution:32,samples:6400}]", "format=json"]
+    # Half way between the peaks of 8 and of 16 pairs.
+    peaks = []
+    for micro_batch in (8, 16):
+        made = json.loads(run(capsys, *settings, f"hardware.micro_batch_size={{32:{micro_batch}}}"))
+        assert made["warnings"] == []
+        assert made["phases"][0]["largest_micro_batch"] is None
+        peaks.append(made["phases"][0]["peak"])
+    memory = f"hardware.memory_gb={sum(peaks) / 2e9}"
+    made = json.loads(run(capsys, *settings, memory))
+    assert made["phases"][0]["largest_micro_batch"] == 8
+    assert made["phases"][0]["steps"] == 100
+    assert made["phases"][0]["micro_batches"] == 1
+    (warning,) = made["warnings"]
+    assert "hardware.micro_batch_size={32: 32} takes" in warning
+    assert "hardware.micro_batch_size={32: 8} fits" in warning
+    (warning,) = json.loads(run(capsys, *settings, "hardware.memory_gb=0.01"))["warnings"]
+    assert "no micro-batch fits" in warning
+    table = run(capsys, *(setting for setting in settings if "format" not in setting), memory)
+    for part in ("weights", "averaged weights", "forward and backward", "peak", "32 x 1", "warning: "):
+        assert part in table
+
+
+def test_full_size_is_planned_without_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["stage=stage3_four_flow", "hardware=h100", "gpus=8", "format=json"]
+    settings += ["stage.phases=[{resolution:512,samples:6400000}]", "hardware.activation_checkpointing=blocks"]
+    made = json.loads(run(capsys, *settings))
+    parameters = 2_566_318_852
+    assert sum(made["parameters"].values()) == parameters
+    # Image VAE, text VAE and one CLIP; shared and tied weights count once.
+    assert made["frozen_parameters"] == 83_653_863 + 241_599_744 + 427_616_513
+    standing = made["standing"]
+    for item, size in {"weights": 2, "masters": 0.5, "gradients": 4, "moments": 1, "ema": 0.5}.items():
+        assert standing[item] == pytest.approx(size * parameters, rel=1e-6), item
+    assert standing["frozen"] == pytest.approx(2 * made["frozen_parameters"], rel=1e-3)
+    assert made["checkpoint"] == 16 * parameters
+    assert made["checkpoints"] == 3 * made["checkpoint"]
+    (phase,) = made["phases"]
+    assert phase["steps"] == 12_500
+    assert standing["weights"] < phase["peak"] < 40e9
+    assert phase["largest_micro_batch"] == 64
+    assert any("text.vae" in item for item in made["left_out"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("gpus=0", ["gpus=0", "at least 1"]),
+        ("gpus=3", ["stage.global_batch_size=64", "3 processes"]),
+        ("format=yaml", ["format=yaml", "table, json"]),
+        ("hardware.memory_gb=0", ["hardware.memory_gb=0", "null"]),
+        ("hardware.activation_checkpointing=levels", ["hardware.activation_checkpointing=levels", "blocks"]),
+    ],
+)
+def test_a_mistake_is_one_line(setting: str, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "gpus=2", setting]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert all(part in shown.err for part in expected)
