@@ -6,6 +6,7 @@ no way around theirs, are refused by the configuration.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from vdtrain.training.engine import Engine, StepReport
 from vdtrain.training.engine_settings import deepspeed_configuration
 from vdtrain.training.partitions import FIRST_MOMENT, SECOND_MOMENT
 
-STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16")
+STAGES = (0, 1, 2)
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "communication.py"
 # Each step leaves out layers of the one before.
 ONE_FLOW_EACH: list[list[ToyFlow]] = [[flow] for flow in FLOWS]
 
@@ -47,6 +49,7 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
         results[f"backwards-{stage}"] = one_backward_per_flow(stage)
         results[f"clip-{stage}"] = against_reference(stage, [FLOWS] * 3, clip=0.0)
         results[f"moments-{stage}"] = moments(stage)
+        results[f"traffic-{stage}"] = traffic(stage)
     results["overlapped"] = with_overlap()
     report(results)
 
@@ -87,6 +90,24 @@ def with_overlap() -> float:
         return one_backward_per_flow(1)
     finally:
         engine_zero.deepspeed_configuration = configuration
+
+
+def traffic(stage: int) -> float:
+    """Elements reduced in a step of four flows and two micro-batches, over those of the gradient."""
+    module = Toy()
+    engine = Engine(module, toy_groups(module), settings(zero_stage=stage))
+    spec = importlib.util.spec_from_file_location("communication", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    communication = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(communication)
+    batches = micro_batches(0, 2)
+    with communication.Traffic() as counted:
+        for index, parts in enumerate(batches):
+            engine.backward(engine(FLOWS, *parts), last=index == len(batches) - 1)
+        engine.step(LEARNING_RATE)
+    engine.close()
+    return float(counted.reduced / (4 * sum(parameter.numel() for parameter in module.parameters())))
 
 
 def moments(stage: int) -> dict[str, Any]:
@@ -151,6 +172,13 @@ def test_layers_that_the_last_backward_leaves_out_are_reduced_too(results: list[
         # Overlapped, they are not, and DeepSpeed says nothing.
         assert rank["overlapped"] > 1e-3
     assert deepspeed_configuration(settings(zero_stage=1))["zero_optimization"]["overlap_comm"] is False
+
+
+@pytest.mark.parametrize(("stage", "least"), [(0, 1.0), (1, 1.0), (2, 2.0)])
+def test_flows_of_a_step_are_reduced_together(results: list[dict[str, Any]], stage: int, least: float) -> None:
+    """Once per step; under ZeRO 2, which keeps no gradients whole, once per micro-batch."""
+    for rank in results:
+        assert least <= rank[f"traffic-{stage}"] < 1.1 * least
 
 
 @pytest.mark.parametrize("stage", STAGES)
