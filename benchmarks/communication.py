@@ -124,7 +124,7 @@ def work(rank: int, stages: list[int], folder: str, output: Path) -> None:
     distributed.finish()
     if rank == 0:
         result = {
-            "claim": "ZeRO 0 and 1 reduce the gradient once per step, ZeRO 2 once per micro-batch, for all flows together",
+            "claim": "one reduction for all flows: per step under ZeRO 0 and 1, per micro-batch under ZeRO 2",
             "flows": len(stage_flows(config)),
             "micro_batches": MICRO_BATCHES,
             "processes": PROCESSES,
