@@ -110,12 +110,10 @@ class BadSteps:
 
     Args:
         limit: as many of them in a row are an error (optimizer.max_bad_steps).
-        total: how many there were before.
     """
 
-    def __init__(self, limit: int, total: int = 0) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.total = total
         self._in_a_row = 0
 
     def add(self, outcome: StepOutcome) -> None:
@@ -127,7 +125,6 @@ class BadSteps:
         if outcome.applied:
             self._in_a_row = 0
             return
-        self.total += 1
         self._in_a_row += 1
         if self._in_a_row < self.limit:
             return
