@@ -26,25 +26,41 @@ class ShardEMA:
         self.decay = decay
         self._partitions = engine.partitions()
         self.rows: list[Tensor] = [partition.master.clone() for partition in self._partitions]
-        self.updates = 0
+        # On the device, for there it is decided whether a step counts.
+        device = self.rows[0].device
+        self._updates = torch.zeros((), dtype=torch.float64, device=device)
+        self._always = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def updates(self) -> int:
+        """Updates so far. Reading it waits for the device."""
+        return int(self._updates.item())
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the present weights; call it after every applied step."""
-        self.updates += 1
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.rows, [partition.master for partition in self._partitions], 1.0 - keep)
+    def update(self, applied: Tensor | None = None) -> None:
+        """Move the average towards the present weights, without waiting for the device; call it after every step.
+
+        Args:
+            applied: a boolean scalar; where it is false, the average and its count keep every bit.
+        """
+        counts = self._always if applied is None else applied
+        number = self._updates + 1
+        keep = torch.clamp((1 + number) / (10 + number), max=self.decay)
+        share = torch.where(counts, 1 - keep, 0.0).float()
+        for row, partition in zip(self.rows, self._partitions, strict=True):
+            row.lerp_(partition.master, share)
+        self._updates += counts
 
     @torch.no_grad()
     def restart(self) -> None:
         """Start again at the present weights."""
         for row, partition in zip(self.rows, self._partitions, strict=True):
             row.copy_(partition.master)
-        self.updates = 0
+        self._updates.zero_()
 
     @torch.no_grad()
     def load(self, read: RowReader, updates: int) -> None:
         """Take this process's pieces from `read`."""
         for partition, row in zip(self._partitions, self.rows, strict=True):
             row.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
-        self.updates = updates
+        self._updates.fill_(updates)

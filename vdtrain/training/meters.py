@@ -5,44 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-
-class StepConsensus:
-    """One small all-reduce per step, awaited a step later, so that nobody waits for it.
-
-    It carries each flow's loss, to be averaged, and the number of the signal that a rank received, of which every
-    rank then sees the sum: nought means that all go on, anything else that all stop after the same step.
-    """
-
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self.names = list(names)
-        self.device = device
-        self._pending: tuple[Tensor, Any] | None = None
-
-    def submit(self, losses: Mapping[str, Tensor], signal_number: int) -> None:
-        """Send this rank's losses and signal; every rank must call it in every step."""
-        values = torch.stack([losses[name].float() for name in self.names])
-        vector = torch.cat([values, torch.tensor([float(signal_number)], device=self.device)])
-        work = dist.all_reduce(vector, async_op=True) if dist.get_world_size() > 1 else None
-        self._pending = (vector, work)
-
-    def collect(self) -> tuple[dict[str, float], bool] | None:
-        """The submitted step's mean losses and whether to stop; None if nothing was submitted."""
-        if self._pending is None:
-            return None
-        vector, work = self._pending
-        self._pending = None
-        if work is not None:
-            work.wait()
-        *losses, stop = vector.tolist()
-        return {name: loss / dist.get_world_size() for name, loss in zip(self.names, losses, strict=True)}, stop > 0
+from vdtrain.training.consensus import StepOutcome
 
 
 @dataclass
@@ -50,13 +19,15 @@ class Interval:
     """Sums since the last log line."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
-    gradient_norms: list[float | Tensor] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     waited: float = 0.0
     pairs: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def add_losses(self, losses: Mapping[str, float]) -> None:
-        for name, loss in losses.items():
+    def add(self, outcome: StepOutcome) -> None:
+        """Take in a step."""
+        self.gradient_norms.append(outcome.gradient_norm)
+        for name, loss in outcome.losses.items():
             self.losses.setdefault(name, []).append(loss)
 
     def summary(self, device: torch.device) -> dict[str, Any]:
@@ -64,7 +35,7 @@ class Interval:
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
-            "gradient_norm": sum(map(float, self.gradient_norms)) / max(len(self.gradient_norms), 1),
+            "gradient_norm": sum(self.gradient_norms) / max(len(self.gradient_norms), 1),
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
             "memory_gb": memory_gb(device),

@@ -28,10 +28,11 @@ from vdtrain.training import distributed
 from vdtrain.training.assembly import engine_settings, starting_diffuser
 from vdtrain.training.background_save import BackgroundSaver
 from vdtrain.training.checkpoints import CheckpointError, CheckpointStore
+from vdtrain.training.consensus import BadSteps, StepConsensus
 from vdtrain.training.curriculum import CHECKPOINTS, Start, run_document
 from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine
-from vdtrain.training.meters import Interval, StepConsensus
+from vdtrain.training.engine import Engine, StepReport
+from vdtrain.training.meters import Interval
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.reporter import Reporter
 from vdtrain.training.state import TrainState
@@ -120,8 +121,22 @@ class Trainer:
         if self.state.phase_step >= steps:
             return False
         stream = self._open_stream(phase)
-        consensus = StepConsensus(self.flow_names, self.place.device)
+        consensus, bad_steps = (
+            StepConsensus(self.flow_names, self.place.device),
+            BadSteps(config.optimizer.max_bad_steps),
+        )
         interval, asked = Interval(), False
+
+        def collect() -> bool:
+            """Take in what all processes know of the step submitted last; True if one was asked to stop."""
+            outcome = consensus.collect()
+            if outcome is None:
+                return False
+            bad_steps.add(outcome)
+            interval.add(outcome)
+            self.state.skipped += not outcome.applied
+            return outcome.stop
+
         batches = iter(stream)
         try:
             while self.state.phase_step < steps and not asked:
@@ -130,21 +145,24 @@ class Trainer:
                 batch = next(batches)
                 interval.waited += time.monotonic() - asked_at
                 self.watchdog.place = f"step {self.state.step + 1}"
-                losses = self._step(batch, phase, interval)
-                # The previous step's losses arrive now; this step's travel while the next one computes.
-                asked = _collect(consensus, interval)
-                consensus.submit(losses, stop.number)
+                losses, report = self._step(batch, phase)
+                # The previous step's outcome arrives now; this step's travels while the next one computes.
+                asked = collect()
+                consensus.submit(self.state.step, losses, report, stop.number)
                 interval.pairs += batch_size
                 last = self.state.phase_step == steps
-                if last or self.state.step % config.log_every_steps == 0:
-                    asked = _collect(consensus, interval) or asked
+                saves = last or self.state.step % config.checkpoint.every_steps == 0
+                logs = last or self.state.step % config.log_every_steps == 0
+                if saves or logs:
+                    asked = collect() or asked
+                if logs:
                     self.reporter.log(self._record(phase, interval))
                     interval = Interval()
-                if self.state.step % config.checkpoint.every_steps == 0 or last:
+                if saves:
                     self._begin_save()
                 self._report_saves()
                 self.reporter.advance(batch_size)
-            asked = _collect(consensus, interval) or asked
+            asked = collect() or asked
             self._settle_saves()
         finally:
             stream.close()
@@ -173,8 +191,8 @@ class Trainer:
         assert stream is not None
         return stream
 
-    def _step(self, batch: Batch, phase: PhaseConfig, interval: Interval) -> dict[str, Tensor]:
-        """One update over the local batch; returns this rank's mean loss of each flow."""
+    def _step(self, batch: Batch, phase: PhaseConfig) -> tuple[dict[str, Tensor], StepReport]:
+        """One update over the local batch; this rank's mean loss of each flow, and what the engine did."""
         count = micro_batches(self.config, phase.resolution, self.place.world_size)
         local = self.config.stage.global_batch_size // self.place.world_size
         micro = local // count
@@ -186,13 +204,11 @@ class Trainer:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / count
         report = self.engine.step(self._learning_rate())
-        interval.gradient_norms.append(report.gradient_norm)
-        if report.applied and self.ema is not None:
-            self.ema.update()
-        self.state.skipped += not report.applied
+        if self.ema is not None:
+            self.ema.update(report.applied)
         self.state.step += 1
         self.state.phase_step += 1
-        return sums
+        return sums, report
 
     def _losses(self, batch: Batch, rows: slice, local: int, phase: PhaseConfig) -> dict[str, Tensor]:
         first = self.place.rank * local
@@ -272,16 +288,6 @@ class Trainer:
         failures = self.saver.failures()
         if failures:
             raise CheckpointError(f"{failures[0]}; make room, then run the same command again")
-
-
-def _collect(consensus: StepConsensus, interval: Interval) -> bool:
-    """Add a finished step's losses to the interval; True if a rank was asked to stop."""
-    collected = consensus.collect()
-    if collected is None:
-        return False
-    losses, stop = collected
-    interval.add_losses(losses)
-    return stop
 
 
 def _to(values: Any, device: torch.device) -> Any:
