@@ -29,7 +29,9 @@ from toy import (
 from vdtrain.training import distributed
 from vdtrain.training.consensus import BadSteps, StepConsensus, StepOutcome
 from vdtrain.training.distributed import SharedError
+from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
+from vdtrain.training.meters import Interval
 from vdtrain.training.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
 
 STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16")
@@ -84,17 +86,21 @@ def two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
 def skipped_steps(stage: int, precision: str, folder: Path) -> dict[str, Any]:
     """A run with bad steps in it, beside one without; its end is kept for the run that goes on with it."""
     (engine, module), (other, other_module) = build(stage, precision), build(stage, precision)
+    ema, other_ema = ShardEMA(engine, 0.5), ShardEMA(other, 0.5)
     found: dict[str, Any] = {"kept": [], "applied": [], "norms": []}
-    train_step(engine, 0, FLOWS)
+    ema.update(train_step(engine, 0, FLOWS)[1].applied)
     for harm in HARMS:
         before = state(engine, module)
         done = harmed_step(engine, module, harm)
+        ema.update(done.applied)
         found["kept"].append(same_bits(before, state(engine, module)))
         found["applied"].append(bool(done.applied))
         found["norms"].append(float(done.gradient_norm))
     _, after = train_step(engine, 2, FLOWS)
+    ema.update(after.applied)
     for step in (0, 2):
-        train_step(other, step, FLOWS)
+        other_ema.update(train_step(other, step, FLOWS)[1].applied)
+    found["averaged"] = ema.updates == 2 and all(map(torch.equal, ema.rows, other_ema.rows))
     found["next"] = bool(after.applied)
     found["as_if_they_had_not_been"] = same_bits(state(engine, module), state(other, other_module))
     end = state(engine, module)
@@ -125,11 +131,12 @@ class Waits(TorchDispatchMode):
 def waits(stage: int, precision: str) -> dict[str, list[str]]:
     """What waits for the device in a good and in a bad step, and in what is asked of them afterwards."""
     engine, module = build(stage, precision)
-    consensus = StepConsensus(["all"], device())
+    consensus, ema = StepConsensus(["all"], device()), ShardEMA(engine, 0.5)
     found = {}
     for step, harm in enumerate(("none", HARMS[0])):
         with Waits() as mode:
             done = harmed_step(engine, module, harm)
+            ema.update(done.applied)
             consensus.submit(step, {"all": done.gradient_norm}, done, signal_number=0)
         found[harm] = list(mode.seen)
         consensus.collect()
@@ -194,6 +201,7 @@ def test_what_one_process_meets_leaves_the_step_out_on_all(
         assert found["norms"] == [float("inf")] * len(HARMS)
         assert found["next"]
         assert found["as_if_they_had_not_been"]
+        assert found["averaged"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -228,3 +236,12 @@ def test_too_many_in_a_row_end_the_run() -> None:
         bad.add(outcome(step, applied))
     with pytest.raises(SharedError, match=r"step 5: the last 3 .*finite: image-to-text; optimizer.max_bad_steps=3"):
         bad.add(outcome(5, applied=False))
+
+
+def test_a_step_left_out_does_not_hide_the_figures_of_the_others() -> None:
+    interval = Interval()
+    for step, applied in enumerate((True, False)):
+        interval.add(outcome(step, applied))
+    summary = interval.summary(torch.device("cpu"))
+    assert summary["loss"] == {"image-to-text": 0.5, "text-to-text": 0.5}
+    assert summary["gradient_norm"] == 1.0

@@ -25,7 +25,9 @@ class Interval:
     began: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: StepOutcome) -> None:
-        """Take in a step."""
+        """Take in a step, unless it was left out: its figures are no numbers, and would hide those of the others."""
+        if not outcome.applied:
+            return
         self.gradient_norms.append(outcome.gradient_norm)
         for name, loss in outcome.losses.items():
             self.losses.setdefault(name, []).append(loss)
