@@ -165,6 +165,7 @@ def unfinished_stage(weights: Path) -> str | None:
         return None
     content = read_trainer_state(weights)
     document = OmegaConf.create(content["config"])
+    OmegaConf.resolve(document)
     stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
     assert isinstance(stage, StageConfig)
     step = content["state"]["step"]
