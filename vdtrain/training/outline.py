@@ -87,21 +87,23 @@ class Outline:
         draws = StepDraws("outline", 0, batch, slice(0, micro_batch), torch.device("cpu"))
         with self._mode:
             encoding = self._encoding(resolution, micro_batch)
-            encoded = self._encoded(resolution, micro_batch)
+            encoded = self.encoded(resolution, micro_batch)
             with LiveMemory() as memory:
                 total = self._objective.total(self._objective.losses(self.diffuser, encoded, draws))
                 kept = memory.now
                 total.backward()
         return MicroBatchMemory(encoding, kept, memory.peak)
 
-    def _encoded(self, resolution: int, rows: int) -> Encoded:
+    def encoded(self, resolution: int, rows: int) -> Encoded:
+        """Latents and contexts without values, of the shapes that `rows` pairs have."""
         size = (resolution, resolution)
-        latents = {name: self.frozen.latent_shape(name, size) for name in self._objective.outputs}
-        contexts = {flow.context: self.frozen.unconditional(flow, 1) for flow in stage_flows(self.config)}
-        return Encoded(
-            {name: torch.empty(rows, *shape, dtype=self._dtype) for name, shape in latents.items()},
-            {name: torch.empty(rows, *tokens.shape[1:], dtype=self._dtype) for name, tokens in contexts.items()},
-        )
+        with self._mode:
+            latents = {name: self.frozen.latent_shape(name, size) for name in self._objective.outputs}
+            contexts = {flow.context: self.frozen.unconditional(flow, 1) for flow in stage_flows(self.config)}
+            return Encoded(
+                {name: torch.empty(rows, *shape, dtype=self._dtype) for name, shape in latents.items()},
+                {name: torch.empty(rows, *tokens.shape[1:], dtype=self._dtype) for name, tokens in contexts.items()},
+            )
 
     def _encoding(self, resolution: int, rows: int) -> int:
         """The largest of the frozen parts' peaks; they run one after another."""
