@@ -6,11 +6,13 @@ FOLDER/NUMBER-RANK.exit.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,16 +83,25 @@ def serve(folder: Path, rank: int) -> None:
     from vdtrain.config import TrainConfig
     from vdtrain.models.versatile_diffusion import build_frozen
 
-    # Once, for all that it imports.
+    # For what they import when they are first used.
+    importlib.import_module("pandas")
     build_frozen(to_object(compose("train", ["model=tiny", "data=shapes"]), TrainConfig).model)
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         if rank >= case["ranks"]:
             continue
+        _meet(folder, number, rank, case["ranks"])
         child = os.fork()
         if child == 0:
             _be_rank(folder / f"{number}-{rank}.log", rank, case)
         _, status = os.waitpid(child, 0)
         (folder / f"{number}-{rank}.exit").write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+def _meet(folder: Path, number: int, rank: int, ranks: int) -> None:
+    """Wait for the case's other ranks, some of which may still be at an earlier case."""
+    (folder / f"{number}-{rank}.ready").touch()
+    while not all((folder / f"{number}-{other}.ready").exists() for other in range(ranks)):
+        time.sleep(0.05)
 
 
 def _be_rank(log: Path, rank: int, case: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Runs that stand still, lose a process or meet an error end, say so in a line, and leave a record."""
+"""Runs that stand still, lose a process or meet an error: they end, say so in a line, and leave a record, or go on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from forks import Case, Ending, run_cases
 
 from tests.pairs import write_pairs
+from vdtrain.training.tracking import read_metrics
 from vdtrain.training.watchdog import EXIT_STATUS, Watchdog
 
 MINIATURE = [
@@ -23,13 +24,18 @@ MINIATURE = [
     "stage.phases=[{resolution:32,samples:20}]",
     "data.stream._target_=trouble.DrillStream",
     "log_every_steps=1",
+    "checkpoint.every_steps=2",
 ]
-LIMIT = 6
+LIMIT = 12
 TROUBLES = {
     "sleeps": {"rank": 1, "what": "sleep", "when": "batch", "number": 2},
     "holds_the_lock": {"rank": 1, "what": "hold", "when": "batch", "number": 2},
     "is_killed": {"rank": 1, "what": "SIGKILL", "when": "batch", "number": 2},
     "cannot_read": {"rank": 1, "what": "stream_error", "when": "batch", "number": 2},
+    # The save of step 2 is over when that of step 4 begins, and that of step 4 when that of step 6 does.
+    "fills_for_a_while": {"rank": 1, "what": "full_disk", "when": "batch", "number": 3, "until": 8},
+    "fills": {"rank": 0, "what": "full_disk", "when": "batch", "number": 5},
+    "is_stopped": {"rank": 1, "what": "SIGTERM", "when": "batch", "number": 2},
     "cannot_open": {"rank": 1, "what": "stream_error", "when": "open", "number": 0},
 }
 
@@ -47,7 +53,11 @@ def endings(folder: Path) -> dict[str, Ending]:
     for name, trouble in TROUBLES.items():
         own = [f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{name}", f"watchdog_seconds={LIMIT}"]
         cases.append(Case(2, [*MINIATURE, *own, f"+data.stream.diary={folder}/{name}-diary"], trouble))
-    return dict(zip(TROUBLES, run_cases(folder / "cases", cases), strict=True))
+    names = [*TROUBLES, "fills, again", "next stage"]
+    cases.append(Case(2, cases[list(TROUBLES).index("fills")].arguments))
+    after = [f"run_dir={folder}/next", f"stage.init_from={folder}/is_stopped", "stage=stage2_dual_flow"]
+    cases.append(Case(1, [*cases[0].arguments, *after]))
+    return dict(zip(names, run_cases(folder / "cases", cases), strict=True))
 
 
 def record(folder: Path, name: str, rank: int) -> str:
@@ -69,7 +79,7 @@ def test_a_rank_that_sleeps_ends_the_job_with_a_record_of_every_rank(endings: di
     assert "gloo:" in waiting
     assert (folder / "sleeps" / "dumps" / "collectives-rank-0").stat().st_size > 0
     (line,) = errors(endings["sleeps"], 1)
-    assert "watchdog_seconds=6" in line
+    assert "watchdog_seconds=12" in line
 
 
 def test_a_rank_that_hangs_with_pythons_lock_ends_too(endings: dict[str, Ending], folder: Path) -> None:
@@ -101,6 +111,40 @@ def test_data_that_one_rank_cannot_open_is_one_line_of_all(endings: dict[str, En
     assert ending.statuses == [1, 1]
     assert errors(ending, 0) == ["error: shard 7: No such file; index the shards again"]
     assert errors(ending, 1) == []
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_more(
+    endings: dict[str, Ending], folder: Path
+) -> None:
+    ending = endings["fills_for_a_while"]
+    assert ending.statuses == [0, 0]
+    warnings = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
+    (four,) = [line for line in warnings if "step 4 was not saved (process 1: OSError" in line]
+    assert "training goes on, and the next save tries again" in four
+    assert "warning" not in ending.logs[1]
+    records = read_metrics(folder / "fills_for_a_while")
+    assert records[0]["failed_saves"] == 0
+    assert records[-1]["failed_saves"] >= 1
+    assert (folder / "fills_for_a_while" / "checkpoints" / "latest").read_text() == "step-000000010\n"
+
+
+def test_a_run_that_cannot_save_its_end_says_so_and_is_taken_up_again(endings: dict[str, Ending]) -> None:
+    assert endings["fills"].statuses == [1, 1]
+    (line,) = errors(endings["fills"], 0)
+    assert "step 10 was not saved (process 0: OSError" in line
+    assert "make room, then run the same command again" in line
+    assert errors(endings["fills"], 1) == []
+    again = endings["fills, again"]
+    assert again.statuses == [0, 0]
+    assert "continues from" in again.logs[0]
+
+
+def test_a_stage_that_starts_from_an_unfinished_one_warns(endings: dict[str, Ending]) -> None:
+    assert endings["is_stopped"].statuses == [143, 143]
+    ending = endings["next stage"]
+    assert ending.statuses == [0]
+    (warning,) = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
+    assert "stage1_single_flow stopped at step 3 of 10" in warning
 
 
 def test_no_limit_watches_nothing_and_still_records(tmp_path: Path) -> None:

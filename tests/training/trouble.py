@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 
 from vdtrain.data.stream import Batch, PairStream, StreamError
 from vdtrain.training import checkpoints
+
+SMALL_DISK_BYTES = 100_000
 
 # Set by `prepare` in a process that forks for one case.
 plan: dict[str, Any] = {}
@@ -23,9 +26,10 @@ def prepare(rank: int, trouble: dict[str, Any]) -> None:
     """Let `trouble` befall its rank.
 
     Args:
-        trouble: rank; what: a signal's name, or sleep, hold, stream_error, limit, or unlimit; when: open (of a stream),
-            batch (before its delivery), write (in the middle of a file) or publish (between the renames); number: how
-            many of these pass before.
+        trouble: rank; what: a signal's name, or sleep, hold (sleep with Python's lock), stream_error or full_disk (with
+            room again after `until` batches); when: open (of a stream), batch (before its delivery), write (in the
+            middle of a file) or publish (between the renames); number: how many of these pass before. Or when: place;
+            number: of a batch in its phase.
     """
     if rank == trouble["rank"]:
         plan.update(trouble)
@@ -46,6 +50,9 @@ def _befall(what: str) -> None:
     elif what == "hold":
         # PyDLL keeps Python's lock for as long as the call lasts.
         ctypes.PyDLL(None).sleep(3600)
+    elif what == "full_disk":
+        # Of files that are written from now on, only so many bytes find room.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, resource.RLIM_INFINITY))
     elif what == "stream_error":
         raise StreamError("shard 7: No such file; index the shards again")
     else:
@@ -85,7 +92,11 @@ class DrillStream(PairStream):
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             _reach("batch")
+            if counts["batch"] == plan.get("until"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             positions = batch.positions.numpy()
+            if plan.get("when") == "place" and positions[0] // self.global_batch_size == plan["number"]:
+                _befall(plan["what"])
             line = {"seed": self.seed, "positions": positions.tolist(), "rows": self.rows_at(positions).tolist()}
             with self.diary.open("a") as file:
                 file.write(json.dumps(line) + "\n")

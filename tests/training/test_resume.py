@@ -1,0 +1,250 @@
+"""A run that is stopped anywhere, in any way, on any number of ranks, goes on as if nothing had happened.
+
+Whole runs of the three stages stand beside runs that are stopped and taken up again by the same command: on the same
+ranks they agree to the last bit, on others to float32 rounding, and every sample is trained on once an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import Case, Ending, run_cases
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.pairs import write_pairs
+from vdtrain.training.checkpoint_format import Index, PieceReader
+from vdtrain.training.tracking import read_metrics
+
+STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
+# Two phases, of another resolution and another number of micro-batches; epochs of five steps.
+LOW, HIGH, BATCH, SAMPLES = 7, 5, 4, 20
+STEPS = LOW + HIGH
+EVERY = 2
+MINIATURE = [
+    "model=tiny",
+    "data=shapes",
+    "hardware=cpu",
+    "tracking=none",
+    f"stage.global_batch_size={BATCH}",
+    "hardware.micro_batch_size={32:2,64:1}",
+    f"stage.phases=[{{resolution:32,samples:{LOW * BATCH}}},{{resolution:64,samples:{HIGH * BATCH}}}]",
+    "optimizer.warmup_samples=20",
+    "optimizer.learning_rate_scale=2",
+    "log_every_steps=1",
+    f"checkpoint.every_steps={EVERY}",
+    "checkpoint.keep=2",
+    "watchdog_seconds=120",
+    "data.stream._target_=trouble.DrillStream",
+]
+# Twelve ways to stop, four to a stage; the seed draws their order, their steps and the rank that each befalls.
+WAYS = [
+    ("SIGTERM", "batch"),
+    ("SIGINT", "batch"),
+    ("SIGUSR1", "batch"),
+    ("SIGKILL", "batch"),
+    ("SIGKILL", "batch"),
+    ("SIGTERM", "open 0"),  # while warming up
+    ("SIGUSR1", "open 1"),  # between phases
+    ("SIGINT", "write"),  # while saving
+    ("SIGKILL", "write"),  # in the middle of a file
+    ("SIGKILL", "write"),
+    ("SIGKILL", "publish"),  # between the renames
+    ("SIGTERM", "end of phase"),
+]
+# The first of which every stop comes before the end of its run.
+SEED = 572
+
+
+@dataclass
+class Drill:
+    """What the cases left: folders by name of the run, and the endings of its starts."""
+
+    folder: Path
+    endings: dict[str, list[Ending]] = field(default_factory=dict)
+
+    def final(self, run: str) -> Path:
+        checkpoints = self.folder / run / "checkpoints"
+        return checkpoints / (checkpoints / "latest").read_text().strip()
+
+
+def stops_by_stage(seed: int) -> list[list[tuple[tuple[str, str], dict[str, str | int]]]]:
+    """For every stage four ways to stop, each with the trouble that brings it about.
+
+    How far a killed run had come depends on which of its saves was published, so that only bounds are known.
+    """
+    generator = random.Random(seed)
+    ways = list(WAYS)
+    generator.shuffle(ways)
+    stages = []
+    for number in range(3):
+        # What needs the end of the first phase comes last: after it there is none.
+        own = sorted(ways[number::3], key=lambda way: way[1] in ("open 1", "end of phase"))
+        stops, furthest = [], 0
+        for what, when in own:
+            passing = generator.randrange(3 if when == "batch" else 2)
+            befalls: dict[str, str | int] = {"what": what, "rank": generator.randrange(2)}
+            if when in ("open 1", "end of phase"):
+                assert furthest < LOW
+            if when.startswith("open"):
+                befalls |= {"when": "open", "number": int(when[-1])}
+            elif when == "end of phase":
+                befalls |= {"when": "place", "number": LOW - 1}
+            elif when == "publish":
+                befalls |= {"when": when, "number": passing, "rank": 0}
+            else:
+                befalls |= {"when": when, "number": passing}
+            if when == "batch":
+                furthest += passing
+            elif when in ("write", "publish"):
+                furthest += EVERY * (passing + 1)
+            # A signal is agreed on at the latest after two steps, and a file may be written while others run.
+            furthest = LOW if when in ("open 1", "end of phase") else furthest
+            furthest += 0 if what == "SIGKILL" or when == "open 0" else 2 + (EVERY if when == "write" else 0)
+            assert furthest < STEPS
+            stops.append(((what, when), befalls))
+        stages.append(stops)
+    return stages
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    """All runs, in one start of the interpreter for each rank."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_pairs(folder / "data", count=SAMPLES // 2)
+    drill = Drill(folder)
+    cases: list[Case] = []
+    names: list[str] = []
+
+    def add(run: str, ranks: int, *overrides: str, trouble: dict[str, str | int] | None = None) -> None:
+        own = [f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{run}"]
+        own += [f"+data.stream.diary={folder}/{run}-{names.count(run)}"]
+        names.append(run)
+        cases.append(Case(ranks, [*MINIATURE, *own, *overrides], trouble))
+
+    for stage, stops in zip(STAGES, stops_by_stage(SEED), strict=True):
+        before = STAGES.index(stage)
+        start = "null" if before == 0 else f"{folder}/whole-{STAGES[before - 1]}"
+        settings = [f"stage={stage}", f"stage.init_from={start}"]
+        add(f"whole-{stage}", 2, *settings)
+        for _, befalls in stops:
+            add(f"broken-{stage}", 2, *settings, trouble=befalls)
+        add(f"broken-{stage}", 2, *settings)
+    elastic = [f"stage={STAGES[2]}", "stage.init_from=null", "optimizer.learning_rate_scale=1"]
+    elastic += ["hardware.micro_batch_size={32:1,64:1}"]
+    add("alone", 1, *elastic)
+    for ranks, zero_stage, steps in ((1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 1, 1), (1, 2, 0)):
+        stop = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
+        add("elastic", ranks, *elastic, f"hardware.zero_stage={zero_stage}", trouble=stop)
+    for name, ending in zip(names, run_cases(folder / "cases", cases), strict=True):
+        drill.endings.setdefault(name, []).append(ending)
+    return drill
+
+
+def rows(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds of each layer group, whole."""
+    index = Index.read(checkpoint)
+    kinds = ["master", "exp_avg", "exp_avg_sq", "ema"]
+    with PieceReader(checkpoint, index) as reader:
+        return {
+            f"{layout.group}/{kind}": reader.read(layout.group, kind, 0, layout.numel)
+            for layout in index.groups
+            for kind in kinds
+        }
+
+
+def figures(drill: Drill, run: str) -> list[tuple[int, int, dict[str, float], float]]:
+    records = read_metrics(drill.folder / run)
+    return [(each["step"], each["resolution"], each["loss"], each["gradient_norm"]) for each in records]
+
+
+def diary(drill: Drill, run: str, start: int, ranks: int) -> list[list[dict[str, Any]]]:
+    """Batches that one start of a run delivered, by step and rank."""
+    by_rank = []
+    for rank in range(ranks):
+        path = drill.folder / f"{run}-{start}-{rank}"
+        lines = path.read_text().splitlines() if path.exists() else []
+        by_rank.append([json.loads(line) for line in lines])
+    return [list(batch) for batch in zip(*by_rank, strict=False)]
+
+
+def test_every_way_to_stop_befell_a_run(drill: Drill) -> None:
+    for stage, stops in zip(STAGES, stops_by_stage(SEED), strict=True):
+        *stopped, last = drill.endings[f"broken-{stage}"]
+        for (way, _), ending in zip(stops, stopped, strict=True):
+            assert f"drill: {way[0]}" in "".join(ending.logs), (stage, way, ending)
+            expected = [143, 143] if way[0] != "SIGKILL" else [-9, 1]
+            assert sorted(ending.statuses) == sorted(expected), (stage, way, ending)
+            assert "Traceback" not in "".join(ending.logs)
+        assert last.statuses == [0, 0], last
+        assert drill.endings[f"whole-{stage}"][0].statuses == [0, 0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_run_ends_as_the_whole_one_to_the_last_bit(drill: Drill, stage: str) -> None:
+    whole, broken = drill.final(f"whole-{stage}"), drill.final(f"broken-{stage}")
+    assert whole.name == broken.name == f"step-{STEPS:09d}"
+    assert figures(drill, f"broken-{stage}") == figures(drill, f"whole-{stage}")
+    assert [step for step, *_ in figures(drill, f"whole-{stage}")] == list(range(1, STEPS + 1))
+    for rank in range(2):
+        name = f"rank-{rank:05d}-of-00002.safetensors"
+        expected, found = load_file(whole / name), load_file(broken / name)
+        assert expected.keys() == found.keys()
+        assert {key.rpartition("/")[2] for key in found} == {"master", "exp_avg", "exp_avg_sq", "ema"}
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    one, other = Index.read(whole), Index.read(broken)
+    assert (one.optimizer_steps, one.ema_updates, one.trainer["state"]) == (
+        other.optimizer_steps,
+        other.ema_updates,
+        other.trainer["state"],
+    )
+
+
+def test_stages_follow_one_another(drill: Drill) -> None:
+    """The comparison above would hold for stages that all start from nothing, or that change nothing."""
+    before, after = rows(drill.final(f"whole-{STAGES[0]}")), rows(drill.final(f"whole-{STAGES[1]}"))
+    assert not torch.equal(before["global/master"], after["global/master"])
+    assert after.keys() > before.keys()
+    log = drill.endings[f"whole-{STAGES[1]}"][0].logs[0]
+    assert re.search(rf"starts from .*whole-{STAGES[0]}/checkpoints/step-{STEPS:09d}", log)
+
+
+def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill) -> None:
+    *stopped, last = drill.endings["elastic"]
+    assert [ending.statuses for ending in stopped] == [[143] * ranks for ranks in (1, 2, 4, 2)]
+    assert last.statuses == [0]
+    alone, elastic = figures(drill, "alone"), figures(drill, "elastic")
+    assert [each[0] for each in elastic] == list(range(1, STEPS + 1))
+    for expected, found in zip(alone, elastic, strict=True):
+        assert found[1] == expected[1]
+        assert found[2] == pytest.approx(expected[2], rel=1e-4)
+    one, other = rows(drill.final("alone")), rows(drill.final("elastic"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        error = (other[name] - tensor).norm() / tensor.norm()
+        assert error < 1e-3, (name, error)
+
+
+def test_every_sample_is_trained_on_once_an_epoch_across_a_change_of_ranks(drill: Drill) -> None:
+    trained: dict[int, list[dict[str, Any]]] = {}
+    for start, ranks in enumerate((1, 2, 4, 2, 1)):
+        for batch in diary(drill, "elastic", start, ranks):
+            positions = [position for part in batch for position in part["positions"]]
+            seen = [row for part in batch for row in part["rows"]]
+            trained.setdefault(batch[0]["seed"], []).append({"positions": positions, "rows": seen})
+    assert [len(batches) for batches in trained.values()] == [LOW, HIGH]
+    for batches in trained.values():
+        assert [position for batch in batches for position in batch["positions"]] == list(range(len(batches) * BATCH))
+        seen = [row for batch in batches for row in batch["rows"]]
+        for epoch in range(0, len(seen), SAMPLES):
+            counts = Counter(seen[epoch : epoch + SAMPLES])
+            assert set(counts.values()) == {1}
+    assert len({row for batch in trained[0] for row in batch["rows"]}) == SAMPLES
