@@ -83,7 +83,10 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
             ["stage.global_batch_size=33", "hardware.micro_batch_size.32=32", "multiple of 32"],
         ),
         ("stage.phases=[{resolution:40,samples:640}]", ["stage.phases.0.resolution=40", "multiple of 16", "try 48"]),
-        ("stage.phases=[{resolution:48,samples:640}]", ["hardware.micro_batch_size", "resolution 48"]),
+        (
+            "stage.phases=[{resolution:48,samples:640}]",
+            ["hardware.micro_batch_size", "+hardware.micro_batch_size={48: N}"],
+        ),
         ("stage.phases=[{resolution:32,samples:5}]", ["stage.phases.0.samples=5", "one batch"]),
         ("stage.gradient_scales.data.image=0", ["stage.gradient_scales.data.image=0", "positive"]),
         ("stage.gradient_scale_mode=both", ["stage.gradient_scale_mode=both", "learning_rate, gradient"]),

@@ -83,7 +83,7 @@ def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
     if resolution not in sizes:
         raise ConfigError(
             f"hardware.micro_batch_size: no entry for resolution {resolution}, only {sorted(sizes)}; "
-            f"add +hardware.micro_batch_size.{resolution}=N"
+            f"add '+hardware.micro_batch_size={{{resolution}: N}}'"
         )
     micro = sizes[resolution]
     if micro < 1 or batch % (world_size * micro):
