@@ -67,6 +67,11 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
     def settle(self) -> None:
         """Return when nothing is being written."""
         self._wait(None)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,8 @@ from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensor
 FORMAT = 1
 INDEX_FILE = "checkpoint.json"
 PASSENGERS_FILE = "passengers.safetensors"
-# Bytes that are hashed and written at a time: long enough to cost nothing, short enough to stay in the CPU's cache.
-BLOCK_BYTES = 1 << 20
+# Bytes that are written at a time: an error of the disk is noticed soon.
+BLOCK_BYTES = 1 << 24
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -247,19 +248,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    digest, size = hashlib.sha256(head), len(head)
-    with path.open("wb") as file:
+    digest = hashlib.sha256(head)
+    # Hashing takes as long as a fast disk does, so that the two run side by side.
+    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
         file.write(head)
         for _, tensor in ordered:
             content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashing.submit(digest.update, content)
             for begin in range(0, len(content), BLOCK_BYTES):
-                block = content[begin : begin + BLOCK_BYTES]
-                digest.update(block)
-                file.write(block)
-            size += len(content)
+                file.write(content[begin : begin + BLOCK_BYTES])
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(size, digest.hexdigest())
+    return FileRecord(len(head) + end, digest.hexdigest())
 
 
 def shard_name(rank: int, world_size: int) -> str:
