@@ -41,11 +41,9 @@ def record(folder: Path, *overrides: str) -> dict[str, Curves]:
 
     manifest = write_pairs(folder / "data")
     curves: dict[str, Curves] = {}
-    origin = "null"
     for stage in STAGES:
-        places = [f"stage={stage}", f"data.manifest={manifest}", f"runs_dir={folder}/runs", f"stage.init_from={origin}"]
+        places = [f"stage={stage}", f"data.manifest={manifest}", f"runs_dir={folder}/runs"]
         status = main([*SETTINGS, *places, *overrides])
-        origin = str(folder / "runs" / stage)
         if status != 0:
             raise RuntimeError(f"{stage} ended with {status}")
         records = [record["loss"] for record in read_metrics(folder / "runs" / stage)]

@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 
 from vdtrain.config import PhaseConfig, TrainConfig
+from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.training.engine_settings import BUCKET_ELEMENTS
 from vdtrain.training.outline import MicroBatchMemory, Outline
 from vdtrain.training.partitions import GroupLayout
-from vdtrain.validation import micro_batches, phase_steps
+from vdtrain.validation import micro_batches, phase_steps, stage_flows
 
 GB = 10**9
 FLOAT32 = 4
@@ -118,7 +119,9 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
         ConfigError: a part that cannot be built, or a batch that does not divide.
     """
     outline = Outline(config)
-    layouts = [GroupLayout.of(*item) for item in parameters_by_group(outline.diffuser).items()]
+    groups = parameters_by_group(outline.diffuser)
+    # In the engine's order.
+    layouts = [GroupLayout.of(group, groups[group]) for group in active_groups(stage_flows(config))]
     standing = standing_memory(config, layouts, gpus, tensor_bytes(outline.frozen))
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
     phases = [_plan_phase(config, phase, outline, standing.total, layouts, gpus) for phase in config.stage.phases]
