@@ -2,7 +2,7 @@
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test lint frozen help
+.PHONY: demo test lint golden frozen help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -18,6 +18,9 @@ lint: .venv/.complete  ## style, types, shell scripts
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 	@bash -n examples/*.sh
+
+golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/README.md)
+	@$(RUN) python -m tests.golden_losses.record
 
 frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/assets/tiny)
 	@$(RUN) python -m data_pipeline.frozen_parts

@@ -233,4 +233,4 @@ def _check_files(setting: str, arguments: Mapping[str, Any]) -> None:
 def raise_unless_found(setting: str, value: str) -> None:
     """Refuse a path that does not exist."""
     if not Path(value).exists():
-        raise ConfigError(f"{setting}={value}: no such file; put it there or give another path")
+        raise ConfigError(f"{setting}={value}: no such file; `vdtrain weights import` makes it, or give another path")

@@ -12,6 +12,7 @@ from vdtrain.config import TrainConfig
 from vdtrain.flows import active_groups
 from vdtrain.models.attention import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group
+from vdtrain.models.recompute import recompute_activations
 from vdtrain.training.checkpoints import weight_names
 from vdtrain.training.curriculum import Start, initial_weights
 from vdtrain.training.engine_settings import EngineSettings
@@ -31,6 +32,7 @@ def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
     diffuser = Diffuser(config.model, {*active_groups(stage_flows(config)), *carried}, seed=config.seed)
     load_weights(diffuser, weights)
     use_kernel(diffuser, config.hardware.attention)
+    recompute_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
 
 
