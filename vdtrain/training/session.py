@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
 from vdtrain.validation import phase_steps
 
 FAILED, STOPPED = 1, 128 + signal.SIGTERM
+SHARED_ERRORS = (CheckpointError, distributed.SharedError)
 # Exchanges between processes time out after the watchdog: it is to speak first, for it knows where each stands.
 TIMEOUT_OVER_WATCHDOG = 2.0
 
@@ -31,8 +34,9 @@ def run(config: TrainConfig, document: DictConfig, rank: int) -> int:
     """Train a stage whose configuration has been checked.
 
     Returns:
-        Exit status: 0 if the stage is complete, 128 + SIGTERM if it was stopped before, 1 after an error that is said
-        in one line (its traceback is in the process's record); a process that stands still ends with the watchdog's.
+        Exit status: 0 if the stage is complete, 128 + SIGTERM if it was stopped before, 1 after an error. A known one
+        is said in a line, and its traceback is in the process's record. One of several processes ends here and now
+        after an error, and with the watchdog's status where it stands still.
 
     Raises:
         ConfigError: on every process alike.
@@ -41,16 +45,25 @@ def run(config: TrainConfig, document: DictConfig, rank: int) -> int:
     stop, watchdog = StopSignal(), Watchdog(config.watchdog_seconds, dumps, rank)
     try:
         record_collectives(dumps)
-        return STOPPED if not _train(config, document, stop, watchdog) else 0
+        return 0 if _train(config, document, stop, watchdog) else STOPPED
     except ConfigError:
         raise
     except Exception as error:
         watchdog.record(f"process {rank} ended by an error", error)
         line = _line(error, rank)
         if line is None:
-            raise
-        if line:
+            traceback.print_exception(error)
+        elif line:
             print(f"error: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, SHARED_ERRORS):
+            # All come here; one that went ahead could look to the others as if it had been lost.
+            with contextlib.suppress(RuntimeError):
+                distributed.barrier()
+        if distributed.world_size() > 1:
+            # To leave the process group in order, it would wait for the others, and they wait for this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
         return FAILED
     finally:
         distributed.finish()
@@ -104,7 +117,7 @@ def _prepare_folder(config: TrainConfig, document: DictConfig) -> str | None:
 def _line(error: Exception, rank: int) -> str | None:
     """What this process says of an error: nothing where another one says the same; None if it is no known one."""
     text = " ".join(str(error).split())
-    if isinstance(error, CheckpointError | distributed.SharedError):
+    if isinstance(error, SHARED_ERRORS):
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):
         return f"process {rank}: {text}"
