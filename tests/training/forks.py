@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TIMEOUT_SECONDS = 420.0
+TIMEOUT_SECONDS = 900.0
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ WAYS = [
 ]
 # The first of which every stop comes before the end of its run.
 SEED = 572
+# A run on changing ranks: ranks, ZeRO stage, and the batch at which it is stopped; 0 goes on to the end.
+ELASTIC = ((1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 1, 1), (1, 2, 0))
 
 
 @dataclass
@@ -138,12 +140,13 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
         for _, befalls in stops:
             add(f"broken-{stage}", 2, *settings, trouble=befalls)
         add(f"broken-{stage}", 2, *settings)
-    elastic = [f"stage={STAGES[2]}", "stage.init_from=null", "optimizer.learning_rate_scale=1"]
-    elastic += ["hardware.micro_batch_size={32:1,64:1}"]
-    add("alone", 1, *elastic)
-    for ranks, zero_stage, steps in ((1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 1, 1), (1, 2, 0)):
-        stop = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
-        add("elastic", ranks, *elastic, f"hardware.zero_stage={zero_stage}", trouble=stop)
+    for stage in STAGES:
+        elastic = [f"stage={stage}", "stage.init_from=null", "optimizer.learning_rate_scale=1"]
+        elastic += ["hardware.micro_batch_size={32:1,64:1}"]
+        add(f"alone-{stage}", 1, *elastic)
+        for ranks, zero_stage, steps in ELASTIC:
+            stop = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
+            add(f"elastic-{stage}", ranks, *elastic, f"hardware.zero_stage={zero_stage}", trouble=stop)
     for name, ending in zip(names, run_cases(folder / "cases", cases), strict=True):
         drill.endings.setdefault(name, []).append(ending)
     return drill
@@ -217,26 +220,28 @@ def test_stages_follow_one_another(drill: Drill) -> None:
     assert re.search(rf"starts from .*whole-{STAGES[0]}/checkpoints/step-{STEPS:09d}", log)
 
 
-def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill) -> None:
-    *stopped, last = drill.endings["elastic"]
-    assert [ending.statuses for ending in stopped] == [[143] * ranks for ranks in (1, 2, 4, 2)]
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill, stage: str) -> None:
+    *stopped, last = drill.endings[f"elastic-{stage}"]
+    assert [ending.statuses for ending in stopped] == [[143] * ranks for ranks, _, _ in ELASTIC[:-1]]
     assert last.statuses == [0]
-    alone, elastic = figures(drill, "alone"), figures(drill, "elastic")
+    alone, elastic = figures(drill, f"alone-{stage}"), figures(drill, f"elastic-{stage}")
     assert [each[0] for each in elastic] == list(range(1, STEPS + 1))
     for expected, found in zip(alone, elastic, strict=True):
         assert found[1] == expected[1]
         assert found[2] == pytest.approx(expected[2], rel=1e-4)
-    one, other = rows(drill.final("alone")), rows(drill.final("elastic"))
+    one, other = rows(drill.final(f"alone-{stage}")), rows(drill.final(f"elastic-{stage}"))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         error = (other[name] - tensor).norm() / tensor.norm()
         assert error < 1e-3, (name, error)
 
 
-def test_every_sample_is_trained_on_once_an_epoch_across_a_change_of_ranks(drill: Drill) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_sample_is_trained_on_once_an_epoch_across_a_change_of_ranks(drill: Drill, stage: str) -> None:
     trained: dict[int, list[dict[str, Any]]] = {}
-    for start, ranks in enumerate((1, 2, 4, 2, 1)):
-        for batch in diary(drill, "elastic", start, ranks):
+    for start, (ranks, _, _) in enumerate(ELASTIC):
+        for batch in diary(drill, f"elastic-{stage}", start, ranks):
             positions = [position for part in batch for position in part["positions"]]
             seen = [row for part in batch for row in part["rows"]]
             trained.setdefault(batch[0]["seed"], []).append({"positions": positions, "rows": seen})
