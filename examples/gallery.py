@@ -46,10 +46,10 @@ STRIPS: dict[str, list[tuple[str, str]]] = {
     ],
     "edit": [
         ("given", STAR),
-        ("− a star + a circle", "edit/0/0000.png"),
-        ("− blue + green", "edit/1/0000.png"),
+        ("less a star,\nplus a circle", "edit/0/0000.png"),
+        ("less blue,\nplus green", "edit/1/0000.png"),
         ("given", CIRCLE),
-        ("− a circle + a triangle", "edit/2/0000.png"),
+        ("less a circle,\nplus a triangle", "edit/2/0000.png"),
     ],
 }
 
