@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +171,18 @@ def test_a_record_that_cannot_be_written_goes_to_standard_error(
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     Watchdog(None, tmp_path / "dumps", rank=0).record("why")
     assert "why" in capfd.readouterr().err
+
+
+def test_a_hang_with_pythons_lock_right_at_the_start_ends_too(tmp_path: Path) -> None:
+    """Before the watching thread had its first turn."""
+    program = (
+        "import ctypes, pathlib, sys\n"
+        "from vdtrain.training.watchdog import Watchdog\n"
+        "Watchdog(2.0, pathlib.Path(sys.argv[1]), rank=0)\n"
+        "ctypes.PyDLL(None).sleep(3600)\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ending.returncode != 0
+    assert "Timeout" in ending.stderr

@@ -48,6 +48,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if seconds is not None:
+            # Before the thread's first turn already: a start with warm caches is at its first step by then.
+            _arm(seconds)
             self._thread = threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True)
             self._thread.start()
 
@@ -79,9 +81,7 @@ class Watchdog:
     def _watch(self, seconds: float) -> None:
         pause = min(1.0, seconds / 10)
         while not self._closed.wait(pause):
-            # This thread needs Python's lock. Where the main thread hangs and holds it, one without takes over.
-            with contextlib.suppress(OSError):
-                faulthandler.dump_traceback_later((1 + 2 * GRACE) * seconds, exit=True, file=2)
+            _arm(seconds)
             still = time.monotonic() - self._beat
             if still > seconds:
                 self._end(still)
@@ -108,6 +108,15 @@ class Watchdog:
         file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.write("\n")
+
+
+def _arm(seconds: float) -> None:
+    """Set the watchdog's own watchdog anew.
+
+    The watching thread needs Python's lock. Where the main thread hangs and holds it, one without it takes over.
+    """
+    with contextlib.suppress(OSError):
+        faulthandler.dump_traceback_later((1 + 2 * GRACE) * seconds, exit=True, file=2)
 
 
 def record_collectives(folder: Path) -> None:
