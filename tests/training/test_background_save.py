@@ -58,6 +58,8 @@ def go_on_while_writing(folder: Path, run: Run) -> dict[str, Any]:
         saver.begin(run.engine, run.ema, {"step": step}, step)
         run.train(step, 2)
         found[f"published early {step}"] = (folder / f"step-{step:09d}").exists()
+        # Both have looked before the slow disk is released.
+        distributed.barrier()
         disk.restore()
         saver.settle()
         distributed.barrier()
