@@ -12,7 +12,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError, run_verb
-from vdtrain.config import DataConfig, DataPipelineConfig, ShapesConfig
+from vdtrain.config import DataPipelineConfig
+from vdtrain.data_config import DataConfig, ShapesConfig
 
 USAGE = """\
 Usage: python -m data_pipeline VERB [data=NAME] [SETTING=VALUE ...]

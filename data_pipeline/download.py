@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from data_pipeline.sources import Columns, metadata_files, resolve_columns
 from data_pipeline.url_list import write_url_list
-from vdtrain.config import DownloadConfig, SourceConfig
+from vdtrain.data_config import DownloadConfig, SourceConfig
 
 OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml")
 # Reads from a pipe that only the parent holds open: when the parent is gone, however it went, the group is killed.

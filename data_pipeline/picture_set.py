@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_pipeline.progress import track
 from data_pipeline.shapes import caption, draw, sample_scene
-from vdtrain.config import ShapesConfig
+from vdtrain.data_config import ShapesConfig
 
 HOST = "127.0.0.1"
 COMPLETE_FILE = "complete.json"

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.sources import Columns
+from data_pipeline.url_policy import url_problem
 from vdtrain.compose import ConfigError
-from vdtrain.config import DownloadConfig
+from vdtrain.data_config import DownloadConfig
 
-LOCAL_NAMES = ("localhost", "localhost.localdomain")
 # What decides which picture stands in which shard, and how it is stored.
 PLAN_SETTINGS = (
     "samples_per_shard",
@@ -27,29 +25,8 @@ PLAN_SETTINGS = (
     "encode_quality",
     "min_image_size",
     "max_aspect_ratio",
-    "allow_loopback",
 )
 FOOTER_BYTES = 65_536
-
-
-def url_problem(url: str | None, allow_loopback: bool) -> str | None:
-    """Why a URL must not be fetched, or None: only http and https, and no address inside one's own network."""
-    try:
-        parts = urlsplit(url or "")
-        host = parts.hostname
-    except ValueError:
-        return "malformed URL"
-    if parts.scheme not in ("http", "https") or not host:
-        return "not http or https"
-    if host in LOCAL_NAMES:
-        return None if allow_loopback else "loopback host"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    if address.is_loopback:
-        return None if allow_loopback else "loopback host"
-    return None if address.is_global else "private address"
 
 
 def write_url_list(folder: Path, files: Sequence[Path], columns: Columns, config: DownloadConfig, begun: bool) -> int:

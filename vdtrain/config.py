@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from vdtrain.data_config import DataConfig
+
 
 @dataclass
 class PhaseConfig:
@@ -79,56 +81,6 @@ class ModelConfig:
     diffuser: DiffuserConfig = MISSING
     modalities: dict[str, ModalityConfig] = MISSING
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-
-@dataclass
-class SourceConfig:
-    """One published metadata set and the tar shards made of it."""
-
-    schema: str = MISSING  # laion2b_en or coyo700m
-    metadata: str = MISSING
-    shards: str = MISSING
-
-
-@dataclass
-class DownloadConfig:
-    """Arguments of img2dataset and the limits that it is kept within."""
-
-    distributor: str = MISSING
-    processes: int = MISSING
-    threads: int = MISSING
-    samples_per_shard: int = MISSING
-    image_size: int = MISSING  # shortest side in pixels
-    encode_quality: int = MISSING
-    min_image_size: int = MISSING
-    max_aspect_ratio: float = MISSING
-    max_image_pixels: int = MISSING
-    timeout: int = MISSING  # seconds per picture
-    retries: int = MISSING
-    allow_loopback: bool = MISSING
-
-
-@dataclass
-class ShapesConfig:
-    """The drawn picture set of the demo."""
-
-    folder: str = MISSING
-    pictures: int = MISSING
-    pixels: int = MISSING
-    seed: int = MISSING
-    port: int = MISSING
-
-
-@dataclass
-class DataConfig:
-    name: str = MISSING
-    root: str = MISSING
-    sources: dict[str, SourceConfig] = MISSING
-    manifest: str = MISSING
-    # What yields the batches (vdtrain.data.stream.BatchStream), a `_target_` with its arguments.
-    stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
-    download: DownloadConfig = MISSING
-    shapes: ShapesConfig | None = None
 
 
 @dataclass

@@ -30,7 +30,7 @@ from data_pipeline.shapes_detector import caption_attributes, detect
 from data_pipeline.sources import Columns, resolve_columns
 from data_pipeline.url_list import url_problem, write_url_list
 from vdtrain.compose import ConfigError
-from vdtrain.config import DownloadConfig, ShapesConfig, SourceConfig
+from vdtrain.data_config import DownloadConfig, ShapesConfig, SourceConfig
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream
 

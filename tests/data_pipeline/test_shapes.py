@@ -25,7 +25,7 @@ from data_pipeline.shapes import (
     vocabulary,
 )
 from data_pipeline.shapes_detector import caption_attributes, detect
-from vdtrain.config import ShapesConfig
+from vdtrain.data_config import ShapesConfig
 
 
 def test_held_out_pairs_are_never_drawn_for_training() -> None:
