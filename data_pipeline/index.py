@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -17,12 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipeline.progress import track
-from vdtrain.data.manifest import SAMPLE_SCHEMA, SAMPLES_FILE, SHARD_SCHEMA, SHARDS_FILE, write_manifest
+from vdtrain.data.manifest import SamplesWriter, read_shard_rows, write_shard_rows
 
 BLOCK = 512
 MEMBERS = ("jpg", "txt", "json")
@@ -49,44 +48,47 @@ def index(sources: Mapping[str, Path], manifest: Path) -> None:
     Raises:
         ShardError: no source has a shard, or a finished shard (one with its statistics) is not whole.
     """
-    known = _known(manifest)
-    found = [(source, path) for source, folder in sources.items() for path in sorted(folder.glob("*.tar"))]
+    known = {(row["path"], row["bytes"], row["modified_ns"]): row for row in read_shard_rows(manifest)}
+    found = [(source, path) for source, folder in sources.items() for path in sorted(folder.rglob("*.tar"))]
     if not found:
         raise ShardError(f"data.sources: no .tar in {', '.join(map(str, sources.values()))}; run the download first")
-    samples: list[pa.Table] = []
     shards: list[dict[str, Any]] = []
+    writer: SamplesWriter | None = None
     for source, path in track(found, "index"):
         if not path.with_name(path.stem + "_stats.json").exists():
             logger.warning("%s is passed over: its download has not finished", path)
             continue
         status = path.stat()
         relative = os.path.relpath(path, manifest)
-        earlier = known.get((relative, status.st_size, status.st_mtime_ns))
-        number = len(shards)
-        if earlier is not None:
-            shard, rows = earlier
-            own = rows.set_column(1, SAMPLE_SCHEMA.field(1), pa.array([number] * len(rows), pa.int32()))
-        else:
+        shard = known.get((relative, status.st_size, status.st_mtime_ns))
+        if shard is None:
             reading = read_shard(path, source)
-            shard = {
+            writer = writer or SamplesWriter(manifest, _unused_name(manifest))
+            described = {
                 "path": relative,
                 "source": source,
                 "bytes": status.st_size,
                 "modified_ns": status.st_mtime_ns,
                 "sha256": reading.sha256,
-                "samples": len(reading.samples),
                 "broken": json.dumps(reading.broken),
             }
-            own = pa.Table.from_pylist([{**row, "shard": number} for row in reading.samples], schema=SAMPLE_SCHEMA)
+            shard = writer.add(described, reading.samples)
         shards.append(shard)
-        samples.append(own)
-    table = pa.concat_tables(samples) if samples else pa.Table.from_pylist([], schema=SAMPLE_SCHEMA)
-    write_manifest(manifest, table, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
+    if writer is not None:
+        writer.close()
+    write_shard_rows(manifest, shards)
     broken: Counter[str] = Counter()
     for shard in shards:
         broken.update(json.loads(shard["broken"]))
     left_out = ", ".join(f"{count} {reason}" for reason, count in broken.items()) or "none"
-    print(f"{manifest}: {len(table):,} samples in {len(shards):,} shards; left out: {left_out}")
+    total = sum(shard["samples"] for shard in shards)
+    print(f"{manifest}: {total:,} samples in {len(shards):,} shards; left out: {left_out}")
+
+
+def _unused_name(manifest: Path) -> str:
+    """The first name that no file of samples in the manifest's folder has."""
+    numbers = (f"samples-{number:05d}.parquet" for number in itertools.count())
+    return next(name for name in numbers if not (manifest / name).exists())
 
 
 def read_shard(path: Path, source: str) -> Reading:
@@ -113,8 +115,8 @@ def read_shard(path: Path, source: str) -> Reading:
     # A tar that was cut at a member's boundary reads without an error: only its ending tells.
     if data[end : end + 2 * BLOCK] != bytes(2 * BLOCK):
         raise ShardError(f"{path}: cut short; remove it and its _stats.json, and download again")
-    for members in groups.values():
-        row = _sample(data, members, source)
+    for key, members in groups.items():
+        row = _sample(data, key, members, source)
         if isinstance(row, str):
             reading.broken[row] += 1
         else:
@@ -122,7 +124,7 @@ def read_shard(path: Path, source: str) -> Reading:
     return reading
 
 
-def _sample(data: bytes, members: Mapping[str, tarfile.TarInfo], source: str) -> dict[str, Any] | str:
+def _sample(data: bytes, key: str, members: Mapping[str, tarfile.TarInfo], source: str) -> dict[str, Any] | str:
     """The manifest row of a sample, or the reason why it is left out."""
     if any(suffix not in members for suffix in MEMBERS):
         return "incomplete sample"
@@ -143,12 +145,19 @@ def _sample(data: bytes, members: Mapping[str, tarfile.TarInfo], source: str) ->
     identity = "\n".join((source, str(described.get("url")), caption))
     return {
         "uid": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        "key": key,
         "offset": members["jpg"].offset_data,
         "size": members["jpg"].size,
         "width": width,
         "height": height,
         "caption": caption,
+        "caption_hash": caption_hash(caption),
     }
+
+
+def caption_hash(caption: str) -> int:
+    """64-bit hash of a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
 def _mapping(text: str | bytes) -> dict[str, Any]:
@@ -156,15 +165,3 @@ def _mapping(text: str | bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TypeError(f"{type(found).__name__} in place of an object")
     return found
-
-
-def _known(manifest: Path) -> dict[tuple[str, int, int], tuple[dict[str, Any], pa.Table]]:
-    """Shards of the present manifest with their samples, by path, size and time of change."""
-    if not (manifest / SHARDS_FILE).exists():
-        return {}
-    samples = pq.read_table(manifest / SAMPLES_FILE, schema=SAMPLE_SCHEMA)
-    known, start = {}, 0
-    for shard in pq.read_table(manifest / SHARDS_FILE, schema=SHARD_SCHEMA).to_pylist():
-        known[shard["path"], shard["bytes"], shard["modified_ns"]] = (shard, samples.slice(start, shard["samples"]))
-        start += shard["samples"]
-    return known

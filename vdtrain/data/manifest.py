@@ -1,93 +1,251 @@
-"""The manifest: what lies where in the tar shards, one row per sample and one per shard.
+"""The manifest: what lies where in the tar shards, one row per shard and one per sample.
 
-A manifest is a folder with `samples.parquet` and `shards.parquet`. It is replaced as a whole, never changed in place,
-and shard paths are relative to it, so that shards and manifest can move together.
+A manifest is a folder with `shards.parquet`, one row per shard, and files `samples-*.parquet`, in which every shard has
+a row group of its own: a reader holds the shards' rows and fetches the samples of a few shards at a time. Files of
+samples are only ever added; a manifest changes when `shards.parquet`, which names them, is replaced by one rename.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-SAMPLES_FILE, SHARDS_FILE = "samples.parquet", "shards.parquet"
+from vdtrain.files import sync
+
+SHARDS_FILE = "shards.parquet"
+SAMPLES_FILES = "samples-*.parquet"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
         pa.field("uid", pa.string()),  # 128-bit hash of source, URL and caption, hexadecimal
-        pa.field("shard", pa.int32()),  # row in shards.parquet
+        pa.field("shard", pa.string()),  # as in shards.parquet
+        pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image file's bytes in the tar
         pa.field("size", pa.int32()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
+        pa.field("caption_hash", pa.uint64()),  # 64-bit hash of the caption
     ]
 )
 SHARD_SCHEMA: pa.Schema = pa.schema(
     [
-        pa.field("path", pa.string()),
+        pa.field("path", pa.string()),  # relative to the manifest's folder
         pa.field("source", pa.string()),
         pa.field("bytes", pa.int64()),
         pa.field("modified_ns", pa.int64()),
         pa.field("sha256", pa.string()),
         pa.field("samples", pa.int32()),
+        # How many samples have which shortest side: those large enough for a phase are counted without reading them.
+        pa.field("sides", pa.list_(pa.int32())),
+        pa.field("side_counts", pa.list_(pa.int32())),
         pa.field("broken", pa.string()),  # JSON: reason -> members left out
+        pa.field("samples_file", pa.string()),
+        pa.field("row_group", pa.int32()),
     ]
 )
+SHARD_COLUMNS = ["path", "source", "bytes", "samples", "sides", "side_counts", "sha256", "samples_file", "row_group"]
 
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; the message is one line."""
 
 
-class Manifest:
-    """A manifest in memory: arrays over samples, in the order of the shards.
+@dataclass(frozen=True)
+class ShardRows:
+    """What a reader needs of one shard's n samples, in their order in the tar.
 
     Attributes:
-        shards: paths of the tar files.
-        shard: int32 [N] index into `shards`.
-        offset, size: int64 [N] place of the image bytes.
-        shortest_side: int32 [N] in pixels.
-        captions: pyarrow strings [N].
+        offset, size: int64 [n] place of the image bytes.
+        side: int32 [n] shortest side in pixels.
+        captions: pyarrow strings [n].
     """
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            samples = pq.read_table(folder / SAMPLES_FILE, schema=SAMPLE_SCHEMA)
-            shards = pq.read_table(folder / SHARDS_FILE, schema=SHARD_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
-            raise ManifestError(
-                f"data.manifest={folder}: cannot be read ({error}); run python -m data_pipeline index"
-            ) from error
-        self.shards = [folder / str(path) for path in shards["path"].to_pylist() if path]
-        self.shard: NDArray[np.int32] = samples["shard"].to_numpy()
-        self.offset: NDArray[np.int64] = samples["offset"].to_numpy()
-        self.size: NDArray[np.int64] = samples["size"].to_numpy().astype(np.int64)
-        self.shortest_side: NDArray[np.int32] = np.minimum(samples["width"].to_numpy(), samples["height"].to_numpy())
-        self.captions = samples["caption"].combine_chunks()
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    side: NDArray[np.int32]
+    captions: pa.Array
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return len(self.offset)
 
 
-def write_manifest(folder: Path, samples: pa.Table, shards: pa.Table) -> None:
-    """Replace the manifest at `folder`, which is whole before and after."""
-    draft = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for table, name in ((samples, SAMPLES_FILE), (shards, SHARDS_FILE)):
-        with (draft / name).open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    draft.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+class Manifest:
+    """A manifest's shards in memory; their samples are read when they are asked for. Safe to use from several threads.
+
+    Args:
+        folder: written by `python -m data_pipeline index`.
+        root: folder or address (http, https, s3, gs, ...) that the shards' paths are relative to; the manifest's own
+            folder by default.
+
+    Attributes:
+        paths: of the shards, as they stand in the manifest.
+        shards: their places, under `root`: paths or addresses.
+        sources: int32 [S] number of each shard's source, in `source_names`.
+        bytes, samples: int64 [S] size of each tar, number of its samples.
+
+    Raises:
+        ManifestError: it is missing, damaged, or of an earlier layout.
+    """
+
+    def __init__(self, folder: Path, root: str | None = None) -> None:
+        self.folder = folder
+        table = self._read_shards()
+        self.paths: list[str] = table["path"].to_pylist()
+        self.shards = [_join(str(folder) if root is None else root, path) for path in self.paths]
+        encoded = table["source"].combine_chunks().dictionary_encode()
+        self.source_names: list[str] = encoded.dictionary.to_pylist()
+        self.sources: NDArray[np.int32] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+        self.bytes: NDArray[np.int64] = table["bytes"].to_numpy()
+        self.samples: NDArray[np.int64] = table["samples"].to_numpy().astype(np.int64)
+        self.hashes: list[str] = table["sha256"].to_pylist()
+        self._files: list[str] = table["samples_file"].to_pylist()
+        self._row_groups: NDArray[np.int32] = table["row_group"].to_numpy()
+        self._sides, self._side_counts = table["sides"].combine_chunks(), table["side_counts"].combine_chunks()
+        self._footers: dict[str, pq.FileMetaData] = {}
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return int(self.samples.sum())
+
+    def counts(self, min_side: int) -> NDArray[np.int64]:
+        """int64 [S]: how many samples of each shard have a shortest side of `min_side` pixels or more."""
+        lengths = np.diff(self._sides.offsets.to_numpy())
+        owners = np.repeat(np.arange(len(self.paths)), lengths)
+        enough = self._sides.flatten().to_numpy() >= min_side
+        weights = self._side_counts.flatten().to_numpy() * enough
+        return np.bincount(owners, weights, minlength=len(self.paths)).astype(np.int64)
+
+    def rows(self, shard: int) -> ShardRows:
+        """The samples of a shard.
+
+        Raises:
+            ManifestError: its file of samples is missing or damaged.
+        """
+        table = self._row_group(shard, ["offset", "size", "width", "height", "caption"])
+        return ShardRows(
+            table["offset"].to_numpy(),
+            table["size"].to_numpy().astype(np.int64),
+            np.minimum(table["width"].to_numpy(), table["height"].to_numpy()),
+            table["caption"].combine_chunks(),
+        )
+
+    def table(self) -> pa.Table:
+        """All samples with all columns, shard by shard: for sets that fit in memory."""
+        tables = [self._row_group(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
+        return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])
+
+    def _row_group(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        name, group = self._files[shard], int(self._row_groups[shard])
+        try:
+            with self._lock:
+                if name not in self._footers:
+                    self._footers[name] = pq.read_metadata(self.folder / name)
+                footer = self._footers[name]
+            with pq.ParquetFile(self.folder / name, metadata=footer) as file:
+                table: pa.Table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise ManifestError(
+                f"data.manifest={self.folder}: {name} cannot be read ({error}); run python -m data_pipeline index"
+            ) from error
+        return table
+
+    def _read_shards(self) -> pa.Table:
+        path = self.folder / SHARDS_FILE
+        try:
+            return pq.read_table(path, columns=SHARD_COLUMNS)
+        except (OSError, pa.ArrowException) as error:
+            reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise ManifestError(f"data.manifest={self.folder}: {SHARDS_FILE} {reason}; {REMEDY}") from error
+
+
+REMEDY = "make it with python -m data_pipeline index, or make it anew from an empty folder"
+
+
+class SamplesWriter:
+    """Adds a file of samples to a manifest, a row group per shard; `close` makes it whole under its name.
+
+    Args:
+        folder: of the manifest.
+        name: of the file, one that the folder does not have.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.shards = folder / name, 0
+        self._draft = folder / f"{name}.incomplete"
+        self._writer = pq.ParquetWriter(self._draft, SAMPLE_SCHEMA, compression="zstd")
+
+    def add(self, shard: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Write the samples of a shard (columns of SAMPLE_SCHEMA but `shard`); returns the shard's row, completed."""
+        table = pa.Table.from_pylist([{**row, "shard": shard["path"]} for row in samples], SAMPLE_SCHEMA)
+        self._writer.write_table(table, row_group_size=max(1, len(samples)))
+        shortest = [min(row["width"], row["height"]) for row in samples]
+        sides, counts = np.unique(np.asarray(shortest, np.int32), return_counts=True)
+        group, self.shards = self.shards, self.shards + 1
+        return {
+            **shard,
+            "samples": len(samples),
+            "sides": sides.tolist(),
+            "side_counts": counts.tolist(),
+            "samples_file": self.path.name,
+            "row_group": group,
+        }
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
+        sync(self._draft)
+        self._draft.rename(self.path)
+
+
+def read_shard_rows(folder: Path) -> list[dict[str, Any]]:
+    """The shards' rows of a manifest, all columns; empty where there is none yet.
+
+    Raises:
+        ManifestError: there is one that cannot be read.
+    """
+    path = folder / SHARDS_FILE
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path, columns=SHARD_SCHEMA.names).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise ManifestError(f"data.manifest={folder}: {SHARDS_FILE} cannot be read ({error}); {REMEDY}") from error
+    return rows
+
+
+def write_shard_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the manifest's list of shards: the manifest is the old one before, and the new one after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{SHARDS_FILE}.incomplete"
+    pq.write_table(pa.Table.from_pylist(list(rows), SHARD_SCHEMA), draft, compression="zstd")
+    sync(draft)
+    draft.replace(folder / SHARDS_FILE)
+
+
+def _join(root: str, path: str) -> str:
+    """A shard's location: its path is relative to the root, unless it is an address or absolute itself."""
+    if "://" in path or path.startswith("/"):
+        return path
+    if "://" not in root:
+        return os.path.normpath(os.path.join(root, path))
+    # As a browser would: the root is a folder, and each ../ leaves one.
+    scheme, rest = root.rstrip("/").split("://", 1)
+    parts = rest.split("/")
+    for step in path.split("/"):
+        if step == "..":
+            parts = parts[:-1] if len(parts) > 1 else parts
+        elif step not in ("", "."):
+            parts.append(step)
+    return f"{scheme}://{'/'.join(parts)}"

@@ -1,0 +1,206 @@
+"""In which order samples are trained on: a pure function of seed and position, for any number of ranks and workers.
+
+An epoch puts the shards into a random order, one after another, and cuts this line of samples into equal pieces, the
+*lanes*. Every lane is read from its start to its end, with its samples shuffled inside blocks, and the lanes take turns
+sample by sample. A batch therefore mixes samples of as many far-apart shards as there are lanes, while a rank that
+takes some of the lanes reads few shards at a time. A set that fits into one block has one lane and is shuffled whole.
+
+Sources with weights are mixed by a fixed pattern; each goes through epochs of its own at the pace of its weight.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+# Weights are kept to one part in as many; the pattern of sources repeats after it.
+PATTERN = 10_000
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of n positions are.
+
+    Attributes:
+        shard: int64 [n] number of the shard.
+        sample: int64 [n] number among the shard's samples that take part.
+        lane: int64 [n] the lane that each comes from; those of different sources do not meet.
+    """
+
+    shard: Integers
+    sample: Integers
+    lane: Integers
+
+    def __getitem__(self, rows: Integers | slice) -> Places:
+        return Places(self.shard[rows], self.sample[rows], self.lane[rows])
+
+
+class Order:
+    """The order of a whole training phase, over endless epochs.
+
+    Args:
+        pools: for every source that is mixed by weight, int64 arrays (shards, counts): numbers of its shards, and how
+            many samples of each take part. One pool holds everything where sources are not weighted.
+        weights: of the pools; any scale.
+        seed: of all shuffles.
+        lanes: at most so many.
+        block: samples that are shuffled among each other inside a lane.
+
+    Raises:
+        ValueError: a pool without samples, or a weight that is not above 0 or below 1/10,000 of their sum.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[tuple[Integers, Integers]],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        lanes: int = 64,
+        block: int = 32_768,
+    ) -> None:
+        if any(counts.sum() == 0 for _, counts in pools):
+            raise ValueError("a pool has no samples")
+        self.pattern = pattern(weights if weights is not None else [1.0] * len(pools))
+        self.pools = [
+            Pool(shards[counts > 0], counts[counts > 0], (seed, number), lanes, block)
+            for number, (shards, counts) in enumerate(pools)
+        ]
+        self._first_lanes = np.cumsum([0, *(pool.lanes for pool in self.pools)])
+        # How many of the pattern's first p places belong to each pool.
+        belongs = self.pattern[:, None] == np.arange(len(pools))
+        self._before: Integers = np.concatenate([np.zeros((1, len(pools)), np.int64), belongs.cumsum(axis=0)])
+
+    def __len__(self) -> int:
+        """Samples in all pools together."""
+        return sum(pool.samples for pool in self.pools)
+
+    def sources(self, positions: Integers) -> Integers:
+        """int64 [n]: the pool of each position."""
+        return self.pattern[positions % len(self.pattern)]
+
+    def locate(self, positions: Integers) -> Places:
+        """The samples at global positions, int64 [n]."""
+        rounds, places = np.divmod(positions, len(self.pattern))
+        pools = self.pattern[places]
+        found = Places(*(np.empty(len(positions), np.int64) for _ in range(3)))
+        for number, pool in enumerate(self.pools):
+            own = np.flatnonzero(pools == number)
+            if len(own) == 0:
+                continue
+            inside = rounds[own] * self._before[-1, number] + self._before[places[own], number]
+            located = pool.locate(inside)
+            found.shard[own], found.sample[own] = located.shard, located.sample
+            found.lane[own] = located.lane + self._first_lanes[number]
+        return found
+
+    def batch(self, number: int, size: int) -> tuple[Integers, Places]:
+        """Positions number * size ... + size - 1, int64 [size], sorted by lane so that neighbours share shards."""
+        positions = np.arange(number * size, (number + 1) * size, dtype=np.int64)
+        places = self.locate(positions)
+        by_lane = np.argsort(places.lane, kind="stable")
+        return positions[by_lane], places[by_lane]
+
+
+class Pool:
+    """The order of samples that go through their epochs together: the arguments of `Order`, and numbers as its seed."""
+
+    def __init__(self, shards: Integers, counts: Integers, seed: tuple[int, ...], lanes: int, block: int) -> None:
+        self.shards, self.counts, self.seed, self.block = shards, counts, seed, block
+        self.samples = int(counts.sum())
+        self.lanes = max(1, min(lanes, self.samples // block))
+        self._lines: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], Integers] = OrderedDict()
+
+    def locate(self, positions: Integers) -> Places:
+        """Samples at positions int64 [n], counted over this pool's epochs."""
+        epochs, inside = np.divmod(positions, self.samples)
+        places = Places(*(np.empty(len(positions), np.int64) for _ in range(3)))
+        for epoch in np.unique(epochs):
+            own = np.flatnonzero(epochs == epoch)
+            found = self._locate(int(epoch), inside[own])
+            places.shard[own], places.sample[own], places.lane[own] = found.shard, found.sample, found.lane
+        return places
+
+    def _locate(self, epoch: int, positions: Integers) -> Places:
+        order, ends = self._line(epoch)
+        steps, lanes = np.divmod(positions, self.lanes)
+        blocks = steps // self.block
+        line = np.empty(len(positions), np.int64)
+        for both in np.unique(np.stack([lanes, blocks]), axis=1).T:
+            lane, block = int(both[0]), int(both[1])
+            own = np.flatnonzero((lanes == lane) & (blocks == block))
+            first = self._lane_start(lane) + block * self.block
+            line[own] = first + self._shuffled(epoch, lane, block)[steps[own] - block * self.block]
+        turns = np.searchsorted(ends, line, side="right")
+        counts = self.counts[order[turns]]
+        return Places(self.shards[order[turns]], line - (ends[turns] - counts), lanes)
+
+    def _lane_start(self, lane: int) -> int:
+        """Lanes differ in length by one sample at most; the longer ones come first."""
+        length, longer = divmod(self.samples, self.lanes)
+        return lane * length + min(lane, longer)
+
+    def _line(self, epoch: int) -> tuple[Integers, Integers]:
+        """The order of an epoch's shards, and where each of them ends in the line of samples."""
+        if epoch not in self._lines:
+            order = _generator(*self.seed, epoch).permutation(len(self.shards))
+            _keep(self._lines, epoch, (order, np.cumsum(self.counts[order])), 2)
+        return self._lines[epoch]
+
+    def _shuffled(self, epoch: int, lane: int, block: int) -> Integers:
+        key = (epoch, lane, block)
+        if key not in self._blocks:
+            length = self._lane_start(lane + 1) - self._lane_start(lane)
+            size = min(self.block, length - block * self.block)
+            _keep(self._blocks, key, _generator(*self.seed, epoch, lane, block).permutation(size), 2 * self.lanes)
+        return self._blocks[key]
+
+
+def pattern(weights: Sequence[float]) -> Integers:
+    """int64 [PATTERN]: which of the weighted pools gives each place; every stretch of it keeps the weights.
+
+    Raises:
+        ValueError: a weight that is not above 0, or too small to get a place.
+    """
+    shares = np.asarray(weights, np.float64)
+    if not (shares > 0).all() or (shares / shares.sum() * PATTERN < 0.5).any():
+        raise ValueError(f"weights {list(weights)}: each must be above 0, and above 1/{2 * PATTERN} of their sum")
+    if len(shares) == 1:
+        return np.zeros(1, np.int64)
+    shares = shares / shares.sum()
+    given = np.zeros(len(shares))
+    places = np.empty(PATTERN, np.int64)
+    for place in range(PATTERN):
+        places[place] = np.argmax(shares * (place + 1) - given)
+        given[places[place]] += 1
+    return places
+
+
+def uniform(seed: int, positions: Integers, draws: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), float64 [n, draws], that depend on seed and position alone (the SplitMix64 generator)."""
+    counters = positions.astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        state = start + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    mantissa: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return mantissa
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+def _keep(cache: OrderedDict, key: object, value: object, limit: int) -> None:  # type: ignore[type-arg]
+    cache[key] = value
+    while len(cache) > limit:
+        cache.popitem(last=False)
