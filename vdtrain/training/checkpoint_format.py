@@ -28,19 +28,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vdtrain.files import FileRecord, damage, write_text
+from vdtrain.training.checkpoint_folder import (
+    FORMAT,
+    INDEX_FILE,
+    CheckpointError,
+    file_records,
+    index_checksum,
+    read_index,
+)
 from vdtrain.training.partitions import EMA, MASTER, GroupLayout, ParameterSlot
 from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
 
-FORMAT = 1
-INDEX_FILE = "checkpoint.json"
 PASSENGERS_FILE = "passengers.safetensors"
 # Bytes that are written at a time: an error of the disk is noticed soon.
 BLOCK_BYTES = 1 << 24
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or must not be read; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Index:
             ],
             "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
         }
-        text = json.dumps({"sha256": _checksum(content), "checkpoint": content}, indent=1)
+        text = json.dumps({"sha256": index_checksum(content), "checkpoint": content}, indent=1)
         write_text(folder / INDEX_FILE, text)
 
     @classmethod
@@ -99,20 +101,7 @@ class Index:
         Raises:
             CheckpointError: if it is missing, damaged, or of another format.
         """
-        try:
-            document = json.loads((folder / INDEX_FILE).read_bytes())
-            content = document["checkpoint"]
-            whole = document["sha256"] == _checksum(content)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder}: no {INDEX_FILE}, so this is no complete checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX_FILE}: cannot be read ({error})") from error
-        if not whole:
-            raise CheckpointError(f"{folder / INDEX_FILE}: its checksum does not match, the file is damaged")
-        if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder}: checkpoint format {content['format']}, and this version of vdtrain reads format {FORMAT}"
-            )
+        content = read_index(folder)
         return cls(
             step=content["step"],
             world_size=content["world_size"],
@@ -128,7 +117,7 @@ class Index:
                 )
                 for entry in content["groups"]
             ),
-            files={name: FileRecord(**record) for name, record in content["files"].items()},
+            files=file_records(content),
         )
 
 
@@ -198,11 +187,6 @@ def read_weights(folder: Path, which: str = "model", verify: bool = True) -> Laz
     return LazyTensors({**read_passengers(folder, index).entries, **trained})
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint, whole or damaged."""
-    return (folder / INDEX_FILE).is_file()
-
-
 def read_trainer_state(folder: Path) -> dict[str, Any]:
     """The trainer's own state in a checkpoint.
 
@@ -264,7 +248,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 def shard_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

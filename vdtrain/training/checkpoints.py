@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,12 +16,19 @@ from typing import Any
 
 from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
 from vdtrain.training import distributed
+from vdtrain.training.checkpoint_folder import (
+    LATEST_FILE,
+    CheckpointError,
+    candidates,
+    checkpoint_name,
+    is_checkpoint,
+    latest_by_sizes,
+    step_of,
+)
 from vdtrain.training.checkpoint_format import (
     PASSENGERS_FILE,
-    CheckpointError,
     Index,
     PieceReader,
-    is_checkpoint,
     read_passengers,
     read_trainer_state,
     read_weights,
@@ -35,8 +41,6 @@ from vdtrain.training.engine import Engine
 from vdtrain.training.snapshot import Snapshot
 
 __all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
-
-LATEST_FILE = "latest"
 
 # Every process's value, by rank, on every process.
 Gather = Callable[[Any], list[Any]]
@@ -74,7 +78,7 @@ class CheckpointStore:
             CheckpointError: on every process, if any of them failed. The earlier checkpoints are untouched, and
                 training may go on.
         """
-        final = self.folder / f"step-{snapshot.index.step:09d}"
+        final = self.folder / checkpoint_name(snapshot.index.step)
         draft = final.with_name(final.name + INCOMPLETE)
         first = distributed.rank() == 0
 
@@ -101,11 +105,12 @@ class CheckpointStore:
         """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one.
 
         Args:
-            thorough: False only looks whether there is one, for which no other process is asked or awaited.
+            thorough: False goes by the files' sizes, for which no other process is asked or awaited.
         """
         if not thorough:
-            return next(filter(is_checkpoint, self._candidates()), None)
-        for path in map(Path, distributed.broadcast_json([str(path) for path in self._candidates()])):
+            found, _ = latest_by_sizes(self.folder)
+            return None if found is None else found.path
+        for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(self.folder)])):
             try:
                 self.verify(path)
             except CheckpointError as error:
@@ -181,24 +186,11 @@ class CheckpointStore:
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _candidates(self) -> list[Path]:
-        """Folders that may be checkpoints: first the one that `latest` names, then by step, newest first."""
-        if not self.folder.is_dir():
-            return []
-        pattern = re.compile(rf"step-(\d+)({re.escape(REPLACED)})?")
-        found = [match for entry in self.folder.iterdir() if (match := pattern.fullmatch(entry.name))]
-        found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
-        try:
-            latest = (self.folder / LATEST_FILE).read_text().strip()
-        except OSError:
-            latest = ""
-        return sorted((self.folder / match[0] for match in found), key=lambda path: path.name != latest)
-
     def _prune(self, newest: Path) -> None:
         """Remove all that no rule keeps; checkpoints after `newest`, of a run that was set back, stay."""
-        older = sorted(path for path in self._candidates() if path.name < newest.name)
+        older = sorted(path for path in candidates(self.folder) if path.name < newest.name)
         for path in older[: max(0, len(older) - (self.keep - 1))]:
-            if self.keep_every_steps is None or _step_of(path) % self.keep_every_steps:
+            if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _remove_drafts(self) -> None:
@@ -240,10 +232,6 @@ def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any
     if snapshot.passengers:
         records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, snapshot.passengers)
     return {name: asdict(record) for name, record in records.items()}
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-").removesuffix(REPLACED))
 
 
 def _difference(index: Index, engine: Engine) -> str:

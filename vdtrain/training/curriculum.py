@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, StageConfig, TrainConfig
+from vdtrain.training.checkpoint_folder import CHECKPOINTS
 from vdtrain.training.checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -23,7 +24,6 @@ from vdtrain.validation import phase_steps
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 from vdtrain.weights.tensor_files import SUFFIXES
 
-CHECKPOINTS = "checkpoints"
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
 FIXED_SETTINGS = ("seed", "stage.flows", "stage.global_batch_size", "model.diffuser", "model.modalities")
 
@@ -46,8 +46,8 @@ def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True)
 
     Args:
         document: the composed configuration, unresolved.
-        thorough: check every byte of the run's own checkpoint, each process its share; False trusts it, and tells of
-            mistaken settings before there are other processes to talk to.
+        thorough: check every byte of the run's own checkpoint, each process its share; False goes by its files' sizes,
+            and tells of mistaken settings before there are other processes to talk to.
 
     Raises:
         ConfigError: the run folder holds another run, or `stage.init_from` names nothing that can be read.

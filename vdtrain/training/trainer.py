@@ -27,9 +27,10 @@ from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training import distributed
 from vdtrain.training.assembly import engine_settings, starting_diffuser
 from vdtrain.training.background_save import BackgroundSaver
+from vdtrain.training.checkpoint_folder import CHECKPOINTS
 from vdtrain.training.checkpoints import CheckpointError, CheckpointStore
 from vdtrain.training.consensus import BadSteps, StepConsensus
-from vdtrain.training.curriculum import CHECKPOINTS, Start, run_document
+from vdtrain.training.curriculum import Start, run_document
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
 from vdtrain.training.meters import Interval
