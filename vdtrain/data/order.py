@@ -185,15 +185,19 @@ def pattern(weights: Sequence[float]) -> Integers:
 
 def uniform(seed: int, positions: Integers, draws: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), float64 [n, draws], that depend on seed and position alone (the SplitMix64 generator)."""
-    counters = positions.astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
+    counters = np.add(positions[:, None] * draws, np.arange(1, draws + 1)).astype(np.uint64)
+    (start,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    # Overflow is meant: arithmetic is modulo 2**64.
     with np.errstate(over="ignore"):
-        start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        state = start + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    mantissa: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return mantissa
+        state: NDArray[np.uint64] = np.multiply(counters, np.uint64(0x9E3779B97F4A7C15)) + start
+        state = np.multiply(_scrambled(state, 30), np.uint64(0xBF58476D1CE4E5B9))
+        state = np.multiply(_scrambled(state, 27), np.uint64(0x94D049BB133111EB))
+    mantissa = np.right_shift(_scrambled(state, 31), np.uint64(11))
+    return mantissa.astype(np.float64) * 2.0**-53
+
+
+def _scrambled(state: NDArray[np.uint64], shift: int) -> NDArray[np.uint64]:
+    return np.bitwise_xor(state, np.right_shift(state, np.uint64(shift)))
 
 
 def _generator(*seed: int) -> np.random.Generator:
