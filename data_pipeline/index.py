@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from data_pipeline.progress import track
+from vdtrain.data.identity import pair_uid
 from vdtrain.data.manifest import SamplesWriter, read_shard_rows, write_shard_rows
 
 BLOCK = 512
@@ -142,9 +143,8 @@ def _sample(data: bytes, key: str, members: Mapping[str, tarfile.TarInfo], sourc
     if exif.get("Image Orientation") not in (None, "Horizontal (normal)"):
         # Resizing drops the tag and leaves the picture lying on its side.
         return "rotated by EXIF"
-    identity = "\n".join((source, str(described.get("url")), caption))
     return {
-        "uid": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        "uid": pair_uid(source, str(described.get("url")), caption),
         "key": key,
         "offset": members["jpg"].offset_data,
         "size": members["jpg"].size,
