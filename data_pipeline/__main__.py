@@ -45,7 +45,7 @@ def _download(data: DataConfig) -> None:
     from data_pipeline.download import DownloadError, download
 
     try:
-        download(data.sources, data.download)
+        download(data.sources, data.download, data.allow_loopback)
     except DownloadError as error:
         raise ConfigError(str(error)) from error
 

@@ -45,7 +45,7 @@ class Job:
     planned: int
 
 
-def download(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> None:
+def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_loopback: bool) -> None:
     """Download sources beside each other; run again after any interruption, it does what is missing.
 
     Raises:
@@ -62,7 +62,7 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> Non
             shards.parent.mkdir(parents=True, exist_ok=True)
             locks.enter_context(_locked(shards))
             urls = shards.with_name(shards.name + ".urls")
-            rows = write_url_list(urls, files, columns, config, begun=bool(finished(shards)))
+            rows = write_url_list(urls, files, columns, config, allow_loopback, begun=bool(finished(shards)))
             jobs.append(Job(name, shards, urls, columns, planned=-(-rows // config.samples_per_shard)))
         _run([job for job in jobs if len(finished(job.shards)) < job.planned], config)
         problems = [problem for job in jobs if (problem := _problem(job))]

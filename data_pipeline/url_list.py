@@ -29,7 +29,9 @@ PLAN_SETTINGS = (
 FOOTER_BYTES = 65_536
 
 
-def write_url_list(folder: Path, files: Sequence[Path], columns: Columns, config: DownloadConfig, begun: bool) -> int:
+def write_url_list(
+    folder: Path, files: Sequence[Path], columns: Columns, config: DownloadConfig, allow_loopback: bool, begun: bool
+) -> int:
     """Write the rows whose URL may be fetched to `folder`, file by file. Written once and kept.
 
     Args:
@@ -48,6 +50,7 @@ def write_url_list(folder: Path, files: Sequence[Path], columns: Columns, config
     plan = {
         "files": [[file.name, _fingerprint(file)] for file in files],
         **{setting: getattr(config, setting) for setting in PLAN_SETTINGS},
+        "allow_loopback": allow_loopback,
     }
     if marker.exists():
         earlier = json.loads(marker.read_text())
@@ -73,9 +76,7 @@ def write_url_list(folder: Path, files: Sequence[Path], columns: Columns, config
             schema = pa.schema([parquet.schema_arrow.field(column) for column in wanted])
             with pq.ParquetWriter(folder / f"{number:05d}.parquet", schema) as writer:
                 for batch in parquet.iter_batches(columns=wanted):
-                    problems = [
-                        url_problem(url, config.allow_loopback) for url in batch.column(columns.url).to_pylist()
-                    ]
+                    problems = [url_problem(url, allow_loopback) for url in batch.column(columns.url).to_pylist()]
                     refused.update(problem for problem in problems if problem)
                     kept = batch.filter(pa.array([problem is None for problem in problems]))
                     writer.write_batch(kept.select(wanted))

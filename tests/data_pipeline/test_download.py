@@ -30,9 +30,9 @@ from data_pipeline.shapes_detector import caption_attributes, detect
 from data_pipeline.sources import Columns, resolve_columns
 from data_pipeline.url_list import url_problem, write_url_list
 from vdtrain.compose import ConfigError
-from vdtrain.data_config import DownloadConfig, ShapesConfig, SourceConfig
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream
+from vdtrain.data_config import DownloadConfig, ShapesConfig, SourceConfig
 
 CONFIG = DownloadConfig(
     distributor="multiprocessing",
@@ -46,7 +46,6 @@ CONFIG = DownloadConfig(
     max_image_pixels=1_000_000,
     timeout=5,
     retries=0,
-    allow_loopback=True,
 )
 
 
@@ -74,14 +73,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def sources(pictures: Path, folder: Path) -> dict[str, SourceConfig]:
     return {
-        name: SourceConfig(schema=name, metadata=str(pictures / f"{name}.parquet"), shards=str(folder / name))
+        name: SourceConfig(
+            schema=name, metadata=str(pictures / f"{name}.parquet"), selected="", shards=str(folder / name)
+        )
         for name in ("laion2b_en", "coyo700m")
     }
 
 
 def test_from_metadata_to_batches(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = sources(pictures, tmp_path)
-    download(wanted, CONFIG)
+    download(wanted, CONFIG, allow_loopback=True)
     printed = capsys.readouterr().out
     assert "refused {'not http or https': 1}" in printed
     assert "laion2b_en: 36 of 37 pictures in 2 shards; failed: 1 HTTP Error 404: File not found" in printed
@@ -104,12 +105,12 @@ def test_from_metadata_to_batches(pictures: Path, tmp_path: Path, capsys: pytest
     before = kept.stat().st_mtime_ns
     lost.write_bytes(lost.read_bytes()[:3000])
     lost.with_name("000001_stats.json").unlink()
-    download({"laion2b_en": wanted["laion2b_en"]}, CONFIG)
+    download({"laion2b_en": wanted["laion2b_en"]}, CONFIG, allow_loopback=True)
     assert kept.stat().st_mtime_ns == before
     assert sum(1 for _ in webdataset.WebDataset(str(lost), shardshuffle=False)) == 11
 
     with pytest.raises(ConfigError, match=r"data\.download\.samples_per_shard: changed since shards were made"):
-        download(wanted, replace(CONFIG, samples_per_shard=10))
+        download(wanted, replace(CONFIG, samples_per_shard=10), allow_loopback=True)
 
 
 def test_no_process_outlives_a_killed_download(pictures: Path, tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_two_downloads_do_not_share_a_folder(pictures: Path, tmp_path: Path) -> 
     with (tmp_path / "laion2b_en.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DownloadError, match="another download is writing there"):
-            download(sources(pictures, tmp_path), CONFIG)
+            download(sources(pictures, tmp_path), CONFIG, allow_loopback=True)
 
 
 def test_shards_without_a_picture_are_removed_and_reported(tmp_path: Path) -> None:
@@ -199,10 +200,9 @@ def test_which_addresses_are_fetched(url: str | None, problem: str | None) -> No
 def test_another_plan_is_taken_while_no_shard_is_made(pictures: Path, tmp_path: Path) -> None:
     file = pictures / "coyo700m.parquet"
     columns = resolve_columns("data.sources.x", "coyo700m", file)
-    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, begun=False) == 24
-    closed = replace(CONFIG, allow_loopback=False)
-    assert write_url_list(tmp_path / "urls", [file], columns, closed, begun=False) == 0
-    assert write_url_list(tmp_path / "urls", [file], columns, closed, begun=True) == 0
+    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, True, begun=False) == 24
+    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, False, begun=False) == 0
+    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, False, begun=True) == 0
 
 
 @pytest.mark.parametrize(("url", "caption"), [("URL", "TEXT"), ("url", "caption"), ("Url", "text")])
