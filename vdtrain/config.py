@@ -163,6 +163,8 @@ class TrainConfig:
     log_every_steps: int = MISSING
     # Longest time without a step before a process writes down where it stands and ends; null waits for ever.
     watchdog_seconds: float | None = MISSING
+    # How often a Slurm job puts itself back into the queue; 0 for never.
+    max_restarts: int = MISSING
 
 
 @dataclass

@@ -209,6 +209,8 @@ def _check_choices(config: TrainConfig) -> None:
     ):
         if number is not None and number < 1:
             raise ConfigError(f"{setting}={number}: must be at least 1")
+    if config.max_restarts < 0:
+        raise ConfigError(f"max_restarts={config.max_restarts}: below 0; 0 never restarts a job")
     kept = checkpoint.keep_every_steps
     if kept is not None and (kept < 1 or kept % checkpoint.every_steps):
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ from vdtrain.training import distributed
 from vdtrain.training.checkpoints import CheckpointError, read_trainer_state
 from vdtrain.training.curriculum import find_start, unfinished_stage
 from vdtrain.training.preemption import StopSignal
+from vdtrain.training.restarts import record_start
 from vdtrain.training.trainer import Trainer
 from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
 from vdtrain.validation import phase_steps
@@ -87,11 +89,13 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     watchdog.beat("looking for the checkpoint to start from")
     start = find_start(config, document)
     total = sum(phase_steps(config, phase) for phase in config.stage.phases)
-    if start.resume is not None and read_trainer_state(start.resume)["state"]["step"] >= total:
+    step = 0 if start.resume is None else int(read_trainer_state(start.resume)["state"]["step"])
+    if step >= total:
         if place.rank == 0:
             print(f"{config.stage.name} is complete: {start.resume}")
         return True
-    distributed.raise_if_any(_prepare_folder(config, document) if place.rank == 0 else None)
+    hosts = distributed.gather_json(socket.gethostname())
+    distributed.raise_if_any(_prepare_folder(config, document, step, total, hosts) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
@@ -103,12 +107,13 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     return Trainer(config, document, start, place, watchdog).run(stop)
 
 
-def _prepare_folder(config: TrainConfig, document: DictConfig) -> str | None:
-    """Make the run folder; what is wrong with it, if anything is."""
+def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, total: int, hosts: list[str]) -> str | None:
+    """Make the run folder and note the start in it; what is wrong with it, if anything is."""
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
+        record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
     except OSError as error:
         return f"run_dir={run_dir}: cannot be written ({error}); make room, or choose another folder"
     return None
