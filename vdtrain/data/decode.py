@@ -34,13 +34,13 @@ def decode(data: bytes, resolution: int, crop: tuple[float, float]) -> NDArray[n
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"cannot decode: {error}") from error
     height, width = picture.shape[:2]
-    scale = resolution / min(height, width)
-    if scale != 1:
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        height, width = picture.shape[:2]
-    top, left = int(crop[0] * (height - resolution)), int(crop[1] * (width - resolution))
-    return picture[top : top + resolution, left : left + resolution]
+    side = min(height, width)
+    top, left = int(crop[0] * (height - side)), int(crop[1] * (width - side))
+    square = picture[top : top + side, left : left + side]
+    if side == resolution:
+        return square
+    # Pillow filters before it shrinks; only the square is resized.
+    return np.asarray(Image.fromarray(square).resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 
 def _decode_jpeg(data: bytes, resolution: int) -> NDArray[np.uint8]:

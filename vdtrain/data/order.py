@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,7 @@ class Pool:
         self.samples = int(counts.sum())
         self.lanes = max(1, min(lanes, self.samples // block))
         self._lines: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], Integers] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], tuple[int, Integers]] = OrderedDict()
 
     def locate(self, positions: Integers) -> Places:
         """Samples at positions int64 [n], counted over this pool's epochs."""
@@ -131,13 +132,13 @@ class Pool:
     def _locate(self, epoch: int, positions: Integers) -> Places:
         order, ends = self._line(epoch)
         steps, lanes = np.divmod(positions, self.lanes)
-        blocks = steps // self.block
+        blocks = (steps + self._lead(lanes)) // self.block
         line = np.empty(len(positions), np.int64)
         for both in np.unique(np.stack([lanes, blocks]), axis=1).T:
             lane, block = int(both[0]), int(both[1])
             own = np.flatnonzero((lanes == lane) & (blocks == block))
-            first = self._lane_start(lane) + block * self.block
-            line[own] = first + self._shuffled(epoch, lane, block)[steps[own] - block * self.block]
+            first, shuffled = self._shuffled(epoch, lane, block)
+            line[own] = self._lane_start(lane) + first + shuffled[steps[own] - first]
         turns = np.searchsorted(ends, line, side="right")
         counts = self.counts[order[turns]]
         return Places(self.shards[order[turns]], line - (ends[turns] - counts), lanes)
@@ -154,12 +155,18 @@ class Pool:
             _keep(self._lines, epoch, (order, np.cumsum(self.counts[order])), 2)
         return self._lines[epoch]
 
-    def _shuffled(self, epoch: int, lane: int, block: int) -> Integers:
+    def _lead(self, lane: Any) -> Any:
+        """By how much a lane's first block is shorter: lanes come to their next shards at different times."""
+        return lane * self.block // self.lanes
+
+    def _shuffled(self, epoch: int, lane: int, block: int) -> tuple[int, Integers]:
+        """Where a block begins in its lane, and the order of the samples in it."""
         key = (epoch, lane, block)
         if key not in self._blocks:
-            length = self._lane_start(lane + 1) - self._lane_start(lane)
-            size = min(self.block, length - block * self.block)
-            _keep(self._blocks, key, _generator(*self.seed, epoch, lane, block).permutation(size), 2 * self.lanes)
+            first = max(0, block * self.block - self._lead(lane))
+            end = min((block + 1) * self.block - self._lead(lane), self._lane_start(lane + 1) - self._lane_start(lane))
+            shuffled = _generator(*self.seed, epoch, lane, block).permutation(end - first)
+            _keep(self._blocks, key, (first, shuffled), 2 * self.lanes)
         return self._blocks[key]
 
 

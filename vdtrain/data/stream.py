@@ -1,17 +1,16 @@
 """Batches of image-text pairs out of tar shards, in an order that is a pure function of seed and position.
 
-Position p, counted over all epochs, is sample p mod n of a permutation drawn for epoch p div n. The global batch g
-of size B holds positions gB ... (g + 1)B - 1, and each rank takes its contiguous part of it. A run therefore resumes
-at any position, on any number of ranks, from a single number.
+The global batch g of size B holds positions gB ... (g + 1)B - 1 of an `Order` without end, and each rank takes its
+contiguous part of it. No sample is dropped and none is repeated for padding: a batch at the end of an epoch is filled
+up from the beginning of the next one. A run resumes at any position, on any number of ranks, from a single number.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -21,15 +20,19 @@ import torch
 from numpy.typing import NDArray
 
 from vdtrain.data.decode import DecodeError, decode
-from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.manifest import Manifest, ManifestError, ShardRows
+from vdtrain.data.order import Integers, Order, Places, uniform
+from vdtrain.data.shards import ShardCache, ShardReader, StreamError
 
-# Share of samples that may turn out bad before a run stops; below it, each is replaced by its neighbour.
-BAD_SHARE = 0.01
+__all__ = ["Batch", "BatchStream", "PairStream", "StreamError"]
+
+# Neighbours that are tried in place of a bad sample, and bad samples that are borne before their share counts.
 BAD_ALLOWANCE = 10
-
-
-class StreamError(RuntimeError):
-    """Data that cannot be trained on; the message is one line."""
+# Samples whose places in their shards are kept in memory, about 100 bytes each.
+KEPT_ROWS = 4_000_000
+# Samples that a thread decodes in one go.
+CHUNK = 16
+CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ class Batch:
     Attributes:
         samples: by modality, in the form that its VAE and context encoder take: a tensor [b, ...] or a list of b.
         positions: int64 [b] global positions.
+        moments: by modality, tensors [b, ...] of cached moments that stand for the VAE's encoding of the samples.
+        replaced: bad samples that were replaced by others, by reason.
     """
 
     samples: dict[str, Any]
     positions: torch.Tensor
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, int] = field(default_factory=dict)
 
 
 class BatchStream(Protocol):
@@ -71,12 +78,21 @@ class PairStream:
         global_batch_size: pairs per step over all ranks.
         start: position of the first pair to deliver, a multiple of the global batch size.
         workers: decoding threads.
-        prefetch: batches kept ready beyond those being decoded.
+        prefetch: batches kept ready beyond the one that is being delivered.
         min_side: pictures with a shorter side are left out; the resolution by default.
         random_crop: crop at a random place (a function of seed and position), else at the centre.
+        weights: by source, how much of the mixture it makes; every sample of a source comes once in that source's
+            epoch. None mixes all sources as if they were one, every sample once per epoch.
+        lanes, block: of the shuffle, see `vdtrain.data.order`.
+        bad_share: share of samples that may turn out bad before the stream stops; each is replaced by the next good one
+            of its shard.
+        shard_root: folder or address (http, https, s3, gs, ...) that the manifest's shard paths are relative to; the
+            manifest's own folder by default.
+        cache: {folder, gigabytes} for whole copies of remote shards on this machine (`vdtrain.data.shards`).
+        latents: folder of cached moments (`python -m data_pipeline latents`), delivered with each batch.
 
     Raises:
-        ManifestError: no manifest, or no picture in it is large enough.
+        ManifestError: no manifest, no picture in it is large enough, or a source of `weights` that it does not have.
         StreamError: while iterating, if too many samples are bad or a shard cannot be read.
     """
 
@@ -94,113 +110,180 @@ class PairStream:
         prefetch: int = 2,
         min_side: int | None = None,
         random_crop: bool = True,
+        weights: Mapping[str, float] | None = None,
+        lanes: int = 64,
+        block: int = 32_768,
+        bad_share: float = 0.01,
+        shard_root: str | None = None,
+        cache: Mapping[str, Any] | None = None,
+        latents: str | None = None,
     ) -> None:
         if global_batch_size % world_size or start % global_batch_size:
             raise ValueError(f"batch {global_batch_size}, {world_size} ranks, start {start}: must divide evenly")
-        self.manifest = Manifest(manifest)
-        shortest = resolution if min_side is None else min_side
-        self.rows: NDArray[np.int64] = np.flatnonzero(self.manifest.shortest_side >= shortest)
-        if len(self.rows) == 0:
-            raise ManifestError(
-                f"data.manifest={manifest}: none of {len(self.manifest)} pictures has a side of {shortest} pixels or "
-                "more; lower the phase's resolution or index more shards"
-            )
-        self.seed = seed
-        self.resolution = resolution
-        self.random_crop = random_crop
+        self.manifest = Manifest(manifest, shard_root)
+        self.min_side = resolution if min_side is None else min_side
+        self.order = Order(*self._pools(weights), seed=seed, lanes=lanes, block=block)
+        self.seed, self.resolution, self.random_crop, self.bad_share = seed, resolution, random_crop, bad_share
         self.global_batch_size = global_batch_size
         self.local_batch_size = global_batch_size // world_size
-        self.rank = rank
-        self.next_batch = start // global_batch_size
+        self.rank, self.next_batch, self.prefetch = rank, start // global_batch_size, prefetch
         self.replaced: Counter[str] = Counter()
         self._delivered = 0
-        self._ahead = workers + prefetch
+        self._reader = ShardReader(self.manifest, ShardCache(**cache) if cache is not None else None)
+        self._moments = None
+        if latents is not None:
+            from vdtrain.data.latents import LatentShards
+
+            self._moments = LatentShards(latents, self.manifest, resolution)
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-        self._pending: deque[Future[Batch]] = deque()
-        self._files: dict[int, int] = {}
+        self._pending: deque[_Loading] = deque()
+        self._rows: OrderedDict[int, tuple[ShardRows, Integers]] = OrderedDict()
+        self._kept_rows = 0
         self._lock = Lock()
-        self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
-        """Samples per epoch."""
-        return len(self.rows)
+        """Samples that take part, each once per epoch."""
+        return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            while len(self._pending) < self._ahead:
-                self._pending.append(self._pool.submit(self._load, self.next_batch))
+            while len(self._pending) <= self.prefetch:
+                self._pending.append(self._begin(self.next_batch))
                 self.next_batch += 1
             batch = self._pending.popleft().result()
             self._delivered += self.local_batch_size
+            self.replaced.update(batch.replaced)
             bad = sum(self.replaced.values())
-            if bad > BAD_ALLOWANCE + BAD_SHARE * self._delivered:
+            if bad > BAD_ALLOWANCE + self.bad_share * self._delivered:
                 raise StreamError(
-                    f"{bad} of {self._delivered} samples were bad ({dict(self.replaced)}); "
-                    "index the shards again, and download those that it reports"
+                    f"{bad} of {self._delivered} samples were bad ({dict(self.replaced)}), above "
+                    f"data.stream.bad_share={self.bad_share:g}; index the shards again with data.index.decode=true"
                 )
             yield batch
 
     def close(self) -> None:
         """Stop the threads and close the shards."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._reader.close()
 
-    def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Manifest rows of global positions."""
-        epochs, places = np.divmod(positions, len(self.rows))
-        found = [self._order(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
-        return self.rows[found]
+    def rows_at(self, positions: Integers) -> list[tuple[int, int]]:
+        """(shard, row in the shard) of global positions, int64 [n]."""
+        places = self.order.locate(positions)
+        return [
+            (int(shard), int(self._samples(int(shard))[1][sample]))
+            for shard, sample in zip(places.shard, places.sample, strict=True)
+        ]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        with self._lock:
-            if epoch not in self._orders:
-                # Batches ahead may reach into the next epoch, so two orders are kept.
-                self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
-                generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-                self._orders[epoch] = generator.permutation(len(self.rows))
-            return self._orders[epoch]
-
-    def _load(self, batch: int) -> Batch:
-        first = batch * self.global_batch_size + self.rank * self.local_batch_size
-        positions = np.arange(first, first + self.local_batch_size, dtype=np.int64)
-        pictures = torch.empty(len(positions), self.resolution, self.resolution, 3, dtype=torch.uint8)
-        captions = []
-        for place, (position, row) in enumerate(zip(positions, self.rows_at(positions), strict=True)):
-            picture, used = self._picture(int(position), int(row))
-            pictures[place] = torch.from_numpy(np.ascontiguousarray(picture))
-            captions.append(str(self.manifest.captions[used]))
-        samples = {"image": pictures.permute(0, 3, 1, 2).contiguous(), "text": captions}
-        return Batch(samples, torch.from_numpy(positions))
-
-    def _picture(self, position: int, row: int) -> tuple[NDArray[np.uint8], int]:
-        """The decoded picture at a position and the row that it came from: the next good one where a row is bad."""
-        crop = (0.5, 0.5)
-        if self.random_crop:
-            place = np.random.Generator(np.random.Philox(key=[self.seed, 2**32 + position])).random(2)
-            crop = (float(place[0]), float(place[1]))
-        start = int(np.searchsorted(self.rows, row))
-        for step in range(BAD_ALLOWANCE):
-            candidate = int(self.rows[(start + step) % len(self.rows)])
-            try:
-                return decode(self._bytes(candidate), self.resolution, crop), candidate
-            except DecodeError as error:
-                self.replaced[str(error).split(":")[0]] += 1
-        raise StreamError(f"{BAD_ALLOWANCE} samples in a row from manifest row {row} are bad; index the shards again")
-
-    def _bytes(self, row: int) -> bytes:
-        shard, size = int(self.manifest.shard[row]), int(self.manifest.size[row])
+    def _pools(self, weights: Mapping[str, float] | None) -> tuple[list[tuple[Integers, Integers]], list[float] | None]:
+        counts = self.manifest.counts(self.min_side)
+        place = f"data.manifest={self.manifest.folder}"
+        large = f"has a side of {self.min_side} pixels or more"
+        if counts.sum() == 0:
+            raise ManifestError(
+                f"{place}: none of {len(self.manifest)} pictures {large}; lower the phase's resolution or index more "
+                "shards"
+            )
+        numbers = np.arange(len(counts), dtype=np.int64)
+        if weights is None:
+            return [(numbers, counts)], None
+        names = self.manifest.source_names
+        if set(weights) != set(names):
+            raise ManifestError(
+                f"data.stream.weights={dict(weights)}: {place} has the sources {', '.join(names)}; give each a weight"
+            )
+        pools = []
+        for source, name in enumerate(names):
+            own = numbers[self.manifest.sources == source]
+            if counts[own].sum() == 0:
+                raise ManifestError(
+                    f"data.stream.weights: no picture of {name} {large}; lower the phase's resolution or leave the "
+                    "source out of the manifest"
+                )
+            pools.append((own, counts[own]))
         try:
-            data = os.pread(self._descriptor(shard), size, int(self.manifest.offset[row]))
-        except OSError as error:
-            raise StreamError(f"{self.manifest.shards[shard]}: {error.strerror}; index the shards again") from error
-        if len(data) < size:
-            raise StreamError(f"{self.manifest.shards[shard]}: shorter than its manifest says; index the shards again")
-        return data
+            Order(pools, [weights[name] for name in names], seed=0)
+        except ValueError as error:
+            raise ManifestError(f"data.stream.weights={dict(weights)}: {error}") from error
+        return pools, [weights[name] for name in names]
 
-    def _descriptor(self, shard: int) -> int:
+    def _begin(self, number: int) -> _Loading:
+        """Have this rank's part of a global batch loaded by the threads."""
+        positions, places = self.order.batch(number, self.global_batch_size)
+        own = slice(self.rank * self.local_batch_size, (self.rank + 1) * self.local_batch_size)
+        moments = None if self._moments is None else (self.local_batch_size, *self._moments.shape)
+        loading = _Loading(positions[own], self.resolution, moments)
+        crops = np.full((self.local_batch_size, 2), CENTRE)
+        if self.random_crop and self._moments is None:
+            crops = uniform(self.seed, positions[own], 2)
+        for first in range(0, self.local_batch_size, CHUNK):
+            rows = slice(first, min(first + CHUNK, self.local_batch_size))
+            chunk = places[own][rows]
+            loading.chunks.append(self._pool.submit(self._load, loading, first, chunk, crops[rows]))
+        return loading
+
+    def _load(self, loading: _Loading, first: int, places: Places, crops: NDArray[np.float64]) -> None:
+        for place, (shard, sample, crop) in enumerate(zip(places.shard, places.sample, crops, strict=True), first):
+            self._load_one(loading, place, int(shard), int(sample), (float(crop[0]), float(crop[1])))
+
+    def _load_one(self, loading: _Loading, place: int, shard: int, sample: int, crop: tuple[float, float]) -> None:
+        """Put a sample into its place, or the next good one of its shard where it is bad."""
+        rows, taking_part = self._samples(shard)
+        for step in range(min(BAD_ALLOWANCE, len(taking_part))):
+            row = int(taking_part[(sample + step) % len(taking_part)])
+            try:
+                if self._moments is not None:
+                    if self._moments.is_bad(shard, row):
+                        raise DecodeError("no latent: it could not be decoded")
+                    self._moments.read(shard, np.array([row]), loading.moments[place : place + 1])
+                data = self._reader.read(shard, int(rows.offset[row]), int(rows.size[row]))
+                loading.pictures[place] = decode(data, self.resolution, crop)
+            except DecodeError as error:
+                loading.replaced.append(str(error).split(":")[0])
+                continue
+            loading.captions[place] = rows.captions[row].as_py()
+            return
+        raise StreamError(
+            f"{self.manifest.shards[shard]}: {BAD_ALLOWANCE} samples in a row from number {sample} are bad; index the "
+            "shards again with data.index.decode=true"
+        )
+
+    def _samples(self, shard: int) -> tuple[ShardRows, Integers]:
+        """A shard's rows in the manifest, and int64 numbers of those that take part."""
         with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.manifest.shards[shard], os.O_RDONLY)
-            return self._files[shard]
+            if shard in self._rows:
+                self._rows.move_to_end(shard)
+                return self._rows[shard]
+        rows = self.manifest.rows(shard)
+        found = rows, np.flatnonzero(rows.side >= self.min_side)
+        with self._lock:
+            if shard not in self._rows:
+                self._rows[shard] = found
+                self._kept_rows += len(rows)
+                while self._kept_rows > KEPT_ROWS and len(self._rows) > 1:
+                    _, (oldest, _) = self._rows.popitem(last=False)
+                    self._kept_rows -= len(oldest)
+        return found
+
+
+class _Loading:
+    """A batch whose samples the threads put into their places."""
+
+    def __init__(self, positions: Integers, resolution: int, moments: tuple[int, ...] | None) -> None:
+        count = len(positions)
+        self.positions = positions
+        # Pinned memory travels to a GPU while it computes.
+        pinned = torch.cuda.is_available()
+        self.images = torch.empty(count, resolution, resolution, 3, dtype=torch.uint8, pin_memory=pinned)
+        self.pictures: NDArray[np.uint8] = self.images.numpy()
+        self.moments = torch.empty(moments or (0,), dtype=torch.float16, pin_memory=pinned)
+        self.has_moments = moments is not None
+        self.captions: list[str] = [""] * count
+        self.replaced: list[str] = []
+        self.chunks: list[Future[None]] = []
+
+    def result(self) -> Batch:
+        for chunk in self.chunks:
+            chunk.result()
+        samples = {"image": self.images.permute(0, 3, 1, 2), "text": self.captions}
+        moments = {"image": self.moments} if self.has_moments else {}
+        return Batch(samples, torch.from_numpy(self.positions), moments, Counter(self.replaced))

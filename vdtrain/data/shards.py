@@ -1,0 +1,239 @@
+"""Bytes out of tar shards, wherever they lie: local folders, web servers, object stores.
+
+A local shard is read at the place that the manifest names. A remote one is read by ranges through fsspec, and with a
+cache it is also fetched whole, in the background, for the samples of it that come later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from vdtrain.data.manifest import Manifest, ManifestError
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 0.5
+FETCHES = 4
+OPEN_FILES = 256
+
+Found = TypeVar("Found")
+
+
+class StreamError(RuntimeError):
+    """Data that cannot be trained on; the message is one line."""
+
+
+class ShardReader:
+    """Reads parts of a manifest's shards, from any number of threads.
+
+    Args:
+        cache: where whole copies of remote shards are kept; without it, they are read by ranges alone.
+
+    Raises:
+        ManifestError: a shard's address is of a kind that cannot be read here, or the cache cannot hold one shard.
+    """
+
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
+        self._manifest, self._cache = manifest, cache
+        self._remote = ["://" in shard for shard in manifest.shards]
+        self._systems: dict[int, tuple[Any, str]] = {}
+        self._local = threading.local()
+        self._descriptors: set[int] = set()
+        self._fetching: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._fetchers: ThreadPoolExecutor | None = None
+        if any(self._remote):
+            if cache is not None:
+                self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+            self._system(self._remote.index(True))
+            if cache is not None and manifest.bytes.max() > cache.limit_bytes:
+                raise ManifestError(
+                    f"data.stream.cache.gigabytes={cache.limit_bytes / 1e9:g}: a shard has "
+                    f"{manifest.bytes.max() / 1e9:.2f}; give the cache room for some hundred shards"
+                )
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a shard.
+
+        Raises:
+            StreamError: the shard cannot be read, or ends before.
+        """
+        if not self._remote[shard]:
+            return self._pread(shard, self._manifest.shards[shard], offset, size)
+        if self._cache is not None:
+            path = self._cache.find(self._manifest.shards[shard], int(self._manifest.bytes[shard]))
+            if path is not None:
+                with suppress(FileNotFoundError):  # it was dropped from the cache just now
+                    return self._pread(shard, str(path), offset, size)
+            self._fetch(shard)
+        return self._range(shard, offset, size)
+
+    def close(self) -> None:
+        """Close the files; nothing is read afterwards."""
+        if self._fetchers is not None:
+            self._fetchers.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _pread(self, shard: int, path: str, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor(path), size, offset)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and self._remote[shard]:
+                raise
+            raise StreamError(f"{path}: {error.strerror}; index the shards again") from error
+        if len(data) < size:
+            raise StreamError(f"{path}: shorter than its manifest says; index the shards again")
+        return data
+
+    def _descriptor(self, path: str) -> int:
+        """This thread's own open file: no other thread closes it while it is being read."""
+        opened: dict[str, int] = self._local.__dict__.setdefault("opened", {})
+        if path in opened:
+            opened[path] = opened.pop(path)
+            return opened[path]
+        descriptor = os.open(path, os.O_RDONLY)
+        opened[path] = descriptor
+        with self._lock:
+            self._descriptors.add(descriptor)
+        if len(opened) > OPEN_FILES:
+            oldest = opened.pop(next(iter(opened)))
+            with self._lock:
+                self._descriptors.discard(oldest)
+            os.close(oldest)
+        return descriptor
+
+    def _system(self, shard: int) -> tuple[Any, str]:
+        with self._lock:
+            if shard not in self._systems:
+                address = self._manifest.shards[shard]
+                try:
+                    self._systems[shard] = fsspec.core.url_to_fs(address)
+                except (ImportError, ValueError) as error:
+                    kind = address.split("://")[0]
+                    raise ManifestError(
+                        f"{address}: cannot be read here ({error}); install fsspec's part for {kind}://"
+                    ) from error
+            return self._systems[shard]
+
+    def _range(self, shard: int, offset: int, size: int) -> bytes:
+        address = self._manifest.shards[shard]
+        system, path = self._system(shard)
+        data: bytes = patiently(address, lambda: system.cat_file(path, start=offset, end=offset + size))
+        if len(data) != size:
+            raise StreamError(
+                f"{address}: {len(data)} bytes instead of {size}; its server gives no ranges, or the manifest is of "
+                "other shards"
+            )
+        return data
+
+    def _fetch(self, shard: int) -> None:
+        """Begin to copy a shard into the cache, unless that goes on; its samples are read by ranges meanwhile."""
+        assert self._cache is not None
+        assert self._fetchers is not None
+        system, path = self._system(shard)
+        address, size = self._manifest.shards[shard], int(self._manifest.bytes[shard])
+        with self._lock:
+            before = self._fetching.get(shard)
+            if before is not None:
+                if not before.done():
+                    return
+                # What went wrong with a whole copy also goes wrong with its ranges, which say so.
+                if before.exception() is not None:
+                    raise before.exception()
+            self._fetching[shard] = self._fetchers.submit(
+                self._cache.fetch,
+                address,
+                size,
+                self._manifest.hashes[shard],
+                lambda draft: patiently(address, lambda: system.get_file(path, str(draft))),
+            )
+
+
+class ShardCache:
+    """Whole copies of remote shards in a local folder, shared by all processes of a machine, the oldest dropped.
+
+    Args:
+        folder: on a local disk.
+        gigabytes: how much of it may be used, in 10^9 bytes.
+    """
+
+    def __init__(self, folder: str, gigabytes: float) -> None:
+        self.folder, self.limit_bytes = Path(folder), int(gigabytes * 1e9)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, address: str, size: int) -> Path | None:
+        """The whole copy of a shard, if there is one."""
+        path = self._path(address, size)
+        return path if path.exists() else None
+
+    def fetch(self, address: str, size: int, sha256: str, get: Callable[[Path], object]) -> None:
+        """Make a copy by `get`, unless another process is about it.
+
+        Raises:
+            StreamError: what was fetched is not what the manifest lists.
+        """
+        path = self._path(address, size)
+        with path.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
+            if path.exists():
+                return
+            draft = path.with_suffix(".incomplete")
+            try:
+                get(draft)
+                with draft.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        raise StreamError(f"{address}: not the shard that the manifest lists; index the shards again")
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+        self._drop_oldest(keep=path)
+
+    def _path(self, address: str, size: int) -> Path:
+        return self.folder / f"{hashlib.blake2b(f'{address} {size}'.encode(), digest_size=16).hexdigest()}.tar"
+
+    def _drop_oldest(self, keep: Path) -> None:
+        with (self.folder / "drop.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            copies = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+            used = sum(path.stat().st_size for path in copies)
+            for path in copies:
+                if used <= self.limit_bytes:
+                    break
+                if path != keep:
+                    used -= path.stat().st_size
+                    path.unlink()
+
+
+def patiently(address: str, action: Callable[[], Found]) -> Found:
+    """Do something over a network, again after growing pauses where it fails.
+
+    Raises:
+        StreamError: it failed every time, or what is asked for is not there.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError) as error:
+            raise StreamError(f"{address}: {type(error).__name__}; see that the shards lie there") from error
+        except Exception as error:
+            # Every file system of fsspec brings exceptions of its own.
+            if attempt == ATTEMPTS - 1:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise StreamError(f"{address}: {reason}, {ATTEMPTS} times; see that it can be reached") from error
+            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")
