@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,8 @@ def check(config: TrainConfig, world_size: int) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
     """
-    check_settings(config, world_size)
-    for name, modality in config.model.modalities.items():
-        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
-            _check_files(f"model.modalities.{name}.{part}", arguments)
-    if not Path(config.data.manifest).exists():
-        raise ConfigError(
-            f"data.manifest={config.data.manifest}: does not exist; make it with "
-            f"`python -m data_pipeline index data={config.data.name}`"
-        )
-    # Last, for it imports what it names.
-    find_target(config.data.stream, "data.stream")
+    for line in problems(config, world_size):
+        raise ConfigError(line)
 
 
 def check_settings(config: TrainConfig, world_size: int) -> None:
@@ -146,32 +138,65 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
     """
-    stage_flows(config)
-    gradient_scales(config)
-    if config.stage.global_batch_size < 1 or config.stage.learning_rate <= 0 or config.stage.samples_scale <= 0:
-        raise ConfigError("stage: global_batch_size, learning_rate and samples_scale must be above 0")
-    if not config.stage.phases:
-        raise ConfigError("stage.phases: empty; give at least one {resolution: R, samples: N}")
-    for index, phase in enumerate(config.stage.phases):
-        check_resolution(f"stage.phases.{index}.resolution", phase.resolution, config.model)
-        micro_batches(config, phase.resolution, world_size)
-        if phase_steps(config, phase) < 1:
-            raise ConfigError(
-                f"stage.phases.{index}.samples={phase.samples} x samples_scale={config.stage.samples_scale}: "
-                f"less than one batch of {config.stage.global_batch_size}"
+    for line in setting_problems(config, world_size):
+        raise ConfigError(line)
+
+
+def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """A line on everything that `check` refuses, found one after another."""
+    yield from setting_problems(config, world_size)
+    for name, modality in config.model.modalities.items():
+        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
+            yield from _file_problems(f"model.modalities.{name}.{part}", arguments)
+    if not Path(config.data.manifest).exists():
+        yield (
+            f"data.manifest={config.data.manifest}: does not exist; make it with "
+            f"`python -m data_pipeline index data={config.data.name}`"
+        )
+    # Last, for it imports what it names.
+    yield from problem_of(lambda: find_target(config.data.stream, "data.stream"))
+
+
+def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """A line on everything that `check_settings` refuses."""
+    stage = config.stage
+    flows = list(problem_of(lambda: stage_flows(config)))
+    # Without flows there is nothing that would be scaled.
+    yield from flows or problem_of(lambda: gradient_scales(config))
+    if stage.global_batch_size < 1 or stage.learning_rate <= 0 or stage.samples_scale <= 0:
+        yield "stage: global_batch_size, learning_rate and samples_scale must be above 0"
+    if not stage.phases:
+        yield "stage.phases: empty; give at least one {resolution: R, samples: N}"
+    for index, phase in enumerate(stage.phases):
+        yield from problem_of(
+            partial(check_resolution, f"stage.phases.{index}.resolution", phase.resolution, config.model)
+        )
+        yield from problem_of(partial(micro_batches, config, phase.resolution, world_size))
+        if stage.global_batch_size > 0 and phase_steps(config, phase) < 1:
+            yield (
+                f"stage.phases.{index}.samples={phase.samples} x samples_scale={stage.samples_scale}: "
+                f"less than one batch of {stage.global_batch_size}"
             )
-    _check_choices(config)
+    yield from _choice_problems(config)
 
 
-def _check_choices(config: TrainConfig) -> None:
+def problem_of(action: Callable[[], object]) -> Iterator[str]:
+    """The line of the ConfigError that an action raises, if it raises one."""
+    try:
+        action()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _choice_problems(config: TrainConfig) -> Iterator[str]:
     hardware, stage = config.hardware, config.stage
     if hardware.zero_stage == 3:
-        raise ConfigError(
+        yield (
             "hardware.zero_stage=3: DeepSpeed 0.19.8 applies a layer's last gradient again in steps that leave the "
             "layer out; choose one of 0, 1, 2"
         )
     if hardware.offload_optimizer:
-        raise ConfigError(
+        yield (
             "hardware.offload_optimizer=true: DeepSpeed 0.19.8 then loses the updates of layers that a step's last "
             "micro-batch leaves out; set it to false, and hardware.zero_stage=2 to save memory"
         )
@@ -185,20 +210,18 @@ def _check_choices(config: TrainConfig) -> None:
         ("tracking.mode", config.tracking.mode, ("online", "offline", "disabled")),
     ):
         if value not in choices:
-            raise ConfigError(f"{setting}={value}: choose one of {', '.join(map(str, choices))}")
+            yield f"{setting}={value}: choose one of {', '.join(map(str, choices))}"
     if hardware.device == "cpu" and hardware.attention == "xformers":
-        raise ConfigError("hardware.attention=xformers: has no CPU kernels; choose sdpa")
+        yield "hardware.attention=xformers: has no CPU kernels; choose sdpa"
     if config.optimizer.gradient_clip < 0:
-        raise ConfigError(f"optimizer.gradient_clip={config.optimizer.gradient_clip}: below 0; 0 clips nothing")
+        yield f"optimizer.gradient_clip={config.optimizer.gradient_clip}: below 0; 0 clips nothing"
     if not 0 <= config.objective.context_dropout < 1:
-        raise ConfigError(f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)")
+        yield f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)"
     for name in config.objective.flow_weights:
         if name not in stage.flows:
-            raise ConfigError(
-                f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
-            )
+            yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
     if not 0 <= config.ema.decay < 1:
-        raise ConfigError(f"ema.decay={config.ema.decay}: not in [0, 1)")
+        yield f"ema.decay={config.ema.decay}: not in [0, 1)"
     checkpoint = config.checkpoint
     for setting, number in (
         ("checkpoint.every_steps", checkpoint.every_steps),
@@ -208,31 +231,26 @@ def _check_choices(config: TrainConfig) -> None:
         ("watchdog_seconds", config.watchdog_seconds),
     ):
         if number is not None and number < 1:
-            raise ConfigError(f"{setting}={number}: must be at least 1")
+            yield f"{setting}={number}: must be at least 1"
     if config.max_restarts < 0:
-        raise ConfigError(f"max_restarts={config.max_restarts}: below 0; 0 never restarts a job")
+        yield f"max_restarts={config.max_restarts}: below 0; 0 never restarts a job"
     kept = checkpoint.keep_every_steps
-    if kept is not None and (kept < 1 or kept % checkpoint.every_steps):
-        raise ConfigError(
+    if kept is not None and (kept < 1 or kept % max(1, checkpoint.every_steps)):
+        yield (
             f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={checkpoint.every_steps}, "
             "so that there are no checkpoints to keep; choose one, or null"
         )
 
 
-def _check_files(setting: str, arguments: Mapping[str, Any]) -> None:
+def _file_problems(setting: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Every argument that names a weights or tokenizer file must name one that exists."""
     for key, value in arguments.items():
         if isinstance(value, Mapping):
-            _check_files(f"{setting}.{key}", value)
+            yield from _file_problems(f"{setting}.{key}", value)
         elif (
             isinstance(value, str)
             and not value.startswith("asset:")
             and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt")
+            and not Path(value).exists()
         ):
-            raise_unless_found(f"{setting}.{key}", value)
-
-
-def raise_unless_found(setting: str, value: str) -> None:
-    """Refuse a path that does not exist."""
-    if not Path(value).exists():
-        raise ConfigError(f"{setting}={value}: no such file; `vdtrain weights import` makes it, or give another path")
+            yield f"{setting}.{key}={value}: no such file; `vdtrain weights import` makes it, or give another path"
