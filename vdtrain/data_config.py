@@ -1,4 +1,4 @@
-"""The schema of `conf/data/`: where a data set comes from, what is kept of it, and how it is downloaded and streamed."""
+"""The schema of `conf/data/`: where a set comes from, what is kept of it, and how it is downloaded and streamed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,38 @@ class SourceConfig:
     """One published metadata set and the tar shards made of it."""
 
     schema: str = MISSING  # laion2b_en, coyo700m or table
-    metadata: str = MISSING  # a parquet file, or a folder of them
-    selected: str = MISSING  # folder of the rows that `select` kept
+    metadata: str = MISSING  # a parquet file, or a folder of them, whose columns may differ
+    selected: str = MISSING  # folder of the rows that `select` kept, in parquet parts, with selection.json written last
     shards: str = MISSING  # folder of the tar shards that `download` made of them
+
+
+@dataclass
+class FilterConfig:
+    """What a row must be like to be kept. A limit that is null is none; values at a limit are kept."""
+
+    side_min: int | None = MISSING  # shortest side in pixels, by the metadata
+    area_min: int | None = MISSING  # pixels
+    aspect_ratio_min: float | None = MISSING  # width over height
+    aspect_ratio_max: float | None = MISSING
+    similarity_min: float | None = MISSING  # of picture and caption: CLIP ViT-B/32 cosine
+    nsfw_max: float | None = MISSING  # probability
+    nsfw_labels: list[str] = MISSING  # labels that are dropped, where a set has labels
+    watermark_max: float | None = MISSING  # probability
+    aesthetic_min: float | None = MISSING  # LAION's predictor, 0 to 10
+    unscored: str = MISSING  # keep or drop: rows without the value that a filter asks for
+    caption_characters_min: int | None = MISSING  # of the cleaned caption, as the following two
+    caption_characters_max: int | None = MISSING
+    caption_words_min: int | None = MISSING
+    duplicate_urls: str = MISSING  # keep or drop; of several rows the first stays
+    duplicate_pictures: str = MISSING  # keep or drop: rows of one perceptual hash, where a set has hashes
+
+
+@dataclass
+class BlockListConfig:
+    """Files that name what must not be downloaded: text with one entry a line, or parquet with one column."""
+
+    urls: list[str] = MISSING
+    hashes: dict[str, list[str]] = MISSING  # by the column that they are compared with: hash, md5, image_phash, phash
 
 
 @dataclass
@@ -24,6 +53,9 @@ class SelectConfig:
 
     processes: int = MISSING
     rows_per_part: int = MISSING  # a multiple of download.samples_per_shard
+    scratch: str = MISSING  # folder for what an interrupted run goes on from; removed at the end
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    block_lists: BlockListConfig = field(default_factory=BlockListConfig)
 
 
 @dataclass
