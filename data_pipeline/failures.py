@@ -1,0 +1,87 @@
+"""Why pictures are not fetched: img2dataset's many messages as a few reasons, and which of them may pass with time."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+SUCCESS = "success"
+DNS = "no answer from DNS"
+# The first that matches counts. HTTP errors have a reason for each status, and are not in this table.
+REASONS = (
+    (r"Temporary failure in name resolution", DNS, True),
+    (r"Name or service not known|No address associated|label (empty|too long)", "no such host", False),
+    (r"timed out|slower than", "too slow", True),
+    (
+        r"refused\b|\breset\b|unreachable|No route|closed connection|IncompleteRead|BadStatus|EOF",
+        "connection lost",
+        True,
+    ),
+    (r"(?i)certificate|\bssl\b|\btls\b", "TLS", False),
+    (r"^opted out", "opted out", False),
+    (r"private address|loopback host|not http or https|malformed URL|unknown url type", "address refused", False),
+    (r"^body above", "body too large", False),
+    (r"MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", "too many pixels", False),
+    (r"^Image decoding error", "no picture", False),
+)
+
+
+def reason(message: str) -> tuple[str, bool]:
+    """A message's reason, and whether the same request may succeed at another time."""
+    status = re.match(r"HTTP Error (\d+)", message)
+    if status:
+        code = int(status[1])
+        if code // 100 == 3:
+            return "redirect loop", False
+        return f"HTTP {code}", code in (408, 425, 429) or code >= 500
+    for pattern, name, transient in REASONS:
+        if re.search(pattern, message):
+            return name, transient
+    return message.partition("\n")[0][:60], False
+
+
+def is_transient(message: str) -> bool:
+    """Whether the same request may succeed at another time."""
+    return reason(message)[1]
+
+
+class Tally:
+    """Pictures by reason, success among them."""
+
+    def __init__(self, messages: Mapping[str, int] | None = None) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.transient = 0
+        for message, count in (messages or {}).items():
+            name, transient = (SUCCESS, False) if message == SUCCESS else reason(message)
+            self.reasons[name] += count
+            self.transient += count * transient
+
+    def add(self, other: Tally) -> None:
+        self.reasons.update(other.reasons)
+        self.transient += other.transient
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    @property
+    def successes(self) -> int:
+        return self.reasons[SUCCESS]
+
+    @property
+    def success_share(self) -> float:
+        return self.successes / max(self.count, 1)
+
+    @property
+    def settled_share(self) -> float:
+        """Share of the pictures that another attempt would not change."""
+        return 1 - self.transient / max(self.count, 1)
+
+    def failures(self, most: int = 5) -> str:
+        """The commonest failures with their counts."""
+        failed = Counter({name: count for name, count in self.reasons.items() if name != SUCCESS})
+        return ", ".join(f"{count:,} {name}" for name, count in failed.most_common(most)) or "none"
+
+    def __str__(self) -> str:
+        return f"{self.successes:,} of {self.count:,} pictures ({self.success_share:.0%}); failed: {self.failures()}"
