@@ -8,6 +8,7 @@ layers, so they go through them in one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Objective:
         self.outputs = set(self.flows)
         self.contexts = {flow.context for flow in flows}
         self._unconditional: dict[Flow, Tensor] = {}
+
+    def prepare(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """What `encode` takes in place of a batch's samples, after the work that needs the CPU alone."""
+        return self.frozen.prepare(samples, self.outputs, self.contexts)
 
     def encode(self, samples: Mapping[str, object], resolution: int, draws: StepDraws) -> Encoded:
         """Latents and contexts of a micro-batch, each encoded once and shared by all flows."""

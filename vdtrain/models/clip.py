@@ -81,9 +81,16 @@ class ClipTextContext(nn.Module):
                 f"the tokenizer {tokenizer or 'of CLIP'} has {self.tokenizer.size} entries; set it to that"
             )
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Encode captions into [B, L, D] in the dtype of the parameters. Padding is kept: no token is masked."""
-        return self.encode_ids(self.tokenizer(captions))
+    def prepare(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L] of captions."""
+        return self.tokenizer(captions)
+
+    def encode(self, captions: Sequence[str] | Tensor) -> Tensor:
+        """Encode captions, or what `prepare` made of them, into [B, L, D] in the dtype of the parameters.
+
+        Padding is kept: no token is masked.
+        """
+        return self.encode_ids(captions if isinstance(captions, Tensor) else self.tokenizer(captions))
 
     def encode_ids(self, ids: Tensor) -> Tensor:
         """`encode` for ids int64 [B, L] that are filled up with the end-of-text id, the largest of the vocabulary."""

@@ -46,6 +46,25 @@ class MaskedContextEncoder(ContextEncoder, Protocol):
         """Contexts [B, tokens, D] of a batch, seen through masks [B, 1, h, w] in 0..1."""
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """A VAE or context encoder with work for the CPU, such as tokenising, that can be done before `encode`."""
+
+    def prepare(self, samples: Any) -> Any:
+        """What `encode` takes in place of a batch of samples; called on a thread beside training."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of one modality in the forms that its VAE and its context encoder take, each a tensor or a list [B]."""
+
+    vae: Any
+    context: Any
+
+    def __getitem__(self, rows: slice) -> Prepared:
+        return Prepared(self.vae[rows], self.context[rows])
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A batch as the diffuser sees it, by modality: latents [B, ...] and contexts [B, tokens, D]."""
@@ -83,7 +102,7 @@ class FrozenParts(nn.Module):
         """Encode a batch of pairs, every needed part once.
 
         Args:
-            samples: the batch by modality, in the form that the modality's parts take.
+            samples: the batch by modality, in the form that the modality's parts take, or as `prepare` gives it.
             outputs: modalities whose latents are asked for.
             contexts: modalities whose contexts are asked for.
             noise: standard normal noise for posterior samples, by modality; a modality that is not in it gets its
@@ -98,11 +117,25 @@ class FrozenParts(nn.Module):
                     f"samples: no {modality!r} in the batch, only {', '.join(samples)}; the stage's flows need a "
                     "data.stream that yields it"
                 )
-        noise = noise or {}
+        noise, given = noise or {}, {name: _both(batch) for name, batch in samples.items()}
         return Encoded(
-            latents={name: self._vae(name).encode(samples[name], noise.get(name)) for name in dict.fromkeys(outputs)},
-            contexts={name: self._context_encoder(name).encode(samples[name]) for name in dict.fromkeys(contexts)},
+            latents={name: self._vae(name).encode(given[name].vae, noise.get(name)) for name in dict.fromkeys(outputs)},
+            contexts={
+                name: self._context_encoder(name).encode(given[name].context) for name in dict.fromkeys(contexts)
+            },
         )
+
+    def prepare(
+        self, samples: Mapping[str, Any], outputs: Collection[str], contexts: Collection[str]
+    ) -> dict[str, Any]:
+        """What `encode` takes in place of the samples, after the work that needs the CPU alone."""
+        prepared = dict(samples)
+        for modality, batch in samples.items():
+            vae = self._vae(modality) if modality in outputs else None
+            encoder = self._context_encoder(modality) if modality in contexts else None
+            if any(isinstance(part, Preparing) for part in (vae, encoder)):
+                prepared[modality] = Prepared(_prepare(vae, batch), _prepare(encoder, batch))
+        return prepared
 
     @torch.no_grad()
     def encode_masked(self, modality: str, samples: Any, masks: Tensor) -> Tensor:
@@ -137,6 +170,14 @@ class FrozenParts(nn.Module):
     def _context_encoder(self, modality: str) -> ContextEncoder:
         encoder: ContextEncoder = _named(self.context_encoders, modality)
         return encoder
+
+
+def _prepare(part: object, batch: Any) -> Any:
+    return part.prepare(batch) if isinstance(part, Preparing) else batch
+
+
+def _both(batch: Any) -> Prepared:
+    return batch if isinstance(batch, Prepared) else Prepared(batch, batch)
 
 
 def _named(modules: nn.ModuleDict, modality: str) -> Any:

@@ -117,8 +117,19 @@ class Optimus(nn.Module):
         """Shape of one latent, [latent size]; a caption's does not depend on the picture's size."""
         return (self.latent_size,)
 
-    def encode(self, captions: Sequence[str], noise: Tensor | None = None) -> Tensor:
-        """Encode captions: the posterior's mean, [B, latent size] in the dtype of the parameters.
+    def prepare(self, captions: Sequence[str]) -> Tensor:
+        """Encoder ids int64 [B, longest caption + 2] of captions, padded on the right.
+
+        Raises:
+            ValueError: the model has no tokenizers.
+        """
+        if self.encoder_tokenizer is None:
+            raise ValueError("vae.encoder_tokenizer is not set: without it, captions cannot be encoded")
+        return self.encoder_tokenizer(captions)
+
+    def encode(self, captions: Sequence[str] | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode captions, or what `prepare` made of them: the posterior's mean, [B, latent size], in the dtype of the
+        parameters.
 
         Versatile Diffusion trains on the mean, so `noise`, there for the interface that all VAEs share, is not used.
         """
@@ -262,11 +273,11 @@ class Optimus(nn.Module):
             raise ValueError("vae.decoder_tokenizer is not set: without it, captions cannot be decoded")
         return self.decoder_tokenizer
 
-    def _posterior_of(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if self.encoder_tokenizer is None:
-            raise ValueError("vae.encoder_tokenizer is not set: without it, captions cannot be encoded")
+    def _posterior_of(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        ids = captions if isinstance(captions, Tensor) else self.prepare(captions)
         device, _ = device_and_dtype(self)
-        return self.posterior(self.encoder_tokenizer(captions).to(device), self.encoder_tokenizer.pad)
+        pad = 0 if self.encoder_tokenizer is None else self.encoder_tokenizer.pad
+        return self.posterior(ids.to(device), pad)
 
 
 def _uniform(columns: int, generators: Sequence[torch.Generator]) -> Tensor:

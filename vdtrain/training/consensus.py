@@ -32,6 +32,7 @@ class StepOutcome:
         gradient_norm: see StepReport.
         applied: False if the step was left out because a loss or a gradient was not finite.
         stop: whether a process was asked to stop: all do, after the same step.
+        replaced: bad samples that others stood in for, over all processes.
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepOutcome:
     gradient_norm: float
     applied: bool
     stop: bool
+    replaced: int = 0
 
 
 class StepConsensus:
@@ -54,8 +56,11 @@ class StepConsensus:
         self.device = device
         self._pending: _Pending | None = None
 
-    def submit(self, step: int, losses: Mapping[str, Tensor], report: StepReport, signal_number: int) -> None:
-        """Send this process's losses, by flow in the order that they ran, and the number of the signal it received.
+    def submit(
+        self, step: int, losses: Mapping[str, Tensor], report: StepReport, signal_number: int, replaced: int = 0
+    ) -> None:
+        """Send this process's losses, by flow in the order that they ran, the number of the signal it received, and how
+        many bad samples were replaced in its batch.
 
         Every process must call it in every step, and collect what it submitted before.
         """
@@ -63,12 +68,12 @@ class StepConsensus:
         number = fingerprint(step, ran)
         count = len(self.flows)
         # Filled in one by one: a tensor made of Python numbers on a GPU would wait for it.
-        vector = torch.zeros(count + 5, dtype=torch.float64, device=self.device)
+        vector = torch.zeros(count + 6, dtype=torch.float64, device=self.device)
         for position, name in enumerate(self.flows):
             if name in losses:
                 vector[position] = losses[name].detach()
         vector[count], vector[count + 1] = report.gradient_norm, report.applied
-        for position, value in enumerate((signal_number, number, number * number), start=count + 2):
+        for position, value in enumerate((signal_number, replaced, number, number * number), start=count + 2):
             vector[position].fill_(value)
         work = dist.all_reduce(vector, async_op=True) if distributed.world_size() > 1 else None
         if self.device.type == "cuda":
@@ -92,7 +97,7 @@ class StepConsensus:
         pending, self._pending = self._pending, None
         if pending.wait is not None:
             pending.wait()
-        *losses, norm, applied, signals, number, squares = pending.vector.tolist()
+        *losses, norm, applied, signals, replaced, number, squares = pending.vector.tolist()
         processes = distributed.world_size()
         # Equality holds for equal numbers only (Cauchy and Schwarz).
         if processes * int(squares) != int(number) ** 2:
@@ -102,7 +107,7 @@ class StepConsensus:
                 "them the same configuration and seed, and run the same command again"
             )
         means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in pending.ran}
-        return StepOutcome(pending.step, means, norm / processes, applied == processes, signals > 0)
+        return StepOutcome(pending.step, means, norm / processes, applied == processes, signals > 0, int(replaced))
 
 
 class BadSteps:

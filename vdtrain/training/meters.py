@@ -61,4 +61,5 @@ def log_line(record: Mapping[str, Any]) -> str:
         f"{losses} | grad {record['gradient_norm']:.3f} | lr {record['learning_rate']:.2e} | "
         f"{record['pairs_per_second']:.1f} pairs/s | data wait {record['data_wait']:.0%} | {record['memory_gb']:.2f} GB"
         + (f" | skipped {record['skipped']}" if record["skipped"] else "")
+        + (f" | bad samples {record['replaced']}" if record["replaced"] else "")
     )

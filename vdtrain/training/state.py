@@ -15,12 +15,14 @@ class TrainState:
         phase: index of the phase that the next step belongs to.
         phase_step: optimiser steps of that phase already done.
         skipped: steps that were left out because a gradient was not finite.
+        replaced: bad samples that others stood in for.
     """
 
     step: int = 0
     phase: int = 0
     phase_step: int = 0
     skipped: int = 0
+    replaced: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,6 +35,7 @@ from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
 from vdtrain.training.meters import Interval
 from vdtrain.training.preemption import StopSignal
+from vdtrain.training.prefetch import Prefetcher
 from vdtrain.training.reporter import Reporter
 from vdtrain.training.state import TrainState
 from vdtrain.training.watchdog import DUMPS, Watchdog
@@ -95,7 +96,7 @@ class Trainer:
             SharedError: on every process, if the data cannot be read on one of them.
             StreamError: the data can no longer be read on this process.
         """
-        stop = stop or StopSignal()
+        given, stop = stop, stop or StopSignal()
         try:
             while self.state.phase < len(self.config.stage.phases):
                 if not distributed.all_agree(stop.number == 0):
@@ -106,7 +107,8 @@ class Trainer:
             self._save_last()
             return self.state.step == self.total_steps
         finally:
-            stop.restore()
+            if given is None:
+                stop.restore()
             self.close()
 
     def close(self) -> None:
@@ -121,7 +123,7 @@ class Trainer:
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
-        stream = self._open_stream(phase)
+        batches = Prefetcher(self._open_stream(phase), self.objective.prepare)
         consensus, bad_steps = (
             StepConsensus(self.flow_names, self.place.device),
             BadSteps(config.optimizer.max_bad_steps),
@@ -136,9 +138,9 @@ class Trainer:
             bad_steps.add(outcome)
             interval.add(outcome)
             self.state.skipped += not outcome.applied
+            self.state.replaced += outcome.replaced
             return outcome.stop
 
-        batches = iter(stream)
         try:
             while self.state.phase_step < steps and not asked:
                 self.watchdog.beat(f"step {self.state.step + 1}, waiting for data")
@@ -149,7 +151,7 @@ class Trainer:
                 losses, report = self._step(batch, phase)
                 # The previous step's outcome arrives now; this step's travels while the next one computes.
                 asked = collect()
-                consensus.submit(self.state.step, losses, report, stop.number)
+                consensus.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
                 interval.pairs += batch_size
                 last = self.state.phase_step == steps
                 saves = last or self.state.step % config.checkpoint.every_steps == 0
@@ -166,7 +168,7 @@ class Trainer:
             asked = collect() or asked
             self._settle_saves()
         finally:
-            stream.close()
+            batches.close()
         return asked
 
     def _open_stream(self, phase: PhaseConfig) -> BatchStream:
@@ -220,7 +222,8 @@ class Trainer:
             slice(first + rows.start, first + rows.stop),
             self.place.device,
         )
-        samples = {name: _to(values[rows], self.place.device) for name, values in batch.samples.items()}
+        device = self.place.device
+        samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
         encoded = self.objective.encode(samples, phase.resolution, draws)
         return self.objective.losses(self.engine, encoded, draws)
 
@@ -250,6 +253,7 @@ class Trainer:
             "total_samples": self.total_steps * batch_size,
             "learning_rate": self._learning_rate(),
             "skipped": self.state.skipped,
+            "replaced": self.state.replaced,
             "failed_saves": self.saver.failed,
             **interval.summary(self.place.device),
         }
@@ -292,4 +296,5 @@ class Trainer:
 
 
 def _to(values: Any, device: torch.device) -> Any:
-    return values.to(device, non_blocking=True) if isinstance(values, Tensor) else values
+    # Streams may give pictures with their channels last.
+    return values.to(device, non_blocking=True).contiguous() if isinstance(values, Tensor) else values
