@@ -25,6 +25,7 @@ from vdtrain.config import (
     DataPipelineConfig,
     EditConfig,
     PlanConfig,
+    PreflightConfig,
     SampleConfig,
     TrainConfig,
     WeightsConfig,
@@ -34,6 +35,7 @@ Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "plan": PlanConfig,
+    "preflight": PreflightConfig,
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,

@@ -176,6 +176,13 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass
+class PreflightConfig(TrainConfig):
+    """Root of `conf/preflight.yaml`."""
+
+    gpus: int | None = MISSING
+
+
+@dataclass
 class SamplingConfig:
     """How a sample is drawn; the values are the released application's."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,16 +28,33 @@ def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
     """
     weights = initial_weights(start, config.model)
     names = weight_names(start.resume) if start.resume is not None else weights
-    carried = {layer_group(name) for name in names}
-    diffuser = Diffuser(config.model, {*active_groups(stage_flows(config)), *carried}, seed=config.seed)
+    diffuser = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
     load_weights(diffuser, weights)
     use_kernel(diffuser, config.hardware.attention)
     recompute_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
 
 
+def layer_groups(config: TrainConfig, names: Iterable[str]) -> set[str]:
+    """The groups that a stage trains, and those that the weights of these names bring along."""
+    return {*active_groups(stage_flows(config)), *map(layer_group, names)}
+
+
 def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
     """Copy weights by name. Every layer group comes whole or not at all; one that does not keeps its random start.
+
+    Raises:
+        ConfigError: see `check_weights`.
+    """
+    check_weights(diffuser, weights)
+    own = diffuser.state_dict()
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes, which reads no weights.
 
     Raises:
         ConfigError: a name or a shape that the model does not have, or a group of which a part is missing.
@@ -55,9 +72,6 @@ def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"
             )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
 
 
 def engine_settings(config: TrainConfig) -> EngineSettings:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, StageConfig, TrainConfig
-from vdtrain.training.checkpoint_folder import CHECKPOINTS
+from vdtrain.training.checkpoint_folder import CHECKPOINTS, summary
 from vdtrain.training.checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -114,11 +114,15 @@ def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelCon
         raise ConfigError(f"{setting}={value}: {error}") from error
 
 
-def initial_weights(start: Start, model: ModelConfig) -> Mapping[str, Tensor]:
+def initial_weights(start: Start, model: ModelConfig, thorough: bool = True) -> Mapping[str, Tensor]:
     """The weights by name that a new stage starts from; empty where it resumes or starts at random.
 
+    Args:
+        thorough: check every byte, each process its share; False goes by the files' sizes.
+
     Raises:
-        ConfigError: they are of a model of other sizes.
+        ConfigError: they are of a model of other sizes, or a weights folder is damaged.
+        CheckpointError: a checkpoint is damaged.
     """
     if start.weights is None:
         return {}
@@ -129,9 +133,12 @@ def initial_weights(start: Start, model: ModelConfig) -> Mapping[str, Tensor]:
             f"choose model={theirs.name}, or other weights"
         )
     if is_weights_folder(start.weights):
-        return open_weights_folder(start.weights, "stage.init_from")
-    # Each process checks its share of the files, where reading would check all of them on every process.
-    CheckpointStore(start.weights.parent, keep=1).verify(start.weights)
+        return open_weights_folder(start.weights, "stage.init_from", hashed=thorough)
+    if thorough:
+        # Each process checks its share of the files, where reading would check all of them on every process.
+        CheckpointStore(start.weights.parent, keep=1).verify(start.weights)
+    else:
+        summary(start.weights)
     return read_weights(start.weights, verify=False)
 
 

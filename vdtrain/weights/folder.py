@@ -73,13 +73,16 @@ def write_weights_folder(
         write_text(draft / INDEX_FILE, json.dumps({"format": FORMAT, "files": records}, indent=1))
 
 
-def open_weights_folder(path: Path, setting: str = "checkpoint") -> LazyTensors:
+def open_weights_folder(path: Path, setting: str = "checkpoint", hashed: bool = True) -> LazyTensors:
     """The diffuser's tensors by our names. All files are checked; a tensor is read on access.
+
+    Args:
+        hashed: False checks the files' sizes alone.
 
     Raises:
         WeightsError: a file is missing, truncated, damaged, or of other weights.
     """
-    _check(path, setting)
+    _check(path, setting, hashed)
     released = open_tensors(path, setting)
     names = {from_released(key): key for key in released}
     if foreign := names.get(None):
@@ -105,7 +108,7 @@ def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig
     return model
 
 
-def _check(path: Path, setting: str) -> None:
+def _check(path: Path, setting: str, hashed: bool) -> None:
     remedy = "import the weights again"
     try:
         index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
@@ -117,5 +120,5 @@ def _check(path: Path, setting: str) -> None:
         raise WeightsError(f"{setting}={path}: format {written_by}, and this version of vdtrain reads format {FORMAT}")
     if foreign := {file.name for file in path.glob("*.safetensors*")} - records.keys():
         raise WeightsError(f"{setting}={path}: {min(foreign)} does not belong to it; take it away")
-    if damaged := damage(path, records):
+    if damaged := damage(path, records, hashed=hashed):
         raise WeightsError(f"{setting}={path}: {damaged}; {remedy}")

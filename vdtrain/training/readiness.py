@@ -1,0 +1,206 @@
+"""What a stage needs beside a configuration that can work: a start, enough shards, room on the disk, a tracker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+
+from vdtrain.compose import ConfigError
+from vdtrain.config import TrainConfig
+from vdtrain.data.manifest import SHARDS_FILE
+from vdtrain.flows import active_groups
+from vdtrain.training.checkpoint_folder import (
+    CHECKPOINTS,
+    CheckpointError,
+    candidates,
+    latest_by_sizes,
+    summary,
+)
+from vdtrain.training.wandb_access import wandb_problem
+from vdtrain.validation import phase_steps, problems, stage_flows
+
+if TYPE_CHECKING:
+    from vdtrain.training.curriculum import Start
+
+GB, FLOAT32 = 10**9, 4
+OK, WARNING, ERROR = "ok", "warning", "error"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line on something that was looked at: kind is "ok", "warning" or "error"."""
+
+    kind: str
+    line: str
+
+
+def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[Finding]:
+    """Look at everything, what costs least first; errors do not end the looking.
+
+    Args:
+        document: the composed configuration, unresolved.
+        ranks: number of processes that will train.
+    """
+    mistakes = [Finding(ERROR, line) for line in dict.fromkeys(problems(config, ranks))]
+    yield from mistakes
+    if not mistakes:
+        yield Finding(OK, _extent(config, ranks))
+    if Path(config.data.manifest).exists():
+        yield shards(config, ranks)
+    yield from start_and_room(config, document, settled=not mistakes)
+    yield tracking(config)
+
+
+def shards(config: TrainConfig, ranks: int) -> Finding:
+    """Are there as many shards as loader workers? Fewer, and some wait for bytes of the same file."""
+    manifest, workers = config.data.manifest, config.hardware.loader_workers
+    try:
+        paths = pq.read_table(Path(manifest) / SHARDS_FILE, columns=["path"])["path"].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        return Finding(ERROR, f"data.manifest={manifest}: cannot be read ({reason}); run python -m data_pipeline index")
+    count, needed = sum(map(bool, paths)), ranks * workers
+    if count < needed:
+        fewer = f"set hardware.loader_workers={count // ranks}, " if count >= ranks else ""
+        return Finding(
+            ERROR,
+            f"data.manifest={manifest}: {count} shards, fewer than {ranks} processes x hardware.loader_workers="
+            f"{workers}; {fewer}start fewer processes, or download again with a smaller data.download.samples_per_shard",
+        )
+    return Finding(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
+
+
+def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = True) -> Iterator[Finding]:
+    """Is what the stage starts from there and whole, and is there room for the checkpoints to come?
+
+    Whole means here that every file is there and has the size in the checkpoint's record, whose own checksum is right:
+    20 GB on a slow disk are not read. The run itself checks every byte before it uses them, each process its share.
+
+    Args:
+        settled: False where the settings are mistaken, and nothing can be built from them.
+    """
+    # Late, for they import PyTorch.
+    from vdtrain.training.curriculum import find_start, unfinished_stage
+
+    own = Path(config.run_dir) / CHECKPOINTS
+    for line in latest_by_sizes(own)[1]:
+        yield Finding(WARNING, f"{line}; it is passed over")
+    try:
+        start = find_start(config, document, thorough=False)
+        step = 0 if start.resume is None else summary(start.resume).step
+        yield Finding(OK, _origin(config, start, step))
+        if start.weights is not None and (unfinished := unfinished_stage(start.weights)):
+            yield Finding(WARNING, f"stage.init_from={config.stage.init_from}: {unfinished}")
+        if settled:
+            yield room(config, start, step)
+    except ConfigError as error:
+        yield Finding(ERROR, str(error))
+    except CheckpointError as error:
+        setting = f"stage.init_from={config.stage.init_from}"
+        yield Finding(ERROR, f"{setting}: {error}; give another checkpoint, or train that stage again")
+
+
+def room(config: TrainConfig, start: Start, step: int) -> Finding:
+    """Has the disk room for the checkpoints to come, and for the one that is written before an old one goes?
+
+    A quota is not seen here.
+
+    Raises:
+        ConfigError, CheckpointError: the weights that the stage starts from are of another model, or damaged.
+    """
+    size = checkpoint_size(config, start)
+    run_dir = Path(config.run_dir).absolute()
+    place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding(ERROR, f"run_dir={config.run_dir}: {place} cannot be written; choose another folder")
+    free, number = shutil.disk_usage(place).free, _checkpoints_to_come(config, step, config.checkpoint.keep)
+    sizes = f"{number} checkpoints of {size / GB:.2f} GB"
+    if number * size <= free:
+        return Finding(OK, f"run_dir={config.run_dir}: {free / GB:,.1f} GB free for {sizes} to come")
+    kept = (
+        keep
+        for keep in reversed(range(1, config.checkpoint.keep))
+        if _checkpoints_to_come(config, step, keep) * size <= free
+    )
+    smaller = next((f"set checkpoint.keep={keep}, " for keep in kept), "")
+    return Finding(
+        ERROR,
+        f"run_dir={config.run_dir}: {free / GB:,.1f} GB free, and {sizes} to come take {number * size / GB:,.1f} GB; "
+        f"{smaller}make room, or choose another folder",
+    )
+
+
+def checkpoint_size(config: TrainConfig, start: Start) -> int:
+    """Bytes of one checkpoint: as large as the one that is continued, else by the networks, laid out without memory.
+
+    Raises:
+        ConfigError, CheckpointError: see `room`.
+    """
+    import torch
+
+    from vdtrain.models.diffuser import Diffuser, parameters_by_group
+    from vdtrain.training.assembly import check_weights, layer_groups
+    from vdtrain.training.curriculum import initial_weights
+    from vdtrain.training.memory import checkpoint_bytes, tensor_bytes
+    from vdtrain.training.partitions import GroupLayout
+
+    if start.resume is not None:
+        return summary(start.resume).bytes
+    weights = initial_weights(start, config.model, thorough=False)
+    with torch.device("meta"):
+        diffuser = Diffuser(config.model, layer_groups(config, weights))
+    check_weights(diffuser, weights)
+    groups = parameters_by_group(diffuser)
+    trained = {group: groups[group] for group in active_groups(stage_flows(config))}
+    layouts = [GroupLayout.of(group, parameters) for group, parameters in trained.items()]
+    carried = tensor_bytes(diffuser) - FLOAT32 * sum(layout.numel for layout in layouts)
+    return checkpoint_bytes(config, layouts) + carried
+
+
+def tracking(config: TrainConfig) -> Finding:
+    """Can the run be tracked, or how will it be?"""
+    problem, mode = wandb_problem(config.tracking), f"tracking.mode={config.tracking.mode}"
+    if problem is not None:
+        return Finding(ERROR, problem)
+    texts = {
+        "online": "W&B is reached, and takes the credentials here",
+        "offline": f"send the run to W&B by `wandb sync {config.run_dir}/wandb/offline-run-*`",
+        "disabled": f"figures go to {config.run_dir}/metrics.jsonl alone",
+    }
+    return Finding(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")
+
+
+def _extent(config: TrainConfig, ranks: int) -> str:
+    steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
+    return (
+        f"{config.stage.name}: {ranks} x {config.hardware.name}, {steps:,} steps of {config.stage.global_batch_size:,}"
+    )
+
+
+def _origin(config: TrainConfig, start: Start, step: int) -> str:
+    if start.resume is not None:
+        return f"run_dir={config.run_dir}: continues from step {step}, {start.resume}"
+    if start.weights is not None:
+        return f"stage.init_from={config.stage.init_from}: {start.weights}"
+    return "stage.init_from=null: starts from random weights"
+
+
+def _checkpoints_to_come(config: TrainConfig, step: int, keep: int) -> int:
+    """The most that will be there at once and are not there yet, if `keep` of them stay."""
+    settings = config.checkpoint
+    total = sum(phase_steps(config, phase) for phase in config.stage.phases)
+    # One at every interval and one at the end of each phase.
+    saves = max(0, total - step) // settings.every_steps + len(config.stage.phases)
+    saves = saves if step < total else 0
+    every = settings.keep_every_steps
+    kept = total // every - step // every if every else 0
+    there = len(candidates(Path(config.run_dir) / CHECKPOINTS))
+    return min(saves, keep + 1 - min(there, keep) + kept)
