@@ -179,7 +179,8 @@ class PlanConfig(TrainConfig):
 class PreflightConfig(TrainConfig):
     """Root of `conf/preflight.yaml`."""
 
-    gpus: int | None = MISSING
+    # Processes that will train; null for what the launcher says.
+    ranks: int | None = MISSING
 
 
 @dataclass

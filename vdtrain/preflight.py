@@ -1,6 +1,6 @@
 """Look, before the GPUs are used, whether a stage can be trained: one process, on the machine that will train.
 
-vdtrain preflight stage=stage3_four_flow hardware=h100 gpus=8
+vdtrain preflight stage=stage3_four_flow hardware=h100 ranks=8
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ that divides, room on the disk for the checkpoints to come, Weights & Biases. It
 their records and the sizes of their files, and no GPU is asked. Exit status 0 if all is well, 2 if not.
 
 All groups and settings of `vdtrain train`, and:
-  gpus=N              processes that will train (default: WORLD_SIZE, else SLURM_NTASKS, else 1; within a step of one
+  ranks=N             processes that will train (default: WORLD_SIZE, else SLURM_NTASKS, else 1; within a step of one
                       task, SLURM_NTASKS is 1)
 
 Examples:
-  vdtrain preflight stage=stage2_dual_flow hardware=h100 gpus=16 run_dir=/scratch/stage2
-  vdtrain preflight stage=stage1_single_flow model=tiny data=shapes hardware=cpu tracking=offline gpus=2
+  vdtrain preflight stage=stage2_dual_flow hardware=h100 ranks=16 run_dir=/scratch/stage2
+  vdtrain preflight stage=stage1_single_flow model=tiny data=shapes hardware=cpu tracking=offline ranks=2
 """
 
 
-def ranks(setting: int | None, environment: Mapping[str, str] = os.environ) -> int:
+def rank_count(setting: int | None, environment: Mapping[str, str] = os.environ) -> int:
     """Number of processes that will train: the setting, or what the launcher says.
 
     Raises:
         ConfigError: it is no number above 0.
     """
-    name, value = "gpus", str(setting)
+    name, value = "ranks", str(setting)
     if setting is None:
         name = next((name for name in ("WORLD_SIZE", "SLURM_NTASKS") if environment.get(name)), "")
         value = environment.get(name, "1")
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{name}={value}: is to be the number of processes that will train; give gpus=N")
+        raise ConfigError(f"{name}={value}: is to be the number of processes that will train; give ranks=N")
     return int(value)
 
 
 def preflight(config: PreflightConfig, document: DictConfig) -> int:
     """Print what was found; exit status 0, or 2 if something is wrong."""
-    processes = ranks(config.gpus)
+    ranks = rank_count(config.ranks)
     from vdtrain.training.readiness import ERROR, findings
 
     wrong = 0
-    for finding in findings(config, document, processes):
+    for finding in findings(config, document, ranks):
         failed = finding.kind == ERROR
         wrong += failed
         print(f"{finding.kind}: {finding.line}", file=sys.stderr if failed else sys.stdout, flush=True)

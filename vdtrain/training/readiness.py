@@ -73,7 +73,7 @@ def shards(config: TrainConfig, ranks: int) -> Finding:
         return Finding(
             ERROR,
             f"data.manifest={manifest}: {count} shards, fewer than {ranks} processes x hardware.loader_workers="
-            f"{workers}; {fewer}start fewer processes, or download again with a smaller data.download.samples_per_shard",
+            f"{workers}; {fewer}start fewer processes, or download with a smaller data.download.samples_per_shard",
         )
     return Finding(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
 
