@@ -19,6 +19,7 @@ USAGE = """\
 Usage: python -m data_pipeline VERB [data=NAME] [SETTING=VALUE ...]
 
 Verbs:
+  select     choose the rows of the metadata that are worth their download
   download   fetch the pictures of every source with img2dataset, into tar shards
   index      check the shards and write the manifest that training streams from
   shapes     draw the demo's picture set and its metadata (data=shapes)
@@ -30,6 +31,7 @@ Every verb takes up what an earlier, interrupted run left complete.
   --cfg job           print the configuration and stop
 
 Examples:
+  python -m data_pipeline select data.select.filters.similarity_min=0.28
   python -m data_pipeline download data.download.processes=32
   python -m data_pipeline index data=shapes
 """
@@ -39,6 +41,12 @@ def _shapes(data: DataConfig) -> ShapesConfig:
     if data.shapes is None:
         raise ConfigError(f"data={data.name}: has no drawn picture set; use data=shapes")
     return data.shapes
+
+
+def _select(data: DataConfig) -> None:
+    from data_pipeline.select import select
+
+    select(data)
 
 
 def _download(data: DataConfig) -> None:
@@ -79,6 +87,7 @@ def _serve(data: DataConfig) -> None:
 
 
 VERBS: dict[str, Callable[[DataConfig], None]] = {
+    "select": _select,
     "download": _download,
     "index": _index,
     "shapes": _draw,

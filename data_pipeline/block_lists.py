@@ -67,11 +67,9 @@ def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig
     }
     for name in config.hashes:
         if name not in HASH_COLUMNS or name not in known:
-            choices = sorted(
-                {column.name for schema in SCHEMAS.values() for column in schema.columns} & {*HASH_COLUMNS}
-            )
             raise ConfigError(
-                f"data.select.block_lists.hashes.{name}: no source has such a column; name one of {', '.join(choices)}"
+                f"data.select.block_lists.hashes.{name}: no source has such a column; "
+                f"name one of {', '.join(sorted(known & {*HASH_COLUMNS})) or 'none'}"
             )
     setting = "data.select.block_lists"
     urls = _read(f"{setting}.urls", config.urls) if config.urls else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.sources import metadata_files
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import DataConfig
+from vdtrain.files import INCOMPLETE, sync, write_text
 
 SELECTION_FILE = "selection.json"
 FOOTER_BYTES = 65_536
@@ -76,13 +77,16 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
-    """Write the record, whole or not at all."""
-    draft = folder / (SELECTION_FILE + ".incomplete")
-    with draft.open("w") as file:
-        json.dump(asdict(selection), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / SELECTION_FILE)
+    """Write the record."""
+    write_json(folder / SELECTION_FILE, asdict(selection))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file, whole or not at all."""
+    draft = file.with_name(file.name + INCOMPLETE)
+    write_text(draft, json.dumps(content, indent=1))
+    draft.replace(file)
+    sync(file.parent)
 
 
 def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
@@ -107,7 +111,7 @@ def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
         files = metadata_files(f"{setting}.metadata", source.metadata)
         settings |= {
             f"{setting}.schema": source.schema,
-            f"{setting}.metadata": [[file.name, _footer(file)] for file in files],
+            f"{setting}.metadata": [[file.name, footer_hash(file)] for file in files],
         }
         found[name] = dict(settings)
     return found
@@ -138,18 +142,9 @@ def _whole(setting: str, file: Path) -> str:
         raise ConfigError(f"{setting}: {file} cannot be read ({error.strerror}); give another file") from error
 
 
-def _footer(file: Path) -> str:
+def footer_hash(file: Path) -> str:
     """Hash of a parquet file's ending, which describes every column of it, and of its size."""
     with file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)
         opened.seek(max(0, size - FOOTER_BYTES))
         return hashlib.sha256(opened.read() + str(size).encode()).hexdigest()
-
-
-def total(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Counts added up, in the order in which they first appear."""
-    added: dict[str, int] = {}
-    for part in parts:
-        for name, count in part.items():
-            added[name] = added.get(name, 0) + count
-    return added

@@ -1,0 +1,92 @@
+"""Tasks over processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO, Protocol, TypeVar
+
+import pyarrow as pa
+
+from data_pipeline.progress import track
+from vdtrain.compose import ConfigError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+# Kept open for as long as a process lives: another run waits until it is gone.
+_HELD: list[IO[str]] = []
+
+
+class Run(Protocol):
+    """Do a function for every task; the results come in the tasks' order, and none is kept."""
+
+    def __call__(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
+    ) -> Iterator[Result]: ...
+
+
+@contextmanager
+def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
+    """Processes to do tasks in; with one, they are done in this one.
+
+    Args:
+        setting: what `processes` is called, for errors.
+        lock: a file that the processes hold locked (shared), as the caller does, while they live.
+
+    Raises:
+        ConfigError: a process was ended from outside.
+    """
+    if processes == 1:
+        yield _run_here
+        return
+    pool = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(lock,)
+    )
+    try:
+        yield partial(_run_in, pool)
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"{setting}={processes}: a process was ended from outside, for want of memory perhaps; give fewer "
+            "processes and run it again"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], description: str) -> Iterator[Result]:
+    for task in track(tasks, description):
+        yield function(task)
+
+
+def _run_in(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
+) -> Iterator[Result]:
+    futures = deque(pool.submit(function, task) for task in tasks)
+    for _ in track(range(len(futures)), description):
+        yield futures.popleft().result()
+
+
+def _begin(lock: Path) -> None:
+    """End with the parent, however it goes; until then keep another run out."""
+    _HELD.append(lock.open("w"))
+    fcntl.flock(_HELD[-1], fcntl.LOCK_SH)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
