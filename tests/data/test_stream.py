@@ -116,6 +116,20 @@ def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
         PairStream(tmp_path / "manifest", seed=0, resolution=128, global_batch_size=2)
 
 
+def test_other_shards_give_a_stream_another_identity(tmp_path: Path) -> None:
+    def identity() -> str:
+        stream = PairStream(tmp_path / "manifest", seed=0, resolution=32, global_batch_size=2)
+        stream.close()
+        return stream.identity
+
+    manifest = write_pairs(tmp_path, shards=1, count=5)
+    before = identity()
+    assert identity() == before
+    write_shard(tmp_path / "shards" / "000001.tar", 5, seed=9)
+    index({"drawn": tmp_path / "shards"}, manifest)
+    assert identity() != before
+
+
 def damage(manifest: Path, rows: list[int]) -> None:
     """Overwrite pictures, numbered through all shards."""
     content = Manifest(manifest)

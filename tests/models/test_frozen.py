@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vdtrain.compose import compose, to_object
 from vdtrain.config import TrainConfig
 from vdtrain.flows import Flow
-from vdtrain.models.frozen import FrozenParts
+from vdtrain.models.frozen import FrozenParts, Prepared
 from vdtrain.models.versatile_diffusion import build_frozen
 
 
@@ -99,6 +99,25 @@ def test_the_tiny_preset_encodes_a_batch_of_pairs():
     assert parts.decode("image", encoded.latents["image"]).shape == pictures.shape
     written = parts.decode("text", encoded.latents["text"], [torch.Generator().manual_seed(row) for row in range(8)])
     assert len(written) == 8
+
+
+def test_samples_prepared_beforehand_encode_to_the_same():
+    """And so do the micro-batches that a prepared batch is cut into."""
+    parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
+    _, pictures, captions = fresh(8, 64)
+    samples = {"image": pictures, "text": captions}
+    noise = {"image": normal(torch.Size((8, *parts.latent_shape("image", (64, 64)))))}
+    plain = parts.encode(samples, samples, samples, noise)
+    prepared = parts.prepare(samples, samples, samples)
+    assert isinstance(prepared["text"], Prepared)
+    assert prepared["image"] is pictures
+    whole = parts.encode(prepared, samples, samples, noise)
+    cut = parts.encode({name: batch[2:5] for name, batch in prepared.items()}, ["text"], samples)
+    for name in samples:
+        assert torch.equal(whole.latents[name], plain.latents[name])
+        assert torch.equal(whole.contexts[name], plain.contexts[name])
+        assert torch.allclose(cut.contexts[name], plain.contexts[name][2:5], atol=1e-5)
+    assert torch.allclose(cut.latents["text"], plain.latents["text"][2:5], atol=1e-5)
 
 
 def test_shared_weights_are_held_once_in_a_model_and_not_between_models():

@@ -59,9 +59,11 @@ def test_the_log_line_says_what_matters() -> None:
             "data_wait": 0.031,
             "memory_gb": 61.2,
             "skipped": 0,
+            "replaced": 0,
         }
     )
     parts = ("step 120", "256 px", "245,760/36,400,000", "image-to-image 0.2500", "text-to-image 0.5000")
     parts += ("grad 0.310", "lr 1.00e-04", "812.5 pairs/s", "data wait 3%", "61.20 GB")
     assert all(part in line for part in parts)
     assert "skipped" not in line
+    assert "bad samples" not in line

@@ -7,6 +7,7 @@ samples are only ever added; a manifest changes when `shards.parquet`, which nam
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ class Manifest:
     def __len__(self) -> int:
         """Number of samples."""
         return int(self.samples.sum())
+
+    @property
+    def identity(self) -> str:
+        """Changes when a shard is added, removed or made anew, and with it the order of the samples."""
+        described = zip(self.paths, self.hashes, self.samples.tolist(), strict=True)
+        return hashlib.blake2b(repr(list(described)).encode(), digest_size=8).hexdigest()
 
     def counts(self, min_side: int) -> NDArray[np.int64]:
         """int64 [S]: how many samples of each shard have a shortest side of `min_side` pixels or more."""

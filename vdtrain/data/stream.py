@@ -58,7 +58,8 @@ class BatchStream(Protocol):
     It is made anew for every phase of a stage, with the arguments of `PairStream` from `manifest` to `start` and
     `workers`, by name, and must guarantee three things. It does not end. The batch at a position depends on the other
     arguments alone, so that a run that is stopped goes on with the samples that it would have seen. And the ranks'
-    batches, put one after another, are the batch of one rank that reads alone.
+    batches, put one after another, are the batch of one rank that reads alone. A stream whose batches also depend on
+    files may have a string `identity` of them: a run that resumes on others says so.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,6 +122,7 @@ class PairStream:
         if global_batch_size % world_size or start % global_batch_size:
             raise ValueError(f"batch {global_batch_size}, {world_size} ranks, start {start}: must divide evenly")
         self.manifest = Manifest(manifest, shard_root)
+        self.identity = self.manifest.identity
         self.min_side = resolution if min_side is None else min_side
         self.order = Order(*self._pools(weights), seed=seed, lanes=lanes, block=block)
         self.seed, self.resolution, self.random_crop, self.bad_share = seed, resolution, random_crop, bad_share

@@ -16,6 +16,7 @@ class TrainState:
         phase_step: optimiser steps of that phase already done.
         skipped: steps that were left out because a gradient was not finite.
         replaced: bad samples that others stood in for.
+        data: identity of the files that the phase's stream reads, "" where it has none.
     """
 
     step: int = 0
@@ -23,6 +24,7 @@ class TrainState:
     phase_step: int = 0
     skipped: int = 0
     replaced: int = 0
+    data: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -192,6 +192,13 @@ class Trainer:
             failure = str(error)
         distributed.raise_if_any(failure)
         assert stream is not None
+        identity = getattr(stream, "identity", "")
+        if self.state.phase_step > 0 and identity != self.state.data:
+            self.reporter.warn(
+                f"data.manifest={config.data.manifest}: its shards have changed since the checkpoint, and with them "
+                "the order of the samples: in this epoch some come again, and others do not come"
+            )
+        self.state.data = identity
         return stream
 
     def _step(self, batch: Batch, phase: PhaseConfig) -> tuple[dict[str, Tensor], StepReport]:

@@ -1,0 +1,215 @@
+"""Shards on servers and in object stores: ranges, retries, whole copies in a cache, and what goes wrong."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from tests.pairs import write_pairs
+from vdtrain.data import shards
+from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.shards import ShardCache, ShardReader, StreamError
+from vdtrain.data.stream import Batch, PairStream
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder, by ranges too.
+
+    Attributes:
+        whole, ranges: requests by path.
+        failures: answers of 503 that are still to be given.
+        ranged: whether ranges are given when they are asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.whole: Counter[str] = Counter()
+        self.ranges: Counter[str] = Counter()
+        self.failures, self.ranged = 0, True
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.server.failures:
+            self.server.failures -= 1
+            self.send_error(503)
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None or not self.server.ranged:
+            self.server.whole[self.path] += 1
+            super().do_GET()
+            return
+        path = Path(self.translate_path(self.path))
+        if not path.exists():
+            self.send_error(404)
+            return
+        self.server.ranges[self.path] += 1
+        first, last = int(asked[1]), int(asked[2])
+        content = path.read_bytes()[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remote")
+    write_pairs(folder, shards=3, count=12)
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.01)
+    with Server(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def read(folder: Path, batches: int = 4, **settings: Any) -> list[Batch]:
+    stream = PairStream(folder / "manifest", seed=0, resolution=32, global_batch_size=9, **settings)
+    try:
+        return list(islice(stream, batches))
+    finally:
+        stream.close()
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(one.samples["image"], other.samples["image"]) and one.samples["text"] == other.samples["text"]
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def test_a_web_server_gives_the_same_batches_as_a_folder(folder: Path, server: Server) -> None:
+    assert same(read(folder, shard_root=f"{server.address}/manifest"), read(folder))
+    assert sum(server.ranges.values()) >= 36
+    assert not server.whole
+
+
+def test_an_object_store_gives_the_same_batches_as_a_folder(folder: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in sorted((folder / "shards").glob("*.tar")):
+        store.pipe_file(f"/bucket/shards/{path.name}", path.read_bytes())
+    assert same(read(folder, shard_root="memory://bucket/manifest"), read(folder))
+
+
+def test_failing_answers_are_asked_for_again(folder: Path, server: Server) -> None:
+    server.failures = 3
+    assert same(read(folder, shard_root=f"{server.address}/manifest"), read(folder))
+
+
+def test_a_server_that_keeps_failing_is_named(folder: Path, server: Server) -> None:
+    server.failures = 10**6
+    with pytest.raises(StreamError, match=rf"{server.address}/shards/00000\d.tar: .*503.*5 times"):
+        read(folder, shard_root=f"{server.address}/manifest")
+
+
+def test_a_server_without_ranges_is_named(folder: Path, server: Server) -> None:
+    server.ranged = False
+    with pytest.raises(StreamError, match="its server gives no ranges"):
+        read(folder, shard_root=f"{server.address}/manifest")
+
+
+def test_a_shard_that_is_not_there_is_named_at_once(folder: Path, server: Server) -> None:
+    with pytest.raises(StreamError, match=r"/elsewhere/shards/00000\d.tar: FileNotFoundError"):
+        read(folder, shard_root=f"{server.address}/elsewhere/manifest")
+
+
+def test_an_unknown_kind_of_address_is_named_before_anything_is_read(folder: Path) -> None:
+    with pytest.raises(ManifestError, match=r"install fsspec's part for nowhere://"):
+        PairStream(
+            folder / "manifest", seed=0, resolution=32, global_batch_size=9, shard_root="nowhere://bucket/manifest"
+        )
+
+
+def fetch_all(folder: Path, root: str, cache: ShardCache) -> ShardReader:
+    """A reader that has read of every shard, after its copies were made."""
+    manifest = Manifest(folder / "manifest", root)
+    reader = ShardReader(manifest, cache)
+    for shard in range(3):
+        reader.read(shard, 0, 512)
+    for fetch in reader._fetching.values():
+        fetch.result(timeout=60)
+    return reader
+
+
+def test_a_cache_fetches_each_shard_once_and_reads_it_from_the_disk(
+    folder: Path, server: Server, tmp_path: Path
+) -> None:
+    root = f"{server.address}/manifest"
+    reader = fetch_all(folder, root, ShardCache(str(tmp_path), 1))
+    assert server.whole == {f"/shards/{number:06d}.tar": 1 for number in range(3)}
+    asked = server.ranges.total()
+    manifest = Manifest(folder / "manifest")
+    for shard in range(3):
+        content = Path(manifest.shards[shard]).read_bytes()
+        assert reader.read(shard, 1024, 2000) == content[1024:3024]
+    reader.close()
+    assert same(read(folder, shard_root=root, cache={"folder": str(tmp_path), "gigabytes": 1}), read(folder))
+    assert server.ranges.total() == asked
+    assert server.whole.total() == 3
+
+
+def test_the_cache_stays_within_its_bound_and_drops_the_oldest(folder: Path, server: Server, tmp_path: Path) -> None:
+    sizes = Manifest(folder / "manifest").bytes
+    cache = ShardCache(str(tmp_path), (int(sizes.max()) + int(sizes.min()) // 2) / 1e9)
+    reader = fetch_all(folder, f"{server.address}/manifest", cache)
+    kept = list(tmp_path.glob("*.tar"))
+    assert len(kept) == 1
+    assert sum(path.stat().st_size for path in kept) <= cache.limit_bytes
+    # What was dropped is read by ranges again, and fetched again.
+    for shard in range(3):
+        assert len(reader.read(shard, 0, 512)) == 512
+    reader.close()
+
+
+def test_a_cache_too_small_for_a_shard_is_refused(folder: Path, server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"data\.stream\.cache\.gigabytes=1e-06: a shard has"):
+        read(folder, shard_root=f"{server.address}/manifest", cache={"folder": str(tmp_path), "gigabytes": 1e-6})
+
+
+def test_two_processes_do_not_fetch_the_same_shard(folder: Path, server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path), 1)
+    address, size = f"{server.address}/shards/000000.tar", 10
+    with cache._path(address, size).with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache.fetch(address, size, "", lambda draft: pytest.fail("another process is about it"))
+
+
+def test_a_copy_that_is_not_the_manifests_shard_is_not_kept(tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path), 1)
+    with pytest.raises(StreamError, match="not the shard that the manifest lists"):
+        cache.fetch("http://x/a.tar", 4, "0" * 64, lambda draft: draft.write_bytes(b"else"))
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_FILES", 1)
+    assert same(read(folder, workers=3), read(folder))
