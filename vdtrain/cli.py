@@ -11,6 +11,7 @@ VERBS = {
     "train": ("vdtrain.train", "train one stage of the curriculum"),
     "plan": ("vdtrain.plan", "say what training one will take of memory, disk and steps"),
     "preflight": ("vdtrain.preflight", "look, before the GPUs are used, whether a stage can be trained"),
+    "status": ("vdtrain.status", "say how a run stands, from its files"),
     "sample": ("vdtrain.sample", "make pictures and captions with a trained model"),
     "blend": ("vdtrain.blend", "make them from several captions and pictures at once"),
     "edit": ("vdtrain.edit", "change pictures by words"),

@@ -27,6 +27,7 @@ from vdtrain.config import (
     PlanConfig,
     PreflightConfig,
     SampleConfig,
+    StatusConfig,
     TrainConfig,
     WeightsConfig,
 )
@@ -36,6 +37,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "plan": PlanConfig,
     "preflight": PreflightConfig,
+    "status": StatusConfig,
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,

@@ -184,6 +184,14 @@ class PreflightConfig(TrainConfig):
 
 
 @dataclass
+class StatusConfig:
+    """Root of `conf/status.yaml`."""
+
+    run_dir: str = MISSING
+    watch: float | None = MISSING  # seconds between looks; null for one look
+
+
+@dataclass
 class SamplingConfig:
     """How a sample is drawn; the values are the released application's."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from vdtrain.config import TrackingConfig
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
+WANDB_URL_FILE = "wandb_url"
+# Enough for some hundred records.
+TAIL_BYTES = 1 << 17
 
 
 class Tracker:
@@ -40,7 +44,7 @@ class Tracker:
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
-        return wandb.init(
+        run = wandb.init(
             project=config.project,
             entity=config.entity,
             mode=config.mode,  # type: ignore[arg-type]
@@ -51,9 +55,12 @@ class Tracker:
             config=dict(run_config),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        if run.url:
+            (run_dir / WANDB_URL_FILE).write_text(run.url + "\n")
+        return run
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record with at least "step" and "loss".
+        """Append a record with at least "step" and "loss", and the time of day.
 
         Raises:
             OSError: it cannot be written; nothing of it is left in the file.
@@ -61,7 +68,7 @@ class Tracker:
         size = self.path.stat().st_size
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         except OSError:
             os.truncate(self.path, size)
             raise
@@ -77,8 +84,24 @@ class Tracker:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records of a run; a last line cut short by a kill is left out."""
     path = run_dir / METRICS_FILE
+    return _records(path.read_text().splitlines() if path.exists() else [])
+
+
+def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
+    """The last whole records of a run, oldest first, without reading all of them."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return _records(lines[size > TAIL_BYTES :])[-count:]
+
+
+def _records(lines: list[str]) -> list[dict[str, Any]]:
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in lines:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
