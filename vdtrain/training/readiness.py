@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
-from vdtrain.data.manifest import SHARDS_FILE
+from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.flows import active_groups
+from vdtrain.instantiate import instantiate
 from vdtrain.training.checkpoint_folder import (
     CHECKPOINTS,
     CheckpointError,
@@ -49,33 +48,44 @@ def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[
         document: the composed configuration, unresolved.
         ranks: number of processes that will train.
     """
-    mistakes = [Finding(ERROR, line) for line in dict.fromkeys(problems(config, ranks))]
-    yield from mistakes
+    mistakes: set[str] = set()
+    for line in problems(config, ranks):
+        if line not in mistakes:
+            yield Finding(ERROR, line)
+        mistakes.add(line)
     if not mistakes:
         yield Finding(OK, _extent(config, ranks))
     if Path(config.data.manifest).exists():
-        yield shards(config, ranks)
+        yield from data(config, ranks, settled=not mistakes)
     yield from start_and_room(config, document, settled=not mistakes)
     yield tracking(config)
 
 
-def shards(config: TrainConfig, ranks: int) -> Finding:
-    """Are there as many shards as loader workers? Fewer, and some wait for bytes of the same file."""
+def data(config: TrainConfig, ranks: int, settled: bool = True) -> Iterator[Finding]:
+    """Are there as many shards as loader workers, and can the stream of every phase be opened?
+
+    With fewer shards than workers, workers wait for the bytes of the same file.
+
+    Args:
+        settled: False where the settings are mistaken, and no stream can be made by them.
+    """
     manifest, workers = config.data.manifest, config.hardware.loader_workers
     try:
-        paths = pq.read_table(Path(manifest) / SHARDS_FILE, columns=["path"])["path"].to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        return Finding(ERROR, f"data.manifest={manifest}: cannot be read ({reason}); run python -m data_pipeline index")
-    count, needed = sum(map(bool, paths)), ranks * workers
+        count, needed = len(Manifest(Path(manifest)).shards), ranks * workers
+    except ManifestError as error:
+        yield Finding(ERROR, " ".join(str(error).split()))
+        return
     if count < needed:
         fewer = f"set hardware.loader_workers={count // ranks}, " if count >= ranks else ""
-        return Finding(
+        yield Finding(
             ERROR,
             f"data.manifest={manifest}: {count} shards, fewer than {ranks} processes x hardware.loader_workers="
             f"{workers}; {fewer}start fewer processes, or download with a smaller data.download.samples_per_shard",
         )
-    return Finding(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
+    else:
+        yield Finding(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
+    if settled:
+        yield from _streams(config, ranks)
 
 
 def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = True) -> Iterator[Finding]:
@@ -90,8 +100,10 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     # Late, for they import PyTorch.
     from vdtrain.training.curriculum import find_start, unfinished_stage
 
-    own = Path(config.run_dir) / CHECKPOINTS
-    for line in latest_by_sizes(own)[1]:
+    own, damages = latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)
+    if own is None and config.stage.init_from is not None:
+        damages += latest_by_sizes(Path(config.stage.init_from) / CHECKPOINTS)[1]
+    for line in damages:
         yield Finding(WARNING, f"{line}; it is passed over")
     try:
         start = find_start(config, document, thorough=False)
@@ -178,11 +190,34 @@ def tracking(config: TrainConfig) -> Finding:
     return Finding(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")
 
 
+def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
+    """A line on each phase whose stream cannot be opened; no sample is read."""
+    from vdtrain.data.stream import StreamError
+
+    for index, phase in enumerate(config.stage.phases):
+        try:
+            stream = instantiate(
+                config.data.stream,
+                "data.stream",
+                manifest=Path(config.data.manifest),
+                seed=config.seed + index,
+                resolution=phase.resolution,
+                global_batch_size=config.stage.global_batch_size,
+                rank=0,
+                world_size=ranks,
+                start=0,
+                workers=config.hardware.loader_workers,
+            )
+        except (ManifestError, StreamError, ConfigError, OSError) as error:
+            yield Finding(ERROR, f"stage.phases.{index}: {' '.join(str(error).split())}")
+        else:
+            stream.close()
+
+
 def _extent(config: TrainConfig, ranks: int) -> str:
     steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
-    return (
-        f"{config.stage.name}: {ranks} x {config.hardware.name}, {steps:,} steps of {config.stage.global_batch_size:,}"
-    )
+    batch = config.stage.global_batch_size
+    return f"{config.stage.name}: {ranks} x {config.hardware.name}, {steps:,} steps of {batch:,} pairs"
 
 
 def _origin(config: TrainConfig, start: Start, step: int) -> str:
