@@ -17,12 +17,12 @@ from vdtrain.compose import ConfigError
 from vdtrain.data_config import BlockListConfig, SourceConfig
 
 BATCH_LINES = 1 << 16
-HASH_COLUMNS = ("hash", "md5", "image_phash", "phash")
+HASHES = ("hash", "md5", "phash")
 
 
 @dataclass
 class BlockLists:
-    """Sorted hashes (uint64) of blocked URLs, and of blocked values by column."""
+    """Sorted hashes (uint64) of blocked URLs, and of blocked values by role: hash, md5 or phash."""
 
     urls: np.ndarray | None = None
     hashes: dict[str, np.ndarray] = field(default_factory=dict)
@@ -32,18 +32,18 @@ class BlockLists:
         assert self.urls is not None
         return _contained(self.urls, hash_values(urls))
 
-    def has_hashes(self, column: str, values: pa.Array) -> np.ndarray:
-        """Whether each value of a column is blocked, as booleans; a null is not."""
+    def has_hashes(self, role: str, values: pa.Array) -> np.ndarray:
+        """Whether each value of a role's column is blocked, as booleans; a null is not."""
         present = values.is_valid().to_numpy(zero_copy_only=False)
         blocked = np.zeros(len(values), bool)
-        blocked[present] = _contained(self.hashes[column], hash_values(_normal(values.drop_null())))
+        blocked[present] = _contained(self.hashes[role], hash_values(_normal(values.drop_null())))
         return blocked
 
     def save(self, folder: Path) -> None:
         """Write the lists to a folder that `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.urls is not None:
-            np.save(folder / "urls.npy", self.urls)
+            np.save(folder / "url.npy", self.urls)
         for name, values in self.hashes.items():
             np.save(folder / f"{name}.npy", values)
 
@@ -51,7 +51,7 @@ class BlockLists:
     def load(cls, folder: Path) -> BlockLists:
         """Lists in memory that all processes of a machine share."""
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-        return cls(arrays.pop("urls", None), arrays)
+        return cls(arrays.pop("url", None), arrays)
 
 
 def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig]) -> BlockLists:
@@ -60,20 +60,16 @@ def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig
     Raises:
         ConfigError: a file cannot be read or is empty, or no source has the column that a list is for.
     """
-    known = {
-        column.name
-        for name, source in sources.items()
-        for column in schema_of(f"data.sources.{name}", source.schema).columns
-    }
-    for name in config.hashes:
-        if name not in HASH_COLUMNS or name not in known:
+    lists = {role: files for role in HASHES if (files := getattr(config, role))}
+    known = {role for name, source in sources.items() for role in schema_of(name, source.schema).roles}
+    for role in lists:
+        if role not in known:
             raise ConfigError(
-                f"data.select.block_lists.hashes.{name}: no source has such a column; "
-                f"name one of {', '.join(sorted(known & {*HASH_COLUMNS})) or 'none'}"
+                f"data.select.block_lists.{role}: no source has such a column; leave the list out, or add one that has"
             )
     setting = "data.select.block_lists"
-    urls = _read(f"{setting}.urls", config.urls) if config.urls else None
-    return BlockLists(urls, {name: _read(f"{setting}.hashes.{name}", files) for name, files in config.hashes.items()})
+    urls = _read(f"{setting}.url", config.url) if config.url else None
+    return BlockLists(urls, {role: _read(f"{setting}.{role}", files) for role, files in lists.items()})
 
 
 def _read(setting: str, files: Sequence[str]) -> np.ndarray:
@@ -82,7 +78,7 @@ def _read(setting: str, files: Sequence[str]) -> np.ndarray:
         count = 0
         try:
             for values in _entries(setting, Path(name)):
-                pieces.append(hash_values(values if setting.endswith(".urls") else _normal(values)))
+                pieces.append(hash_values(values if setting.endswith(".url") else _normal(values)))
                 count += len(values)
         except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
             raise ConfigError(f"{setting}: {name} cannot be read ({error}); give another file") from error

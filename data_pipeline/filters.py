@@ -57,12 +57,9 @@ class RowFilter:
 
     def columns(self) -> list[Column]:
         """The columns that the filters read, beside URL and caption."""
-        names = {
-            name
-            for role in ("similarity", "nsfw", "nsfw_label", "watermark", "aesthetic", "phash")
-            for name in self.schema.roles.get(role, ())
-        }
-        names |= {"metadata_width", "metadata_height", *self.blocked.hashes}
+        roles = ("similarity", "nsfw", "nsfw_label", "watermark", "aesthetic", "phash", *self.blocked.hashes)
+        names = {name for role in roles for name in self.schema.roles.get(role, ())}
+        names |= {"metadata_width", "metadata_height"}
         return [column for column in self.schema.columns if column.name in names]
 
     def __call__(self, columns: Mapping[str, pa.Array]) -> Verdict:
@@ -130,9 +127,10 @@ class RowFilter:
         verdict.rows = np.delete(verdict.rows, places)
         if self.blocked.urls is not None:
             verdict.drop(self.blocked.has_urls(columns[URL].take(pa.array(verdict.rows))), "blocked URL")
-        for name in self.blocked.hashes:
-            if name in columns:
-                verdict.drop(self.blocked.has_hashes(name, columns[name].take(pa.array(verdict.rows))), "blocked hash")
+        for role in self.blocked.hashes:
+            for name in self.schema.roles.get(role, ()):
+                values = columns[name].take(pa.array(verdict.rows))
+                verdict.drop(self.blocked.has_hashes(role, values), f"blocked {role}")
 
     def _captions(self, verdict: Verdict, captions: pa.Array) -> None:
         config = self.config

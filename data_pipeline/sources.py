@@ -40,7 +40,7 @@ class Schema:
     Attributes:
         url, caption: published names of the two columns that every row needs.
         columns: what is kept beside them, where a set has it.
-        roles: which of these columns a filter reads, by the filter's name. Where there are several, each is held to it.
+        roles: which of these columns a filter reads, by the filter's name. A limit holds for each of several.
     """
 
     url: tuple[str, ...]
@@ -62,6 +62,8 @@ LAION_ROLES = {
     "nsfw_label": ("nsfw",),
     "watermark": ("pwatermark",),
     "aesthetic": ("aesthetic",),
+    "hash": ("hash",),
+    "md5": ("md5",),
 }
 SCHEMAS = {
     # laion2B-en, -joined, -aesthetic and -md5, and their re-issues; each has some of the columns.

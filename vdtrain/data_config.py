@@ -43,8 +43,10 @@ class FilterConfig:
 class BlockListConfig:
     """Files that name what must not be downloaded: text with one entry a line, or parquet with one column."""
 
-    urls: list[str] = MISSING
-    hashes: dict[str, list[str]] = MISSING  # by the column that they are compared with: hash, md5, image_phash, phash
+    url: list[str] = MISSING
+    hash: list[str] = MISSING  # LAION's hash of URL and caption
+    md5: list[str] = MISSING  # of the picture's file, where a set has it
+    phash: list[str] = MISSING  # perceptual, where a set has it: of COYO-700M the column image_phash
 
 
 @dataclass
@@ -62,17 +64,27 @@ class SelectConfig:
 class DownloadConfig:
     """Arguments of img2dataset and the limits that it is kept within."""
 
-    distributor: str = MISSING
+    distributor: str = MISSING  # multiprocessing, pyspark or ray
+    cluster: str | None = None  # address of a Spark master or a Ray cluster; null is this machine
+    python: str | None = None  # interpreter of the environment that img2dataset is in; null is this one
     processes: int = MISSING
-    threads: int = MISSING
+    threads: int = MISSING  # per process
+    parts: list[int] | None = None  # numbers of the parts to download; null is all
+    task: int = 0  # of several tasks that share the parts, as in a Slurm array, this one
+    tasks: int = 1
     samples_per_shard: int = MISSING
     image_size: int = MISSING  # shortest side in pixels
     encode_quality: int = MISSING
     min_image_size: int = MISSING
     max_aspect_ratio: float = MISSING
     max_image_pixels: int = MISSING
-    timeout: int = MISSING  # seconds per picture
-    retries: int = MISSING
+    max_bytes: int = MISSING  # of a picture as it is served
+    timeout: int = MISSING  # seconds without a byte; a picture may take three times as long in all
+    retries: int = MISSING  # at once, after failures that may pass
+    user_agent: str = MISSING
+    min_success_share: float = MISSING  # a part with fewer pictures is stopped
+    retry_below: float = MISSING  # share of pictures that are fetched, or failed for good, below which a shard is low
+    retry_rounds: int = MISSING  # how often low shards are downloaded again
 
 
 @dataclass

@@ -1,0 +1,601 @@
+"""Select against plain Python: every filter's counts, duplicates across files and sources, and runs that are cut short
+(10 seconds)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data_pipeline.parts
+from data_pipeline.__main__ import main
+from data_pipeline.select import select
+from data_pipeline.selection import read_selection
+from data_pipeline.url_policy import url_problem
+from vdtrain.compose import ConfigError, compose, to_object
+from vdtrain.config import DataPipelineConfig
+from vdtrain.data.captions import clean_caption
+from vdtrain.data.identity import pair_uid
+from vdtrain.data_config import DataConfig, SourceConfig
+
+OFF = [
+    *(
+        f"data.select.filters.{name}=null"
+        for name in (
+            "side_min",
+            "area_min",
+            "aspect_ratio_min",
+            "aspect_ratio_max",
+            "similarity_min",
+            "nsfw_max",
+            "watermark_max",
+            "aesthetic_min",
+            "caption_characters_min",
+            "caption_characters_max",
+            "caption_words_min",
+        )
+    ),
+    "data.select.filters.nsfw_labels=[]",
+    "data.select.filters.duplicate_urls=keep",
+    "data.select.filters.duplicate_pictures=keep",
+]
+TYPES = {"width": pa.int32(), "height": pa.int32(), "similarity": pa.float32(), "punsafe": pa.float32()}
+TYPES |= {"pwatermark": pa.float32(), "aesthetic": pa.float32(), "hash": pa.int64(), "phash": pa.string()}
+TYPES |= {"url": pa.string(), "caption": pa.string(), "nsfw": pa.string(), "license": pa.string(), "md5": pa.string()}
+
+
+def config(folder: Path, *overrides: str) -> DataConfig:
+    """The full-size set's settings over metadata in `folder`, without its filters."""
+    settings = [f"data.root={folder}", "data.select.processes=1", "data.download.samples_per_shard=1"]
+    settings += ["data.select.rows_per_part=7", *OFF, *overrides]
+    return to_object(compose("data_pipeline", settings), DataPipelineConfig).data
+
+
+def table_source(folder: Path, name: str) -> SourceConfig:
+    return SourceConfig(
+        schema="table",
+        metadata=f"{folder}/{name}",
+        selected=f"{folder}/selected/{name}",
+        shards=f"{folder}/shards/{name}",
+    )
+
+
+def own(folder: Path, *overrides: str) -> DataConfig:
+    """The same with one source, `own`, a table."""
+    data = config(folder, *overrides)
+    data.sources = {"own": table_source(folder, "own")}
+    return data
+
+
+def write(file: Path, rows: list[dict[str, Any]], group: int = 1 << 20) -> None:
+    """A table of one's own; a key that no row has makes no column."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: pa.array([row.get(name) for row in rows], TYPES[name]) for name in names}
+    pq.write_table(pa.table(columns), file, row_group_size=group)
+
+
+def pair(number: int, **values: Any) -> dict[str, Any]:
+    return {"url": f"https://example.org/{number}.jpg", "caption": f"picture number {number}", **values}
+
+
+def selected(data: DataConfig, name: str = "own") -> list[dict[str, Any]]:
+    """The rows of all parts, which are as long as the record says."""
+    folder = Path(data.sources[name].selected)
+    selection = read_selection(folder)
+    assert selection is not None
+    tables = [pq.read_table(file) for file in selection.files(folder)]
+    assert len(list(folder.glob("*.parquet"))) == selection.parts
+    assert all(len(table) == data.select.rows_per_part for table in tables[:-1])
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert len(rows) == selection.rows
+    assert selection.read == selection.rows + sum(selection.counts.values())
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.parquet"))}
+
+
+FILTERS: dict[str, tuple[list[str], list[dict[str, Any]], set[int], dict[str, int], dict[str, int]]] = {
+    "side": (
+        ["side_min=256"],
+        [{"width": 256, "height": 900}, {"width": 255, "height": 900}, {"width": 900, "height": 1}, {"width": 0}],
+        {0, 3},
+        {"side too short": 2},
+        {"size": 1},
+    ),
+    "area": (
+        ["area_min=49152"],
+        [{"width": 192, "height": 256}, {"width": 191, "height": 257}, {"width": 60000, "height": 60000}],
+        {0, 2},
+        {"area too small": 1},
+        {},
+    ),
+    "aspect ratio": (
+        ["aspect_ratio_min=0.5", "aspect_ratio_max=2.0"],
+        [
+            {"width": 200, "height": 100},
+            {"width": 201, "height": 100},
+            {"width": 100, "height": 200},
+            {"width": 99, "height": 200},
+        ],
+        {0, 2},
+        {"aspect ratio too large": 1, "aspect ratio too small": 1},
+        {},
+    ),
+    "similarity": (
+        ["similarity_min=0.3"],
+        [{"similarity": 0.3}, {"similarity": 0.2999}, {"similarity": None}, {"similarity": float("nan")}],
+        {0, 2, 3},
+        {"similarity too low": 1},
+        {"similarity": 2},
+    ),
+    "similarity, unscored dropped": (
+        ["similarity_min=0.3", "unscored=drop"],
+        [{"similarity": 0.3}, {"similarity": 0.2999}, {"similarity": None}, {"similarity": float("nan")}],
+        {0},
+        {"similarity too low": 1, "no value for similarity": 2},
+        {},
+    ),
+    "a score that no file has": (["watermark_max=0.3"], [{}, {}], {0, 1}, {}, {"watermark": 2}),
+    "NSFW": (
+        ["nsfw_max=0.3"],
+        [{"punsafe": 0.3}, {"punsafe": 0.3001}, {"punsafe": None}],
+        {0, 2},
+        {"NSFW probability too high": 1},
+        {"nsfw": 1},
+    ),
+    "NSFW label": (
+        ["nsfw_labels=[NSFW,UNSURE]"],
+        [{"nsfw": "UNLIKELY"}, {"nsfw": "nsfw"}, {"nsfw": "UNSURE"}, {"nsfw": None}],
+        {0, 3},
+        {"NSFW label": 2},
+        {},
+    ),
+    "watermark": (
+        ["watermark_max=0.3"],
+        [{"pwatermark": 0.3}, {"pwatermark": 0.9}],
+        {0},
+        {"watermark probability too high": 1},
+        {},
+    ),
+    "aesthetic": (
+        ["aesthetic_min=5"],
+        [{"aesthetic": 5.0}, {"aesthetic": 4.9}],
+        {0},
+        {"aesthetic score too low": 1},
+        {},
+    ),
+    "caption": (
+        ["caption_characters_min=5", "caption_characters_max=20", "caption_words_min=2"],
+        [
+            {"caption": "a dog"},
+            {"caption": "dogs"},
+            {"caption": "doggies"},
+            {"caption": "a dog " * 4},
+            {"caption": "<b> [x] </b>"},
+            {"caption": "  a  cat  "},
+            {"caption": None},
+            {"caption": ""},
+        ],
+        {0, 5},
+        {"caption too short": 2, "caption too long": 1, "no caption after cleaning": 1, "no caption": 2},
+        {},
+    ),
+    "URL": (
+        [],
+        [
+            {},
+            {"url": None},
+            {"url": ""},
+            {"url": "ftp://example.org/a"},
+            {"url": "http://10.0.0.1/"},
+            {"url": "http://127.0.0.1/"},
+            {"url": "http://0x7f.1/"},
+        ],
+        {0},
+        {
+            "no url": 2,
+            "not http or https": 1,
+            "private address": 1,
+            "loopback host": 1,
+            "address not in its plain form": 1,
+        },
+        {},
+    ),
+    "duplicate URL": (
+        ["duplicate_urls=drop"],
+        [{}, {"url": "https://example.org/0.jpg"}, {"url": "https://example.org/0.JPG"}, {}],
+        {0, 2, 3},
+        {"duplicate URL": 1},
+        {},
+    ),
+    "duplicate picture": (
+        ["duplicate_pictures=drop"],
+        [{"phash": "AB"}, {"phash": "ab"}, {"phash": None}, {"phash": None}, {"phash": ""}, {"phash": ""}],
+        {0, 2, 3, 4, 5},
+        {"duplicate picture": 1},
+        {},
+    ),
+    # Of a pair that another filter drops, nothing has come before.
+    "a dropped row is no first": (
+        ["duplicate_urls=drop", "similarity_min=0.3"],
+        [{"url": "https://a.org/1", "similarity": 0.1}, {"url": "https://a.org/1", "similarity": 0.5}],
+        {1},
+        {"similarity too low": 1},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_and_its_counts(tmp_path: Path, name: str) -> None:
+    settings, rows, kept, counts, unscored = FILTERS[name]
+    rows = [pair(number, **row) for number, row in enumerate(rows)]
+    write(tmp_path / "own" / "a.parquet", rows)
+    data = own(tmp_path, *(f"data.select.filters.{setting}" for setting in settings))
+    select(data)
+    assert [row["url"] for row in selected(data)] == [rows[number]["url"] for number in sorted(kept)]
+    selection = read_selection(tmp_path / "selected" / "own")
+    assert selection is not None
+    assert selection.counts == counts
+    assert selection.unscored == unscored
+
+
+def test_columns_uid_and_cleaned_captions(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(0, caption="A &amp; B  [1]", width=300, height=400, punsafe=0.25)])
+    write(tmp_path / "own" / "b.parquet", [pair(1, license="?")])
+    data = own(tmp_path)
+    select(data)
+    assert selected(data) == [
+        {
+            "uid": pair_uid("own", "https://example.org/0.jpg", "A & B"),
+            "url": "https://example.org/0.jpg",
+            "caption": "A & B",
+            "license": None,
+            "punsafe": 0.25,
+            "metadata_width": 300,
+            "metadata_height": 400,
+        },
+        {
+            "uid": pair_uid("own", "https://example.org/1.jpg", "picture number 1"),
+            "url": "https://example.org/1.jpg",
+            "caption": "picture number 1",
+            "license": "?",
+            "punsafe": None,
+            "metadata_width": None,
+            "metadata_height": None,
+        },
+    ]
+
+
+def test_the_drawn_set_keeps_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["data=shapes", f"data.root={tmp_path}", "data.shapes.pictures=50", "data.shapes.pixels=32"]
+    assert main(["shapes", *settings]) == 0
+    assert main(["select", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "laion2b_en: 30 of 30 rows kept (100.0%), in 1 parts" in printed
+    assert "coyo700m: 20 of 20 rows kept (100.0%), in 1 parts" in printed
+    assert main(["select", *settings, "data.allow_loopback=false"]) == 0
+    assert "30 loopback host" in capsys.readouterr().out
+
+
+def random_rows(generator: random.Random, count: int) -> list[dict[str, Any]]:
+    """Rows with many repeated URLs, captions and pictures, nulls, and URLs that are refused."""
+    hosts = ["https://example.org", "http://a.example.com", "http://10.0.0.1", "ftp://example.org", "http://nas.local"]
+    captions = ["a red circle", "two  dogs &amp; a cat", "x", "", None, "[photo] of a house.jpg", "caf\u00e9 at night"]
+
+    def score() -> float | None:
+        return generator.choice([None, generator.random()])
+
+    return [
+        {
+            "url": generator.choice([f"{generator.choice(hosts)}/{generator.randrange(count)}", None])
+            if generator.random() < 0.1
+            else f"https://example.org/{generator.randrange(count)}",
+            "caption": generator.choice(captions),
+            "width": generator.choice([None, 100, 300, 900]),
+            "height": generator.choice([200, 300, 400]),
+            "similarity": score(),
+            "punsafe": score(),
+            "phash": generator.choice([None, f"{generator.randrange(count):04x}"]),
+        }
+        for _ in range(count)
+    ]
+
+
+def oracle(tables: list[tuple[str, list[dict[str, Any]]]]) -> dict[str, list[tuple[str, str, str]]]:
+    """What the settings of `write_sources` keep, (uid, url, caption) by source: with sets, one row after the other."""
+    left = []
+    for name, rows in tables:
+        for row in rows:
+            caption = clean_caption(row["caption"] or "")
+            size = (row["width"], row["height"])
+            if (
+                row["url"]
+                and url_problem(row["url"], allow_loopback=False) is None
+                and len(caption) >= 3
+                and (None in size or min(size) >= 200)
+                and (row["similarity"] is None or row["similarity"] >= 0.2)
+                and (row["punsafe"] is None or row["punsafe"] <= 0.8)
+            ):
+                left.append((name, row["url"], caption, row["phash"]))
+    for key in (1, 3):
+        seen, first = set(), []
+        for row in left:
+            if row[key] is None or row[key] not in seen:
+                first.append(row)
+            seen.add(row[key])
+        left = first
+    return {
+        name: [(pair_uid(name, url, caption), url, caption) for source, url, caption, _ in left if source == name]
+        for name, _ in tables
+    }
+
+
+def write_sources(folder: Path) -> tuple[DataConfig, list[tuple[str, list[dict[str, Any]]]]]:
+    """Two sources with three files each, whose row groups differ, and their rows."""
+    generator = random.Random(3)
+    tables = []
+    for name in ("first", "second"):
+        rows = random_rows(generator, 1500)
+        for number, group in enumerate((1 << 20, 64, 7)):
+            write(folder / name / f"{number}.parquet", rows[500 * number : 500 * (number + 1)], group)
+        tables.append((name, rows))
+    filters = ["side_min=200", "similarity_min=0.2", "nsfw_max=0.8", "caption_characters_min=3"]
+    filters += ["duplicate_urls=drop", "duplicate_pictures=drop"]
+    settings = ["data.select.rows_per_part=40", *(f"data.select.filters.{each}" for each in filters)]
+    data = config(folder, *settings)
+    data.sources = {name: table_source(folder, name) for name, _ in tables}
+    return data, tables
+
+
+def test_against_plain_python_over_files_sources_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.duplicates.BUCKET_ROWS", 100)
+    data, tables = write_sources(tmp_path)
+    select(data, batch_rows=37, unit_rows=100)
+    expected = oracle(tables)
+    assert len(expected["first"]) > 100
+    assert len(expected["second"]) > 40
+    for name, rows in expected.items():
+        assert [(row["uid"], row["url"], row["caption"]) for row in selected(data, name)] == rows
+
+
+def test_the_parts_do_not_depend_on_processes_batches_or_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = write_sources(tmp_path)
+    select(data)
+    whole = contents(tmp_path / "selected")
+    records = [read_selection(Path(source.selected)) for source in data.sources.values()]
+    for number, (processes, batch_rows, unit_rows) in enumerate(((1, 13, 130), (3, 100, 300))):
+        again = tmp_path / str(number)
+        data.select.processes = processes
+        data.select.scratch = f"{again}/.scratch"
+        for name, source in data.sources.items():
+            source.selected = f"{again}/{name}"
+        select(data, batch_rows, unit_rows)
+        assert contents(again) == whole
+        assert [read_selection(Path(source.selected)) for source in data.sources.values()] == records
+
+
+def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_pipeline.parts, "GROUP_ROWS", 16)
+    write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100)], group=9)
+    data = own(tmp_path, "data.select.rows_per_part=50")
+    for batch_rows in (7, 1000):
+        data.sources["own"].selected = f"{tmp_path}/{batch_rows}"
+        select(data, batch_rows)
+    assert contents(tmp_path / "7") == contents(tmp_path / "1000")
+    part = pq.read_metadata(tmp_path / "7" / "00001.parquet")
+    assert [part.row_group(number).num_rows for number in range(part.num_row_groups)] == [16, 16, 16, 2]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def own_settings(folder: Path) -> list[str]:
+    """A table of one's own in a configuration of one's own, as docs/data.md says."""
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "own.yaml").write_text(
+        "defaults: [laion2b_en_coyo700m, _self_]\n"
+        "name: own\n"
+        "sources:\n"
+        "  own: {schema: table, metadata: '${data.root}/own', selected: '${data.root}/selected/own', "
+        "shards: '${data.root}/shards/own'}\n"
+    )
+    settings = [f"hydra.searchpath=[{folder}/conf]", "data=own", f"data.root={folder}"]
+    settings += ["~data.sources.laion2b_en", "~data.sources.coyo700m"]
+    return [*settings, "data.select.rows_per_part=1000", "data.download.samples_per_shard=100"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("moment", ["units/000001", "units/000004/kept.npy", "kept.npy", "parts"])
+def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int) -> None:
+    rows = [pair(number % 19_000, similarity=number % 7 / 7) for number in range(20_000)]
+    for number in range(8):
+        write(tmp_path / "own" / f"{number}.parquet", rows[2500 * number : 2500 * (number + 1)])
+    settings = own_settings(tmp_path)
+    data = to_object(compose("data_pipeline", [*settings, "data.select.processes=1"]), DataPipelineConfig).data
+    select(data)
+    whole = contents(tmp_path / "selected")
+    assert len(whole) == 12
+    folder, scratch = tmp_path / "selected" / "own", tmp_path / "selected" / ".scratch"
+    for file in folder.iterdir():
+        file.unlink()
+    command = [sys.executable, "-m", "data_pipeline", "select", *settings, f"data.select.processes={processes}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    parts = folder / "00003.parquet"
+    wait_for(lambda: (parts if moment == "parts" else scratch / moment).exists() or process.poll() is not None)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {file: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
+    if process.returncode != 0:
+        assert read_selection(folder) is None
+    data.select.processes = processes
+    select(data)
+    assert contents(tmp_path / "selected") == whole
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert sorted(file.name for file in (tmp_path / "selected").iterdir()) == [".scratch.lock", "own"]
+    assert not list(folder.glob("*.incomplete"))
+
+
+def test_done_is_done_and_a_changed_plan_begins_anew_until_there_are_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(number, similarity=number / 20) for number in range(20)])
+    data = own(tmp_path)
+    select(data)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "selected" / "own").iterdir()}
+    first = capsys.readouterr().out
+    select(data)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "selected" / "own").iterdir()} == before
+    assert (
+        capsys.readouterr().out.splitlines()
+        == first.splitlines()[-1:]
+        == ["own: 20 of 20 rows kept (100.0%), in 3 parts"]
+    )
+    # Neither the number of processes nor the place of what is unfinished decides about rows.
+    select(own(tmp_path, "data.select.processes=2", f"data.select.scratch={tmp_path}/elsewhere"))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "selected" / "own").iterdir()} == before
+
+    changed = own(tmp_path, "data.select.filters.similarity_min=0.5", "data.allow_loopback=true")
+    (tmp_path / "shards" / "own").mkdir(parents=True)
+    select(changed)
+    assert len(selected(changed)) == 10
+    (tmp_path / "shards" / "own" / "000000.tar").touch()
+    select(changed)
+    with pytest.raises(
+        ConfigError,
+        match=r"^data\.allow_loopback, data\.select\.filters\.similarity_min: changed since shards were made",
+    ):
+        select(data)
+    assert len(selected(changed)) == 10
+    write(tmp_path / "own" / "b.parquet", [pair(100, similarity=0.9)])
+    with pytest.raises(ConfigError, match=r"^data\.sources\.own\.metadata: changed since"):
+        select(changed)
+
+
+def test_a_source_more_leaves_those_before_it_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(10)])
+    write(tmp_path / "more" / "a.parquet", [pair(number) for number in range(5, 15)])
+    data = own(tmp_path, "data.select.filters.duplicate_urls=drop")
+    select(data)
+    before = contents(tmp_path / "selected" / "own")
+    (tmp_path / "shards" / "own").mkdir(parents=True)
+    (tmp_path / "shards" / "own" / "000000.tar").touch()
+    data.sources["more"] = table_source(tmp_path, "more")
+    select(data)
+    assert contents(tmp_path / "selected" / "own") == before
+    assert [row["url"] for row in selected(data, "more")] == [pair(number)["url"] for number in range(10, 15)]
+
+
+def test_what_select_did_not_write_is_not_removed(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(0)])
+    write(tmp_path / "selected" / "own" / "precious.parquet", [pair(0)])
+    with pytest.raises(ConfigError, match=r"data\.sources\.own\.selected=.*: holds parquet files that select did not"):
+        select(own(tmp_path))
+    data = own(tmp_path)
+    data.sources["own"].selected = f"{tmp_path}/own"
+    with pytest.raises(ConfigError, match=r"data\.sources\.own\.selected=.*: taken already; give it a folder of its own"):
+        select(data)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    data = own(tmp_path, f"data.select.scratch={tmp_path}/mine")
+    data.sources["own"].selected = f"{tmp_path}/there"
+    select(data)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_block_lists(tmp_path: Path) -> None:
+    rows = [pair(number, md5=f"{number:032X}", hash=number - 3) for number in range(8)]
+    write(tmp_path / "own" / "a.parquet", rows)
+    (tmp_path / "urls.txt").write_text("https://example.org/1.jpg\r\n\n  https://example.org/2.jpg  \nhttps://other/\n")
+    pq.write_table(pa.table({"address": ["https://example.org/3.jpg"]}), tmp_path / "urls.parquet")
+    (tmp_path / "md5.txt").write_text(f"{4:032x}\n")
+    (tmp_path / "hash.txt").write_text("-3\n2\n")
+    lists = [
+        f"data.select.block_lists.url=[{tmp_path}/urls.txt,{tmp_path}/urls.parquet]",
+        f"data.select.block_lists.md5=[{tmp_path}/md5.txt]",
+        f"data.select.block_lists.hash=[{tmp_path}/hash.txt]",
+    ]
+    data = own(tmp_path, *lists)
+    select(data)
+    assert [row["url"] for row in selected(data)] == [pair(number)["url"] for number in (6, 7)]
+    selection = read_selection(tmp_path / "selected" / "own")
+    assert selection is not None
+    assert selection.counts == {"blocked URL": 3, "blocked hash": 2, "blocked md5": 1}
+    # A longer list is another plan.
+    (tmp_path / "md5.txt").write_text(f"{4:032x}\n{7:032X}\n")
+    select(data)
+    assert len(selected(data)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["data.select.rows_per_part=10", "data.download.samples_per_shard=3"],
+            "rows_per_part=10: must be a multiple",
+        ),
+        (["data.select.processes=0"], "processes=0: must be at least 1"),
+        (["data.select.filters.unscored=maybe"], "filters.unscored=maybe: choose keep or drop"),
+        (["data.select.filters.nsfw_max=30"], "filters.nsfw_max=30.0: must be from 0 to 1, or null for no limit"),
+        (
+            ["data.select.filters.caption_characters_min=9", "data.select.filters.caption_characters_max=8"],
+            "caption_characters_min=9: above caption_characters_max=8",
+        ),
+        (["data.select.block_lists.url=[/nowhere.txt]"], "block_lists.url: /nowhere.txt cannot be read"),
+        (
+            ["data.select.block_lists.phash=[a]", "data.select.rows_per_part=3"],
+            "block_lists.phash: a cannot be read",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(tmp_path: Path, settings: list[str], message: str) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(0)])
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(ConfigError) as raised:
+        select(own(tmp_path, *settings))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "selected" / "own").exists()
+
+
+def test_an_empty_block_list_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(50)])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ConfigError, match=r"block_lists\.url: .*empty\.txt is empty"):
+        select(own(tmp_path, f"data.select.block_lists.url=[{tmp_path}/empty.txt]"))
+    data = bytearray((tmp_path / "own" / "a.parquet").read_bytes())
+    data[4:200] = b"\xff" * 196
+    (tmp_path / "own" / "a.parquet").write_bytes(bytes(data))
+    with pytest.raises(ConfigError, match=r"data\.sources\.own\.metadata: .*a\.parquet cannot be read"):
+        select(own(tmp_path))
+    write(tmp_path / "own" / "a.parquet", [pair(0)])
+    select(own(tmp_path))
+    (tmp_path / "selected" / "own" / "selection.json").write_text(json.dumps({"rows": 1}))
+    with pytest.raises(ConfigError, match=r"selection\.json: cannot be read"):
+        select(own(tmp_path))
+
+
+def test_metadata_without_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())}), tmp_path / "a")
+    data = own(tmp_path, "data.select.filters.duplicate_urls=drop")
+    data.sources["own"].metadata = f"{tmp_path}/a"
+    assert select(data)["own"].rows == 0
+    assert selected(data) == []
