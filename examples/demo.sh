@@ -19,10 +19,12 @@ phases() { echo "stage.phases=[{resolution:32,samples:$1},{resolution:64,samples
 # 1. Draw the pictures and their metadata, one table in LAION-2B-en's schema and one in COYO-700M's.
 python -m data_pipeline shapes data=shapes
 
-# 2. Serve the pictures on this machine, download them with img2dataset into tar shards, and index the shards.
+# 2. Serve the pictures on this machine. Select rows of the metadata, download their pictures with img2dataset into tar
+#    shards, check and index the shards, and look at what they hold.
 python -m data_pipeline serve data=shapes &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
+python -m data_pipeline select data=shapes
 python -m data_pipeline download data=shapes
 python -m data_pipeline index data=shapes
 kill $server

@@ -75,7 +75,7 @@ def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """Starting a process costs seconds, so that one run serves several tests."""
     four_flow_steps(folder)
     carried_along(folder)
-    report({})
+    report({"warnings": resumed_on_other_shards(folder)})
 
 
 def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
@@ -132,6 +132,19 @@ def carried_along(folder: Path) -> None:
     assert make_trainer(folder, STAGES[0], *overrides, phases(2, 0)).run()
 
 
+def resumed_on_other_shards(folder: Path) -> list[list[str]]:
+    """What a run says that goes on with the shards of before, and then with others."""
+    warnings: list[list[str]] = []
+    for steps, data in ((3, "data"), (4, "other")):
+        overrides = [f"run_dir={folder}/runs/carrying", f"data.manifest={folder}/{data}/manifest"]
+        trainer = make_trainer(folder, STAGES[0], *overrides, phases(steps, 0))
+        lines: list[str] = []
+        trainer.reporter.warn = lines.append  # type: ignore[method-assign]
+        assert trainer.run()
+        warnings.append(lines)
+    return warnings
+
+
 def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
     """A run of two phases, once without a break and once stopped twice by a signal that only the last rank receives."""
     overrides = ["stage.init_from=null", phases(4, 3), "checkpoint.every_steps=100"]
@@ -160,15 +173,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("trainer")
     write_pairs(folder / "data")
+    write_pairs(folder / "other", shards=1)
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
     """Everything that is trained, and what the ranks saw of it."""
-    run_on_ranks(on_one_rank, 1, folder, timeout=300.0)
-    seen: dict[str, Any] = run_on_ranks(on_two_ranks, 2, folder, timeout=300.0)[0]
-    return seen
+    (alone,) = run_on_ranks(on_one_rank, 1, folder, timeout=300.0)
+    return {**alone, **run_on_ranks(on_two_ranks, 2, folder, timeout=300.0)[0]}
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -206,6 +219,12 @@ def test_layers_that_a_stage_does_not_train_are_handed_on(runs: dict[str, Any], 
     assert before.keys() == after.keys()
     changed = {layer_group(name) for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert changed == {"global", "data.image", "context.image"}
+
+
+def test_a_run_that_goes_on_with_other_shards_says_so(runs: dict[str, Any]) -> None:
+    same, (warning,) = runs["warnings"]
+    assert same == []
+    assert "its shards have changed since the checkpoint" in warning
 
 
 def test_losses_are_unbroken_from_stage_to_stage(runs: dict[str, Any]) -> None:
