@@ -64,7 +64,9 @@ def _clean_once(text: str) -> str:
     text = unicodedata.normalize("NFC", html.unescape(text)).translate(_SAME)
     text = _TAG.sub(" ", text)
     text = _EMAIL.sub(" ", _URL.sub(" ", text))
-    text = _STRAY_BRACKETS.sub(" ", _BRACKETS.sub(" ", text))
+    for _ in range(3):  # the innermost first
+        text = _BRACKETS.sub(" ", text)
+    text = _STRAY_BRACKETS.sub(" ", text)
     if not text.isprintable():
         text = "".join(letter if letter.isprintable() or letter.isspace() else "" for letter in text)
     text = _SINGLE_QUOTE.sub("", _SYMBOLS.sub(" ", text).replace('"', ""))
