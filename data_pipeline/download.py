@@ -1,207 +1,170 @@
-"""Pictures of a metadata set into tar shards, by img2dataset in a process group that ends when this one does.
+"""Pictures of the selected rows into tar shards, by img2dataset: part after part, the sources beside each other.
 
-img2dataset takes any URL, leaves half-written shards behind when it is stopped, and can exit well with nothing done.
-So the URLs are checked first, shards without statistics are removed before, and what came of it is counted after.
+img2dataset numbers shards by row, counts a shard as done for ever, leaves half-written ones and processes behind when
+it is killed, and can exit well with nothing done. So a plan stands beside each part, whose shards are checked and
+counted as they come, and a supervisor ends its processes.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import Progress
-
-from data_pipeline.sources import Columns, metadata_files, resolve_columns
-from data_pipeline.url_list import write_url_list
+from data_pipeline import shards
+from data_pipeline.download_part import PartRun
+from data_pipeline.download_plan import DownloadError, Part, Record
+from data_pipeline.download_progress import DownloadProgress
+from data_pipeline.failures import Tally
+from data_pipeline.selection import read_selection
+from vdtrain.compose import ConfigError
 from vdtrain.data_config import DownloadConfig, SourceConfig
 
-OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex", "noml")
-# Reads from a pipe that only the parent holds open: when the parent is gone, however it went, the group is killed.
-END_WITH_PARENT = 'exec 3<&0; (read -r line <&3; kill -KILL 0) & exec "$@" 3<&- </dev/null'
+__all__ = ["DownloadError", "download"]
 
-
-class DownloadError(RuntimeError):
-    """A download that did not do what was planned; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One source's download: `planned` shards out of the parquet files in `urls`."""
-
-    name: str
-    shards: Path
-    urls: Path
-    columns: Columns
-    planned: int
+ENGINES = {"multiprocessing": (), "pyspark": ("pyspark",), "ray": ("ray",)}
+POLL_SECONDS = 0.2
+FIND = "import sys; from importlib.util import find_spec as f; print(*(m for m in sys.argv[1:] if f(m) is None))"
 
 
 def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_loopback: bool) -> None:
-    """Download sources beside each other; run again after any interruption, it does what is missing.
+    """Download this task's parts; run again after any interruption, it does what is missing.
 
     Raises:
-        ConfigError: metadata missing or of another schema, or a plan that shards were made by has changed.
-        DownloadError: another download holds a folder, img2dataset failed, or shards are missing at its end.
+        ConfigError: a setting that cannot work, a source without selected rows, or a plan by which shards were made
+            has changed.
+        DownloadError: another download holds a part, too few pictures come, or shards are missing at the end.
     """
-    with ExitStack() as locks:
-        jobs = []
-        for name, source in sources.items():
-            setting = f"data.sources.{name}"
-            files = metadata_files(f"{setting}.metadata", source.metadata)
-            columns = resolve_columns(setting, source.schema, files[0])
-            shards = Path(source.shards)
-            shards.parent.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(_locked(shards))
-            urls = shards.with_name(shards.name + ".urls")
-            rows = write_url_list(urls, files, columns, config, allow_loopback, begun=bool(finished(shards)))
-            jobs.append(Job(name, shards, urls, columns, planned=-(-rows // config.samples_per_shard)))
-        _run([job for job in jobs if len(finished(job.shards)) < job.planned], config)
-        problems = [problem for job in jobs if (problem := _problem(job))]
-    if problems:
-        raise DownloadError("; ".join(problems) + "; run it again")
+    check(config)
+    parts = own_parts(sources, config)
+    check_environment(config)
+    tallies: dict[str, Tally] = {name: Tally() for name in parts}
+    counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
+    with DownloadProgress(sum(part.rows for waiting in parts.values() for part in waiting)) as progress:
+        for running in _steps(parts, config, allow_loopback, tallies):
+            total = Tally()
+            for tally in (*tallies.values(), *(run.tally for run in running)):
+                total.add(tally)
+            progress.update(total)
+    for name, tally in tallies.items():
+        print(f"{name}: {tally} in {counts[name]:,} shards")
 
 
-def finished(shards: Path) -> list[Path]:
-    """Statistics files of the shards that are complete."""
-    return sorted(shards.glob("*_stats.json"))
-
-
-def summary(statistics: Sequence[Path]) -> str:
-    """Counts over shards, with the reasons of what failed."""
-    reasons: Counter[str] = Counter()
-    for file in statistics:
-        reasons.update(json.loads(file.read_text())["status_dict"])
-    total, good = sum(reasons.values()), reasons.pop("success", 0)
-    failures = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
-    return f"{good:,} of {total:,} pictures in {len(statistics):,} shards" + (
-        f"; failed: {failures}" if failures else ""
-    )
-
-
-def _command(job: Job, config: DownloadConfig) -> list[str]:
-    options = {
-        "url_list": job.urls,
-        "input_format": "parquet",
-        "url_col": job.columns.url,
-        "caption_col": job.columns.caption,
-        "save_additional_columns": json.dumps(list(job.columns.kept)),
-        "output_format": "webdataset",
-        "output_folder": job.shards,
-        "distributor": config.distributor,
-        "processes_count": config.processes,
-        "thread_count": config.threads,
-        "number_sample_per_shard": config.samples_per_shard,
-        "oom_shard_count": 6,
-        "image_size": config.image_size,
-        "resize_mode": "keep_ratio",
-        "resize_only_if_bigger": True,
-        "skip_reencode": True,
-        "encode_quality": config.encode_quality,
-        "min_image_size": config.min_image_size,
-        "max_aspect_ratio": config.max_aspect_ratio,
-        "timeout": config.timeout,
-        "retries": config.retries,
-        "disallowed_header_directives": json.dumps(list(OPT_OUT)),
-        "enable_wandb": False,
-    }
-    return [sys.executable, "-m", "img2dataset.main", *(f"--{key}={value}" for key, value in options.items())]
-
-
-def _run(jobs: Sequence[Job], config: DownloadConfig) -> None:
-    """Run img2dataset for every job to its end, showing the shards as they come."""
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(disable=not sys.stdout.isatty()))
-        running = {}
-        for job in jobs:
-            _remove_unfinished(job.shards)
-            running[job] = stack.enter_context(_img2dataset(job, config))
-        tasks = {job: progress.add_task(f"download {job.name}", total=job.planned) for job in jobs}
-        while running:
-            time.sleep(0.2)
-            for job, process in list(running.items()):
-                progress.update(tasks[job], completed=len(finished(job.shards)))
-                if process.poll() is None:
-                    continue
-                del running[job]
-                if process.returncode != 0:
-                    log = _log(job)
-                    lines = log.read_text().splitlines() or ["no output"]
-                    raise DownloadError(
-                        f"{job.name}: img2dataset ended with status {process.returncode}: {lines[-1]} (see {log})"
-                    )
-
-
-@contextmanager
-def _img2dataset(job: Job, config: DownloadConfig) -> Iterator[subprocess.Popen[bytes]]:
-    """img2dataset in a process group that ends with this block, and with this process however it ends."""
-    environment = {
-        **os.environ,
-        "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the package index at every import
-        "OPENCV_IO_MAX_IMAGE_PIXELS": str(config.max_image_pixels),  # refuses a decompression bomb before decoding it
-        "OMP_NUM_THREADS": "1",
-    }
-    command = ["sh", "-c", END_WITH_PARENT, "sh", *_command(job, config)]
-    with _log(job).open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+def check(config: DownloadConfig) -> None:
+    """Raise a ConfigError for a setting that cannot work."""
+    if config.distributor not in ENGINES:
+        raise ConfigError(f"data.download.distributor={config.distributor}: choose one of {', '.join(ENGINES)}")
+    for name in ("processes", "threads", "samples_per_shard", "timeout", "max_bytes", "max_image_pixels", "tasks"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"data.download.{name}={getattr(config, name)}: must be at least 1")
+    for name in ("min_success_share", "retry_below"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"data.download.{name}={getattr(config, name)}: is a share, from 0 to 1")
+    if not 0 <= config.task < config.tasks:
+        raise ConfigError(
+            f"data.download.task={config.task}: tasks count from 0 to {config.tasks - 1}, by data.download.tasks"
         )
-        try:
-            yield process
-        finally:
-            # Its workers outlive it when it is killed, and would go on writing.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    if config.cluster is not None and config.distributor == "multiprocessing":
+        raise ConfigError(
+            f"data.download.cluster={config.cluster}: multiprocessing has none; take "
+            "data.download.distributor=pyspark or ray"
+        )
 
 
-def _log(job: Job) -> Path:
-    return job.shards.with_name(job.shards.name + ".log")
+def check_environment(config: DownloadConfig) -> None:
+    """Raise a ConfigError where the interpreter or the engine is missing, with which img2dataset does nothing."""
+    python = config.python or sys.executable
+    try:
+        found = subprocess.run(
+            [python, "-c", FIND, "img2dataset", *ENGINES[config.distributor]],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"data.download.python={python}: cannot be run ({error}); give a Python interpreter"
+        ) from error
+    if found.stdout.strip():
+        raise ConfigError(
+            f"data.download.distributor={config.distributor}: {python} lacks {found.stdout.strip()}; install it "
+            "(the extra `distributed` has pyspark and ray), or name another interpreter by data.download.python"
+        )
+    home = os.environ.get("JAVA_HOME")
+    if config.distributor == "pyspark" and not (shutil.which("java") or (home and Path(home, "bin/java").exists())):
+        raise ConfigError("data.download.distributor=pyspark: no java on the path; install a Java runtime, 17 or later")
 
 
-def _problem(job: Job) -> str | None:
-    """What a job left to be done again, or None after saying what it made. Shards without one picture are removed."""
-    done = finished(job.shards)
-    if len(done) < job.planned:
-        return f"{job.shards}: {job.planned - len(done)} of {job.planned} shards are missing (see {_log(job)})"
-    # A server or a network that was away fails every picture, and img2dataset would never try such a shard again.
-    empty = [file for file in done if json.loads(file.read_text())["successes"] == 0]
-    if empty:
-        reasons = summary(empty)
-        for file in empty:
-            file.unlink()
-        _remove_unfinished(job.shards)
-        return f"{job.shards}: {reasons}; see that the addresses can be reached"
-    print(f"{job.name}: {summary(done)}")
-    return None
+def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> dict[str, list[Part]]:
+    """The parts of each source that this task downloads.
+
+    Raises:
+        ConfigError: select has not finished a source, or there is no such part.
+    """
+    parts: dict[str, list[Part]] = {}
+    place = 0  # over all sources, so that the tasks' shares differ by one part at most
+    known: set[int] = set()
+    for name, source in sources.items():
+        folder = Path(source.selected)
+        selection = read_selection(folder)
+        if selection is None:
+            raise ConfigError(
+                f"data.sources.{name}.selected={folder}: no selection.json there; run python -m data_pipeline select"
+            )
+        parts[name] = []
+        for number, file in enumerate(selection.files(folder)):
+            wanted = config.parts is None or number in config.parts
+            if wanted and place % config.tasks == config.task:
+                if not file.exists():
+                    raise ConfigError(f"data.sources.{name}.selected: {file} is missing; run select again")
+                parts[name].append(Part.of(name, file, Path(source.shards), config.samples_per_shard))
+            known.add(number)
+            place += 1
+    if config.parts is not None and set(config.parts) - known:
+        raise ConfigError(f"data.download.parts={config.parts}: there are parts 0 to {max(known, default=-1)}")
+    return parts
 
 
-def _remove_unfinished(shards: Path) -> None:
-    """Remove what an interrupted run left of shards that have no statistics yet."""
-    done = {file.name.removesuffix("_stats.json") for file in finished(shards)}
-    for file in [*shards.glob("*.tar"), *shards.glob("*.parquet")]:
-        if file.stem not in done:
-            file.unlink()
+def _steps(
+    parts: Mapping[str, Sequence[Part]], config: DownloadConfig, allow_loopback: bool, tallies: Mapping[str, Tally]
+) -> Iterator[Sequence[PartRun]]:
+    """Work through the parts, one of each source at a time; yields the runs at every look at them.
+
+    Args:
+        tallies: of each source, to which finished parts are added.
+    """
+    waiting = {name: list(own) for name, own in parts.items()}
+    running: dict[str, PartRun] = {}
+    try:
+        while any(waiting.values()) or running:
+            for name, own in waiting.items():
+                while own and name not in running:
+                    part = own.pop(0)
+                    outcome = _outcome(part, config)
+                    if outcome is not None:
+                        tallies[name].add(outcome)
+                    else:
+                        running[name] = PartRun(part, config, allow_loopback)
+            for name, run in list(running.items()):
+                if run.step():
+                    tallies[name].add(run.tally)
+                    run.close()
+                    del running[name]
+            yield list(running.values())
+            time.sleep(POLL_SECONDS)
+    finally:
+        for run in running.values():
+            run.close()
 
 
-@contextmanager
-def _locked(shards: Path) -> Iterator[None]:
-    with shards.with_name(shards.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DownloadError(f"{shards}: another download is writing there; wait for it or stop it") from error
-        yield
+def _outcome(part: Part, config: DownloadConfig) -> Tally | None:
+    """What came of a part that is done, or None: it is to be worked on, its shards with it that may be tried again."""
+    if not shards.finished(part.folder):
+        return None
+    record = Record(part, config)
+    return None if record.is_low(record.lowest, config) else record.outcome

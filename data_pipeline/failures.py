@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.url_policy import (
+    LOOPBACK,
+    MALFORMED,
+    PRIVATE_ADDRESS,
+    PRIVATE_NAME,
+    SCHEME,
+    UNUSUAL_ADDRESS,
+    USER_NAME,
+)
 
 SUCCESS = "success"
+REFUSED = "address refused"
 DNS = "no answer from DNS"
 # The first that matches counts. HTTP errors have a reason for each status, and are not in this table.
 REASONS = (
@@ -20,10 +32,14 @@ REASONS = (
     ),
     (r"(?i)certificate|\bssl\b|\btls\b", "TLS", False),
     (r"^opted out", "opted out", False),
-    (r"private address|loopback host|not http or https|malformed URL|unknown url type", "address refused", False),
+    (
+        "|".join((MALFORMED, SCHEME, USER_NAME, UNUSUAL_ADDRESS, LOOPBACK, PRIVATE_ADDRESS, PRIVATE_NAME)),
+        REFUSED,
+        False,
+    ),
     (r"^body above", "body too large", False),
     (r"MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", "too many pixels", False),
-    (r"^Image decoding error", "no picture", False),
+    (r"^Image decoding error|buf\.empty", "no picture", False),
 )
 
 
@@ -60,6 +76,18 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.reasons.update(other.reasons)
         self.transient += other.transient
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"reasons": self.reasons, "transient": self.transient}
+
+    @classmethod
+    def load(cls, document: Mapping[str, Any]) -> Tally:
+        """From what `dump` made."""
+        tally = cls()
+        tally.reasons.update(document["reasons"])
+        tally.transient = document["transient"]
+        return tally
 
     @property
     def count(self) -> int:

@@ -1,6 +1,6 @@
 """One picture over HTTP: no address of one's own network, no endless body, no endless time, no opt-out passed over.
 
-Runs inside img2dataset's workers, of whatever interpreter they are: the standard library and the URL policy suffice.
+Runs inside img2dataset's workers, of whatever interpreter they are: it needs no package that img2dataset lacks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import http.client
 import io
 import socket
 import ssl
+import string
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from email.message import Message
 from functools import cache, partial
 from typing import IO, Any
 from urllib.error import HTTPError
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from data_pipeline.failures import is_transient
 from data_pipeline.url_policy import address_problem, url_problem
@@ -60,6 +61,8 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
             time.sleep(PAUSE)
         try:
             return key, io.BytesIO(fetch(url, limits)), None
+        except RefusedError as error:
+            return key, None, str(error)
         except Exception as error:  # a stranger's server may raise anything in http.client, and no picture ends a shard
             message = str(error) or type(error).__name__
         if not is_transient(message):
@@ -74,6 +77,9 @@ def fetch(url: str, limits: Limits) -> bytes:
         RefusedError: the URL, one that it redirects to, an address behind it, or the response is not to be taken.
         OSError, http.client.HTTPException, ValueError: it cannot be fetched.
     """
+    problem = url_problem(url, limits.allow_loopback)
+    if problem:
+        raise RefusedError(problem)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": limits.user_agent})
         with _opener(limits).open(request, timeout=limits.timeout) as response:
@@ -187,7 +193,7 @@ class _SecureConnection(_Connection):
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https, after a look at the URL."""
+    """Opens http and https."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__()
@@ -202,9 +208,6 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         return self._open(_SecureConnection, req)
 
     def _open(self, connection: type[_Connection], request: urllib.request.Request) -> http.client.HTTPResponse:
-        problem = url_problem(request.full_url, self._limits.allow_loopback)
-        if problem:
-            raise RefusedError(problem)
         deadline = request.__dict__.setdefault("deadline", time.monotonic() + self._limits.seconds)
         opened = self.do_open(connection, request, limits=self._limits, deadline=deadline)  # type: ignore[arg-type]
         assert isinstance(opened, http.client.HTTPResponse)
@@ -217,6 +220,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def http_error_302(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
         target = headers.get("Location") or headers.get("URI")
+        # Escaped as the redirect is when it is followed.
+        target = quote(target or "", encoding="iso-8859-1", safe=string.punctuation)
         problem = target and url_problem(urljoin(req.full_url, target), self._limits.allow_loopback)
         if problem:
             fp.close()

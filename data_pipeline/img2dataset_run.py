@@ -6,6 +6,7 @@ downloader reaches them. It needs img2dataset and the chosen engine, and nothing
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,10 +19,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import img2dataset.downloader
-import img2dataset.main
+# webdataset, which writes the tars, imports PyTorch where it finds it: seconds and memory of every worker, for nothing.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
-from data_pipeline.fetch import Limits, fetch_row
+import img2dataset.downloader  # noqa: E402
+
+from data_pipeline.fetch import Limits, fetch_row  # noqa: E402
 
 PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"
 WORKER_KILLED = 71
@@ -57,13 +60,15 @@ def main() -> None:
     options, limits = document["img2dataset"], document["limits"]
     if not hasattr(img2dataset.downloader, "download_image_with_retry"):
         raise RuntimeError("this img2dataset has no download_image_with_retry, which is to be replaced; use 1.47")
-    img2dataset.main.Downloader = partial(
+    # The package has a function of that name too, which hides the module.
+    module = importlib.import_module("img2dataset.main")
+    module.__dict__["Downloader"] = partial(
         GuardedDownloader, limits=Limits(**{**limits, "opt_outs": tuple(limits["opt_outs"])})
     )
-    img2dataset.main.LoggerProcess = NoLogger
+    module.__dict__["LoggerProcess"] = NoLogger
     engine = {"multiprocessing": _processes, "pyspark": _spark, "ray": _ray}[options["distributor"]]
     with engine(options["processes_count"], document["cluster"], document["environment"]):
-        img2dataset.main.download(**options)
+        module.download(**options)
 
 
 @contextmanager

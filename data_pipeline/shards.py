@@ -1,0 +1,109 @@
+"""The shards of one part as img2dataset leaves them: a tar, a parquet file, and statistics, which are written last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_pipeline.failures import Tally
+
+STATISTICS = "_stats.json"
+BEFORE = ".before"
+BLOCK = 512
+SIZE_FIELD = slice(124, 136)
+NAME_FIELD = slice(0, 100)
+
+
+def finished(folder: Path) -> list[Path]:
+    """Statistics of the shards that are complete."""
+    return sorted(folder.glob(f"*{STATISTICS}"))
+
+
+def begun(folder: Path) -> bool:
+    """Whether a shard was ever completed."""
+    return any(folder.glob(f"*{STATISTICS}*"))
+
+
+def tally(statistics: Path) -> Tally:
+    """The pictures of a shard by reason."""
+    return Tally(json.loads(statistics.read_text())["status_dict"])
+
+
+def problem(statistics: Path) -> str | None:
+    """Why a shard with statistics is not whole, or None; whether its pictures are is for the index to say."""
+    tar = _member(statistics, ".tar")
+    try:
+        expected = int(json.loads(statistics.read_text())["successes"])
+        found = samples(tar)
+    except (OSError, ValueError, KeyError) as error:
+        return f"{tar}: {error}"
+    if found != expected:
+        return f"{tar}: {found} samples instead of {expected}"
+    return None if _member(statistics, ".parquet").exists() else f"{tar}: its parquet file is missing"
+
+
+def samples(tar: Path) -> int:
+    """Pictures in a tar file, by its headers alone.
+
+    Raises:
+        ValueError: it does not end as tar files do, or is damaged.
+    """
+    count, position, size = 0, 0, tar.stat().st_size
+    with tar.open("rb") as file:
+        while True:
+            file.seek(position)
+            header = file.read(BLOCK)
+            if len(header) < BLOCK or position > size:
+                raise ValueError("cut short")
+            if not any(header):
+                if any(file.read(BLOCK)) or file.tell() < position + 2 * BLOCK:
+                    raise ValueError("cut short")
+                return count
+            count += header[NAME_FIELD].rstrip(b"\0").endswith(b".jpg")
+            length = int(header[SIZE_FIELD].rstrip(b" \0"), 8)
+            position += BLOCK + -(-length // BLOCK) * BLOCK
+
+
+def remove(statistics: Path) -> None:
+    """Take a shard away; the statistics go first, so that it never looks complete."""
+    for file in _files(statistics):
+        file.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what an interrupted run left of shards that have no statistics."""
+    done = {file.name.removesuffix(STATISTICS) for file in finished(folder)}
+    for file in [*folder.glob("*.tar"), *folder.glob("*.parquet")]:
+        if file.stem not in done:
+            file.unlink()
+
+
+def set_aside(statistics: Path) -> None:
+    """Make room for another attempt at a shard, under names that neither img2dataset nor the index reads."""
+    for file in _files(statistics):
+        file.replace(file.with_name(file.name + BEFORE))
+
+
+def settle(folder: Path) -> None:
+    """Of each shard that was attempted again keep the attempt with more pictures; the one before waits for the new."""
+    for before in folder.glob(f"*{STATISTICS}{BEFORE}"):
+        statistics = before.with_name(before.name.removesuffix(BEFORE))
+        if statistics.exists():
+            olds = [file.with_name(file.name + BEFORE) for file in _files(statistics)]
+            better = tally(before).successes > tally(statistics).successes
+            if better and all(old.exists() for old in olds):
+                remove(statistics)
+                for old in reversed(olds):  # the statistics last
+                    old.replace(old.with_name(old.name.removesuffix(BEFORE)))
+            else:
+                for old in olds:
+                    old.unlink(missing_ok=True)
+
+
+def _files(statistics: Path) -> list[Path]:
+    """A shard's files, its statistics first."""
+    return [statistics, _member(statistics, ".tar"), _member(statistics, ".parquet")]
+
+
+def _member(statistics: Path, suffix: str) -> Path:
+    return statistics.with_name(statistics.name.removesuffix(STATISTICS) + suffix)

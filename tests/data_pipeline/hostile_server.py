@@ -1,0 +1,176 @@
+"""A server on this machine with good pictures, and with all that the web has besides."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+from PIL import Image
+
+SIDES = (96, 80)
+
+
+def jpeg(number: int = 0, size: tuple[int, int] = SIDES, orientation: int | None = None) -> bytes:
+    """A picture of noise, another for each number."""
+    noise = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    stored = io.BytesIO()
+    picture.save(stored, "JPEG", quality=90, exif=exif)
+    return stored.getvalue()
+
+
+def bomb(side: int = 30_000) -> bytes:
+    """A PNG of about a hundred kilobytes that decodes to 900 million pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def tiny_png() -> bytes:
+    stored = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+BODIES = {
+    "/sideways.jpg": jpeg(1, orientation=6),
+    "/pixel.png": tiny_png(),
+    "/thin.jpg": jpeg(2, (800, 64)),
+    "/bomb.png": bomb(),
+    "/truncated.jpg": jpeg(3)[:900],
+    "/page.html": b"<html><body>moved</body></html>",
+    "/drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
+    "/nothing.jpg": b"",
+}
+REDIRECTS = {
+    "/moved.jpg": "/good/0.jpg",
+    "/loop": "/loop",
+    "/to-file": "file:///etc/hostname",
+    "/to-ftp": "ftp://127.0.0.1/a.jpg",
+    "/to-private": "http://10.0.0.1/a.jpg",
+    "/to-metadata": "http://169.254.169.254/latest/meta-data/",
+}
+OPT_OUTS = {
+    "/noai.jpg": ("X-Robots-Tag", "noai"),
+    "/noimageai.jpg": ("X-Robots-Tag", "noindex-not, NoImageAI"),
+    "/noindex.jpg": ("X-Robots-Tag", "unavailable_after: 25 Jun 2030 15:00:00 PST, noindex"),
+    "/noml.jpg": ("X-Robots-Tag", "*: noml"),
+    "/tdm.jpg": ("TDM-Reservation", "1"),
+}
+ADDRESSED_TO_OTHERS = {"/googlebot.jpg": ("X-Robots-Tag", "googlebot: noindex"), "/tdm0.jpg": ("TDM-Reservation", "0")}
+
+
+class HostileServer(ThreadingHTTPServer):
+    """Counts requests by path; `away` makes it answer 503, `held` keeps good pictures back while it is set."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: Counter[str] = Counter()
+        self.away = threading.Event()
+        self.released = threading.Event()
+        self.released.set()
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients hang up: that is what they are to do
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HostileServer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path
+        self.server.requests[path] += 1
+        if path.startswith("/good/"):
+            if path.startswith("/good/held"):
+                self.server.released.wait(60)
+            if self.server.away.is_set():
+                self.send_error(503)
+            else:
+                self.answer(jpeg(int("".join(filter(str.isdigit, path)))))
+        elif path in BODIES:
+            self.answer(BODIES[path])
+        elif path in REDIRECTS:
+            self.answer(b"", 302, Location=REDIRECTS[path])
+        elif path in {**OPT_OUTS, **ADDRESSED_TO_OTHERS}:
+            name, value = {**OPT_OUTS, **ADDRESSED_TO_OTHERS}[path]
+            self.answer(jpeg(), **{name: value})
+        elif path == "/500":
+            self.send_error(500)
+        elif path == "/flaky.jpg" and self.server.requests[path] == 1:
+            self.send_error(503)
+        elif path == "/flaky.jpg":
+            self.answer(jpeg(4))
+        elif path == "/silent":
+            self.until_gone(b"")
+        elif path == "/drip":
+            self.begin(None)
+            self.until_gone(b"x")
+        elif path == "/short.jpg":
+            self.begin(10 * len(jpeg()))
+            self.wfile.write(jpeg())
+        elif path == "/junk":
+            self.begin(60_000_000)
+            self.until_gone(bytes(100_000))
+        elif path == "/endless":
+            self.begin(None)
+            self.until_gone(bytes(100_000), pause=0)
+        else:
+            self.send_error(404)
+
+    def begin(self, length: int | None, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.begin(len(body), status, **headers)
+        self.wfile.write(body)
+
+    def until_gone(self, bit: bytes, pause: float = 0.2) -> None:
+        """Send on until the client hangs up, or half a minute has gone."""
+        deadline = time.monotonic() + 30
+        with suppress(OSError):
+            while time.monotonic() < deadline:
+                if bit:
+                    self.wfile.write(bit)
+                    self.wfile.flush()
+                time.sleep(pause)
+
+
+@contextmanager
+def hostile_server() -> Iterator[HostileServer]:
+    """The server, running."""
+    with HostileServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

@@ -1,0 +1,126 @@
+"""One picture over HTTP: what is refused, by which name, and how soon (about five seconds)."""
+
+from __future__ import annotations
+
+import email
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from data_pipeline.fetch import Limits, RefusedError, fetch, fetch_row, opt_out
+from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
+
+LIMITS = Limits(
+    timeout=0.5,
+    seconds=1,
+    max_bytes=1_000_000,
+    retries=1,
+    allow_loopback=True,
+    user_agent="Mozilla/5.0 (compatible; Picturebot)",
+    opt_outs=("noai", "noindex"),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HostileServer]:
+    with hostile_server() as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/404", "HTTP Error 404: Not Found"),
+        ("/500", "HTTP Error 500: Internal Server Error"),
+        ("/loop", "infinite loop"),
+        ("/to-file", "redirect to not http or https"),
+        ("/to-ftp", "redirect to not http or https"),
+        ("/to-private", "redirect to private address"),
+        ("/to-metadata", "redirect to private address"),
+        ("/silent", "timed out"),
+        ("/drip", "slower than 1 seconds"),
+        ("/junk", "body above 1,000,000 bytes"),
+        ("/endless", "body above 1,000,000 bytes"),
+        ("/short.jpg", "IncompleteRead"),
+        ("/noai.jpg", "opted out: X-Robots-Tag noai"),
+        ("/noindex.jpg", "opted out: X-Robots-Tag noindex"),
+        ("/tdm.jpg", "opted out: TDM-Reservation"),
+    ],
+)
+def test_what_is_refused(server: HostileServer, path: str, message: str) -> None:
+    key, picture, error = fetch_row((7, server.base + path), LIMITS)
+    assert (key, picture) == (7, None)
+    assert error is not None
+    assert message in error
+
+
+@pytest.mark.parametrize("path", ["/good/0.jpg", "/moved.jpg", "/googlebot.jpg", "/tdm0.jpg"])
+def test_what_is_fetched(server: HostileServer, path: str) -> None:
+    assert fetch(server.base + path, LIMITS) == jpeg()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file:///etc/hostname", "not http or https"),
+        ("ftp://example.org/a.jpg", "not http or https"),
+        ("http://10.0.0.1/a.jpg", "private address"),
+        ("http://127.0.0.1/a.jpg", "loopback host"),
+        ("http://2130706433/a.jpg", "address not in its plain form"),
+        ("http://localhost./a.jpg", "loopback host"),
+        ("", "not http or https"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, message: str) -> None:
+    assert fetch_row((0, url), replace(LIMITS, allow_loopback=False)) == (0, None, message)
+
+
+def test_a_name_is_refused_for_any_private_address_behind_it(
+    server: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name's first address is fine, its second is not; and the address that was checked is the one connected to."""
+    real, port = socket.getaddrinfo, server.server_address[1]
+    behind = {"good.example": ["127.0.0.1"], "bad.example": ["127.0.0.1", "192.168.0.7"]}
+    asked = []
+
+    def names(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        asked.append(host)
+        return [each for address in behind.get(host, [host]) for each in real(address, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+    assert fetch(f"http://good.example:{port}/good/0.jpg", LIMITS) == jpeg()
+    assert asked == ["good.example"]
+    with pytest.raises(RefusedError, match="private address"):
+        fetch(f"http://bad.example:{port}/good/0.jpg", LIMITS)
+
+
+def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> None:
+    server.requests.clear()
+    _, picture, error = fetch_row((0, server.base + "/flaky.jpg"), LIMITS)
+    assert picture is not None
+    assert error is None
+    for path in ("/404", "/noai.jpg", "/500"):
+        fetch_row((0, server.base + path), LIMITS)
+    assert server.requests == {"/flaky.jpg": 2, "/404": 1, "/noai.jpg": 1, "/500": 2}
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ("X-Robots-Tag: noai, noimageai", "X-Robots-Tag noai"),
+        ("X-Robots-Tag: nofollow\nX-Robots-Tag: NOINDEX", "X-Robots-Tag noindex"),
+        ("X-Robots-Tag: max-snippet: 20, noai", "X-Robots-Tag noai"),
+        ("X-Robots-Tag: picturebot: noai", "X-Robots-Tag noai"),
+        ("X-Robots-Tag: otherbot: noai, noindex", None),
+        ("X-Robots-Tag: otherbot: nofollow, *: noai", "X-Robots-Tag noai"),
+        ("X-Robots-Tag: noarchive", None),
+        ("TDM-Reservation: 1", "TDM-Reservation"),
+        ("TDM-Reservation: 0", None),
+        ("Content-Type: image/jpeg", None),
+    ],
+)
+def test_opt_outs(headers: str, reason: str | None) -> None:
+    assert opt_out(email.message_from_string(headers), LIMITS) == reason
