@@ -86,7 +86,7 @@ def _lines(run: RunSummary) -> Iterator[tuple[str, str]]:
             texts = {"skipped": "steps left out", "replaced": "bad samples replaced", "failed_saves": "saves failed"}
             yield "trouble", f"{record[name]:,} {texts[name]}"
     if run.dumps:
-        yield "trouble", f"{len(run.dumps)} processes ended by an error: {run.dumps[0].parent}"
+        yield "trouble", f"ended by an error, of which {run.dumps[0].parent} tells: {len(run.dumps)} processes"
     if run.tracked is not None:
         yield "W&B", run.tracked
     yield "last line", "none yet" if run.spoke is None else ago(run.spoke)

@@ -55,7 +55,7 @@ class Tracker:
             config=dict(run_config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        if run.url:
+        if config.mode == "online" and run.url:
             (run_dir / WANDB_URL_FILE).write_text(run.url + "\n")
         return run
 
