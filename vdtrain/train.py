@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import TrainConfig
 from vdtrain.launch import launch_variables
+from vdtrain.training.preemption import SCHEDULER_SIGNALS, StopSignal
 from vdtrain.validation import check
 
 USAGE = """\
@@ -22,6 +23,9 @@ Usage: vdtrain train stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
 
 Train one stage of the curriculum. A stage continues from its own latest checkpoint in run_dir; a new one starts from
 stage.init_from, the stage before it. Run the same command again after any interruption.
+
+Exit status: 0 the stage is complete, 75 stopped by SIGTERM or SIGUSR1 and saved, 130 by Ctrl-C and saved, 1 an error,
+2 a mistake in the settings.
 
   --help              this text
   --cfg job           print the configuration and stop (--resolve fills the interpolations in)
@@ -56,9 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Heavy imports come after the checks, so that a mistake is said at once.
         from vdtrain.training import session
 
-        return session.run(config, document, int(launch["RANK"]))
+        return session.run(config, document, int(launch["RANK"]), stop)
 
-    return run_verb(USAGE, "train", TrainConfig, action, arguments, speaks=launch["RANK"] == "0")
+    # From now on: the imports take long enough for a signal to come between. A Ctrl-C still ends them.
+    stop = StopSignal(SCHEDULER_SIGNALS)
+    status = run_verb(USAGE, "train", TrainConfig, action, arguments, speaks=launch["RANK"] == "0")
+    if stop.number:
+        stop.ignore()
+    else:
+        stop.restore()
+    return status
 
 
 if __name__ == "__main__":

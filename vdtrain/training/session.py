@@ -26,28 +26,37 @@ from vdtrain.training.trainer import Trainer
 from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
 from vdtrain.validation import phase_steps
 
-FAILED, STOPPED = 1, 128 + signal.SIGTERM
+FAILED = 1
+# Whoever started the run is to start it again: EX_TEMPFAIL. After Ctrl-C, a person decides.
+STOPPED, INTERRUPTED = os.EX_TEMPFAIL, 128 + signal.SIGINT
 SHARED_ERRORS = (CheckpointError, distributed.SharedError)
 # Exchanges between processes time out after the watchdog: it is to speak first, for it knows where each stands.
 TIMEOUT_OVER_WATCHDOG = 2.0
 
 
-def run(config: TrainConfig, document: DictConfig, rank: int) -> int:
+def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal) -> int:
     """Train a stage whose configuration has been checked.
 
+    Args:
+        stop: signals that came since the process started; from now on it notes a Ctrl-C too.
+
     Returns:
-        Exit status: 0 if the stage is complete, 128 + SIGTERM if it was stopped before, 1 after an error. A known one
-        is said in a line, and its traceback is in the process's record. One of several processes ends here and now
-        after an error, and with the watchdog's status where it stands still.
+        Exit status: on every process alike 0 if the stage is complete, 75 if it was stopped and saved, 130 if a Ctrl-C
+        did it; 1 after an error. A known one is said in a line, and its traceback is in the process's record. One of
+        several processes ends here and now after an error, and with the watchdog's status where it stands still.
 
     Raises:
         ConfigError: on every process alike.
     """
     dumps = Path(config.run_dir) / DUMPS
-    stop, watchdog = StopSignal(), Watchdog(config.watchdog_seconds, dumps, rank)
+    watchdog = Watchdog(config.watchdog_seconds, dumps, rank)
+    stop.note(signal.SIGINT)
     try:
         record_collectives(dumps)
-        return 0 if _train(config, document, stop, watchdog) else STOPPED
+        complete = _train(config, document, stop, watchdog)
+        # All come here before one of them ends, which could end the others.
+        interrupted = not distributed.all_agree(not stop.interrupted)
+        return 0 if complete else INTERRUPTED if interrupted else STOPPED
     except ConfigError:
         raise
     except Exception as error:
@@ -70,7 +79,6 @@ def run(config: TrainConfig, document: DictConfig, rank: int) -> int:
     finally:
         distributed.finish()
         watchdog.close()
-        stop.restore()
 
 
 def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
