@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,11 +142,11 @@ def test_a_run_that_cannot_save_its_end_says_so_and_is_taken_up_again(endings: d
 
 
 def test_a_stage_that_starts_from_an_unfinished_one_warns(endings: dict[str, Ending]) -> None:
-    assert endings["is_stopped"].statuses == [143, 143]
+    assert endings["is_stopped"].statuses == [75, 75]
     ending = endings["next stage"]
     assert ending.statuses == [0]
     (warning,) = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
-    assert "stage1_single_flow stopped at step 3 of 10" in warning
+    assert re.search("stage1_single_flow stopped at step [23] of 10", warning)
 
 
 def test_no_limit_watches_nothing_and_still_records(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ class DrillStream(PairStream):
             positions = batch.positions.numpy()
             if plan.get("when") == "place" and positions[0] // self.global_batch_size == plan["number"]:
                 _befall(plan["what"])
-            line = {"seed": self.seed, "positions": positions.tolist(), "rows": self.rows_at(positions).tolist()}
+            rows = [f"{shard}/{row}" for shard, row in self.rows_at(positions)]
+            line = {"seed": self.seed, "positions": positions.tolist(), "rows": rows}
             with self.diary.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             yield batch
