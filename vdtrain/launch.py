@@ -10,6 +10,8 @@ from vdtrain.compose import ConfigError
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which Linux hands out ports to outgoing connections.
 FIRST_PORT, PORTS = 12_000, 20_000
+# Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
+FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
 
 
 def launch_variables() -> dict[str, str]:
@@ -25,7 +27,8 @@ def launch_variables() -> dict[str, str]:
             raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
     # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+    step = environment.get("SLURM_STEP_ID")
+    if step is not None and int(step) < FIRST_STEP_WITHOUT_SRUN and "SLURM_PROCID" in environment:
         return _slurm_launch()
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
@@ -35,8 +38,10 @@ def _slurm_launch() -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     if tasks != "1":
+        # Rank 0 is on the first node of its step, which need not be the job's.
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
         offset = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
-        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(environment["SLURM_JOB_NODELIST"])
+        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
         launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
     return launch
 

@@ -85,6 +85,16 @@ def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> N
     assert launch.launch_variables()["WORLD_SIZE"] == "1"
 
 
+def test_a_step_on_some_of_a_jobs_nodes_meets_at_its_own_first_one(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_STEP_NODELIST": "gpu08"})
+    assert launch.launch_variables()["MASTER_ADDR"] == "gpu08"
+
+
+def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"})
+    assert launch.launch_variables()["WORLD_SIZE"] == "1"
+
+
 def test_devices(environment: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"hardware\.device.*neither"):
         distributed.start("tpu")
