@@ -88,6 +88,25 @@ class DownloadConfig:
 
 
 @dataclass
+class IndexConfig:
+    """How shards are checked before they are listed in the manifest."""
+
+    processes: int = MISSING
+    decode: bool = MISSING  # every picture, which finds damage behind its header and takes some times as long
+
+
+@dataclass
+class InspectConfig:
+    """What is looked at of a manifest."""
+
+    shards: int = MISSING  # drawn at random, for what is not told by the list of shards: captions, aspect ratios
+    pictures: int = MISSING  # on the contact sheet, drawn at random
+    pixels: int = MISSING  # side of each
+    seed: int = MISSING
+    output: str | None = MISSING  # the contact sheet; inspect.png beside the manifest by default
+
+
+@dataclass
 class ShapesConfig:
     """The drawn picture set of the demo."""
 
@@ -112,4 +131,6 @@ class DataConfig:
     stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
     select: SelectConfig = MISSING
     download: DownloadConfig = MISSING
+    index: IndexConfig = MISSING
+    inspect: InspectConfig = MISSING
     shapes: ShapesConfig | None = None
