@@ -1,167 +1,173 @@
 """Tar shards to a manifest: every new shard is read once and checked, its whole samples are listed.
 
-A shard that was cut short is refused, not read as far as it goes; a member that is broken is left out and counted.
+A shard that is damaged is left out and named, and the others are indexed. What is listed already is not read again: a
+run that was interrupted, or that finds new shards, reads what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
 import logging
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
+import pyarrow as pa
 
-from data_pipeline.progress import track
-from vdtrain.data.identity import pair_uid
-from vdtrain.data.manifest import SamplesWriter, read_shard_rows, write_shard_rows
-
-BLOCK = 512
-MEMBERS = ("jpg", "txt", "json")
+from data_pipeline.index_progress import IndexProgress
+from data_pipeline.listing import Listing, Task
+from data_pipeline.repeated import repeated_uids
+from data_pipeline.run_lock import RunLockError, run_lock
+from data_pipeline.shard_reading import Reading, ShardError, read_shard, statistics_file
+from data_pipeline.workers import workers
+from vdtrain.data.manifest import Manifest, read_shards
 
 logger = logging.getLogger(__name__)
 
-
-class ShardError(ValueError):
-    """A tar file that is not whole."""
-
-
-@dataclass
-class Reading:
-    """What one shard holds: rows of the manifest (without the shard's number), and members left out by reason."""
-
-    sha256: str
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    broken: Counter[str] = field(default_factory=Counter)
+# Shards whose samples share a file; what an interruption loses at most.
+FILE_SHARDS = 100
+# What a line names, of things that can be many.
+NAMED = 5
 
 
-def index(sources: Mapping[str, Path], manifest: Path) -> None:
-    """Bring a manifest up to the shards in the sources' folders; shards that it knows already are not read again.
+def index(
+    sources: Mapping[str, Path],
+    manifest: Path,
+    *,
+    processes: int = 1,
+    decode: bool = False,
+    file_shards: int = FILE_SHARDS,
+) -> None:
+    """Bring a manifest up to the shards below the sources' folders; it does not depend on the number of processes.
+
+    Args:
+        decode: decode every picture; shards that were listed without are read again.
+        file_shards: shards whose samples share a file; after each such file the manifest lists what was read so far.
 
     Raises:
-        ShardError: no source has a shard, or a finished shard (one with its statistics) is not whole.
+        ShardError: no source has a shard, or another run is at work; or shards are damaged, and the manifest lists all
+            the others.
+        ManifestError: there is a manifest that cannot be read.
     """
-    known = {(row["path"], row["bytes"], row["modified_ns"]): row for row in read_shard_rows(manifest)}
-    found = [(source, path) for source, folder in sources.items() for path in sorted(folder.rglob("*.tar"))]
-    if not found:
-        raise ShardError(f"data.sources: no .tar in {', '.join(map(str, sources.values()))}; run the download first")
-    shards: list[dict[str, Any]] = []
-    writer: SamplesWriter | None = None
-    for source, path in track(found, "index"):
-        if not path.with_name(path.stem + "_stats.json").exists():
-            logger.warning("%s is passed over: its download has not finished", path)
-            continue
-        status = path.stat()
-        relative = os.path.relpath(path, manifest)
-        shard = known.get((relative, status.st_size, status.st_mtime_ns))
-        if shard is None:
-            reading = read_shard(path, source)
-            writer = writer or SamplesWriter(manifest, _unused_name(manifest))
-            described = {
-                "path": relative,
-                "source": source,
-                "bytes": status.st_size,
-                "modified_ns": status.st_mtime_ns,
-                "sha256": reading.sha256,
-                "broken": json.dumps(reading.broken),
-            }
-            shard = writer.add(described, reading.samples)
-        shards.append(shard)
-    if writer is not None:
-        writer.close()
-    write_shard_rows(manifest, shards)
+    _check_folders(sources)
+    try:
+        with run_lock(manifest.with_name(manifest.name + ".lock")) as lock:
+            _index(sources, manifest, processes, decode, file_shards, lock)
+    except RunLockError as error:
+        raise ShardError(f"data.manifest={manifest}: another index is at work there; wait for it or stop it") from error
+
+
+def _index(
+    sources: Mapping[str, Path], manifest: Path, processes: int, decode: bool, file_shards: int, lock: Path
+) -> None:
+    before = read_shards(manifest)
+    tasks, unfinished = _find(sources, manifest, decode)
+    _check_found(sources, manifest, before, tasks, unfinished)
+    listing = Listing(manifest, before, tasks)
+    damaged = 0
+    new = listing.missing()
+    with (
+        workers(processes, "data.index.processes", lock) as run,
+        IndexProgress(len(new), sum(task.bytes for task in new)) as progress,
+    ):
+        for task, reading in zip(new, run(_read, new, ""), strict=True):
+            progress.add(task.bytes)
+            if isinstance(reading, str):
+                logger.warning("left out: %s", reading)
+                damaged += 1
+                listing.drop(task)
+                continue
+            listing.add(task, reading)
+            if listing.waiting == file_shards:
+                listing.write()
+    listing.write()
+    listing.remove_leftovers()
+    _report(manifest, listing, unfinished, len(new) - damaged)
+    if damaged:
+        raise ShardError(
+            f"{manifest}: {damaged:,} of {len(tasks):,} shards are left out, each named above with what to "
+            "do; then index again"
+        )
+
+
+def _read(task: Task) -> Reading | str:
+    """Read a shard; a line where it is damaged."""
+    try:
+        return read_shard(task.path, task.source, task.name, task.decode)
+    except ShardError as error:
+        return str(error)
+
+
+def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[list[Task], int]:
+    """Shards whose download has finished, by source and path, and the number of tar files of which that is not so."""
+    tasks: list[Task] = []
+    unfinished = 0
+    for source, folder in sources.items():
+        found: list[Path] = []
+        for place, _, names in os.walk(folder):
+            there = set(names)
+            for name in names:
+                if name.endswith(".tar"):
+                    finished = statistics_file(Path(name)).name in there
+                    found += [Path(place, name)] if finished else []
+                    unfinished += not finished
+        for path in sorted(found):
+            status = path.stat()
+            name = os.path.relpath(path, manifest)
+            tasks.append(Task(source, path, name, status.st_size, status.st_mtime_ns, decode))
+    return tasks, unfinished
+
+
+def _check_folders(sources: Mapping[str, Path]) -> None:
+    """Raise a ShardError where one source's folder lies in another's."""
+    places = {source: folder.resolve() for source, folder in sources.items()}
+    for source, other in itertools.permutations(places, 2):
+        if places[source].is_relative_to(places[other]):
+            raise ShardError(
+                f"data.sources.{source}.shards={sources[source]}: lies in data.sources.{other}.shards="
+                f"{sources[other]}; give each source a folder of its own"
+            )
+
+
+def _check_found(
+    sources: Mapping[str, Path], manifest: Path, before: pa.Table, tasks: Sequence[Task], unfinished: int
+) -> None:
+    if not tasks:
+        places = ", ".join(map(str, sources.values()))
+        reason = f"none of {unfinished:,} .tar has finished its download" if unfinished else "no .tar"
+        raise ShardError(f"data.sources: {reason} in {places}; run the download first")
+    listed = Counter(before["source"].to_pylist())
+    for source, folder in sources.items():
+        # A disk that is not mounted looks like shards that were removed.
+        if listed[source] and not folder.is_dir():
+            raise ShardError(
+                f"data.sources.{source}.shards={folder}: no such folder, and {manifest} lists {listed[source]:,} "
+                "shards of it; bring it back, or take the source out of data.sources"
+            )
+
+
+def _report(manifest: Path, listing: Listing, unfinished: int, read: int) -> None:
+    """Say what the manifest lists, what it leaves out, and what is listed twice."""
+    shards = listing.listed()
     broken: Counter[str] = Counter()
-    for shard in shards:
-        broken.update(json.loads(shard["broken"]))
-    left_out = ", ".join(f"{count} {reason}" for reason, count in broken.items()) or "none"
-    total = sum(shard["samples"] for shard in shards)
-    print(f"{manifest}: {total:,} samples in {len(shards):,} shards; left out: {left_out}")
-
-
-def _unused_name(manifest: Path) -> str:
-    """The first name that no file of samples in the manifest's folder has."""
-    numbers = (f"samples-{number:05d}.parquet" for number in itertools.count())
-    return next(name for name in numbers if not (manifest / name).exists())
-
-
-def read_shard(path: Path, source: str) -> Reading:
-    """Read and check one shard.
-
-    Raises:
-        ShardError: the tar does not end as a whole one does, or a header in it is damaged.
-    """
-    data = path.read_bytes()
-    reading = Reading(hashlib.sha256(data).hexdigest())
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    end = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                key, _, suffix = member.name.partition(".")
-                if not member.isfile() or "/" in member.name or key in ("", ".."):
-                    reading.broken["unsafe name"] += 1
-                else:
-                    groups.setdefault(key, {})[suffix] = member
-    except tarfile.TarError as error:
-        raise ShardError(f"{path}: damaged ({error}); remove it and its _stats.json, and download again") from error
-    # A tar that was cut at a member's boundary reads without an error: only its ending tells.
-    if data[end : end + 2 * BLOCK] != bytes(2 * BLOCK):
-        raise ShardError(f"{path}: cut short; remove it and its _stats.json, and download again")
-    for key, members in groups.items():
-        row = _sample(data, key, members, source)
-        if isinstance(row, str):
-            reading.broken[row] += 1
-        else:
-            reading.samples.append(row)
-    return reading
-
-
-def _sample(data: bytes, key: str, members: Mapping[str, tarfile.TarInfo], source: str) -> dict[str, Any] | str:
-    """The manifest row of a sample, or the reason why it is left out."""
-    if any(suffix not in members for suffix in MEMBERS):
-        return "incomplete sample"
-    content = {suffix: data[info.offset_data : info.offset_data + info.size] for suffix, info in members.items()}
-    try:
-        with Image.open(io.BytesIO(content["jpg"])) as picture:
-            width, height = picture.size
-        described = _mapping(content["json"])
-        caption = content["txt"].decode()
-        exif = _mapping(described.get("exif") or "{}")
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        return f"unreadable {type(error).__name__}"
-    if not caption.strip():
-        return "empty caption"
-    if exif.get("Image Orientation") not in (None, "Horizontal (normal)"):
-        # Resizing drops the tag and leaves the picture lying on its side.
-        return "rotated by EXIF"
-    return {
-        "uid": pair_uid(source, str(described.get("url")), caption),
-        "key": key,
-        "offset": members["jpg"].offset_data,
-        "size": members["jpg"].size,
-        "width": width,
-        "height": height,
-        "caption": caption,
-        "caption_hash": caption_hash(caption),
-    }
-
-
-def caption_hash(caption: str) -> int:
-    """64-bit hash of a caption."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
-def _mapping(text: str | bytes) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise TypeError(f"{type(found).__name__} in place of an object")
-    return found
+    for line in shards["broken"].to_pylist():
+        broken.update(json.loads(line))
+    if listing.dropped:
+        names = ", ".join(listing.dropped[:NAMED]) + (", ..." if len(listing.dropped) > NAMED else "")
+        logger.warning("dropped: %s shards that are gone: %s", f"{len(listing.dropped):,}", names)
+    if unfinished:
+        logger.warning("passed over: %s .tar whose download has not finished", f"{unfinished:,}")
+    if read or listing.dropped:
+        repeated = repeated_uids(Manifest(manifest))
+        if repeated.example is not None:
+            logger.warning(
+                "listed more than once: %s%s samples, as in %s and %s; were the same rows downloaded twice?",
+                "" if repeated.compared == 1 else "about ",
+                f"{repeated.samples:,}",
+                *repeated.example,
+            )
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common()) or "none"
+    total = sum(shards["samples"].to_pylist())
+    print(f"{manifest}: {total:,} samples in {len(shards):,} shards, {read:,} of them new; left out: {left_out}")

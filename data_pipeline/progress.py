@@ -12,5 +12,5 @@ Item = TypeVar("Item")
 
 
 def track(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """Iterate with a bar where a person is looking."""
-    return rich_track(items, description) if sys.stdout.isatty() else items
+    """Iterate with a bar where a person is looking; without a description there is none."""
+    return rich_track(items, description) if description and sys.stdout.isatty() else items

@@ -2,9 +2,9 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vdtrain.data.decode import DecodeError, decode
+from vdtrain.data.decode import DecodeError, decode, picture_size
 
 CENTRE = (0.5, 0.5)
 
@@ -43,10 +43,35 @@ def test_grey_pictures_become_rgb() -> None:
     assert np.abs(decode(file.getvalue(), 32, CENTRE).astype(int) - 90).max() < 3
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", encoded(64, 64)[0][:40]])
-def test_damaged_bytes_are_refused(data: bytes) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_once_as_their_orientation_says(orientation: int, kind: str) -> None:
+    _, picture = encoded(96, 64)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    with Image.open(file) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB")).astype(int)
+    top, left = (expected.shape[0] - 64) // 4, (expected.shape[1] - 64) // 4
+    found = decode(file.getvalue(), 64, (0.25, 0.25), orientation)
+    assert np.abs(found.astype(int) - expected[top : top + 64, left : left + 64]).max() <= 2
+    # The tag that the bytes carry is not looked at: it stays as it was in one place, and is lost in another.
+    if orientation > 1:
+        assert not np.array_equal(decode(file.getvalue(), 64, (0.25, 0.25)), found)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_header_tells_the_size(kind: str) -> None:
+    assert picture_size(encoded(96, 64, kind)[0][:1000]) == (96, 64)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", encoded(64, 64)[0][:40], encoded(64, 64, "GIF")[0]])
+def test_damaged_and_foreign_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(DecodeError):
         decode(data, 32, CENTRE)
+    with pytest.raises(DecodeError):
+        picture_size(data)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -55,3 +80,5 @@ def test_huge_pictures_are_refused_before_decoding() -> None:
     Image.new("1", (11_000, 11_000)).save(file, "PNG")
     with pytest.raises(DecodeError, match="11000 x 11000"):
         decode(file.getvalue(), 32, CENTRE)
+    with pytest.raises(DecodeError, match="11000 x 11000"):
+        picture_size(file.getvalue())

@@ -1,124 +1,272 @@
-"""Shards into a manifest: damage is found wherever it is, broken samples are counted, known shards are passed over."""
+"""Shards into a manifest: what is new is read, damaged shards are left out and named, an interrupted run goes on."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 
 import data_pipeline.index
-from data_pipeline.index import ShardError, index, read_shard
+from data_pipeline.__main__ import main
+from data_pipeline.index import index
+from data_pipeline.run_lock import run_lock
+from data_pipeline.shard_reading import ShardError, read_shard
 from tests.pairs import write_pairs, write_shard
-from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
+
+# A run that comes to a halt where the third shard is to be read, until it is killed.
+HALTS = """
+import sys
+from pathlib import Path
+import data_pipeline.index
+from data_pipeline.shard_reading import read_shard
+
+def halting(path, *arguments):
+    if path.name == "000002.tar":
+        print("halted", flush=True)
+        sys.stdin.read()
+    return read_shard(path, *arguments)
+
+data_pipeline.index.read_shard = halting
+data_pipeline.index.index({"drawn": Path(sys.argv[1])}, Path(sys.argv[2]), file_shards=1)
+"""
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    path = tmp_path / "000000.tar"
-    write_shard(path, 6, seed=0)
-    return path
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are read, in this process."""
+    names: list[str] = []
+
+    def noting(path: Path, *arguments: object) -> object:
+        names.append(path.name)
+        return read_shard(path, *arguments)
+
+    monkeypatch.setattr(data_pipeline.index, "read_shard", noting)
+    return names
 
 
-def cuts(path: Path) -> dict[str, int]:
-    """Lengths at which a tar can be cut, by where that is."""
-    with tarfile.open(path) as tar:
-        members = tar.getmembers()
-    fourth = members[3]
-    return {
-        "at a member's boundary": fourth.offset,
-        "inside a header": fourth.offset + 100,
-        "inside a payload": fourth.offset_data + 10,
-        "before the end blocks": members[-1].offset_data + -(-members[-1].size // 512) * 512,
-        "inside the end blocks": members[-1].offset_data + -(-members[-1].size // 512) * 512 + 512,
-    }
+def write_shards(folder: Path, numbers: range, count: int = 5) -> Path:
+    for number in numbers:
+        path = folder / "shards" / f"{number // 2:05d}" / f"{number:06d}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shard(path, count, seed=number)
+    return folder / "shards"
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["at a member's boundary", "inside a header", "inside a payload", "before the end blocks", "inside the end blocks"],
-)
-def test_a_shard_cut_short_is_refused(shard: Path, place: str) -> None:
-    data = shard.read_bytes()
-    shard.write_bytes(data[: cuts(shard)[place]])
-    with pytest.raises(ShardError, match=r"000000\.tar: (cut short|damaged).*download again"):
-        read_shard(shard, "drawn")
+def content(manifest: Path) -> tuple[object, object]:
+    return read_shards(manifest), Manifest(manifest).table()
 
 
-def test_a_damaged_header_is_refused(shard: Path) -> None:
-    data = bytearray(shard.read_bytes())
-    start = cuts(shard)["at a member's boundary"]
-    data[start : start + 400] = b"\xff" * 400
-    shard.write_bytes(bytes(data))
-    with pytest.raises(ShardError):
-        read_shard(shard, "drawn")
+def cut(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
 
 
-def test_offsets_point_at_what_another_library_reads(shard: Path) -> None:
-    data = shard.read_bytes()
-    own = read_shard(shard, "drawn")
-    theirs = list(webdataset.WebDataset(str(shard), shardshuffle=False))
-    assert len(own.samples) == len(theirs) == 6
-    for row, sample in zip(own.samples, theirs, strict=True):
-        assert data[row["offset"] : row["offset"] + row["size"]] == sample["jpg"]
-        assert row["caption"] == sample["txt"].decode()
-        assert (row["width"], row["height"]) == (64, 64)
-    assert len({row["uid"] for row in own.samples}) == 6
-
-
-def test_broken_members_are_left_out_and_counted(shard: Path) -> None:
-    with tarfile.open(shard) as tar:
-        good = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar.getmembers()[:3]}
-    samples = {
-        "whole": good,
-        "no_text": {"jpg": good["jpg"], "json": good["json"]},
-        "no_picture": {**good, "jpg": b"not a picture"},
-        "no_words": {**good, "txt": b" "},
-        "sideways": {**good, "json": json.dumps({"exif": '{"Image Orientation": "Rotated 90 CW"}'}).encode()},
-        "../escape": good,
-        "list": {**good, "json": b"[]"},
-        "badexif": {**good, "json": json.dumps({"exif": "[]"}).encode()},
-    }
-    with tarfile.open(shard, "w") as tar:
-        for key, members in samples.items():
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    reading = read_shard(shard, "drawn")
-    assert len(reading.samples) == 1
-    assert reading.broken["unsafe name"] == 3
-    assert reading.broken["incomplete sample"] == 1
-    assert reading.broken["empty caption"] == 1
-    assert reading.broken["rotated by EXIF"] == 1
-    assert sum(reading.broken.values()) == 9
-
-
-def test_only_new_shards_are_read_and_the_manifest_is_the_same_as_from_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_new_shards_are_read_and_the_manifest_is_the_same_as_from_nothing(tmp_path: Path, read: list[str]) -> None:
     manifest = write_pairs(tmp_path, shards=2, count=5)
     write_shard(tmp_path / "shards" / "000002.tar", 5, seed=2)
     write_shard(tmp_path / "shards" / "000003.tar", 5, seed=3)
     (tmp_path / "shards" / "000003_stats.json").unlink()
-    read = []
-    monkeypatch.setattr(
-        data_pipeline.index, "read_shard", lambda path, source: read.append(path.name) or read_shard(path, source)
-    )
+    read.clear()
     index({"drawn": tmp_path / "shards"}, manifest)
     assert read == ["000002.tar"]
     assert len(Manifest(manifest)) == 15
     index({"drawn": tmp_path / "shards"}, tmp_path / "fresh")
-    for name in ("samples.parquet", "shards.parquet"):
-        assert pq.read_table(manifest / name).equals(pq.read_table(tmp_path / "fresh" / name))
+    assert Manifest(manifest).table().equals(Manifest(tmp_path / "fresh").table())
+    places = ["samples_file", "row_group"]
+    assert read_shards(manifest).drop_columns(places).equals(read_shards(tmp_path / "fresh").drop_columns(places))
 
 
-def test_no_shards_and_no_manifest_name_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="run the download first"):
+def test_the_manifest_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, range(7))
+    for processes in (1, 3):
+        index({"drawn": shards}, tmp_path / str(processes), processes=processes, file_shards=2)
+    assert sorted(file.name for file in (tmp_path / "3").iterdir()) == [
+        *(SAMPLES_FILES.replace("*", f"{number:05d}") for number in range(4)),
+        SHARDS_FILE,
+    ]
+    for file in (tmp_path / "1").iterdir():
+        assert pq.read_table(file).equals(pq.read_table(tmp_path / "3" / file.name))
+
+
+def test_shards_come_in_the_order_of_sources_and_paths(tmp_path: Path) -> None:
+    sources = {name: write_shards(tmp_path / name, range(3)) for name in ("second", "first")}
+    (sources["first"] / "00000" / "folder.tar").mkdir()
+    (sources["first"] / "00000" / "folder_stats.json").write_text("{}")
+    index(sources, tmp_path / "manifest")
+    assert Manifest(tmp_path / "manifest").paths == [
+        f"../{source}/shards/{part}/{shard}.tar"
+        for source in sources
+        for part, shard in (("00000", "000000"), ("00000", "000001"), ("00001", "000002"))
+    ]
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, read: list[str]) -> None:
+    shards = write_shards(tmp_path, range(5))
+    command = [sys.executable, "-c", HALTS, str(shards), str(tmp_path / "manifest")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"halted\n"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert len(Manifest(tmp_path / "manifest")) == 10
+    # As if it had been killed between a file of samples and the list that names it, and while it wrote another.
+    for leftover in ("samples-00002.parquet", "samples-00003.parquet.incomplete", "shards.parquet.incomplete"):
+        (tmp_path / "manifest" / leftover).write_bytes(b"half")
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=1)
+    assert read == ["000002.tar", "000003.tar", "000004.tar"]
+    index({"drawn": shards}, tmp_path / "fresh", file_shards=1)
+    assert sorted(os.listdir(tmp_path / "manifest")) == sorted(os.listdir(tmp_path / "fresh"))
+    assert content(tmp_path / "manifest") == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_shards_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, processes: int
+) -> None:
+    shards = write_shards(tmp_path, range(5))
+    cut(shards / "00000" / "000001.tar")
+    (shards / "00001" / "000003_stats.json").write_text('{"successes": 9}')
+    with pytest.raises(ShardError, match=r"2 of 5 shards are left out, each named above"):
+        index({"drawn": shards}, tmp_path / "manifest", processes=processes)
+    assert [Path(path).name for path in Manifest(tmp_path / "manifest").paths] == [
+        "000000.tar",
+        "000002.tar",
+        "000004.tar",
+    ]
+    assert [message.partition("shards/")[2] for message in caplog.messages] == [
+        "00000/000001.tar: cut short; remove it and 000001_stats.json, and download again",
+        "00001/000003.tar: holds 5 samples of 9 that were downloaded; remove it and 000003_stats.json, and download "
+        "again",
+    ]
+    write_shards(tmp_path, range(5))
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest")) == 25
+
+
+def test_shards_that_are_gone_are_dropped_and_their_samples_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, read: list[str]
+) -> None:
+    shards = write_shards(tmp_path, range(5))
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    for name in ("00000/000000.tar", "00000/000001.tar"):
+        (shards / name).unlink()
+    read.clear()
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    assert caplog.messages == [
+        "dropped: 2 shards that are gone: ../shards/00000/000000.tar, ../shards/00000/000001.tar"
+    ]
+    assert not read
+    assert len(Manifest(tmp_path / "manifest").table()) == 15
+    # A reader that still knows the file that was removed must not take another one for it.
+    write_shards(tmp_path, range(2))
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    assert sorted(file.name for file in (tmp_path / "manifest").glob(SAMPLES_FILES)) == [
+        f"samples-0000{number}.parquet" for number in (1, 2, 3)
+    ]
+    assert len(Manifest(tmp_path / "manifest").table()) == 25
+
+
+def test_a_shard_that_was_made_anew_is_read_again(tmp_path: Path, read: list[str]) -> None:
+    shards = write_shards(tmp_path, range(3))
+    index({"drawn": shards}, tmp_path / "manifest")
+    read.clear()
+    write_shard(shards / "00000" / "000001.tar", 4, seed=9)
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert read == ["000001.tar"]
+    index({"drawn": shards}, tmp_path / "fresh")
+    assert Manifest(tmp_path / "manifest").table().equals(Manifest(tmp_path / "fresh").table())
+
+
+def test_pictures_are_decoded_if_that_is_asked_for_and_was_not_done(tmp_path: Path, read: list[str]) -> None:
+    shards = write_shards(tmp_path, range(2))
+    first = shards / "00000" / "000000.tar"
+    row = read_shard(first, "drawn").samples.to_pylist()[2]
+    with first.open("r+b") as file:
+        file.seek(row["offset"] + row["size"] // 2)
+        file.write(bytes(row["size"] // 2))
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest")) == 10
+    for _ in range(2):
+        index({"drawn": shards}, tmp_path / "manifest", decode=True)
+    assert read == 2 * ["000000.tar", "000001.tar"]
+    assert json.loads(read_shards(tmp_path / "manifest")["broken"][0].as_py()) == {"cannot be decoded: content": 1}
+    # A manifest that knows more is good enough for a run that asks for less.
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(read) == 4
+    assert len(Manifest(tmp_path / "manifest")) == 9
+
+
+def test_pairs_that_are_listed_twice_are_counted_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = write_shards(tmp_path, range(3))
+    again = shards / "again"
+    again.mkdir()
+    for file in (shards / "00000").glob("000001*"):
+        (again / file.name).write_bytes(file.read_bytes())
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest")) == 20
+    assert caplog.messages == [
+        "listed more than once: 5 samples, as in ../shards/00000/000001.tar and ../shards/again/000001.tar; were the "
+        "same rows downloaded twice?"
+    ]
+
+
+def test_only_one_run_writes_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path, range(1))
+    monkeypatch.setattr("data_pipeline.run_lock.LOCK_SECONDS", 0.0)
+    with run_lock(tmp_path / "manifest.lock"), pytest.raises(ShardError, match="another index is at work"):
+        index({"drawn": shards}, tmp_path / "manifest")
+    index({"drawn": shards}, tmp_path / "manifest")
+
+
+def test_downloads_that_run_are_passed_over_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = write_shards(tmp_path, range(4))
+    for number in (1, 3):
+        next(shards.rglob(f"{number:06d}_stats.json")).unlink()
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert caplog.messages == ["passed over: 2 .tar whose download has not finished"]
+    assert len(Manifest(tmp_path / "manifest")) == 10
+
+
+def test_what_cannot_be_indexed_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"no \.tar in .* run the download first"):
         index({"drawn": tmp_path}, tmp_path / "manifest")
+    shards = write_shards(tmp_path, range(1))
+    with pytest.raises(ShardError, match=r"data\.sources\.part\.shards=.*lies in data\.sources\.drawn\.shards="):
+        index({"drawn": shards, "part": shards / "00000"}, tmp_path / "manifest")
     with pytest.raises(ManifestError, match="data_pipeline index"):
         Manifest(tmp_path / "manifest")
+    other = write_shards(tmp_path / "other", range(1))
+    index({"drawn": shards, "other": other}, tmp_path / "manifest")
+    other.rename(tmp_path / "away")
+    with pytest.raises(ShardError, match=r"data\.sources\.other\.shards=.*no such folder, and .* lists 1 shards of it"):
+        index({"drawn": shards, "other": other}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest")) == 10
+    next(shards.rglob("*_stats.json")).unlink()
+    with pytest.raises(ShardError, match=r"none of 1 \.tar has finished its download"):
+        index({"drawn": shards}, tmp_path / "manifest")
+
+
+def test_the_verb_ends_with_a_status_of_its_own_after_the_manifest_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_shards(tmp_path, range(2))
+    settings = [
+        "data=shapes",
+        "~data.sources.coyo700m",
+        f"data.sources.laion2b_en.shards={shards}",
+    ]
+    settings.append(f"data.manifest={tmp_path / 'manifest'}")
+    cut(shards / "00000" / "000001.tar")
+    assert main(["index", *settings]) == 2
+    assert "1 of 2 shards are left out" in capsys.readouterr().err
+    assert len(Manifest(tmp_path / "manifest")) == 5
+    assert main(["index", *settings, "data.index.processes=0"]) == 2
+    assert "data.index.processes=0: must be at least 1" in capsys.readouterr().err
+    write_shards(tmp_path, range(2))
+    assert main(["index", *settings]) == 0
+    assert "10 samples in 2 shards, 2 of them new; left out: none" in capsys.readouterr().out

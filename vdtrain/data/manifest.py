@@ -27,12 +27,13 @@ SAMPLES_FILES = "samples-*.parquet"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
-        pa.field("uid", pa.string()),  # 128-bit hash of source, URL and caption, hexadecimal
+        pa.field("uid", pa.string()),  # vdtrain.data.identity.pair_uid
         pa.field("shard", pa.string()),  # as in shards.parquet
         pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image file's bytes in the tar
         pa.field("size", pa.int32()),
-        pa.field("width", pa.int32()),
+        pa.field("orientation", pa.int8()),  # in which the picture is stored: EXIF's 1 (upright) to 8
+        pa.field("width", pa.int32()),  # once it is turned upright
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
         pa.field("caption_hash", pa.uint64()),  # 64-bit hash of the caption
@@ -49,7 +50,8 @@ SHARD_SCHEMA: pa.Schema = pa.schema(
         # How many samples have which shortest side: those large enough for a phase are counted without reading them.
         pa.field("sides", pa.list_(pa.int32())),
         pa.field("side_counts", pa.list_(pa.int32())),
-        pa.field("broken", pa.string()),  # JSON: reason -> members left out
+        pa.field("broken", pa.string()),  # JSON: reason -> samples left out
+        pa.field("decoded", pa.bool_()),  # whether every picture was decoded, and not its header alone
         pa.field("samples_file", pa.string()),
         pa.field("row_group", pa.int32()),
     ]
@@ -68,12 +70,14 @@ class ShardRows:
     Attributes:
         offset, size: int64 [n] place of the image bytes.
         side: int32 [n] shortest side in pixels.
+        orientation: int8 [n] in which the pictures are stored: EXIF's 1 (upright) to 8.
         captions: pyarrow strings [n].
     """
 
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     side: NDArray[np.int32]
+    orientation: NDArray[np.int8]
     captions: pa.Array
 
     def __len__(self) -> int:
@@ -139,20 +143,26 @@ class Manifest:
         Raises:
             ManifestError: its file of samples is missing or damaged.
         """
-        table = self._row_group(shard, ["offset", "size", "width", "height", "caption"])
+        table = self.columns(shard, ["offset", "size", "orientation", "width", "height", "caption"])
         return ShardRows(
             table["offset"].to_numpy(),
             table["size"].to_numpy().astype(np.int64),
             np.minimum(table["width"].to_numpy(), table["height"].to_numpy()),
+            table["orientation"].to_numpy(),
             table["caption"].combine_chunks(),
         )
 
     def table(self) -> pa.Table:
         """All samples with all columns, shard by shard: for sets that fit in memory."""
-        tables = [self._row_group(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
+        tables = [self.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
         return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])
 
-    def _row_group(self, shard: int, columns: Sequence[str]) -> pa.Table:
+    def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of SAMPLE_SCHEMA of a shard's samples.
+
+        Raises:
+            ManifestError: its file of samples is missing or damaged.
+        """
         name, group = self._files[shard], int(self._row_groups[shard])
         try:
             with self._lock:
@@ -185,60 +195,62 @@ class SamplesWriter:
     Args:
         folder: of the manifest.
         name: of the file, one that the folder does not have.
+
+    Attributes:
+        rows: of the shards in it, once it is closed to be added to the manifest's.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.shards = folder / name, 0
+        self.path = folder / name
+        self.rows: list[dict[str, Any]] = []
         self._draft = folder / f"{name}.incomplete"
         self._writer = pq.ParquetWriter(self._draft, SAMPLE_SCHEMA, compression="zstd")
 
-    def add(self, shard: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Write the samples of a shard (columns of SAMPLE_SCHEMA but `shard`); returns the shard's row, completed."""
-        table = pa.Table.from_pylist([{**row, "shard": shard["path"]} for row in samples], SAMPLE_SCHEMA)
-        self._writer.write_table(table, row_group_size=max(1, len(samples)))
-        shortest = [min(row["width"], row["height"]) for row in samples]
-        sides, counts = np.unique(np.asarray(shortest, np.int32), return_counts=True)
-        group, self.shards = self.shards, self.shards + 1
-        return {
-            **shard,
-            "samples": len(samples),
-            "sides": sides.tolist(),
-            "side_counts": counts.tolist(),
-            "samples_file": self.path.name,
-            "row_group": group,
-        }
+    def add(self, shard: Mapping[str, Any], samples: pa.Table) -> None:
+        """Write the samples of a shard.
+
+        Args:
+            shard: its columns of SHARD_SCHEMA, without those that the samples tell.
+            samples: columns of SAMPLE_SCHEMA.
+        """
+        self._writer.write_table(samples.cast(SAMPLE_SCHEMA), row_group_size=max(1, len(samples)))
+        shortest = np.minimum(samples["width"].to_numpy(), samples["height"].to_numpy())
+        sides, counts = np.unique(shortest, return_counts=True)
+        counted = {"samples": len(samples), "sides": sides.tolist(), "side_counts": counts.tolist()}
+        self.rows.append({**shard, **counted, "samples_file": self.path.name, "row_group": len(self.rows)})
 
     def close(self) -> None:
         """Finish the file."""
         self._writer.close()
         sync(self._draft)
         self._draft.rename(self.path)
+        sync(self.path.parent)
 
 
-def read_shard_rows(folder: Path) -> list[dict[str, Any]]:
-    """The shards' rows of a manifest, all columns; empty where there is none yet.
+def read_shards(folder: Path) -> pa.Table:
+    """The shards of a manifest, with the columns of SHARD_SCHEMA; empty where there is none yet.
 
     Raises:
         ManifestError: there is one that cannot be read.
     """
     path = folder / SHARDS_FILE
     if not path.exists():
-        return []
+        return SHARD_SCHEMA.empty_table()
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=SHARD_SCHEMA.names).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        return pq.read_table(path, columns=SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ManifestError(f"data.manifest={folder}: {SHARDS_FILE} cannot be read ({error}); {REMEDY}") from error
-    return rows
 
 
-def write_shard_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_shards(folder: Path, shards: pa.Table) -> None:
     """Replace the manifest's list of shards: the manifest is the old one before, and the new one after."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{SHARDS_FILE}.incomplete"
-    pq.write_table(pa.Table.from_pylist(list(rows), SHARD_SCHEMA), draft, compression="zstd")
+    pq.write_table(shards, draft, compression="zstd")
     sync(draft)
     draft.replace(folder / SHARDS_FILE)
+    sync(folder)
 
 
 def _join(root: str, path: str) -> str:
