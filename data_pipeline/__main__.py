@@ -22,6 +22,7 @@ Verbs:
   select     choose the rows of the metadata that are worth their download
   download   fetch the pictures of every source with img2dataset, into tar shards
   index      check the shards and write the manifest that training streams from
+  inspect    say what a manifest holds, and draw some of its pairs on a contact sheet: inspect [MANIFEST]
   shapes     draw the demo's picture set and its metadata (data=shapes)
   serve      serve that set on this machine, for the download (data=shapes; stop with Ctrl-C)
 
@@ -34,6 +35,7 @@ Examples:
   python -m data_pipeline select data.select.filters.similarity_min=0.28
   python -m data_pipeline download data.download.processes=32
   python -m data_pipeline index data=shapes
+  python -m data_pipeline inspect data/manifest data.inspect.pictures=100
 """
 
 
@@ -59,11 +61,27 @@ def _download(data: DataConfig) -> None:
 
 
 def _index(data: DataConfig) -> None:
-    from data_pipeline.index import ShardError, index
+    from data_pipeline.index import index
+    from data_pipeline.shard_reading import ShardError
+    from vdtrain.data.manifest import ManifestError
+
+    settings = data.index
+    if settings.processes < 1:
+        raise ConfigError(f"data.index.processes={settings.processes}: must be at least 1")
+    sources = {name: Path(source.shards) for name, source in data.sources.items()}
+    try:
+        index(sources, Path(data.manifest), processes=settings.processes, decode=settings.decode)
+    except (ShardError, ManifestError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _inspect(data: DataConfig) -> None:
+    from data_pipeline.inspection import inspect
+    from vdtrain.data.manifest import ManifestError
 
     try:
-        index({name: Path(source.shards) for name, source in data.sources.items()}, Path(data.manifest))
-    except ShardError as error:
+        inspect(Path(data.manifest), data.inspect)
+    except ManifestError as error:
         raise ConfigError(str(error)) from error
 
 
@@ -90,6 +108,7 @@ VERBS: dict[str, Callable[[DataConfig], None]] = {
     "select": _select,
     "download": _download,
     "index": _index,
+    "inspect": _inspect,
     "shapes": _draw,
     "serve": _serve,
 }
@@ -99,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else "--help"
+    if verb == "inspect" and arguments[1:] and not arguments[1].startswith("-") and "=" not in arguments[1]:
+        quoted = arguments[1].replace("\\", "\\\\").replace("'", "\\'")
+        arguments[1] = f"data.manifest='{quoted}'"
     if verb in ("--help", "-h"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_pipeline.progress import track
 from vdtrain.data.manifest import Manifest
 
 # Names that are compared at once, 24 bytes each while they are sorted.
@@ -40,7 +42,7 @@ def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:
     """
     bits = max(0, (len(manifest) - 1).bit_length() - (max_uids - 1).bit_length())
     values = []
-    for shard in range(len(manifest.paths)):
+    for shard in track(range(len(manifest.paths)), "compare names"):
         names = _hash_values(manifest.columns(shard, ["uid"])["uid"].combine_chunks())
         values.append(names[names >> np.uint64(64 - bits) == 0] if bits else names)
     counts = np.cumsum([len(each) for each in values])
@@ -56,7 +58,7 @@ def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:
 
 def _hash_values(uids: pa.Array) -> NDArray[np.uint64]:
     """The first 64 bits of names of hexadecimal digits."""
-    first = pa.compute.utf8_slice_codeunits(uids, 0, DIGITS)
+    first = pc.utf8_slice_codeunits(uids, 0, DIGITS)
     letters = np.frombuffer("".join(first.to_pylist()).encode(), np.uint8).reshape(len(uids), DIGITS)
     values = np.zeros(len(uids), np.uint64)
     for column in range(DIGITS):

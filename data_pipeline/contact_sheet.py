@@ -1,0 +1,126 @@
+"""Pairs on one page: pictures in a grid, with their captions under them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, picture_size, upright
+from vdtrain.data.manifest import Manifest
+from vdtrain.data.shards import ShardReader, StreamError
+from vdtrain.files import written_whole
+
+COLUMNS = 8
+MARGIN = 8
+FONT_PIXELS = 12
+LINE = FONT_PIXELS + 4
+CAPTION_LINES = 4
+ELLIPSIS = "..."
+BACKGROUND, INK, FAINT = "white", "black", "#777777"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair to be shown.
+
+    Attributes:
+        picture: None where it cannot be shown.
+        note: whence it is and how large, or why there is no picture.
+    """
+
+    picture: Image.Image | None
+    caption: str
+    note: str
+
+
+def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -> Iterator[Pair]:
+    """So many different pairs of a manifest, every one equally likely."""
+    ends = np.cumsum(manifest.samples)
+    reader = ShardReader(manifest)
+    try:
+        for place in generator.choice(int(ends[-1]), count, replace=False):
+            shard = int(np.searchsorted(ends, place, side="right"))
+            rows = manifest.rows(shard)
+            number = int(place - (ends[shard] - manifest.samples[shard]))
+            source = manifest.source_names[manifest.sources[shard]]
+            caption = rows.captions[number].as_py()
+            try:
+                data = reader.read(shard, int(rows.offset[number]), int(rows.size[number]))
+                picture = _picture(data, int(rows.orientation[number]))
+                yield Pair(picture, caption, f"{source}  {picture.width} x {picture.height}")
+            except (DecodeError, StreamError, *PICTURE_ERRORS) as error:
+                yield Pair(None, caption, f"{source}  {error}")
+    finally:
+        reader.close()
+
+
+def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
+    """Write pairs as a PNG file, in rows of COLUMNS.
+
+    Args:
+        pixels: side of the square that a picture is fitted into.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    cells = [_cell(pair, pixels) for pair in pairs]
+    columns = min(COLUMNS, len(cells))
+    width, height = cells[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), BACKGROUND)
+    for number, cell in enumerate(cells):
+        sheet.paste(cell, (number % columns * width, number // columns * height))
+    with written_whole(path, f"data.inspect.output={path}", overwrite=True) as draft:
+        sheet.save(draft, "PNG")
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
+    """Text in at most so many lines of so many pixels; words that are longer are broken, what is left out is marked."""
+    found = [""]
+    for word in text.split():
+        joined = f"{found[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            found[-1] = joined
+            continue
+        if found[-1]:
+            found.append("")
+        for letter in word:
+            if found[-1] and font.getlength(found[-1] + letter) > width:
+                found.append("")
+            found[-1] += letter
+        if len(found) > lines:
+            break
+    if len(found) > lines:
+        last = found[lines - 1]
+        while last and font.getlength(last + ELLIPSIS) > width:
+            last = last[:-1]
+        found = [*found[: lines - 1], last + ELLIPSIS]
+    return found
+
+
+def _picture(data: bytes, orientation: int) -> Image.Image:
+    """A picture as it is to be seen, in full size."""
+    picture_size(data)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        return Image.fromarray(np.ascontiguousarray(upright(np.asarray(file.convert("RGB")), orientation)))
+
+
+def _cell(pair: Pair, pixels: int) -> Image.Image:
+    font = ImageFont.load_default(FONT_PIXELS)
+    cell = Image.new("RGB", (pixels + 2 * MARGIN, pixels + 2 * MARGIN + (CAPTION_LINES + 1) * LINE), BACKGROUND)
+    draw = ImageDraw.Draw(cell)
+    if pair.picture is None:
+        draw.rectangle((MARGIN, MARGIN, MARGIN + pixels - 1, MARGIN + pixels - 1), outline=FAINT)
+    else:
+        pair.picture.thumbnail((pixels, pixels))
+        left, top = (pixels - pair.picture.width) // 2, (pixels - pair.picture.height) // 2
+        cell.paste(pair.picture, (MARGIN + left, MARGIN + top))
+    below = pixels + 2 * MARGIN
+    draw.text((MARGIN, below), wrap(pair.note, font, pixels, 1)[0], FAINT, font)
+    for number, line in enumerate(wrap(pair.caption, font, pixels, CAPTION_LINES), start=1):
+        draw.text((MARGIN, below + number * LINE), line, INK, font)
+    return cell
