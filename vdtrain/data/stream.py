@@ -238,7 +238,7 @@ class PairStream:
                         raise DecodeError("no latent: it could not be decoded")
                     self._moments.read(shard, np.array([row]), loading.moments[place : place + 1])
                 data = self._reader.read(shard, int(rows.offset[row]), int(rows.size[row]))
-                loading.pictures[place] = decode(data, self.resolution, crop)
+                loading.pictures[place] = decode(data, self.resolution, crop, int(rows.orientation[row]))
             except DecodeError as error:
                 loading.replaced.append(str(error).split(":")[0])
                 continue
