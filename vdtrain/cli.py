@@ -15,6 +15,7 @@ VERBS = {
     "sample": ("vdtrain.sample", "make pictures and captions with a trained model"),
     "blend": ("vdtrain.blend", "make them from several captions and pictures at once"),
     "edit": ("vdtrain.edit", "change pictures by words"),
+    "evaluate": ("vdtrain.evaluate", "measure a trained model: FID and CLIP scores"),
     "weights": ("vdtrain.weights.command", "bring published weights in, and trained ones out"),
 }
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import vdtrain.config
+import vdtrain.evaluation_config
 from vdtrain.config import (
     BlendConfig,
     DataPipelineConfig,
@@ -31,6 +32,7 @@ from vdtrain.config import (
     TrainConfig,
     WeightsConfig,
 )
+from vdtrain.evaluation_config import EvaluateConfig
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -41,6 +43,7 @@ SCHEMAS: dict[str, type] = {
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,
+    "evaluate": EvaluateConfig,
     "weights": WeightsConfig,
     "data_pipeline": DataPipelineConfig,
 }
@@ -164,5 +167,6 @@ def _one_line(error: Exception) -> str:
 
 def _setting_names() -> list[str]:
     """Every field name in the schema."""
-    groups = [value for value in vars(vdtrain.config).values() if isinstance(value, type) and is_dataclass(value)]
+    values = [*vars(vdtrain.config).values(), *vars(vdtrain.evaluation_config).values()]
+    groups = [value for value in values if isinstance(value, type) and is_dataclass(value)]
     return [item.name for group in groups for item in fields(group)]

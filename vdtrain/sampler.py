@@ -34,15 +34,7 @@ class Sampler:
     """
 
     def __init__(self, config: SamplerConfig, document: DictConfig) -> None:
-        for setting, value, choices in (
-            ("weights", config.weights, ("ema", "model")),
-            ("device", config.device, ("cpu", "cuda")),
-            ("precision", config.precision, tuple(DTYPES)),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
+        check_sampler(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config, self.document = config, document
@@ -73,6 +65,23 @@ class Sampler:
         if isinstance(samples, list):
             print("\n".join(samples))
         return 0
+
+
+def check_sampler(config: SamplerConfig) -> None:
+    """Refuse what no model can be loaded with.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    for setting, value, choices in (
+        ("weights", config.weights, ("ema", "model")),
+        ("device", config.device, ("cpu", "cuda")),
+        ("precision", config.precision, tuple(DTYPES)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
 
 
 def medium(modality: str) -> Medium:

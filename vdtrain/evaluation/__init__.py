@@ -1,0 +1,1 @@
+"""How good a checkpoint's samples are: Fréchet distances and CLIP scores."""

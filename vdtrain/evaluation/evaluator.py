@@ -1,0 +1,251 @@
+"""An evaluation from its settings to its figures: each process makes the parts that fall to it, rank 0 adds them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdtrain.compose import ConfigError
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.diffusion.solvers import make_solver
+from vdtrain.evaluation.clip_score import ClipJudge, check_clip, clip_scores
+from vdtrain.evaluation.frechet import Statistics, read_reference, write_reference
+from vdtrain.evaluation.inception import PUBLISHED, SOURCE, WIDTH, InceptionFeatures
+from vdtrain.evaluation.metrics import (
+    CLIP,
+    INCEPTION,
+    Mean,
+    Network,
+    agreement,
+    distances,
+    features_of,
+    in_batches,
+    networks,
+)
+from vdtrain.evaluation.pairs import Pairs
+from vdtrain.evaluation.parts import PAIRS, Kept, Part, Parts
+from vdtrain.evaluation.progress import SampleProgress
+from vdtrain.evaluation.report import log_to_wandb, print_table, write_metrics, write_sheet
+from vdtrain.evaluation.subject import Subject
+from vdtrain.evaluation_config import EvaluateConfig
+from vdtrain.files import FileRecord
+from vdtrain.flows import Flow
+from vdtrain.models.frozen_weights import locate
+from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.sampler import DTYPES, SAMPLING, check_sampler
+from vdtrain.validation import check_sampling
+
+FEW_SAMPLES = 10_000
+# Settings that do not change what is made.
+FREE = ("batch_size",)
+
+
+class Evaluator:
+    """One process of an evaluation.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a file that is not there; no model is loaded before it is said.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        _check(config)
+        self.config = config
+        self.subject = Subject.find(config.checkpoint, config.weights)
+        flows = self.subject.flows(config.flows)
+        check_sampling(config, self.subject.model)
+        make_solver(config.solver, Schedule(self.subject.model.schedule), config.steps, config.eta)
+        check_clip(config.clip, self.subject.model)
+        self.inception_file = _inception_file(config)
+        self.reference = _reference(config)
+        self.pairs = Pairs(config)
+        # An output of which nothing can be said needs not be made.
+        self.flows = [flow for flow in flows if self.wanted(flow)]
+        self.left_out = [flow for flow in flows if flow not in self.flows]
+        self.parts = Parts(Path(config.output_dir), config.samples, config.part_samples)
+
+    def wanted(self, flow: Flow) -> set[str]:
+        """Features of a flow's output that figures are made of."""
+        return features_of(flow.output, self.config.fid.weights is not None)
+
+    @cached_property
+    def wanted_of_pairs(self) -> set[str]:
+        """Features of the real samples, "image/clip" and so on."""
+        with_inception = self.config.fid.weights is not None and self.reference is None
+        return {f"{name}/{each}" for name in ("image", "text") for each in features_of(name, with_inception)}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that the parts depend on."""
+        config = self.config
+        sampling = {name: getattr(config, name) for name in SAMPLING if name not in FREE}
+        return {
+            "checkpoint": self.subject.sha256,
+            "weights": config.weights,
+            **sampling,
+            "precision": config.precision,
+            "resolution": config.resolution,
+            "pairs": self.pairs.identity,
+            "part_samples": config.part_samples,
+            "fid.weights": self.inception_file and self.inception_file.sha256,
+            "clip": [config.clip.architecture, config.clip.weights, config.clip.tokenizer],
+        }
+
+    def remarks(self) -> list[str]:
+        """What a person should know before waiting."""
+        config, lines = self.config, []
+        if config.fid.weights is None:
+            lines.append(f"fid.weights: null, so that FID is left out; fetch {SOURCE} and name the file")
+        elif self.inception_file and not self.inception_file.sha256.startswith(PUBLISHED):
+            lines.append("fid.weights: not the published file; its FID compares with no published one")
+        if config.samples < FEW_SAMPLES and any(flow.output == "image" for flow in self.flows):
+            lines.append(
+                f"samples={config.samples}: below {FEW_SAMPLES:,} Fréchet distances are too large, the more so the "
+                "fewer; compare equal numbers alone"
+            )
+        for flow in self.left_out:
+            lines.append(f"flows: {flow} is left out: no figure is known for the modality {flow.output!r}")
+        return lines
+
+    def missing(self) -> list[tuple[int, str]]:
+        """What is still to be made, as (part, flow or "pairs")."""
+        wanted = {flow.name: self.wanted(flow) for flow in self.flows} | {PAIRS: self.wanted_of_pairs}
+        return self.parts.missing([PAIRS, *(flow.name for flow in self.flows)], wanted)
+
+    def make(self, tasks: list[tuple[int, str]], device: torch.device, speaks: bool) -> None:
+        """Make some of what is missing.
+
+        Args:
+            speaks: whether to say how far it has come.
+
+        Raises:
+            ConfigError: weights that cannot be loaded, pairs that cannot be read, no room on the disk.
+        """
+        flows = {flow.name: flow for flow in self.flows}
+        total = sum(len(self.parts.parts[number]) for number, name in tasks if name != PAIRS)
+        self._load(str(device), total > 0)
+        with SampleProgress(total, speaks) as progress:
+            for number in sorted({number for number, _ in tasks}):
+                part = self.parts.parts[number]
+                samples = self.pairs.read(part)
+                for name in (name for each, name in tasks if each == number):
+                    if name == PAIRS:
+                        self._measure_pairs(part, samples)
+                    else:
+                        self._measure_flow(flows[name], part, samples, progress)
+                        progress.done(name)
+
+    def _load(self, device: str, with_model: bool) -> None:
+        config, model = self.config, self.subject.model
+        judge = ClipJudge(config.clip, model).to(device)
+        inception = InceptionFeatures(config.fid.weights).to(device) if config.fid.weights is not None else None
+        self.networks: dict[tuple[str, str], Network] = networks(judge, inception)
+        if with_model:
+            self.model = VersatileDiffusion.from_checkpoint(
+                str(self.subject.path), config.weights, device, DTYPES[config.precision]
+            )
+
+    def _measure_pairs(self, part: Part, samples: dict[str, Any]) -> None:
+        features = {
+            wanted: in_batches(self.networks[modality, feature], samples[modality])
+            for wanted in sorted(self.wanted_of_pairs)
+            for modality, _, feature in [wanted.partition("/")]
+        }
+        self.parts.write(part, PAIRS, features, {name: samples[name] for name in ("image", "text") if name in samples})
+
+    def _measure_flow(self, flow: Flow, part: Part, samples: dict[str, Any], progress: SampleProgress) -> None:
+        config = self.config
+        settings = {name: getattr(config, name) for name in SAMPLING} | {"seed": config.seed + part.start}
+        progress.begin(flow.name, len(part), config.batch_size)
+        steps: Callable[..., Any] = progress.steps
+        made = self.model.generate(flow.name, samples[flow.context], progress=steps, **settings)
+        features = {
+            feature: in_batches(self.networks[flow.output, feature], made) for feature in sorted(self.wanted(flow))
+        }
+        self.parts.write(part, flow.name, features, {flow.output: made})
+
+    def report(self) -> None:
+        """Figures of all parts, on standard output and in `output_dir`.
+
+        Raises:
+            ConfigError: a part is missing or damaged, or a file cannot be written.
+        """
+        config, folder = self.config, Path(self.config.output_dir)
+        pairs = self.parts.read(PAIRS, self.wanted_of_pairs)
+        real = self._real(pairs)
+        result: dict[str, Any] = {
+            "checkpoint": self.subject.described(),
+            "samples": config.samples,
+            "flows": {},
+            "pairs": {},
+            "settings": self.settings,
+            "manifest": config.data.manifest,
+            "fid_reference": config.fid.reference,
+        }
+        if {f"{name}/{CLIP}" for name in ("image", "text")} <= set(pairs.features):
+            score = Mean.of(clip_scores(pairs.features[f"image/{CLIP}"], pairs.features[f"text/{CLIP}"]))
+            result["pairs"]["clip_score"] = vars(score)
+        sheets = []
+        for flow in self.flows:
+            kept = self.parts.read(flow.name, self.wanted(flow))
+            figures: dict[str, Any] = {"samples": config.samples, **distances(flow, kept.features, real)}
+            if (score_of_flow := agreement(flow, kept.features, pairs.features)) is not None:
+                figures["clip_score"] = vars(score_of_flow)
+            result["flows"][flow.name] = figures
+            if flow.context in pairs.shown and flow.output in kept.shown:
+                sheets.append(folder / f"{flow.name}.png")
+                write_sheet(sheets[-1], pairs.shown[flow.context], kept.shown[flow.output], flow.name)
+            for texts in kept.captions.values():
+                (folder / f"{flow.name}.txt").write_text("".join(f"{' '.join(text.split())}\n" for text in texts))
+        written = write_metrics(folder, result)
+        print_table(result)
+        for path in (written, *sheets):
+            print(path)
+        log_to_wandb(folder, config.tracking, result, sheets)
+
+    def _real(self, pairs: Kept) -> dict[str, Statistics]:
+        """Statistics of real pictures by feature; those of Inception are kept where `fid.reference` says."""
+        real = {}
+        for feature in (CLIP, INCEPTION):
+            if (features := pairs.features.get(f"image/{feature}")) is not None:
+                real[feature] = Statistics.of(features)
+        if self.reference is not None:
+            real[INCEPTION] = self.reference
+        elif INCEPTION in real and self.config.fid.reference is not None:
+            write_reference(Path(self.config.fid.reference), real[INCEPTION])
+            print(f"fid.reference={self.config.fid.reference}: written, of {self.config.samples:,} pictures")
+        return real
+
+
+def _check(config: EvaluateConfig) -> None:
+    check_sampler(config)
+    for setting, value, least in (
+        ("samples", config.samples, 2),
+        ("part_samples", config.part_samples, 1),
+        ("loader_workers", config.loader_workers, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{setting}={value}: must be at least {least}")
+    if (config.height, config.width) != (config.resolution, config.resolution):
+        raise ConfigError(
+            f"height={config.height}, width={config.width}: pictures are compared with real ones cropped to squares; "
+            "set resolution alone"
+        )
+    if config.tracking.mode not in ("online", "offline", "disabled"):
+        raise ConfigError(f"tracking.mode={config.tracking.mode}: choose one of online, offline, disabled")
+
+
+def _inception_file(config: EvaluateConfig) -> FileRecord | None:
+    if config.fid.weights is not None:
+        return FileRecord.of(locate(config.fid.weights, "fid.weights"))
+    if config.fid.reference is not None:
+        raise ConfigError(f"fid.reference={config.fid.reference}: needs fid.weights; fetch {SOURCE} and name the file")
+    return None
+
+
+def _reference(config: EvaluateConfig) -> Statistics | None:
+    path = None if config.fid.reference is None else Path(config.fid.reference)
+    return read_reference(path, WIDTH) if path is not None and path.exists() else None

@@ -1,0 +1,88 @@
+"""Fréchet distance between two sets of features, each taken for a Gaussian (Dowson and Landau 1982).
+
+On the pool features of Inception this is FID (Heusel et al. 2017, equation 6).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdtrain.compose import ConfigError
+from vdtrain.files import written_whole
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean float64 [D] and covariance float64 [D, D], unbiased, of features."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Statistics:
+        """Of features [N, D] in any precision.
+
+        Raises:
+            ValueError: fewer than two rows, or values that are not finite.
+        """
+        if len(features) < 2 or not features.isfinite().all():
+            raise ValueError(f"{len(features)} features: at least 2 are needed, all of them finite")
+        wide = features.double()
+        mean = wide.mean(dim=0)
+        wide -= mean
+        return cls(mean, wide.T @ wide / (len(features) - 1))
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """Squared distance of the means plus tr(A + B - 2 sqrt(AB)) of the covariances A and B.
+
+    The eigenvalues of AB are the squared singular values of sqrt(B) sqrt(A): their sum needs the roots of symmetric
+    matrices alone, and stays accurate where a covariance is singular, as it is with fewer samples than features.
+    """
+    roots = [_square_root(each.covariance) for each in (first, second)]
+    cross = torch.linalg.svdvals(roots[1] @ roots[0]).sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    distance = (first.mean - second.mean).square().sum() + traces - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return root
+
+
+def read_reference(path: Path, width: int) -> Statistics:
+    """Statistics out of an npz file with `mu` [width] and `sigma` [width, width], as pytorch-fid writes them too.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    place = f"fid.reference={path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{place}: no npz file with mu and sigma ({reason}); remove it to have it made") from error
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise ConfigError(f"{place}: features of {list(mean.shape)} instead of [{width}]; remove it to have it made")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ConfigError(f"{place}: holds values that are not finite; remove it to have it made")
+    return Statistics(mean, covariance)
+
+
+def write_reference(path: Path, statistics: Statistics) -> None:
+    """Write statistics as `read_reference` reads them; the file appears when it is whole.
+
+    Raises:
+        ConfigError: it exists, or cannot be written.
+    """
+    with written_whole(path, f"fid.reference={path}") as draft, draft.open("wb") as file:
+        np.savez(file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())

@@ -1,0 +1,125 @@
+"""The network that FID is defined by: TensorFlow's Inception of December 2015, up to its last pooling.
+
+It is torchvision's Inception v3 but for how some blocks pool, and its weights are other ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.inception import Inception3  # type: ignore[import-untyped]
+
+from vdtrain.models.frozen_weights import WeightsError, compare, device_and_dtype, freeze, locate
+from vdtrain.weights.tensor_files import open_tensors
+
+WIDTH, SIDE = 2048, 299
+CLASSES = 1008
+# First digits of the SHA-256 of the published weights, which stand in their file's name.
+PUBLISHED = "6726825d"
+SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+Pool = Callable[[Tensor], Tensor]
+
+
+def _average(features: Tensor) -> Tensor:
+    """A mean over those of nine places that lie inside, where torchvision counts the padding too."""
+    return functional.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _largest(features: Tensor) -> Tensor:
+    return functional.max_pool2d(features, 3, stride=1, padding=1)
+
+
+# Every block of torchvision's network, in order, and what stands before its last branch instead of torchvision's mean.
+BLOCKS: tuple[tuple[str, Pool | None], ...] = (
+    ("Conv2d_1a_3x3", None),
+    ("Conv2d_2a_3x3", None),
+    ("Conv2d_2b_3x3", None),
+    ("maxpool1", None),
+    ("Conv2d_3b_1x1", None),
+    ("Conv2d_4a_3x3", None),
+    ("maxpool2", None),
+    ("Mixed_5b", _average),
+    ("Mixed_5c", _average),
+    ("Mixed_5d", _average),
+    ("Mixed_6a", None),
+    ("Mixed_6b", _average),
+    ("Mixed_6c", _average),
+    ("Mixed_6d", _average),
+    ("Mixed_6e", _average),
+    ("Mixed_7a", None),
+    ("Mixed_7b", _average),
+    ("Mixed_7c", _largest),
+)
+
+
+class InceptionFeatures(nn.Module):
+    """Pictures uint8 [B, 3, H, W] to features float32 [B, 2048].
+
+    Args:
+        weights: the published state dict, or the same as safetensors; None leaves random weights.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or of another network.
+    """
+
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        self.network = Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)
+        # The classifier is not asked for anything.
+        self.network.fc = nn.Identity()
+        if weights is not None:
+            self._load(weights)
+        freeze(self)
+
+    def _load(self, weights: str) -> None:
+        setting = "fid.weights"
+        found = open_tensors(locate(weights, setting), setting)
+        expected = {name: value for name, value in self.network.state_dict().items() if _is_weight(name)}
+        state = {name: found[name] for name in found if _is_weight(name) and not name.startswith("fc.")}
+        if differences := compare(expected, state):
+            raise WeightsError(f"{setting}={weights}: weights of another network: {differences}; take {SOURCE}")
+        self.network.load_state_dict(state, strict=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of pictures, on the device of the weights."""
+        device, _ = device_and_dtype(self)
+        hidden = (resize_like_tensorflow(images.to(device).float(), SIDE) - 128) / 128
+        # Published figures are of full float32, where PyTorch would let convolutions round to TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for name, pool in BLOCKS:
+                block = self.network.get_submodule(name)
+                hidden = block(hidden) if pool is None else _with_pool(block, hidden, pool)
+        return hidden.mean(dim=(2, 3))
+
+
+def _with_pool(block: nn.Module, hidden: Tensor, pool: Pool) -> Tensor:
+    """A block whose last branch reads what `pool` makes of its input."""
+    outputs: Tensor = block(hidden)
+    branch = block.get_submodule("branch_pool")(pool(hidden))
+    return torch.cat([outputs[:, : -branch.shape[1]], branch], dim=1)
+
+
+def _is_weight(name: str) -> bool:
+    # Some published files count batches, some do not; nothing depends on it.
+    return not name.endswith("num_batches_tracked")
+
+
+def resize_like_tensorflow(images: Tensor, side: int) -> Tensor:
+    """Bilinear [B, C, H, W] to [B, C, side, side] as in TensorFlow 1: no half-pixel centres, no antialiasing."""
+    rows, columns = (_weights(length, side).to(images) for length in images.shape[-2:])
+    return rows @ images @ columns.T
+
+
+def _weights(length: int, side: int) -> Tensor:
+    """The matrix float64 [side, length] of a linear resize."""
+    places = torch.arange(side, dtype=torch.float64) * length / side
+    lower = places.floor().long()
+    upper = (lower + 1).clamp(max=length - 1)
+    share = (places - lower)[:, None]
+    rows = torch.eye(length, dtype=torch.float64)
+    return rows[lower] * (1 - share) + rows[upper] * share

@@ -1,0 +1,153 @@
+"""What an evaluation has made so far: a file for every part of the pairs and every flow, whole or not there.
+
+    OUTPUT_DIR/settings.json                     what all of it was made with
+    OUTPUT_DIR/parts/pairs-00000.safetensors     features of the real samples, "image/clip" [n, D] ...
+    OUTPUT_DIR/parts/text-to-image-00000.safetensors   features of the generated ones, "clip" [n, D] ...
+
+A part is the same whichever process makes it, and on whatever number of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vdtrain.compose import ConfigError
+from vdtrain.files import write_text, written_whole
+
+SETTINGS_FILE, FOLDER = "settings.json", "parts"
+PAIRS = "pairs"
+# Samples of the first part that are kept to be looked at.
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs `start` ... `stop - 1`, the same in every evaluation with that many pairs to a part."""
+
+    number: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was read back of all parts: features [N, D] by name, captions by name, and samples to be looked at."""
+
+    features: dict[str, Tensor]
+    captions: dict[str, list[str]]
+    shown: dict[str, Any]
+
+
+class Parts:
+    """The parts of one evaluation.
+
+    Args:
+        folder: `output_dir`.
+        samples: pairs in all.
+        part_samples: pairs to a part.
+    """
+
+    def __init__(self, folder: Path, samples: int, part_samples: int) -> None:
+        self.folder = folder
+        starts = range(0, samples, part_samples)
+        self.parts = [Part(number, start, min(start + part_samples, samples)) for number, start in enumerate(starts)]
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder this evaluation's, or see that it is.
+
+        Raises:
+            ConfigError: it holds an evaluation with other settings, or cannot be written.
+        """
+        place, path = f"output_dir={self.folder}", self.folder / SETTINGS_FILE
+        now = json.loads(json.dumps(settings))
+        try:
+            before = json.loads(path.read_text())
+        except FileNotFoundError:
+            with written_whole(path, place) as draft:
+                write_text(draft, json.dumps(now, indent=2) + "\n")
+            return
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{place}: {SETTINGS_FILE} cannot be read ({error}); give another folder") from error
+        for name in now:
+            if before.get(name) != now[name]:
+                raise ConfigError(
+                    f"{place}: holds an evaluation with another {name} ({before.get(name)}, now {now[name]}); "
+                    "give another output_dir"
+                )
+
+    def missing(self, names: Sequence[str], features: Mapping[str, set[str]]) -> list[tuple[int, str]]:
+        """(number, name) of what is still to be made of `names`, part by part.
+
+        Args:
+            features: by name, what a file has to have.
+        """
+        return [
+            (part.number, name) for part in self.parts for name in names if not self._has(part, name, features[name])
+        ]
+
+    def write(self, part: Part, name: str, features: Mapping[str, Tensor], samples: Mapping[str, Any]) -> None:
+        """Keep a part's features [n, D], all of its captions, and of its pictures a few if it is the first.
+
+        Args:
+            samples: by name, a list of captions or uint8 [n, 3, H, W].
+        """
+        tensors = {key: value.float().cpu().contiguous() for key, value in features.items()}
+        captions = {key: list(value) for key, value in samples.items() if not isinstance(value, Tensor)}
+        if part.number == 0:
+            pictures = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
+            tensors |= {f"shown/{key}": value[:SHOWN].cpu().contiguous() for key, value in pictures.items()}
+        metadata = {"samples": str(len(part)), "captions": json.dumps(captions)}
+        path = self._path(part, name)
+        with written_whole(path, f"output_dir={self.folder}", overwrite=True) as draft:
+            save_file(tensors, draft, metadata=metadata)
+
+    def read(self, name: str, wanted: set[str]) -> Kept:
+        """All parts of a flow, or of the pairs, put together.
+
+        Raises:
+            ConfigError: a part is missing or damaged.
+        """
+        rows: dict[str, list[Tensor]] = {feature: [] for feature in sorted(wanted)}
+        captions: dict[str, list[str]] = {}
+        shown: dict[str, Any] = {}
+        for part in self.parts:
+            path = self._path(part, name)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for feature, gathered in rows.items():
+                        gathered.append(file.get_slice(feature)[: len(part)])
+                    for key, texts in json.loads(file.metadata()["captions"]).items():
+                        captions.setdefault(key, []).extend(texts[: len(part)])
+                    if part.number == 0:
+                        shown |= {key.removeprefix("shown/"): file.get_tensor(key) for key in _shown(file)}
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ConfigError(f"{path}: cannot be read ({error}); remove it, and evaluate again") from error
+        shown |= {key: texts[:SHOWN] for key, texts in captions.items()}
+        return Kept({feature: torch.cat(gathered) for feature, gathered in rows.items()}, captions, shown)
+
+    def _path(self, part: Part, name: str) -> Path:
+        return self.folder / FOLDER / f"{name}-{part.number:05d}.safetensors"
+
+    def _has(self, part: Part, name: str, features: set[str]) -> bool:
+        """Whether a part is there with all that is wanted; one of more pairs than are asked for is."""
+        try:
+            with safe_open(self._path(part, name), framework="pt") as file:
+                return features <= set(file.keys()) and int(file.metadata()["samples"]) >= len(part)
+        except (OSError, SafetensorError):
+            return False
+
+
+def _shown(file: Any) -> Iterator[str]:
+    return (key for key in file.keys() if key.startswith("shown/"))  # noqa: SIM118 - no mapping

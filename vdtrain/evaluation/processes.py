@@ -1,0 +1,88 @@
+"""The processes of one evaluation: they share what is missing, and rank 0 reports when all have made their shares."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+import torch
+
+from vdtrain.compose import ConfigError
+from vdtrain.evaluation.evaluator import Evaluator
+from vdtrain.evaluation_config import EvaluateConfig
+from vdtrain.training import distributed
+from vdtrain.training.distributed import Place
+
+FAILED, INTERRUPTED = 1, 130
+# Shares may take hours, and some longer than others.
+TIMEOUT_SECONDS = 7 * 24 * 3600.0
+
+
+def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
+    """Evaluate; returns the exit status. One of several processes ends here and now after an error.
+
+    Args:
+        launch: the launcher's variables.
+
+    Raises:
+        ConfigError: on every process alike.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    evaluator = Evaluator(config)
+    alone = launch["WORLD_SIZE"] == "1"
+    try:
+        place = (
+            Place(0, 0, 1, torch.device(config.device)) if alone else distributed.start(config.device, TIMEOUT_SECONDS)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        _evaluate(evaluator, place)
+    except distributed.SharedError as error:
+        raise ConfigError(str(error)) from error
+    except KeyboardInterrupt:
+        return _end(place, "interrupted; the same command goes on", INTERRUPTED)
+    except ConfigError as error:
+        return _end(place, f"error: {error}", FAILED)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        return _end(
+            place, f"error: process {place.rank}: lost the connection to another process, which has ended", FAILED
+        )
+    finally:
+        distributed.finish()
+    return 0
+
+
+def _evaluate(evaluator: Evaluator, place: Place) -> None:
+    failure, missing = None, []
+    if place.rank == 0:
+        for line in evaluator.remarks():
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        try:
+            evaluator.parts.claim(evaluator.settings)
+            missing = evaluator.missing()
+        except ConfigError as error:
+            failure = str(error)
+    distributed.raise_if_any(failure)
+    missing = distributed.broadcast_json(missing)
+    # Flows of one part stay together: they read the same pairs.
+    numbers = sorted({number for number, _ in missing})[place.rank :: place.world_size]
+    own = [(number, name) for number, name in missing if number in set(numbers)]
+    if own:
+        evaluator.make(own, place.device, speaks=place.rank == 0)
+    distributed.barrier()
+    if place.rank == 0:
+        evaluator.report()
+
+
+def _end(place: Place, line: str, status: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    if place.world_size > 1:
+        # To leave the process group in order, it would wait for the others.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
