@@ -8,7 +8,7 @@ import torch
 from tiny import fresh, normal, tiny
 from torch import Tensor, nn
 
-from vdtrain.compose import compose, to_object
+from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
 from vdtrain.flows import Flow
 from vdtrain.models.frozen import FrozenParts, Prepared
@@ -60,6 +60,31 @@ def test_every_needed_part_runs_once_and_no_other(toys):
     assert toys.vaes["sound"].calls == [noise]
     assert toys.vaes["scent"].calls == []
     assert [toys.context_encoders[name].calls for name in ("sound", "scent")] == [0, 1]
+
+
+class MomentsCountingVAE(CountingVAE):
+    def moments(self, samples: Tensor) -> Tensor:
+        return samples
+
+    def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return moments + (0 if noise is None else noise)
+
+
+def test_cached_moments_stand_for_the_encoding():
+    parts = FrozenParts({"sound": (MomentsCountingVAE(), CountingContext()), "scent": (CountingVAE(), nn.Identity())})
+    moments, noise = {"sound": torch.full((2, 2), 3.0)}, {"sound": torch.ones(2, 2)}
+    encoded = parts.encode({"scent": torch.ones(2, 2)}, ["sound", "scent"], [], noise, moments)
+    assert torch.equal(encoded.latents["sound"], torch.full((2, 2), 4.0))
+    assert parts.vaes["sound"].calls == []
+    assert len(parts.vaes["scent"].calls) == 1
+    # A context is seen in the sample itself.
+    with pytest.raises(ValueError, match="no 'sound' in the batch"):
+        parts.encode({}, ["sound"], ["sound"], noise, moments)
+
+
+def test_a_vae_without_moments_takes_none_from_a_cache(toys):
+    with pytest.raises(ConfigError, match=r"data\.latents=cached: model\.modalities\.sound\.vae .*; choose inline"):
+        toys.encode({"sound": torch.ones(2, 2)}, ["sound"], [], None, {"sound": torch.ones(2, 2)})
 
 
 def test_parts_stay_frozen_inside_a_model_in_training(toys):

@@ -55,6 +55,22 @@ def test_compute_follows_the_parameters():
     assert vae.decode(latents.float()).dtype == torch.uint8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_is_the_draw_from_moments(dtype):
+    """To the last bit, and with the arithmetic of the clamped variance."""
+    vae = ImageVAE(**SMALL).to(dtype).eval().requires_grad_(False)
+    _, pictures, _ = fresh(4, 32)
+    noise = normal(torch.Size((4, 4, 4, 4)))
+    moments = vae.moments(pictures)
+    assert moments.shape == (4, 8, 4, 4)
+    assert moments.dtype == dtype
+    assert torch.equal(vae.from_moments(moments, noise), vae.encode(pictures, noise))
+    assert torch.equal(vae.from_moments(moments), vae.encode(pictures))
+    mean, logvar = moments.chunk(2, dim=1)
+    expected = (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(dtype)) * vae.latent_scale
+    assert torch.equal(vae.from_moments(moments, noise), expected)
+
+
 def test_encoding_does_not_depend_on_the_batch(vae):
     _, pictures, _ = fresh(8, 64)
     together = vae.encode(pictures)

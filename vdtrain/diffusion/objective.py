@@ -40,13 +40,23 @@ class Objective:
         """What `encode` takes in place of a batch's samples, after the work that needs the CPU alone."""
         return self.frozen.prepare(samples, self.outputs, self.contexts)
 
-    def encode(self, samples: Mapping[str, object], resolution: int, draws: StepDraws) -> Encoded:
-        """Latents and contexts of a micro-batch, each encoded once and shared by all flows."""
+    def encode(
+        self,
+        samples: Mapping[str, object],
+        resolution: int,
+        draws: StepDraws,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> Encoded:
+        """Latents and contexts of a micro-batch, each encoded once and shared by all flows.
+
+        Args:
+            moments: cached moments by modality, in place of its VAE's encoding of the samples.
+        """
         noise = {
             output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
             for output in sorted(self.outputs)
         }
-        return self.frozen.encode(samples, self.outputs, self.contexts, noise)
+        return self.frozen.encode(samples, self.outputs, self.contexts, noise, moments)
 
     def losses(self, denoiser: Denoiser, encoded: Encoded, draws: StepDraws) -> dict[str, Tensor]:
         """Unweighted mean squared error of each flow, scalars in float32, by flow name."""

@@ -28,6 +28,17 @@ class VAE(Protocol):
         numbers from its own generator."""
 
 
+@runtime_checkable
+class MomentsVAE(VAE, Protocol):
+    """A VAE whose encoding has two halves: moments, which are the sample's alone and can be kept, and the draw."""
+
+    def moments(self, samples: Any) -> Tensor:
+        """What describes the posterior of each sample, [B, ...]."""
+
+    def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents as `encode` gives them, from its samples' moments, on any device and in any precision."""
+
+
 class ContextEncoder(Protocol):
     """Samples of a modality to the tokens that the diffuser's cross-attention reads."""
 
@@ -98,6 +109,7 @@ class FrozenParts(nn.Module):
         outputs: Collection[str],
         contexts: Collection[str],
         noise: Mapping[str, Tensor] | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> Encoded:
         """Encode a batch of pairs, every needed part once.
 
@@ -107,11 +119,14 @@ class FrozenParts(nn.Module):
             contexts: modalities whose contexts are asked for.
             noise: standard normal noise for posterior samples, by modality; a modality that is not in it gets its
                 VAE's mean.
+            moments: cached moments of the same samples, by modality: latents are drawn from them, and the modality's
+                VAE encodes nothing.
 
         Raises:
-            ConfigError: a modality that is asked for has no samples.
+            ConfigError: a modality that is asked for has no samples, or one with moments a VAE that takes none.
         """
-        for modality in [*outputs, *contexts]:
+        moments = moments or {}
+        for modality in [*(name for name in outputs if name not in moments), *contexts]:
             if modality not in samples:
                 raise ConfigError(
                     f"samples: no {modality!r} in the batch, only {', '.join(samples)}; the stage's flows need a "
@@ -119,7 +134,12 @@ class FrozenParts(nn.Module):
                 )
         noise, given = noise or {}, {name: _both(batch) for name, batch in samples.items()}
         return Encoded(
-            latents={name: self._vae(name).encode(given[name].vae, noise.get(name)) for name in dict.fromkeys(outputs)},
+            latents={
+                name: self._from_moments(name, moments[name], noise.get(name))
+                if name in moments
+                else self._vae(name).encode(given[name].vae, noise.get(name))
+                for name in dict.fromkeys(outputs)
+            },
             contexts={
                 name: self._context_encoder(name).encode(given[name].context) for name in dict.fromkeys(contexts)
             },
@@ -162,6 +182,14 @@ class FrozenParts(nn.Module):
     def decode(self, modality: str, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Any:
         """Samples of a modality from latents [B, ...]; generators, one a row, are for decoders that draw at random."""
         return self._vae(modality).decode(latents, generators)
+
+    def _from_moments(self, modality: str, moments: Tensor, noise: Tensor | None) -> Tensor:
+        vae = self._vae(modality)
+        if not isinstance(vae, MomentsVAE):
+            raise ConfigError(
+                f"data.latents=cached: model.modalities.{modality}.vae has no moments that can be cached; choose inline"
+            )
+        return vae.from_moments(moments, noise)
 
     def _vae(self, modality: str) -> VAE:
         vae: VAE = _named(self.vaes, modality)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from vdtrain.models.frozen_weights import device_and_dtype, load_weights
@@ -84,9 +85,20 @@ class ImageVAE(nn.Module):
         Returns:
             [B, channels, H/f, W/f] in the dtype of the parameters, times `latent_scale`.
         """
+        return self.from_moments(self.moments(images), noise)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Means and logarithms of variances, unscaled and not clamped, [B, 2 * channels, H/f, W/f], in the dtype of the
+        parameters, of pictures uint8 [B, 3, H, W]: all that `encode` needs to know of a picture."""
         device, dtype = device_and_dtype(self)
-        mean, std = self.posterior(to_signed(images.to(device), dtype))
-        latents = mean if noise is None else mean + std * noise.to(mean)
+        return self._distribution(to_signed(images.to(device), dtype)).parameters
+
+    def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What `encode` returns for the pictures that `moments` gave these for; of any device and precision."""
+        # The distribution clamps the logarithm of the variance to -30..20.
+        distribution = DiagonalGaussianDistribution(moments.to(*device_and_dtype(self)))
+        mean: Tensor = distribution.mean
+        latents = mean if noise is None else mean + distribution.std * noise.to(mean)
         return latents * self.latent_scale
 
     @torch.no_grad()
@@ -107,14 +119,17 @@ class ImageVAE(nn.Module):
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, unscaled, each [B, channels, H/f, W/f], for pixels [B, 3, H, W] in -1..1."""
-        # The distribution clamps the logarithm of the variance to -30..20.
-        distribution = self.model.encode(pixels).latent_dist
+        distribution = self._distribution(pixels)
         return distribution.mean, distribution.std
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, h*f, w*f], about -1..1 and not clamped, from unscaled latents [B, channels, h, w]."""
         pixels: Tensor = self.model.decode(latents).sample
         return pixels
+
+    def _distribution(self, pixels: Tensor) -> DiagonalGaussianDistribution:
+        distribution: DiagonalGaussianDistribution = self.model.encode(pixels).latent_dist
+        return distribution
 
 
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
