@@ -197,6 +197,12 @@ def test_impossible_weights_are_refused(weights: list[float]) -> None:
         pattern(weights)
 
 
+@pytest.mark.parametrize("settings", [{"lanes": 0}, {"block": 0}])
+def test_impossible_shuffles_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        order_of([[3]], None, seed=0, **settings)
+
+
 def test_crops_are_uniform_and_functions_of_seed_and_position() -> None:
     found = uniform(5, np.arange(20_000), 2)
     assert np.array_equal(uniform(5, np.arange(10_000, 20_000), 2), found[10_000:])

@@ -116,6 +116,22 @@ def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
         PairStream(tmp_path / "manifest", seed=0, resolution=128, global_batch_size=2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"lanes": 0}, r"data\.stream: lanes=0, block=32768: both must be at least 1"),
+        ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: a share of samples is from 0 to 1"),
+        ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give each"),
+        ({"weights": {"drawn": -1.0}}, r"data\.stream: weights=\[-1\.0\]: each must be above 0"),
+        ({"cache": {"folder": "x"}}, r"data\.stream\.cache=\{'folder': 'x'\}: give \{folder: \.\.\., gigabytes"),
+        ({"cache": {"folder": "/dev/null/x", "gigabytes": 1}}, r"data\.stream\.cache=.*Not a directory"),
+    ],
+)
+def test_impossible_settings_are_named(manifest: Path, settings: dict[str, object], line: str) -> None:
+    with pytest.raises(ManifestError, match=line):
+        read(manifest, 1, **settings)
+
+
 def test_other_shards_give_a_stream_another_identity(tmp_path: Path) -> None:
     def identity() -> str:
         stream = PairStream(tmp_path / "manifest", seed=0, resolution=32, global_batch_size=2)

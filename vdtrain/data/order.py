@@ -54,7 +54,8 @@ class Order:
         block: samples that are shuffled among each other inside a lane.
 
     Raises:
-        ValueError: a pool without samples, or a weight that is not above 0 or below 1/10,000 of their sum.
+        ValueError: a pool without samples, less than one lane or sample in a block, or a weight that gets no place in
+            the pattern.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Order:
     ) -> None:
         if any(counts.sum() == 0 for _, counts in pools):
             raise ValueError("a pool has no samples")
+        if lanes < 1 or block < 1:
+            raise ValueError(f"lanes={lanes}, block={block}: both must be at least 1")
         self.pattern = pattern(weights if weights is not None else [1.0] * len(pools))
         self.pools = [
             Pool(shards[counts > 0], counts[counts > 0], (seed, number), lanes, block)
@@ -178,7 +181,7 @@ def pattern(weights: Sequence[float]) -> Integers:
     """
     shares = np.asarray(weights, np.float64)
     if not (shares > 0).all() or (shares / shares.sum() * PATTERN < 0.5).any():
-        raise ValueError(f"weights {list(weights)}: each must be above 0, and above 1/{2 * PATTERN} of their sum")
+        raise ValueError(f"weights={list(weights)}: each must be above 0, and above 1/{2 * PATTERN} of their sum")
     if len(shares) == 1:
         return np.zeros(1, np.int64)
     shares = shares / shares.sum()

@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -171,7 +171,26 @@ class ShardCache:
 
     def __init__(self, folder: str, gigabytes: float) -> None:
         self.folder, self.limit_bytes = Path(folder), int(gigabytes * 1e9)
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> ShardCache | None:
+        """The cache that `data.stream.cache` describes.
+
+        Raises:
+            ManifestError: it is not {folder, gigabytes}, or its folder cannot be made.
+        """
+        if settings is None:
+            return None
+        if set(settings) != {"folder", "gigabytes"}:
+            raise ManifestError(f"data.stream.cache={dict(settings)}: give {{folder: ..., gigabytes: ...}}")
+        try:
+            cache = cls(str(settings["folder"]), float(settings["gigabytes"]))
+            cache.folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise ManifestError(
+                f"data.stream.cache={dict(settings)}: {error}; give a folder on a local disk"
+            ) from error
+        return cache
 
     def find(self, address: str, size: int) -> Path | None:
         """The whole copy of a shard, if there is one."""

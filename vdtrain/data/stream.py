@@ -93,7 +93,7 @@ class PairStream:
         latents: folder of cached moments (`python -m data_pipeline latents`), delivered with each batch.
 
     Raises:
-        ManifestError: no manifest, no picture in it is large enough, or a source of `weights` that it does not have.
+        ManifestError: no manifest, no picture in it is large enough, or an argument that cannot be.
         StreamError: while iterating, if too many samples are bad or a shard cannot be read.
     """
 
@@ -124,14 +124,20 @@ class PairStream:
         self.manifest = Manifest(manifest, shard_root)
         self.identity = self.manifest.identity
         self.min_side = resolution if min_side is None else min_side
-        self.order = Order(*self._pools(weights), seed=seed, lanes=lanes, block=block)
+        if not 0 <= bad_share <= 1:
+            raise ManifestError(f"data.stream.bad_share={bad_share}: a share of samples is from 0 to 1")
+        pools, shares = self._pools(weights)
+        try:
+            self.order = Order(pools, shares, seed=seed, lanes=lanes, block=block)
+        except ValueError as error:
+            raise ManifestError(f"data.stream: {error}") from error
         self.seed, self.resolution, self.random_crop, self.bad_share = seed, resolution, random_crop, bad_share
         self.global_batch_size = global_batch_size
         self.local_batch_size = global_batch_size // world_size
         self.rank, self.next_batch, self.prefetch = rank, start // global_batch_size, prefetch
         self.replaced: Counter[str] = Counter()
         self._delivered = 0
-        self._reader = ShardReader(self.manifest, ShardCache(**cache) if cache is not None else None)
+        self._reader = ShardReader(self.manifest, ShardCache.of(cache))
         self._moments = None
         if latents is not None:
             from vdtrain.data.latents import LatentShards
@@ -202,10 +208,6 @@ class PairStream:
                     "source out of the manifest"
                 )
             pools.append((own, counts[own]))
-        try:
-            Order(pools, [weights[name] for name in names], seed=0)
-        except ValueError as error:
-            raise ManifestError(f"data.stream.weights={dict(weights)}: {error}") from error
         return pools, [weights[name] for name in names]
 
     def _begin(self, number: int) -> _Loading:
