@@ -25,6 +25,7 @@ from vdtrain.config import (
     BlendConfig,
     DataPipelineConfig,
     EditConfig,
+    LatentsConfig,
     PlanConfig,
     PreflightConfig,
     SampleConfig,
@@ -46,6 +47,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "weights": WeightsConfig,
     "data_pipeline": DataPipelineConfig,
+    "latents": LatentsConfig,
 }
 
 

@@ -270,3 +270,12 @@ class DataPipelineConfig:
     """Root of `conf/data_pipeline.yaml`."""
 
     data: DataConfig = MISSING
+
+
+@dataclass
+class LatentsConfig:
+    """Root of `conf/latents.yaml`."""
+
+    data: DataConfig = MISSING
+    model: ModelConfig = MISSING
+    hardware: HardwareConfig = MISSING

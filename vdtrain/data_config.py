@@ -107,6 +107,15 @@ class InspectConfig:
 
 
 @dataclass
+class LatentCacheConfig:
+    """Image latents that are encoded once and kept, for `data.latents=cached`."""
+
+    folder: str = MISSING
+    resolutions: list[int] = MISSING  # that `python -m data_pipeline latents` encodes
+    batch_size: int = MISSING  # pictures that go through the encoder together
+
+
+@dataclass
 class ShapesConfig:
     """The drawn picture set of the demo."""
 
@@ -129,8 +138,11 @@ class DataConfig:
     allow_loopback: bool = MISSING
     # What yields the batches (vdtrain.data.stream.BatchStream), a `_target_` with its arguments.
     stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
+    # inline encodes every picture as it comes; cached takes its latent's moments from `latent_cache`.
+    latents: str = MISSING
     select: SelectConfig = MISSING
     download: DownloadConfig = MISSING
     index: IndexConfig = MISSING
     inspect: InspectConfig = MISSING
+    latent_cache: LatentCacheConfig = MISSING
     shapes: ShapesConfig | None = None
