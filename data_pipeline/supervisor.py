@@ -27,8 +27,8 @@ def supervise(command: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     ended = os.pidfd_open(child.pid)
-    stopped = sys.stdin.fileno() in select.select([sys.stdin, ended], [], [])[0]
-    if not stopped:
+    readable, _, _ = select.select([sys.stdin.fileno(), ended], [], [])
+    if ended in readable:
         child.wait()
     end_descendants()
     return child.returncode if child.returncode is not None else 128 + signal.SIGKILL

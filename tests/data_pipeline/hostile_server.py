@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 SIDES = (96, 80)
+LARGE = (200, 160)
 
 
 def jpeg(number: int = 0, size: tuple[int, int] = SIDES, orientation: int | None = None) -> bytes:
@@ -52,6 +53,7 @@ def tiny_png() -> bytes:
 BODIES = {
     "/sideways.jpg": jpeg(1, orientation=6),
     "/pixel.png": tiny_png(),
+    "/large.jpg": jpeg(5, LARGE),
     "/thin.jpg": jpeg(2, (800, 64)),
     "/bomb.png": bomb(),
     "/truncated.jpg": jpeg(3)[:900],
@@ -75,10 +77,11 @@ OPT_OUTS = {
     "/tdm.jpg": ("TDM-Reservation", "1"),
 }
 ADDRESSED_TO_OTHERS = {"/googlebot.jpg": ("X-Robots-Tag", "googlebot: noindex"), "/tdm0.jpg": ("TDM-Reservation", "0")}
+BUSY = {"/flaky.jpg": 1, "/recovering.jpg": 2}  # requests that are answered with 503
 
 
 class HostileServer(ThreadingHTTPServer):
-    """Counts requests by path; `away` makes it answer 503, `held` keeps good pictures back while it is set."""
+    """Counts requests by path; while it is `away` it answers 503, and until it is `released` /held/ waits."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -107,13 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path
         self.server.requests[path] += 1
-        if path.startswith("/good/"):
-            if path.startswith("/good/held"):
+        if self.server.away.is_set():
+            self.send_error(503)
+        elif path.startswith(("/good/", "/held/")):
+            if path.startswith("/held/"):
                 self.server.released.wait(60)
-            if self.server.away.is_set():
-                self.send_error(503)
-            else:
-                self.answer(jpeg(int("".join(filter(str.isdigit, path)))))
+            self.answer(jpeg(int("".join(filter(str.isdigit, path)))))
         elif path in BODIES:
             self.answer(BODIES[path])
         elif path in REDIRECTS:
@@ -123,9 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(jpeg(), **{name: value})
         elif path == "/500":
             self.send_error(500)
-        elif path == "/flaky.jpg" and self.server.requests[path] == 1:
+        elif path in BUSY and self.server.requests[path] <= BUSY[path]:
             self.send_error(503)
-        elif path == "/flaky.jpg":
+        elif path in BUSY:
             self.answer(jpeg(4))
         elif path == "/silent":
             self.until_gone(b"")

@@ -1,238 +1,367 @@
-"""The real img2dataset against a real server, and what stands around it."""
+"""The real img2dataset on each of its engines against a hostile server; killed, and run again (about 90 seconds)."""
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
+import tarfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
+from PIL import Image
 
-from data_pipeline.download import DownloadError, Job, _problem, _remove_unfinished, download
-from data_pipeline.index import index
-from data_pipeline.picture_set import LAION_SCHEMA, write_picture_set
-from data_pipeline.shapes_detector import caption_attributes, detect
-from data_pipeline.sources import Columns, resolve_columns
-from data_pipeline.url_list import url_problem, write_url_list
+from data_pipeline.download import DownloadError, check, check_environment, download, own_parts
+from data_pipeline.download_plan import Part
+from data_pipeline.selection import Selection, part_file, write_selection
+from data_pipeline.shards import finished
+from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
 from vdtrain.compose import ConfigError
-from vdtrain.data.manifest import Manifest
-from vdtrain.data.stream import PairStream
-from vdtrain.data_config import DownloadConfig, ShapesConfig, SourceConfig
+from vdtrain.data_config import DownloadConfig, SourceConfig
 
 CONFIG = DownloadConfig(
     distributor="multiprocessing",
     processes=1,
-    threads=4,
+    threads=16,
     samples_per_shard=25,
-    image_size=64,
+    image_size=128,
     encode_quality=95,
     min_image_size=32,
     max_aspect_ratio=3.0,
     max_image_pixels=1_000_000,
-    timeout=5,
-    retries=0,
+    max_bytes=1_000_000,
+    timeout=4,
+    retries=1,
+    user_agent="Mozilla/5.0",
+    min_success_share=0.3,
+    retry_below=0.9,
+    retry_rounds=1,
 )
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+# What becomes of a path, or of a URL as it is.
+REFUSED = {
+    "/404": "HTTP Error 404: Not Found",
+    "/loop": "infinite loop",
+    "/to-file": "redirect to not http or https",
+    "/to-ftp": "redirect to not http or https",
+    "/to-private": "redirect to private address",
+    "/to-metadata": "redirect to private address",
+    "/silent": "timed out",
+    "/drip": "slower than 12 seconds",
+    "/junk": "body above 1,000,000 bytes",
+    "/endless": "body above 1,000,000 bytes",
+    "/bomb.png": "CV_IO_MAX_IMAGE_PIXELS",
+    "/truncated.jpg": "Image decoding error",
+    "/page.html": "Image decoding error",
+    "/drawing.svg": "Image decoding error",
+    "/nothing.jpg": "buf.empty()",
+    "/pixel.png": "image too small",
+    "/thin.jpg": "aspect ratio too large",
+    "/noai.jpg": "opted out: X-Robots-Tag noai",
+    "/noimageai.jpg": "opted out: X-Robots-Tag noimageai",
+    "/noindex.jpg": "opted out: X-Robots-Tag noindex",
+    "/noml.jpg": "opted out: X-Robots-Tag noml",
+    "/tdm.jpg": "opted out: TDM-Reservation",
+    "file:///etc/hostname": "not http or https",
+    "ftp://127.0.0.1/a.jpg": "not http or https",
+    "http://10.0.0.1/a.jpg": "private address",
+    "http://169.254.169.254/latest/meta-data/": "private address",
+    "": "not http or https",
+    "/500": "HTTP Error 500: Internal Server Error",
+    "/short.jpg": "IncompleteRead",
+}
+TAKEN = (
+    *("/moved.jpg", "/flaky.jpg", "/googlebot.jpg", "/tdm0.jpg", "/large.jpg", "/sideways.jpg"),
+    "/recovering.jpg",  # the last row of the last shard
+)
+GOOD = 25
+Rows = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A served set of 60 pictures, whose LAION table has two more rows: a local file, and a picture that is missing."""
-    folder = tmp_path_factory.mktemp("pictures")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_address[1]
-        write_picture_set(ShapesConfig(folder=str(folder), pictures=60, pixels=128, seed=0, port=port))
-        table = folder / "laion2b_en.parquet"
-        rows = pq.read_table(table).to_pylist()
-        for url in (f"file://{folder}/images/000000.jpg", f"http://127.0.0.1:{port}/images/missing.jpg"):
-            rows.append({**rows[0], "URL": url})
-        pq.write_table(pa.Table.from_pylist(rows, schema=LAION_SCHEMA), table)
-        yield folder
-        server.shutdown()
+def server() -> Iterator[HostileServer]:
+    with hostile_server() as running:
+        yield running
 
 
-def sources(pictures: Path, folder: Path) -> dict[str, SourceConfig]:
+def source(folder: Path, *parts: Sequence[str]) -> SourceConfig:
+    """A source whose parts hold these URLs, as `select` leaves it."""
+    config = SourceConfig("table", "", str(folder / "selected"), str(folder / "shards"))
+    selected = Path(config.selected)
+    selected.mkdir(parents=True, exist_ok=True)
+    for number, urls in enumerate(parts):
+        columns = {
+            "uid": [f"{number:08x}{row:024x}" for row in range(len(urls))],
+            "url": urls,
+            "caption": [f"a caption for {url}" for url in urls],
+            "similarity": [0.25] * len(urls),
+        }
+        pq.write_table(pa.table(columns), part_file(selected, number))
+    rows = sum(map(len, parts))
+    write_selection(selected, Selection("", {}, rows, rows, len(parts), max(map(len, parts), default=1), {}, {}))
+    return config
+
+
+def attempts(config: SourceConfig) -> Rows:
+    """Every row that img2dataset has a result for, by URL."""
     return {
-        name: SourceConfig(
-            schema=name, metadata=str(pictures / f"{name}.parquet"), selected="", shards=str(folder / name)
-        )
-        for name in ("laion2b_en", "coyo700m")
+        row["url"]: row for file in Path(config.shards).rglob("*.parquet") for row in pq.read_table(file).to_pylist()
     }
 
 
-def test_from_metadata_to_batches(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = sources(pictures, tmp_path)
-    download(wanted, CONFIG, allow_loopback=True)
-    printed = capsys.readouterr().out
-    assert "refused {'not http or https': 1}" in printed
-    assert "laion2b_en: 36 of 37 pictures in 2 shards; failed: 1 HTTP Error 404: File not found" in printed
-    assert "coyo700m: 24 of 24 pictures in 1 shards" in printed
-
-    index({name: Path(source.shards) for name, source in wanted.items()}, tmp_path / "manifest")
-    manifest = Manifest(tmp_path / "manifest")
-    assert len(manifest) == 60
-    assert set(manifest.shortest_side.tolist()) == {64}
-    assert sum(1 for path in manifest.shards for _ in webdataset.WebDataset(str(path), shardshuffle=False)) == 60
-
-    stream = PairStream(tmp_path / "manifest", seed=0, resolution=64, global_batch_size=20)
-    for batch in islice(stream, 3):
-        for picture, text in zip(batch.samples["image"], batch.samples["text"], strict=True):
-            assert detect(picture.permute(1, 2, 0).numpy()) == caption_attributes(text)
-    stream.close()
-
-    # Run again: a shard that was half written is made anew, the finished ones are not touched.
-    kept, lost = tmp_path / "laion2b_en" / "000000.tar", tmp_path / "laion2b_en" / "000001.tar"
-    before = kept.stat().st_mtime_ns
-    lost.write_bytes(lost.read_bytes()[:3000])
-    lost.with_name("000001_stats.json").unlink()
-    download({"laion2b_en": wanted["laion2b_en"]}, CONFIG, allow_loopback=True)
-    assert kept.stat().st_mtime_ns == before
-    assert sum(1 for _ in webdataset.WebDataset(str(lost), shardshuffle=False)) == 11
-
-    with pytest.raises(ConfigError, match=r"data\.download\.samples_per_shard: changed since shards were made"):
-        download(wanted, replace(CONFIG, samples_per_shard=10), allow_loopback=True)
+def stored(config: SourceConfig) -> dict[str, tuple[bytes, str, dict[str, Any]]]:
+    """Picture, caption and metadata of every sample, by URL."""
+    found = {}
+    for path in Path(config.shards).rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name, content in members.items():
+            if name.endswith(".json"):
+                key, about = name.removesuffix(".json"), json.loads(content)
+                found[about["url"]] = (members[key + ".jpg"], members[key + ".txt"].decode(), about)
+    return found
 
 
-def test_no_process_outlives_a_killed_download(pictures: Path, tmp_path: Path) -> None:
-    overrides = [
-        "data=shapes",
-        f"data.root={tmp_path}",
-        *(f"data.sources.{name}.metadata={pictures}/{name}.parquet" for name in ("laion2b_en", "coyo700m")),
+@pytest.fixture(scope="module")
+def web(server: HostileServer, tmp_path_factory: pytest.TempPathFactory) -> SourceConfig:
+    """A downloaded source: a shard of good pictures and two of everything else, the last of which is tried again."""
+    urls = [
+        *(f"{server.base}/good/{number}.jpg" for number in range(GOOD)),
+        *(server.base + path if path.startswith("/") else path for path in [*TAKEN[:-1], *REFUSED, TAKEN[-1]]),
     ]
-    command = [sys.executable, "-m", "data_pipeline", "download", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(running(tmp_path)) >= 3)
+    config = source(tmp_path_factory.mktemp("web"), urls)
+    download({"web": config}, CONFIG, allow_loopback=True)
+    return config
+
+
+@pytest.mark.parametrize(("path", "message"), REFUSED.items())
+def test_what_is_refused_by_name(web: SourceConfig, server: HostileServer, path: str, message: str) -> None:
+    row = attempts(web)[server.base + path if path.startswith("/") else path]
+    assert row["status"].startswith("failed")
+    assert message in row["error_message"]
+    assert row["url"] not in stored(web)
+
+
+def test_what_is_taken_is_taken_whole(web: SourceConfig, server: HostileServer) -> None:
+    pictures = stored(web)
+    assert len(pictures) == GOOD + len(TAKEN)
+    for number in range(GOOD):
+        url = f"{server.base}/good/{number}.jpg"
+        picture, caption, about = pictures[url]
+        assert picture == jpeg(number)
+        assert caption == f"a caption for {url}"
+        assert (about["uid"], about["similarity"]) == (f"{0:08x}{number:024x}", 0.25)
+    large, _, about = pictures[server.base + "/large.jpg"]
+    assert Image.open(io.BytesIO(large)).size == (160, 128)
+    assert (about["original_width"], about["original_height"]) == (200, 160)
+    assert json.loads(pictures[server.base + "/sideways.jpg"][2]["exif"])["Image Orientation"] == "Rotated 90 CW"
+
+
+def test_a_low_shard_is_tried_again_once(web: SourceConfig, server: HostileServer) -> None:
+    """Every round asks twice for what may pass; the other shards are left as they are."""
+    assert server.requests["/recovering.jpg"] == 3
+    assert server.requests["/500"] == 4
+    assert server.requests["/silent"] == 2
+    assert server.requests["/drip"] == server.requests["/404"] == server.requests["/good/1.jpg"] == 1
+    record = json.loads(Path(web.shards, "00000.plan.json").read_text())
+    assert record["rounds"] == 1
+    assert record["outcome"]["reasons"]["success"] == GOOD + len(TAKEN)
+    assert not list(Path(web.shards).rglob("*.before"))
+
+
+def test_what_is_done_is_not_done_again(
+    web: SourceConfig, server: HostileServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = server.requests.total()
+    download({"web": web}, CONFIG, allow_loopback=True)
+    assert server.requests.total() == asked
+    printed = capsys.readouterr().out
+    assert f"web: {GOOD + len(TAKEN)} of {GOOD + len(TAKEN) + len(REFUSED)} pictures" in printed
+    assert "address refused" in printed
+    assert "in 3 shards" in printed
+    with pytest.raises(
+        ConfigError, match=r"data\.download\.samples_per_shard: changed since the shards in .* were mad"
+    ):
+        download({"web": web}, replace(CONFIG, samples_per_shard=10), allow_loopback=True)
+    selected = part_file(Path(web.selected), 0)
+    whole = selected.read_bytes()
+    pq.write_table(pq.read_table(selected).slice(1), selected)
+    with pytest.raises(ConfigError, match=r"data\.sources\.web\.selected: changed since"):
+        download({"web": web}, CONFIG, allow_loopback=True)
+    selected.write_bytes(whole)
+
+
+@pytest.mark.parametrize("distributor", ["pyspark", "ray"])
+def test_other_engines(server: HostileServer, tmp_path: Path, distributor: str) -> None:
+    pytest.importorskip(distributor, reason=f"needs {distributor}, of the extra `distributed`")
+    if distributor == "pyspark" and not shutil.which("java"):
+        pytest.skip("pyspark needs a Java runtime")
+    urls = [*(f"{server.base}/good/{number}.jpg" for number in range(30)), server.base + "/to-private"]
+    config = source(tmp_path, urls)
+    download({"web": config}, replace(CONFIG, distributor=distributor), allow_loopback=True)
+    assert len(finished(Path(config.shards, "00000"))) == 2
+    assert len(stored(config)) == 30
+    assert attempts(config)[urls[-1]]["error_message"] == "redirect to private address"
+    assert not running(tmp_path)
+
+
+def test_killed_at_three_points(server: HostileServer, tmp_path: Path) -> None:
+    """In the first shard, in the second, and a worker alone; on the interpreter of another environment."""
+    python = other_interpreter(tmp_path / "environment", complete=True)
+    urls = [*(f"{server.base}/good/{number}.jpg" for number in range(25)), f"{server.base}/held/25.jpg"]
+    config = source(tmp_path, [f"{server.base}/held/24.jpg", *urls[1:]])
+    shards = Path(config.shards, "00000")
+    command = cli(tmp_path, config, replace(CONFIG, python=python, timeout=30))
+
+    server.released.clear()
+    server.requests.clear()
+    # The first shard cannot be finished.
+    kill_when(command, lambda: server.requests["/held/24.jpg"] > 0, tmp_path)
+    assert not finished(shards)
+    # It is, and the second cannot.
+    source(tmp_path, urls)
+    kill_when(command, lambda: len(finished(shards)) == 1 and server.requests["/held/25.jpg"] > 0, tmp_path)
+
+    server.requests.clear()
+    process = subprocess.Popen(command)
+    wait_for(lambda: server.requests["/held/25.jpg"] > 0)
+    found = running(tmp_path)
+    assert all(python in arguments for arguments in found.values() if "img2dataset_run" in arguments)
+    worker = next(process for process, arguments in found.items() if "spawn_main" in arguments)
+    os.kill(worker, signal.SIGKILL)
+    server.released.set()
+    assert process.wait(timeout=120) == 0
+    assert not running(tmp_path)
+    assert {url: picture for url, (picture, _, _) in stored(config).items()} == {
+        url: jpeg(number) for number, url in enumerate(urls)
+    }
+    assert server.requests["/good/0.jpg"] == 0
+
+
+def test_a_server_that_is_away(server: HostileServer, tmp_path: Path) -> None:
+    config = source(tmp_path, [f"{server.base}/good/{number}.jpg" for number in range(5)])
+    server.away.set()
+    with pytest.raises(DownloadError, match=r"0 of 5 pictures \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):
+        download({"web": config}, CONFIG, allow_loopback=True)
+    server.away.clear()
+    assert not finished(Path(config.shards, "00000"))
+    assert not running(tmp_path)
+
+
+def cli(folder: Path, config: SourceConfig, settings: DownloadConfig) -> list[str]:
+    """The command that downloads one source, and another one of which nothing was selected."""
+    given = {field.name: getattr(settings, field.name) for field in fields(DownloadConfig)}
+    sources = {"laion2b_en": config, "coyo700m": source(folder / "nothing")}
+    return [
+        *(sys.executable, "-m", "data_pipeline", "download", "data=shapes"),
+        *(f"data.sources.{name}.selected={each.selected}" for name, each in sources.items()),
+        *(f"data.sources.{name}.shards={each.shards}" for name, each in sources.items()),
+        *(f"data.download.{name}={'null' if value is None else value}" for name, value in given.items()),
+    ]
+
+
+def kill_when(command: list[str], condition: Callable[[], bool], folder: Path) -> None:
+    """Run a command until a condition holds, kill it, and see that nothing of it goes on."""
+    process = subprocess.Popen(command)
+    wait_for(lambda: condition() or process.poll() is not None)
+    assert process.returncode is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not running(tmp_path))
+    wait_for(lambda: not running(folder))
 
 
-def running(folder: Path) -> list[int]:
-    """Processes whose command line names a folder."""
-    found = []
+def running(folder: Path) -> dict[int, str]:
+    """Command lines of the processes that name a folder in their command line or their environment."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.fsencode(folder) in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                arguments = (entry / "cmdline").read_bytes()
+                if os.fsencode(folder) in arguments + (entry / "environ").read_bytes():
+                    found[int(entry.name)] = os.fsdecode(arguments)
         except OSError:
             continue
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_two_downloads_do_not_share_a_folder(pictures: Path, tmp_path: Path) -> None:
-    with (tmp_path / "laion2b_en.lock").open("w") as file:
+def other_interpreter(folder: Path, complete: bool) -> str:
+    """Another environment's interpreter, with the packages of this one or none."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    if complete:
+        (place,) = folder.glob("lib/python*/site-packages")
+        (place / "packages.pth").write_text(f"{Path(pa.__file__).parents[1]}\n")
+    return str(folder / "bin" / "python")
+
+
+def test_two_downloads_do_not_share_a_part(tmp_path: Path) -> None:
+    config = source(tmp_path, ["http://127.0.0.1:1/a.jpg"])
+    Path(config.shards).mkdir()
+    part = Part.of("web", part_file(Path(config.selected), 0), Path(config.shards), 25)
+    with part.beside(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DownloadError, match="another download is writing there"):
-            download(sources(pictures, tmp_path), CONFIG, allow_loopback=True)
+        file.write(f"1 on {os.uname().nodename}")
+        file.flush()
+        with pytest.raises(DownloadError, match=r"another download is writing there \(process 1 on"):
+            download({"web": config}, CONFIG, allow_loopback=True)
 
 
-def test_shards_without_a_picture_are_removed_and_reported(tmp_path: Path) -> None:
-    job = Job("drawn", tmp_path, tmp_path, Columns("url", "text", ()), planned=2)
-    for number, good in enumerate((3, 0)):
-        reasons = {"success": good} if good else {"<urlopen error [Errno 111] Connection refused>": 3}
-        (tmp_path / f"{number:06d}_stats.json").write_text(json.dumps({"successes": good, "status_dict": reasons}))
-        (tmp_path / f"{number:06d}.tar").write_bytes(b"")
-    problem = _problem(job)
-    assert problem is not None
-    assert "0 of 3 pictures in 1 shards; failed: 3 <urlopen error" in problem
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.tar", "000000_stats.json"]
-    assert "1 of 2 shards are missing" in str(_problem(job))
-
-
-def test_unfinished_shards_are_removed(tmp_path: Path) -> None:
-    for name in ("000000.tar", "000000.parquet", "000000_stats.json", "000001.tar", "000001.parquet"):
-        (tmp_path / name).touch()
-    _remove_unfinished(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.parquet", "000000.tar", "000000_stats.json"]
+def test_an_environment_without_the_packages(tmp_path: Path) -> None:
+    python = other_interpreter(tmp_path, complete=False)
+    with pytest.raises(ConfigError, match=r"distributor=ray: \S+ lacks img2dataset ray; install it"):
+        check_environment(replace(CONFIG, python=python, distributor="ray"))
+    with pytest.raises(ConfigError, match=r"data\.download\.python=/nowhere: cannot be run"):
+        check_environment(replace(CONFIG, python="/nowhere"))
 
 
 @pytest.mark.parametrize(
-    ("url", "problem"),
+    ("settings", "message"),
     [
-        ("https://example.org/a.jpg", None),
-        ("http://8.8.8.8/a.jpg", None),
-        ("ftp://example.org/a.jpg", "not http or https"),
-        ("file:///etc/hosts", "not http or https"),
-        ("data:image/png;base64,AAAA", "not http or https"),
-        ("http://", "not http or https"),
-        ("http://[::1", "malformed URL"),
-        ("http://10.1.2.3/a.jpg", "private address"),
-        ("http://169.254.169.254/latest/meta-data", "private address"),
-        ("http://localhost:80/a.jpg", "loopback host"),
-        ("http://127.0.0.1/a.jpg", "loopback host"),
-        ("http://[::1]/a.jpg", "loopback host"),
-        (None, "not http or https"),
-        ("", "not http or https"),
+        ({"distributor": "dask"}, "distributor=dask: choose one of multiprocessing, pyspark, ray"),
+        ({"threads": 0}, "threads=0: must be at least 1"),
+        ({"retry_below": 1.5}, "retry_below=1.5: is a share"),
+        ({"task": 2, "tasks": 2}, "task=2: tasks count from 0 to 1"),
+        ({"cluster": "spark://a:7077"}, "cluster=spark://a:7077: multiprocessing has none"),
     ],
 )
-def test_which_addresses_are_fetched(url: str | None, problem: str | None) -> None:
-    assert url_problem(url, allow_loopback=False) == problem
-    assert url_problem(url, allow_loopback=True) == (None if problem == "loopback host" else problem)
+def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(replace(CONFIG, **settings))
 
 
-def test_another_plan_is_taken_while_no_shard_is_made(pictures: Path, tmp_path: Path) -> None:
-    file = pictures / "coyo700m.parquet"
-    columns = resolve_columns("data.sources.x", "coyo700m", file)
-    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, True, begun=False) == 24
-    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, False, begun=False) == 0
-    assert write_url_list(tmp_path / "urls", [file], columns, CONFIG, False, begun=True) == 0
+def test_parts_of_tasks(tmp_path: Path) -> None:
+    """Every part of every source belongs to one task."""
+    sources = {"a": source(tmp_path / "a", ["x"], ["y"], ["z"]), "b": source(tmp_path / "b", ["x"] * 60, ["y"])}
 
+    def mine(**settings: Any) -> list[tuple[str, int]]:
+        return [(p.source, p.number) for own in own_parts(sources, replace(CONFIG, **settings)).values() for p in own]
 
-@pytest.mark.parametrize(("url", "caption"), [("URL", "TEXT"), ("url", "caption"), ("Url", "text")])
-def test_columns_are_found_in_any_case(tmp_path: Path, url: str, caption: str) -> None:
-    pq.write_table(pa.table({url: ["http://x"], caption: ["x"], "SIMILARITY": [0.3]}), tmp_path / "a.parquet")
-    found = resolve_columns("data.sources.x", "laion2b_en", tmp_path / "a.parquet")
-    assert found == Columns(url, caption, ("SIMILARITY",))
-
-
-def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"data\.sources\.x\.metadata: .* has no caption column \(text or caption\)"):
-        resolve_columns("data.sources.x", "laion2b_en", tmp_path / "a.parquet")
-
-
-def test_serving_ends_well_on_sigterm(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "data_pipeline", "serve", "data=shapes", f"data.shapes.port={port}"]
-    (tmp_path / "pictures").mkdir()
-    process = subprocess.Popen([*command, f"data.root={tmp_path}"])
-
-    def answers() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    wait_for(answers)
-    second = subprocess.run([*command, f"data.root={tmp_path}"], capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert f"data.shapes.port={port}: Address already in use; give another port" in second.stderr
-    process.terminate()
-    assert process.wait(timeout=10) == 0
+    assert mine() == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
+    assert mine(task=0, tasks=2) == [("a", 0), ("a", 2), ("b", 1)]
+    assert mine(task=1, tasks=2) == [("a", 1), ("b", 0)]
+    assert mine(parts=[1, 2]) == [("a", 1), ("a", 2), ("b", 1)]
+    assert [part.planned for part in own_parts(sources, CONFIG)["b"]] == [3, 1]
+    with pytest.raises(ConfigError, match=r"parts=\[3\]: there are parts 0 to 2"):
+        mine(parts=[3])
+    Path(sources["b"].selected, "selection.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.b\.selected=.*no selection.json there; run python -m data_p"
+    ):
+        mine()
