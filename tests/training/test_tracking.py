@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,25 @@ import pytest
 from vdtrain.config import TrackingConfig
 from vdtrain.training.meters import log_line
 from vdtrain.training.tracking import METRICS_FILE, Tracker, read_metrics
+
+# A run whose W&B process gets the SIGTERM that Slurm sends to all processes of a job.
+WITHOUT_WANDB = """
+import os, signal, sys
+from pathlib import Path
+from vdtrain.config import TrackingConfig
+from vdtrain.training.tracking import Tracker, TrackerError
+
+tracker = Tracker(Path(sys.argv[1]), TrackingConfig(name="offline", mode="offline", project="test", entity=None), {}, 0)
+states = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
+(service,) = [int(state[0].split()[0]) for state in states if int(state[2].split()[1]) == os.getpid()]
+os.kill(service, signal.SIGTERM)
+os.waitid(os.P_PID, service, os.WEXITED | os.WNOWAIT)
+for step in (1, 2, 3, None):
+    try:
+        tracker.close() if step is None else tracker.log({"step": step, "loss": {"text-to-image": 1.0}})
+    except TrackerError as error:
+        print(error)
+"""
 
 
 def tracking(mode: str) -> TrackingConfig:
@@ -41,8 +63,21 @@ def test_offline_wandb_keeps_one_run_over_restarts(tmp_path: Path, monkeypatch: 
         tracker.close()
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert runs
-    assert {run.name.rsplit("-", 1)[1] for run in runs} == {(tmp_path / "wandb_id").read_text()}
+    # offline-run-TIME-ID; a second one in the same second has a number at its end.
+    assert {run.name.split("-")[3] for run in runs} == {(tmp_path / "wandb_id").read_text()}
     assert all(list(run.glob("*.wandb")) for run in runs)
+
+
+def test_a_run_outlives_wandbs_process(tmp_path: Path) -> None:
+    """In a process of its own, for W&B keeps its process for as long as that of the run."""
+    # Where W&B's process of this one listens is among them.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-c", WITHOUT_WANDB, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("W&B takes no more of this run (")
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_the_log_line_says_what_matters() -> None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vdtrain.config import TrainConfig
 from vdtrain.training.meters import log_line
-from vdtrain.training.tracking import Tracker
+from vdtrain.training.tracking import Tracker, TrackerError
 from vdtrain.validation import phase_steps
 
 
@@ -48,6 +48,8 @@ class Reporter:
             self.tracker.log(record)
         except OSError as error:
             self.warn(f"{self.tracker.path}: the figures of step {record['step']} were not written ({error.strerror})")
+        except TrackerError as error:
+            self.warn(str(error))
 
     def warn(self, line: str) -> None:
         """Print what a person should see to; training goes on."""
@@ -68,4 +70,7 @@ class Reporter:
         if self.progress is not None:
             self.progress.stop()
         if self.tracker is not None:
-            self.tracker.close()
+            try:
+                self.tracker.close()
+            except TrackerError as error:
+                self.warn(str(error))

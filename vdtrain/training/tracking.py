@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ WANDB_ID_FILE = "wandb_id"
 WANDB_URL_FILE = "wandb_url"
 # Enough for some hundred records.
 TAIL_BYTES = 1 << 17
+
+
+class TrackerError(RuntimeError):
+    """W&B is gone; the run goes on without it."""
 
 
 class Tracker:
@@ -64,6 +69,7 @@ class Tracker:
 
         Raises:
             OSError: it cannot be written; nothing of it is left in the file.
+            TrackerError: W&B did not take it; it is in the file, and W&B gets no more.
         """
         size = self.path.stat().st_size
         try:
@@ -74,11 +80,33 @@ class Tracker:
             raise
         if self._wandb is not None:
             flat = {f"loss/{name}": value for name, value in record["loss"].items()}
-            self._wandb.log(flat | {key: value for key, value in record.items() if key != "loss"}, step=record["step"])
+            flat |= {key: value for key, value in record.items() if key != "loss"}
+            with self._wandb_may_be_gone():
+                self._wandb.log(flat, step=record["step"])
 
     def close(self) -> None:
+        """End the W&B run.
+
+        Raises:
+            TrackerError: it could not be ended in order.
+        """
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._wandb_may_be_gone():
+                self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _wandb_may_be_gone(self) -> Iterator[None]:
+        """W&B's own process ends at a SIGTERM to all processes of a job, amid the last steps of a run that saves."""
+        import wandb
+
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            # It would try again, and say so, when this process ends.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            raise TrackerError(f"W&B takes no more of this run ({error}); its figures are in {self.path}") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
