@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_pipeline.shard_reading import Reading
 from vdtrain.data.manifest import SAMPLES_FILES, SHARD_SCHEMA, SHARDS_FILE, SamplesWriter, write_shards
@@ -41,21 +42,22 @@ class Listing:
     def __init__(self, manifest: Path, before: pa.Table, tasks: Sequence[Task]) -> None:
         self.manifest, self.shards, self._tasks = manifest, before, tasks
         wanted = {task.name: task for task in tasks}
-        columns = ["path", "source", "bytes", "modified_ns", "decoded"]
+        columns = ["path", "source", "bytes", "modified_ns", "decoded", "samples_file"]
+        files = before["samples_file"].unique().to_pylist()
+        whole = {file for file in files if _is_whole(manifest / file)}
         self._rows: dict[str, int] = {}
         self._current: set[str] = set()
         self.dropped: list[str] = []
-        for row, (name, source, size, modified_ns, decoded) in enumerate(
+        for row, (name, source, size, modified_ns, decoded, file) in enumerate(
             zip(*(before[column].to_pylist() for column in columns), strict=True)
         ):
             task = wanted.get(name)
             if task is None:
                 self.dropped.append(name)
-            elif (task.source, task.bytes, task.modified_ns) == (source, size, modified_ns):
+            elif (task.source, task.bytes, task.modified_ns) == (source, size, modified_ns) and file in whole:
                 self._rows[name] = row
                 if decoded >= task.decode:
                     self._current.add(name)
-        files = before["samples_file"].unique().to_pylist()
         numbers = [int(file.removesuffix(".parquet").split("-")[-1]) for file in files]
         # A reader that still has the list of before must not find another file under a name that it knows.
         self._next_file = max(numbers, default=-1) + 1
@@ -116,3 +118,12 @@ class Listing:
         for file in [*self.manifest.glob(SAMPLES_FILES), *self.manifest.glob(f"*{INCOMPLETE}")]:
             if file.name not in named:
                 file.unlink()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of samples is there, to its end."""
+    try:
+        pq.read_metadata(file)
+    except (OSError, pa.ArrowException):
+        return False
+    return True

@@ -99,11 +99,11 @@ class TarMembers:
         padded = -(-size // BLOCK) * BLOCK
         if self._position + padded > self._size:
             raise TarDamageError("cut short")
-        if keep:
-            return self._read(padded)[:size]
+        content = self._read(size) if keep else b""
+        padded -= len(content)
         while padded > 0:
             padded -= len(self._read(min(padded, PIECE)))
-        return b""
+        return content
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)

@@ -171,6 +171,18 @@ def test_shards_that_are_gone_are_dropped_and_their_samples_removed(
     assert len(Manifest(tmp_path / "manifest").table()) == 25
 
 
+def test_files_of_samples_that_are_missing_or_damaged_are_made_anew(tmp_path: Path, read: list[str]) -> None:
+    shards = write_shards(tmp_path, range(5))
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    (tmp_path / "manifest" / "samples-00001.parquet").unlink()
+    cut(tmp_path / "manifest" / "samples-00002.parquet")
+    read.clear()
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    assert read == ["000002.tar", "000003.tar", "000004.tar"]
+    index({"drawn": shards}, tmp_path / "fresh")
+    assert Manifest(tmp_path / "manifest").table().equals(Manifest(tmp_path / "fresh").table())
+
+
 def test_a_shard_that_was_made_anew_is_read_again(tmp_path: Path, read: list[str]) -> None:
     shards = write_shards(tmp_path, range(3))
     index({"drawn": shards}, tmp_path / "manifest")

@@ -104,7 +104,7 @@ class Manifest:
 
     def __init__(self, folder: Path, root: str | None = None) -> None:
         self.folder = folder
-        table = self._read_shards()
+        table = _read_shard_columns(folder, SHARD_COLUMNS)
         self.paths: list[str] = table["path"].to_pylist()
         self.shards = [_join(str(folder) if root is None else root, path) for path in self.paths]
         encoded = table["source"].combine_chunks().dictionary_encode()
@@ -173,17 +173,9 @@ class Manifest:
                 table: pa.Table = file.read_row_group(group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(
-                f"data.manifest={self.folder}: {name} cannot be read ({error}); run python -m data_pipeline index"
+                f"data.manifest={self.folder}: {name} cannot be read ({_one_line(error)}); {REMEDY}"
             ) from error
         return table
-
-    def _read_shards(self) -> pa.Table:
-        path = self.folder / SHARDS_FILE
-        try:
-            return pq.read_table(path, columns=SHARD_COLUMNS)
-        except (OSError, pa.ArrowException) as error:
-            reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise ManifestError(f"data.manifest={self.folder}: {SHARDS_FILE} {reason}; {REMEDY}") from error
 
 
 REMEDY = "make it with python -m data_pipeline index, or make it anew from an empty folder"
@@ -234,13 +226,9 @@ def read_shards(folder: Path) -> pa.Table:
     Raises:
         ManifestError: there is one that cannot be read.
     """
-    path = folder / SHARDS_FILE
-    if not path.exists():
+    if not (folder / SHARDS_FILE).exists():
         return SHARD_SCHEMA.empty_table()
-    try:
-        return pq.read_table(path, columns=SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ManifestError(f"data.manifest={folder}: {SHARDS_FILE} cannot be read ({error}); {REMEDY}") from error
+    return _read_shard_columns(folder, SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
 
 
 def write_shards(folder: Path, shards: pa.Table) -> None:
@@ -251,6 +239,23 @@ def write_shards(folder: Path, shards: pa.Table) -> None:
     sync(draft)
     draft.replace(folder / SHARDS_FILE)
     sync(folder)
+
+
+def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
+    place = f"data.manifest={folder}: {SHARDS_FILE}"
+    try:
+        with pq.ParquetFile(folder / SHARDS_FILE) as file:
+            missing = [column for column in columns if column not in file.schema_arrow.names]
+            if missing:
+                raise ManifestError(f"{place} is of another layout, without {', '.join(missing)}; {REMEDY}")
+            return file.read(columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({_one_line(error)})"
+        raise ManifestError(f"{place} {reason}; {REMEDY}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _join(root: str, path: str) -> str:
