@@ -259,19 +259,3 @@ def _numbers(values: pa.Array, type: pa.DataType) -> pa.Array:
     exact = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
     whole = np.isfinite(exact) & (np.abs(exact) < 2.0 ** (type.bit_width - 1))
     return pa.array(np.where(whole, exact, 0).astype(type.to_pandas_dtype()), type, mask=~whole)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of one metadata set, as its files spell them."""
-
-    url: str
-    caption: str
-    kept: tuple[str, ...]
-
-
-def resolve_columns(setting: str, schema_name: str, file: Path) -> Columns:
-    """As `find_columns`, with the score columns alone."""
-    found = find_columns(setting, schema_name, file)
-    sizes = {column.name for column in SIZE}
-    return Columns(found.url, found.caption, tuple(spelt for name, spelt in found.kept.items() if name not in sizes))
