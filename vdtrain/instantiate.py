@@ -45,7 +45,8 @@ def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callabl
             "give package.module.Name, its folder on PYTHONPATH"
         ) from error
     parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [key for key in options if key not in parameters]
-    if unknown:
+    if unknown and not takes_any:
         raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {', '.join(parameters)}")
     return target, options

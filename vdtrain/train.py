@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Heavy imports come after the checks, so that a mistake is said at once.
         from vdtrain.training import session
 
-        return session.run(config, document, int(launch["RANK"]), stop)
+        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        return session.run(config, document, int(launch["RANK"]), stop, overrides)
 
     # From now on: the imports take long enough for a signal to come between. A Ctrl-C still ends them.
     stop = StopSignal(SCHEDULER_SIGNALS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,11 @@ def room(config: TrainConfig, start: Start, step: int) -> Finding:
     sizes = f"{number} checkpoints of {size / GB:.2f} GB"
     if number * size <= free:
         return Finding(OK, f"run_dir={config.run_dir}: {free / GB:,.1f} GB free for {sizes} to come")
-    kept = (
-        keep
-        for keep in reversed(range(1, config.checkpoint.keep))
-        if _checkpoints_to_come(config, step, keep) * size <= free
+    # As many as fit: the number to come grows with that of those kept.
+    keep = bisect_right(
+        range(1, config.checkpoint.keep), free // size, key=lambda keep: _checkpoints_to_come(config, step, keep)
     )
-    smaller = next((f"set checkpoint.keep={keep}, " for keep in kept), "")
+    smaller = f"set checkpoint.keep={keep}, " if keep else ""
     return Finding(
         ERROR,
         f"run_dir={config.run_dir}: {free / GB:,.1f} GB free, and {sizes} to come take {number * size / GB:,.1f} GB; "

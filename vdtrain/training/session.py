@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from vdtrain.data.stream import StreamError
 from vdtrain.training import distributed
 from vdtrain.training.checkpoints import CheckpointError, read_trainer_state
 from vdtrain.training.curriculum import find_start, unfinished_stage
+from vdtrain.training.next_stage import next_command
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.restarts import record_start
 from vdtrain.training.trainer import Trainer
@@ -34,11 +36,12 @@ SHARED_ERRORS = (CheckpointError, distributed.SharedError)
 TIMEOUT_OVER_WATCHDOG = 2.0
 
 
-def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal) -> int:
+def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, overrides: Sequence[str] = ()) -> int:
     """Train a stage whose configuration has been checked.
 
     Args:
         stop: signals that came since the process started; from now on it notes a Ctrl-C too.
+        overrides: of the command line, for the command that is to come after this one.
 
     Returns:
         Exit status: on every process alike 0 if the stage is complete, 75 if it was stopped and saved, 130 if a Ctrl-C
@@ -56,6 +59,8 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal) 
         complete = _train(config, document, stop, watchdog)
         # All come here before one of them ends, which could end the others.
         interrupted = not distributed.all_agree(not stop.interrupted)
+        if complete and rank == 0:
+            print(f"{config.stage.name} is complete; next: {next_command(config, overrides)}", flush=True)
         return 0 if complete else INTERRUPTED if interrupted else STOPPED
     except ConfigError:
         raise
@@ -99,8 +104,6 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     total = sum(phase_steps(config, phase) for phase in config.stage.phases)
     step = 0 if start.resume is None else int(read_trainer_state(start.resume)["state"]["step"])
     if step >= total:
-        if place.rank == 0:
-            print(f"{config.stage.name} is complete: {start.resume}")
         return True
     hosts = distributed.gather_json(socket.gethostname())
     distributed.raise_if_any(_prepare_folder(config, document, step, total, hosts) if place.rank == 0 else None)
