@@ -153,6 +153,8 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
             f"data.manifest={config.data.manifest}: does not exist; make it with "
             f"`python -m data_pipeline index data={config.data.name}`"
         )
+    elif config.data.latents == "cached":
+        yield from _latent_problems(config)
     # Last, for it imports what it names.
     yield from problem_of(lambda: find_target(config.data.stream, "data.stream"))
 
@@ -208,6 +210,7 @@ def _choice_problems(config: TrainConfig) -> Iterator[str]:
         ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
         ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
         ("tracking.mode", config.tracking.mode, ("online", "offline", "disabled")),
+        ("data.latents", config.data.latents, ("inline", "cached")),
     ):
         if value not in choices:
             yield f"{setting}={value}: choose one of {', '.join(map(str, choices))}"
@@ -240,6 +243,43 @@ def _choice_problems(config: TrainConfig) -> Iterator[str]:
             f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={checkpoint.every_steps}, "
             "so that there are no checkpoints to keep; choose one, or null"
         )
+
+
+def latent_encoder(model: ModelConfig, modality: str) -> str:
+    """Fingerprint of a modality's VAE, one whose encoding can be cached.
+
+    Raises:
+        ConfigError: there is none, its class has no moments, or its weights are missing or random.
+    """
+    from vdtrain.models.frozen_weights import fingerprint
+
+    if modality not in model.modalities:
+        raise ConfigError(f"data.latents=cached: model={model.name} has no modality {modality!r}; choose inline")
+    setting = f"model.modalities.{modality}.vae"
+    specification = model.modalities[modality].vae
+    target, _ = find_target(specification, setting)
+    if not hasattr(target, "from_moments"):
+        raise ConfigError(f"data.latents=cached: {setting} has no moments that can be cached; choose inline")
+    return fingerprint(specification, setting)
+
+
+def _latent_problems(config: TrainConfig) -> Iterator[str]:
+    """A line on each phase whose cached latents are not there, or are of something else."""
+    from vdtrain.data.latents import MODALITY, LatentShards
+    from vdtrain.data.manifest import Manifest, ManifestError
+
+    try:
+        vae = latent_encoder(config.model, MODALITY)
+        manifest = Manifest(Path(config.data.manifest))
+    except (ConfigError, ManifestError) as error:
+        yield " ".join(str(error).split())
+        return
+    min_side = config.data.stream.get("min_side")
+    for resolution in dict.fromkeys(phase.resolution for phase in config.stage.phases):
+        try:
+            LatentShards(config.data.latent_cache.folder, manifest, resolution, vae=vae, min_side=min_side)
+        except ManifestError as error:
+            yield " ".join(str(error).split())
 
 
 def _file_problems(setting: str, arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,9 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vdtrain.compose import ConfigError
+from vdtrain.files import FileRecord
 
 ASSET = "asset:"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+# Endings of arguments that name a file.
+FILES = (".safetensors", ".json")
 LISTED_KEYS = 5
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -71,6 +76,29 @@ def locate(path: str, setting: str) -> Path:
         remedy = "`make frozen` makes it" if path.startswith(ASSET) else "`vdtrain weights import` makes it"
         raise WeightsError(f"{setting}={path}: no such file; {remedy}, or set {setting} to an existing file")
     return found
+
+
+def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
+    """Tells parts that differ in an argument, or in the contents of a file that one names, 16 hexadecimal digits.
+
+    Args:
+        specification: a `_target_` with its arguments.
+
+    Raises:
+        WeightsError: a file is not there, or the part has random weights, which differ from run to run.
+    """
+    if "weights" in specification and specification["weights"] is None:
+        raise WeightsError(f"{setting}.weights=null: random weights are other ones in every run; give a weights file")
+
+    def content(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: content(f"{name}.{key}", entry) for key, entry in value.items()}
+        if isinstance(value, str) and (value.startswith(ASSET) or Path(value).suffix in FILES):
+            return FileRecord.of(locate(value, name)).sha256
+        return value
+
+    described = json.dumps(content(setting, specification), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def load_tokenizer(path: str, setting: str) -> Tokenizer:

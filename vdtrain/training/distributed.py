@@ -59,7 +59,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Place:
     """
     launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
-    place = Place(rank, local_rank, world_size, _device(device, local_rank))
+    place = Place(rank, local_rank, world_size, local_device(device, local_rank))
     # DeepSpeed takes the device of a process from LOCAL_RANK.
     launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
     _replaced_variables.update({name: os.environ.get(name) for name in launch})
@@ -163,7 +163,12 @@ def broadcast_json(value: Any, source: int = 0) -> Any:
     return gather_json(value if rank() == source else None)[source]
 
 
-def _device(kind: str, local_rank: int) -> torch.device:
+def local_device(kind: str, local_rank: int) -> torch.device:
+    """The device of a process, "cuda" or "cpu", by its number among those of its node.
+
+    Raises:
+        ValueError: no GPU stands ready for it.
+    """
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
