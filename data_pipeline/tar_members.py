@@ -7,6 +7,7 @@ tells for every content where in the file it lies. One member is in memory at a 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -121,8 +122,10 @@ def _parse(header: bytes, position: int) -> tuple[str, int, bytes]:
     """Name, size and type of a member."""
     expected = _number(header[148:156], position)
     summed = header[:148] + 8 * b" " + header[156:]
+    # The lower half of an Adler-32 is 1 + the sum of the bytes modulo 65521, more than 256 bytes can come to.
+    total = (zlib.adler32(summed[:256]) & 0xFFFF) + (zlib.adler32(summed[256:]) & 0xFFFF) - 2
     # Old programs summed the bytes with their signs.
-    if expected != sum(summed) and expected != sum(summed) - 256 * sum(byte > 127 for byte in summed):
+    if expected != total and expected != total - 256 * sum(byte > 127 for byte in summed):
         raise TarDamageError(f"damaged header at byte {position}")
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == POSIX and (prefix := header[345:500].split(b"\0", 1)[0]):
@@ -136,7 +139,7 @@ def _number(data: bytes, position: int) -> int:
         if data[0] != 0x80:
             raise TarDamageError(f"damaged header at byte {position}")
         return int.from_bytes(data[1:], "big")
-    digits = data.split(b"\0", 1)[0].strip(b" ")
+    digits = data.partition(b"\0")[0].strip(b" ")
     if digits.strip(b"01234567"):
         raise TarDamageError(f"damaged header at byte {position}")
     return int(digits or b"0", 8)

@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -98,6 +100,39 @@ def test_a_damaged_header_is_refused(shard: Path, start: int, length: int, value
     shard.write_bytes(bytes(data))
     with pytest.raises(ShardError, match=r"damaged header|only one block|cut short"):
         read_shard(shard, "drawn")
+
+
+def test_any_damage_is_refused_or_counted(shard: Path) -> None:
+    generator = np.random.default_rng(0)
+    whole = shard.read_bytes()
+    offsets = set(read_shard(shard, "drawn").samples["offset"].to_pylist())
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in generator.integers(0, len(data) - 2048, 3):
+            data[place] = generator.integers(0, 256)
+        shard.write_bytes(data)
+        try:
+            reading = read_shard(shard, "drawn")
+        except ShardError:
+            refused += 1
+            continue
+        # Bytes of a caption or of a picture may be others now; places are not, and none is lost uncounted.
+        assert len(reading.samples) + sum(reading.broken.values()) >= 6
+        assert set(reading.samples["offset"].to_pylist()) <= offsets
+    assert 50 < refused < 400
+
+
+def test_one_sample_at_a_time_is_in_memory(tmp_path: Path, good: dict[str, bytes]) -> None:
+    path, megabyte = tmp_path / "large.tar", 1 << 20
+    write_samples(path, {f"{number:03d}": {**good, "jpg": good["jpg"] + bytes(megabyte)} for number in range(30)})
+    read_shard(path, "drawn")
+    tracemalloc.start()
+    try:
+        assert len(read_shard(path, "drawn").samples) == 30
+        assert tracemalloc.get_traced_memory()[1] < 6 * megabyte
+    finally:
+        tracemalloc.stop()
 
 
 def test_members_behind_the_end_and_fewer_than_were_downloaded_are_refused(shard: Path) -> None:
