@@ -17,6 +17,7 @@ from vdtrain.data_config import DownloadConfig
 
 STALL_TIMEOUTS = 60  # a part whose shards do not grow for so many times the seconds of a picture is started again
 JUDGED_SHARDS = 3
+FRUITLESS_STARTS = 2  # after so many in a row without a new shard, it is given up
 
 
 class PartRun:
@@ -37,6 +38,7 @@ class PartRun:
         self._process: subprocess.Popen[bytes] | None = None
         self.tallies: dict[Path, Tally] = {}
         self._grown, self._size = 0.0, 0
+        self._before = self._fruitless = 0
         self._stack = ExitStack()
         try:
             self._lock = self._stack.enter_context(locked(part))
@@ -46,7 +48,6 @@ class PartRun:
             shards.settle(part.folder)
             shards.remove_unfinished(part.folder)
             self._take_in(running=False)
-            self._before = len(self.tallies)
             if self._missing():
                 self._start()
         except BaseException:
@@ -81,7 +82,8 @@ class PartRun:
         self._take_in(running=False)
         shards.remove_unfinished(self.part.folder)
         if self._missing():
-            if len(self.tallies) <= self._before:
+            self._fruitless = 0 if len(self.tallies) > self._before else self._fruitless + 1
+            if self._fruitless >= FRUITLESS_STARTS:
                 raise DownloadError(
                     f"{self.part.folder}: {self._missing()} of {self.part.planned} shards are missing: "
                     f"{self._last_words()} (see {self.part.beside('.log')}); run it again"
