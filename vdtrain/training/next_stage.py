@@ -46,6 +46,7 @@ def _last(config: TrainConfig) -> list[str]:
     if flow is None:
         return ["vdtrain", "status", config.run_dir]
     inputs = [f"flow={flow}", "inputs=[a red circle]", f"resolution={config.stage.phases[-1].resolution}"]
+    inputs += [f"device={config.hardware.device}"]
     return ["vdtrain", "sample", f"checkpoint={config.run_dir}", *inputs]
 
 
