@@ -16,7 +16,7 @@ from vdtrain.cli import main as vdtrain_main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / page for page in ("weights.md", "modalities.md", "data.md", "budget.md")),
+    *(ROOT / "docs" / page for page in ("weights.md", "modalities.md", "data.md", "budget.md", "slurm.md")),
 ]
 LINKS = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())}
 
@@ -38,6 +38,8 @@ def run(command: str) -> int:
     command = command.replace("$settings", settings[1]).replace('"$@"', "")
     # What else a script fills in stands for a number or a part of a path.
     words = shlex.split(re.sub(r"\$(\w+|\{\w+\})", "1", command))
+    if words[0] == "torchrun" and "data_pipeline" in words:
+        return data_pipeline_main([*words[words.index("data_pipeline") + 1 :], "--cfg", "job"])
     if words[0] == "torchrun":
         return vdtrain_main(["train", *words[words.index("vdtrain.train") + 1 :], "--cfg", "job"])
     if words[0] == "vdtrain":

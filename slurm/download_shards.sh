@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=download_shards
+#SBATCH --array=0-15
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x/%A-%a.out
+#
+# sbatch [SBATCH OPTIONS] slurm/download_shards.sh [HYDRA OVERRIDES]        from the repository's root
+#
+# Every task of the array downloads its share of the metadata's parts into tar shards; needs no GPU. Submit it again
+# to go on: what is complete is passed over. The parts are dealt out by the array's length, so that a task keeps its
+# own only in an array of the same length: --array=0-31 for 32 tasks, --array=0-31%8 for 8 of them at a time.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
+[ -f slurm/env.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }
+set +u  # modules of many sites read variables that are not set
+source slurm/env.sh
+set -u
+: "${SLURM_ARRAY_TASK_ID:?is not set: submit with --array=0-N}"
+if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ $((SLURM_ARRAY_TASK_MAX + 1)) != "$SLURM_ARRAY_TASK_COUNT" ]; then
+    echo "error: --array: tasks $SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX, $SLURM_ARRAY_TASK_COUNT of them; submit" \
+        "the whole array from 0 again, what is complete is passed over" >&2
+    exit 2
+fi
+
+exec python -m data_pipeline download "${DATA_OVERRIDES[@]}" data.download.processes="$SLURM_CPUS_PER_TASK" \
+    data.download.task="$SLURM_ARRAY_TASK_ID" data.download.tasks="$SLURM_ARRAY_TASK_COUNT" "$@"

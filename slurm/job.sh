@@ -1,0 +1,81 @@
+# shellcheck shell=bash
+# What the scripts have in common; each sources it inside its job, from the repository's root.
+
+# Modules of many sites read variables that are not set.
+set +u
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+set -u
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+
+# Size is said once, in the head of a script or to sbatch: one task per GPU, and an equal share of its node's CPUs to each.
+# (Of an --exclusive node, SLURM_GPUS_ON_NODE counts all GPUs; --gpus-per-node may name their type before the number.)
+: "${SLURM_GPUS_PER_NODE:?is not set: submit with --gpus-per-node=N}"
+ranks_per_node=${SLURM_GPUS_PER_NODE##*:}
+ranks=$((SLURM_JOB_NUM_NODES * ranks_per_node))
+attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
+rank_logs=logs/$SLURM_JOB_NAME/$SLURM_JOB_ID/attempt-$attempt
+
+signal=
+srun_process=
+# Bash acts on a signal once it waits. Ranks get theirs from Slurm; one to the batch script alone is passed on to them.
+noted() {
+    signal=$1
+    [ -z "$srun_process" ] || kill -USR1 "$srun_process" 2>/dev/null || true
+}
+trap 'noted USR1' USR1
+trap 'noted TERM' TERM
+
+# Run a Python module on every GPU. All ranks' output goes to files of their own, that of rank 0 to the job's output too.
+# Sets `status` to the highest exit status of a rank.
+on_all_ranks() {
+    mkdir -p "$rank_logs"
+    : >"$rank_logs/rank-0.out"
+    # What sbatch set for the job as a whole would contradict the step's own numbers.
+    unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK
+    srun --kill-on-bad-exit=1 --ntasks="$ranks" --ntasks-per-node="$ranks_per_node" \
+        --cpus-per-task=$((SLURM_CPUS_ON_NODE / ranks_per_node)) --output="$rank_logs/rank-%t.out" \
+        python -m "$@" &
+    srun_process=$!
+    tail --pid="$srun_process" --lines=+1 --follow "$rank_logs/rank-0.out" 2>/dev/null &
+    # A signal cuts `wait` short.
+    while :; do
+        signal='' status=0
+        wait "$srun_process" || status=$?
+        [ -n "$signal" ] || break
+    done
+    wait
+    srun_process=
+    [ "$status" = 0 ] || grep --no-messages --with-filename --extended-regexp '^(error|warning): ' "$rank_logs"/rank-[1-9]*.out | head -n 16 >&2 || true
+}
+
+# Put this job back into the queue, if it is to run again. Everything is saved by now: nothing after the requeueing is
+# sure to run.
+requeue() {
+    local run_dir=$1 job
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)
+    if [[ $job != *" JobState=RUNNING "* ]]; then
+        echo "left to Slurm, which has ended the job or put it back by itself" >&2
+    elif [[ $job == *" Requeue=0 "* ]]; then
+        echo "not requeued: the job has requeue=0" >&2
+    elif python -m vdtrain.training.restarts "$run_dir"; then
+        echo "goes back into the queue after attempt $attempt"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}
+
+# Train a stage, from wherever it stands, and end the job.
+train_stage() {
+    local overrides=("stage=$1" "${DATA_OVERRIDES[@]}" "${RUN_OVERRIDES[@]}" "${@:2}") run_dir
+    python -c "import hydra" 2>/dev/null || {
+        echo "error: $(command -v python || echo python): not an environment with vdtrain; name one in slurm/env.sh" >&2
+        exit 2
+    }
+    run_dir=$(python -m vdtrain.train "${overrides[@]}" --cfg job --resolve | sed --quiet 's/^run_dir: //p')
+    echo "$1, attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, run folder $run_dir, ranks' logs $rank_logs"
+    vdtrain preflight "${overrides[@]}" ranks="$ranks"
+    on_all_ranks vdtrain.train "${overrides[@]}"
+    # 0 is a stage that is complete, 2 a mistake in the settings.
+    [ "$status" = 0 ] || [ "$status" = 2 ] || requeue "$run_dir" || true
+    exit "$status"
+}
