@@ -1,5 +1,6 @@
 # `make help` lists the targets. uv keeps the environment in .venv as uv.lock says.
 UV := $(or $(shell command -v uv),.tools/bin/uv)
+SCRIPTS := $(wildcard examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .PHONY: demo test lint golden frozen help
@@ -17,7 +18,9 @@ lint: .venv/.complete  ## style, types, shell scripts
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
-	@bash -n examples/*.sh
+	@bash -n $(SCRIPTS)
+	@$(RUN) shellcheck --external-sources $(filter-out examples/%,$(SCRIPTS))
+	@$(RUN) shellcheck --exclude=SC2086 $(filter examples/%,$(SCRIPTS))  # settings that are several words
 
 golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/README.md)
 	@$(RUN) python -m tests.golden_losses.record

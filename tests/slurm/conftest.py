@@ -1,0 +1,58 @@
+"""The cluster that all tests here share, and a folder from which a user would submit."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, reason_to_skip
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one GPU each, in partitions low, whose jobs are preempted by signal, and high."""
+    reason = reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        number = _own_number(stack)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp")))
+        folder.chmod(0o755)
+        cluster = Cluster(folder, number)
+        stack.callback(cluster.stop)
+        cluster.start()
+        yield cluster
+
+
+def _own_number(stack: contextlib.ExitStack) -> int:
+    """A number that no other session on this machine holds."""
+    for number in range(1, 250):
+        lock = os.open(f"/tmp/vdtrain-slurm-{number}.lock", os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, lock)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+    pytest.skip("249 test clusters are running on this machine")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a fresh clone, so that jobs leave nothing in this one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("slurm", "vdtrain", "data_pipeline", "conf", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    for kept in ROOT.glob("logs/*/.gitignore"):
+        (folder / kept.parent.relative_to(ROOT)).mkdir(parents=True)
+        shutil.copy(kept, folder / kept.relative_to(ROOT))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return folder

@@ -1,0 +1,193 @@
+"""The repository's batch scripts, submitted to a real cluster of two nodes: about four minutes on two cores.
+
+The curriculum runs undisturbed. Then its stage 3 runs again, is preempted by a job of higher priority, loses a node
+amid a step, and ends with the losses of the curriculum's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+from tests.pairs import write_pairs
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
+SIZE = ["--nodes=2", "--gpus-per-node=1"]
+STEPS, HOLD = 14, 4
+TINY = [
+    "model=tiny",
+    "data=shapes",
+    "hardware=cpu",
+    "tracking=none",
+    "stage.global_batch_size=4",
+    "hardware.micro_batch_size={32:2}",
+    f"stage.phases=[{{resolution:32,samples:{4 * STEPS}}}]",
+    "log_every_steps=1",
+    "checkpoint.every_steps=2",
+    "data.stream._target_=tests.slurm.gate.GatedStream",
+    f"+data.stream.batches={HOLD}",
+]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the jobs left.
+
+    Attributes:
+        jobs: numbers by name: the stages, and "disturbed".
+        restarts: of each.
+    """
+
+    folder: Path
+    jobs: dict[str, str]
+    restarts: dict[str, int]
+
+    def output(self, name: str) -> str:
+        stage = STAGES[2] if name == "disturbed" else name
+        return (self.folder / "logs" / stage / f"{self.jobs[name]}.out").read_text()
+
+    def losses(self, run: str) -> list[dict[str, object]]:
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        figures = ("step", "loss", "gradient_norm", "learning_rate")
+        return [{name: value for name, value in json.loads(line).items() if name.startswith(figures)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def settings(cluster: Cluster, checkout: Path) -> list[str]:
+    """Overrides that all jobs have in common."""
+    (checkout / "gate").mkdir()
+    write_pairs(checkout / "pairs", shards=4, count=20)
+    return [*TINY, f"data.manifest={checkout}/pairs/manifest", f"+data.stream.gate={checkout}/gate"]
+
+
+def submit(cluster: Cluster, checkout: Path, script: str, *words: str) -> str:
+    """Number of the job that a script of the repository becomes, submitted from a fresh clone's root."""
+    options = [word for word in words if word.startswith("-")]
+    overrides = [word for word in words if not word.startswith("-")]
+    command = ["sbatch", "--parsable", *options, str(ROOT / "slurm" / script), *overrides]
+    return cluster.command(*command, cwd=checkout)
+
+
+def submit_curriculum(cluster: Cluster, checkout: Path, *words: str) -> dict[str, str]:
+    """The jobs' numbers by stage, as the script prints them."""
+    printed = cluster.command(str(ROOT / "slurm" / "curriculum.sh"), *SIZE, *words, cwd=checkout)
+    return dict(re.findall(r"^(\w+): job (\d+), output logs/\1/\2\.out$", printed, flags=re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
+    """The chained curriculum and the disturbed job, from submission to end."""
+    gate = checkout / "gate"
+    jobs = submit_curriculum(cluster, checkout, *settings, "+data.stream.attempts={}")
+    assert tuple(jobs) == STAGES
+    cluster.wait(jobs[STAGES[0]], ("RUNNING",))
+    assert [cluster.job(jobs[stage])["Reason"] for stage in STAGES[1:]] == ["Dependency", "Dependency"]
+    ends = {stage: cluster.wait(job) for stage, job in jobs.items()}
+
+    again = ["run_dir=runs/disturbed", f"+data.stream.attempts={{{STAGES[2]}:2}}", "--partition=low"]
+    disturbed = submit(cluster, checkout, "stage3_four_flow.sh", *SIZE, *settings, *again)
+    for rank in range(2):
+        cluster.wait_for_file(gate / f"{STAGES[2]}-0-{rank}", disturbed)
+    urgent = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    cluster.wait(cluster.command("sbatch", "--parsable", *urgent, cwd=checkout), timeout=120)
+    cluster.wait(disturbed, ("RUNNING",), restarts=1)
+    # Rank 1 waits for its batch; rank 0 is amid a step, for the gradients of rank 1 are missing.
+    cluster.wait_for_file(gate / f"{STAGES[2]}-1-1", disturbed)
+    cluster.crash("n2")
+    cluster.wait(disturbed, ("PENDING",))
+    cluster.boot("n2")
+    ends["disturbed"] = cluster.wait(disturbed, restarts=2)
+    found = Runs(checkout, {**jobs, "disturbed": disturbed}, {name: int(end["Restarts"]) for name, end in ends.items()})
+    for name, end in ends.items():
+        assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), f"{name}: {end}\n{found.output(name)}"
+    return found
+
+
+def test_the_curriculum_runs_to_its_end(runs: Runs) -> None:
+    for stage, before in zip(STAGES, (None, *STAGES), strict=False):
+        steps = [record["step"] for record in runs.losses(f"runs/{stage}")]
+        assert steps == list(range(1, STEPS + 1))
+        assert (f"starts from runs/{before}/checkpoints/" in runs.output(stage)) == (before is not None)
+    assert f"attempt 1: 2 ranks on n[1-2], run folder runs/{STAGES[0]}" in runs.output(STAGES[0])
+
+
+def test_a_finished_stage_says_what_comes_next(runs: Runs) -> None:
+    assert re.search(r"^.*sbatch .*slurm/stage2_dual_flow\.sh", runs.output(STAGES[0]), flags=re.MULTILINE)
+
+
+def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undisturbed_one(runs: Runs) -> None:
+    assert runs.restarts["disturbed"] == 2
+    output = runs.output("disturbed")
+    starts = [int(step) for step in re.findall(r"continues from runs/disturbed/checkpoints/step-(\d+)", output)]
+    assert HOLD <= starts[0] <= HOLD + 2
+    # Saved every two steps; the newest save may have been under way.
+    assert starts[0] < starts[1] <= starts[0] + HOLD
+    assert re.findall(r"attempt (\d): 2 ranks", output) == ["1", "2", "3"]
+    losses = runs.losses("runs/disturbed")
+    assert len(losses) == STEPS
+    assert losses == runs.losses(f"runs/{STAGES[2]}")
+
+
+def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(runs: Runs) -> None:
+    logs = runs.folder / "logs" / STAGES[2] / runs.jobs["disturbed"]
+    assert sorted(path.name for path in logs.iterdir()) == ["attempt-1", "attempt-2", "attempt-3"]
+    for attempt in logs.iterdir():
+        assert sorted(path.name for path in attempt.iterdir()) == ["rank-0.out", "rank-1.out"]
+    assert (logs / "attempt-3" / "rank-0.out").read_text() in runs.output("disturbed")
+
+
+def test_what_is_missing_is_said_before_anything_starts(cluster: Cluster, checkout: Path, settings: list[str]) -> None:
+    words = [*SIZE, *settings, "stage.init_from=runs/nowhere", "run_dir=runs/refused", "hardware.loader_workers=3"]
+    job = submit(cluster, checkout, "stage3_four_flow.sh", *words, "+data.stream.attempts={}")
+    end = cluster.wait(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
+    errors = [
+        line for line in (checkout / "logs" / STAGES[2] / f"{job}.out").read_text().splitlines() if "error" in line
+    ]
+    assert len(errors) == 2
+    assert re.search(r"data\.manifest=.*: 4 shards, fewer than 2 .*3", "\n".join(errors))
+    assert "stage.init_from=runs/nowhere: does not exist" in "\n".join(errors)
+    assert not (checkout / "runs/refused").exists()
+
+
+def test_a_stage_that_fails_takes_the_rest_of_the_curriculum_along(
+    cluster: Cluster, checkout: Path, settings: list[str]
+) -> None:
+    jobs = submit_curriculum(cluster, checkout, *settings, "+data.stream.attempts={}", "stage.learning_rate=-1")
+    assert [cluster.wait(job)["JobState"] for job in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
+
+
+def test_a_signal_to_the_batch_script_alone_reaches_every_rank(
+    cluster: Cluster, checkout: Path, tmp_path: Path
+) -> None:
+    """As that of `sbatch --signal=B:USR1`. All ranks end with the status, though srun ends those that come last."""
+    script = tmp_path / "job.sh"
+    run = f"source slurm/job.sh; on_all_ranks tests.slurm.saves {tmp_path}; echo status $status"
+    script.write_text(f"#!/usr/bin/env bash\n{run}\n")
+    output = ["--job-name=stage3_four_flow", "--output=logs/%x/%j.out", "--exclusive"]
+    job = cluster.command("sbatch", "--parsable", *SIZE, *output, str(script), cwd=checkout)
+    for rank in range(2):
+        cluster.wait_for_file(tmp_path / f"waits-{rank}", job)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    logs = checkout / "logs" / STAGES[2]
+    lines = (logs / f"{job}.out").read_text().splitlines()
+    assert "rank 0 has saved" in lines
+    assert "rank 1 has saved" not in lines
+    other = f"logs/{STAGES[2]}/{job}/attempt-1/rank-1.out:error: of every rank"
+    assert [line for line in lines if "error: of every rank" in line] == ["error: of every rank", other]
+    assert lines[-1] == "status 75"
+    assert (logs / job / "attempt-1" / "rank-1.out").read_text().startswith("rank 1 has saved")
+
+
+def test_part_of_an_array_is_refused(cluster: Cluster, checkout: Path) -> None:
+    job = submit(cluster, checkout, "download_shards.sh", "--array=1-2", "--cpus-per-task=1")
+    assert cluster.wait(f"{job}_1")["ExitCode"] == "2:0"
+    output = (checkout / "logs" / "download_shards" / f"{job}-1.out").read_text()
+    assert "error: --array: tasks 1 to 2, 2 of them" in output

@@ -1,0 +1,103 @@
+"""What can be said of the batch scripts without a cluster."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.__main__ import main as data_pipeline_main
+from vdtrain.cli import main as vdtrain_main
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+STAGES = {
+    name: ROOT / "slurm" / f"{name}.sh" for name in ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
+}
+BATCH = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "slurm.md"]
+
+
+def submissions() -> list[str]:
+    """Commands of the documents that submit a stage or the curriculum."""
+    text = "\n".join(block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL))
+    lines = (line.partition("  #")[0].strip() for line in text.splitlines())
+    return sorted({line for line in lines if re.search(r"slurm/(stage\w+|curriculum)\.sh", line)})
+
+
+def test_the_stages_differ_in_name_and_size_alone() -> None:
+    texts = {path.read_text().replace(name, "STAGE") for name, path in STAGES.items()}
+    assert len({re.sub(r"--nodes=\d+", "--nodes=N", text) for text in texts}) == 1
+    assert all(text.count("\n") <= 60 for text in texts)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "--external-sources", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_every_job_finds_its_folder_of_logs_in_a_fresh_clone(script: Path) -> None:
+    name = re.search(r"^#SBATCH --job-name=(\w+)$", script.read_text(), re.MULTILINE)
+    assert name is not None
+    assert name[1] == script.stem
+    tracked = subprocess.run(["git", "ls-files", f"logs/{name[1]}"], cwd=ROOT, capture_output=True, text=True)
+    # A source archive has no repository around it.
+    assert tracked.stdout.strip() == f"logs/{name[1]}/.gitignore" or tracked.returncode != 0
+    assert (ROOT / "logs" / name[1]).is_dir()
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_a_job_script_that_is_not_submitted_says_how(script: Path, tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "SLURM_SUBMIT_DIR: is not set: submit this script with sbatch" in done.stderr
+    elsewhere = environment | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", script], cwd=ROOT, env=elsewhere, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path}: not the repository's root; call sbatch from there\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("run_dir=here", "every stage has its own"),
+        ("stage=stage2_dual_flow", "every stage has its own"),
+        ("gpu", "neither --OPTION=VALUE for sbatch nor SETTING=VALUE"),
+    ],
+)
+def test_the_curriculum_refuses_what_the_stages_cannot_share(argument: str, reason: str) -> None:
+    done = subprocess.run(["slurm/curriculum.sh", argument], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {argument}: {reason}")
+
+
+@pytest.mark.parametrize("command", submissions())
+def test_submissions_in_the_documents_are_ones_that_work(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)
+    (script,) = [word for word in words if word.endswith(".sh")]
+    assert (ROOT / script).is_file()
+    overrides = words[words.index(script) + 1 :]
+    stages = [Path(script).stem] if "stage" in script else list(STAGES)
+    for stage in stages:
+        assert vdtrain_main(["train", f"stage={stage}", *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
+
+
+def test_the_paths_that_a_site_may_set_are_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"^# (DATA|RUN)_OVERRIDES=\((.+)\)$", (ROOT / "slurm" / "env.sh").read_text(), re.MULTILINE)
+    lists = {name: shlex.split(words) for name, words in examples}
+    assert data_pipeline_main(["download", *lists["DATA"], "--cfg", "job"]) == 0, capsys.readouterr().err
+    assert vdtrain_main(["train", *lists["DATA"], *lists["RUN"], "--cfg", "job"]) == 0, capsys.readouterr().err
+
+
+def test_the_documents_submit() -> None:
+    assert len(submissions()) >= 3
