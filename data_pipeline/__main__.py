@@ -22,6 +22,7 @@ Verbs:
   select     choose the rows of the metadata that are worth their download
   download   fetch the pictures of every source with img2dataset, into tar shards
   index      check the shards and write the manifest that training streams from
+  latents    encode the pictures with the image VAE, once (also by torchrun or srun: latents --help)
   inspect    say what a manifest holds, and draw some of its pairs on a contact sheet: inspect [MANIFEST]
   shapes     draw the demo's picture set and its metadata (data=shapes)
   serve      serve that set on this machine, for the download (data=shapes; stop with Ctrl-C)
@@ -113,6 +114,9 @@ VERBS: dict[str, Callable[[DataConfig], None]] = {
     "serve": _serve,
 }
 
+# The one verb with settings of a model and of hardware beside those of data.
+LATENTS = "latents"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit status."""
@@ -124,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("--help", "-h"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    if verb not in VERBS:
-        print(f"error: {verb!r} is no verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
+    if verb not in (*VERBS, LATENTS):
+        print(f"error: {verb!r} is no verb; choose one of {', '.join((*VERBS, LATENTS))}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
 
@@ -134,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     try:
+        if verb == LATENTS:
+            from data_pipeline.latents import main as latents
+
+            return latents(arguments[1:])
         return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:])
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
