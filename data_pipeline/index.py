@@ -114,7 +114,12 @@ def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[li
                     found += [Path(place, name)] if finished else []
                     unfinished += not finished
         for path in sorted(found):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                # The download takes shards away that it is about to attempt again.
+                unfinished += 1
+                continue
             name = os.path.relpath(path, manifest)
             tasks.append(Task(source, path, name, status.st_size, status.st_mtime_ns, decode))
     return tasks, unfinished

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from data_pipeline.shards import STATISTICS
 from data_pipeline.tar_members import Member, TarDamageError, TarMembers
 from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, decode, picture_size
 from vdtrain.data.identity import pair_uid
 from vdtrain.data.manifest import SAMPLE_SCHEMA
 
-STATISTICS = "_stats.json"
 PICTURE, CAPTION, METADATA = "jpg", "txt", "json"
 READ_AHEAD = 1 << 20
 UID = re.compile(r"[0-9a-f]{32}")
