@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from vdtrain.data.decode import DecodeError, decode
+from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import Manifest, ManifestError, ShardRows
 from vdtrain.data.order import Integers, Order, Places, uniform
 from vdtrain.data.shards import ShardCache, ShardReader, StreamError
@@ -138,11 +139,9 @@ class PairStream:
         self.replaced: Counter[str] = Counter()
         self._delivered = 0
         self._reader = ShardReader(self.manifest, ShardCache.of(cache))
-        self._moments = None
+        self._moments: LatentShards | None = None
         if latents is not None:
-            from vdtrain.data.latents import LatentShards
-
-            self._moments = LatentShards(latents, self.manifest, resolution)
+            self._moments = LatentShards(latents, self.manifest, resolution, min_side=self.min_side)
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
         self._pending: deque[_Loading] = deque()
         self._rows: OrderedDict[int, tuple[ShardRows, Integers]] = OrderedDict()

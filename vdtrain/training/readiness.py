@@ -16,7 +16,6 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.flows import active_groups
-from vdtrain.instantiate import instantiate
 from vdtrain.training.checkpoint_folder import (
     CHECKPOINTS,
     CheckpointError,
@@ -193,21 +192,11 @@ def tracking(config: TrainConfig) -> Finding:
 def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
     """A line on each phase whose stream cannot be opened; no sample is read."""
     from vdtrain.data.stream import StreamError
+    from vdtrain.training.phase_stream import open_stream
 
-    for index, phase in enumerate(config.stage.phases):
+    for index in range(len(config.stage.phases)):
         try:
-            stream = instantiate(
-                config.data.stream,
-                "data.stream",
-                manifest=Path(config.data.manifest),
-                seed=config.seed + index,
-                resolution=phase.resolution,
-                global_batch_size=config.stage.global_batch_size,
-                rank=0,
-                world_size=ranks,
-                start=0,
-                workers=config.hardware.loader_workers,
-            )
+            stream = open_stream(config, index, rank=0, world_size=ranks)
         except (ManifestError, StreamError, ConfigError, OSError) as error:
             yield Finding(ERROR, f"stage.phases.{index}: {' '.join(str(error).split())}")
         else:

@@ -21,7 +21,6 @@ from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.instantiate import instantiate
 from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.models.versatile_diffusion import build_frozen
 from vdtrain.training import distributed
@@ -34,6 +33,7 @@ from vdtrain.training.curriculum import Start, run_document
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
 from vdtrain.training.meters import Interval
+from vdtrain.training.phase_stream import open_stream
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.prefetch import Prefetcher
 from vdtrain.training.reporter import Reporter
@@ -123,7 +123,7 @@ class Trainer:
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
-        batches = Prefetcher(self._open_stream(phase), self.objective.prepare)
+        batches = Prefetcher(self._open_stream(), self.objective.prepare)
         consensus, bad_steps = (
             StepConsensus(self.flow_names, self.place.device),
             BadSteps(config.optimizer.max_bad_steps),
@@ -171,22 +171,17 @@ class Trainer:
             batches.close()
         return asked
 
-    def _open_stream(self, phase: PhaseConfig) -> BatchStream:
+    def _open_stream(self) -> BatchStream:
         """The phase's stream from the present position, on every process or on none."""
         config, failure = self.config, None
         stream: BatchStream | None = None
         try:
-            stream = instantiate(
-                config.data.stream,
-                "data.stream",
-                manifest=Path(config.data.manifest),
-                seed=self._phase_seed,
-                resolution=phase.resolution,
-                global_batch_size=config.stage.global_batch_size,
+            stream = open_stream(
+                config,
+                self.state.phase,
                 rank=self.place.rank,
                 world_size=self.place.world_size,
-                start=self.state.phase_step * config.stage.global_batch_size,
-                workers=config.hardware.loader_workers,
+                step=self.state.phase_step,
             )
         except (ManifestError, StreamError, OSError) as error:
             failure = str(error)
@@ -231,13 +226,9 @@ class Trainer:
         )
         device = self.place.device
         samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
-        encoded = self.objective.encode(samples, phase.resolution, draws)
+        moments = {name: _to(values[rows], device) for name, values in batch.moments.items()}
+        encoded = self.objective.encode(samples, phase.resolution, draws, moments)
         return self.objective.losses(self.engine, encoded, draws)
-
-    @property
-    def _phase_seed(self) -> int:
-        """Seed of the data order: another one in each phase, the same in every stage."""
-        return self.config.seed + self.state.phase
 
     @property
     def _draw_seed(self) -> str:
