@@ -64,9 +64,9 @@ class RowFilter:
 
     def __call__(self, columns: Mapping[str, pa.Array]) -> Verdict:
         verdict = Verdict(np.arange(len(columns[URL])))
-        for name in (URL, CAPTION):
+        for name, reason in ((URL, "no URL"), (CAPTION, "no caption")):
             lengths = pc.binary_length(columns[name]).fill_null(0).to_numpy(zero_copy_only=False)
-            verdict.drop(lengths[verdict.rows] == 0, f"no {name}")
+            verdict.drop(lengths[verdict.rows] == 0, reason)
         self._sizes(verdict, columns)
         self._scores(verdict, columns)
         self._urls(verdict, columns)

@@ -83,10 +83,10 @@ def _check(data: DataConfig) -> None:
             f"data.select.rows_per_part={rows}: must be a multiple of data.download.samples_per_shard={samples}"
         )
     folders = {name: Path(source.selected).resolve() for name, source in data.sources.items()}
+    metadata = {Path(source.metadata).resolve() for source in data.sources.values()}
     for name, source in data.sources.items():
         schema_of(f"data.sources.{name}", source.schema)
-        metadata = Path(source.metadata).resolve()
-        if folders[name] == metadata or list(folders.values()).count(folders[name]) > 1:
+        if folders[name] in metadata or list(folders.values()).count(folders[name]) > 1:
             raise ConfigError(
                 f"data.sources.{name}.selected={source.selected}: taken already; give it a folder of its own"
             )

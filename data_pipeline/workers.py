@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
     if processes == 1:
         yield _run_here
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(lock,)
     )
@@ -59,6 +61,10 @@ def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
             f"{setting}={processes}: a process was ended from outside, for want of memory perhaps; give fewer "
             "processes and run it again"
         ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -78,6 +84,8 @@ def _run_in(
 
 def _begin(lock: Path) -> None:
     """End with the parent, however it goes; until then keep another run out."""
+    # Ctrl-C reaches all processes of a terminal; the one that started this one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _HELD.append(lock.open("w"))
     fcntl.flock(_HELD[-1], fcntl.LOCK_SH)
     pa.set_cpu_count(1)

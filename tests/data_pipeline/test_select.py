@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import pytest
 
 import data_pipeline.parts
 from data_pipeline.__main__ import main
+from data_pipeline.filters import RowFilter
 from data_pipeline.select import select
 from data_pipeline.selection import read_selection
 from data_pipeline.url_policy import url_problem
@@ -207,7 +209,7 @@ FILTERS: dict[str, tuple[list[str], list[dict[str, Any]], set[int], dict[str, in
         ],
         {0},
         {
-            "no url": 2,
+            "no URL": 2,
             "not http or https": 1,
             "private address": 1,
             "loopback host": 1,
@@ -426,7 +428,7 @@ def own_settings(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("moment", "processes"), [("units/000001", 2), ("units/000004/kept.npy", 1), ("kept.npy", 2), ("parts", 2)]
 )
-def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int) -> None:
+def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [pair(number % 19_000, similarity=number % 7 / 7) for number in range(20_000)]
     for number in range(8):
         write(tmp_path / "own" / f"{number}.parquet", rows[2500 * number : 2500 * (number + 1)])
@@ -445,13 +447,44 @@ def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int) -> No
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     finished = {file: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
+    units = len([unit for unit in scratch.glob("units/*") if unit.suffix != ".incomplete"])
     if process.returncode != 0:
         assert read_selection(folder) is None
+    filters = []
+    monkeypatch.setattr("data_pipeline.units.RowFilter", lambda *given: filters.append(given) or RowFilter(*given))
     select(data)
+    assert len(filters) == (8 - units if process.returncode != 0 else 0)
     assert contents(tmp_path / "selected") == whole
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert sorted(file.name for file in (tmp_path / "selected").iterdir()) == [".scratch.lock", "own"]
     assert not list(folder.glob("*.incomplete"))
+
+
+def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
+    rows = [pair(number) for number in range(100)]
+    for number in range(40):
+        write(tmp_path / "own" / f"{number:02d}.parquet", rows)
+    command = [sys.executable, "-m", "data_pipeline", "select", *own_settings(tmp_path), "data.select.processes=2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: (tmp_path / "selected" / ".scratch" / "units" / "000000").exists())
+    # As a terminal does: to all its processes.
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "stopped; run it again to continue\n"
+
+
+def test_two_runs_are_not_at_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(0)])
+    (tmp_path / "selected").mkdir()
+    monkeypatch.setattr("data_pipeline.scratch.LOCK_SECONDS", 0.0)
+    with (tmp_path / "selected" / ".scratch.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(ConfigError, match=r"data\.select\.scratch=.*: another select is at work there"):
+            select(own(tmp_path))
+    assert select(own(tmp_path))["own"].rows == 1
 
 
 def test_done_is_done_and_a_changed_plan_begins_anew_until_there_are_shards(
