@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import secrets
 import sys
 import tempfile
 import threading
@@ -113,6 +114,8 @@ def _ray(processes: int, cluster: str | None, environment: Mapping[str, str]) ->
 
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         if cluster is None:
+            # Ray would make one, and keep it in the home folder.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",
                 num_cpus=processes,
