@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,6 +160,16 @@ class Cluster:
 
         self._until(reached, timeout, lambda: f"job {number} is {found}")
         return found
+
+    def wait_for_port(self, node: str, port: int, timeout: float = 300) -> None:
+        """Return when a program on a node answers at its loopback address."""
+        probe = f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)"
+        command = ["nsenter", f"--net=/run/netns/{self._namespace(node)}", sys.executable, "-c", probe]
+        self._until(
+            lambda: subprocess.run(command, capture_output=True, timeout=60).returncode == 0,
+            timeout,
+            lambda: f"nothing answers at port {port} of {node}",
+        )
 
     def wait_for_file(self, path: Path, number: str, timeout: float = 600) -> None:
         """Return when a file is there, while its job runs."""

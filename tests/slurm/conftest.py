@@ -54,5 +54,4 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kept in ROOT.glob("logs/*/.gitignore"):
         (folder / kept.parent.relative_to(ROOT)).mkdir(parents=True)
         shutil.copy(kept, folder / kept.relative_to(ROOT))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return folder

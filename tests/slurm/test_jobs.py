@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,6 +185,26 @@ def test_a_signal_to_the_batch_script_alone_reaches_every_rank(
     assert [line for line in lines if "error: of every rank" in line] == ["error: of every rank", other]
     assert lines[-1] == "status 75"
     assert (logs / job / "attempt-1" / "rank-1.out").read_text().startswith("rank 1 has saved")
+
+
+def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
+    settings = ["data=shapes", "data.root=drawn", "data.shapes.pictures=60"]
+    for verb in ("shapes", "select"):
+        cluster.command(sys.executable, "-m", "data_pipeline", verb, *settings, cwd=checkout)
+    shared = ["--nodelist=n1", "--cpus-per-task=1", "--mem=1000"]
+    serve = f"--wrap={sys.executable} -m data_pipeline serve {' '.join(settings)}"
+    server = cluster.command("sbatch", "--parsable", *shared, "--output=/dev/null", serve, cwd=checkout)
+    cluster.wait_for_port("n1", 8765)
+    job = submit(cluster, checkout, "download_shards.sh", *shared, "--array=0-1", *settings)
+    outputs = []
+    for task in range(2):
+        assert cluster.wait(f"{job}_{task}")["ExitCode"] == "0:0"
+        outputs.append((checkout / "logs" / "download_shards" / f"{job}-{task}.out").read_text())
+    cluster.command("scancel", server)
+    # The pictures, drawn with a fixed seed, are in two parts, one of each source.
+    assert ["36 of 36 pictures" in output for output in outputs] == [True, False]
+    assert ["24 of 24 pictures" in output for output in outputs] == [False, True]
+    assert len(list((checkout / "drawn" / "shards").rglob("*.tar"))) == 2
 
 
 def test_part_of_an_array_is_refused(cluster: Cluster, checkout: Path) -> None:
