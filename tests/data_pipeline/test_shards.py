@@ -1,15 +1,17 @@
-"""Shards as img2dataset leaves them: cut ones are seen, the better of two attempts is kept (under a second)."""
+"""Shards as img2dataset leaves them, and what is counted of them (under a second)."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
 from data_pipeline import shards
+from data_pipeline.download_progress import DownloadProgress
 from data_pipeline.failures import Tally, reason
 
 
@@ -124,3 +126,15 @@ def test_a_tally() -> None:
     assert (tally.count, tally.successes, tally.transient) == (20, 12, 2)
     assert (tally.success_share, tally.settled_share) == (0.6, 0.9)
     assert str(tally) == "12 of 20 pictures (60%); failed: 6 HTTP 404, 2 too slow"
+
+
+def test_a_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rates count from where an earlier run stopped; a log gets a line every half minute."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with DownloadProgress(pictures=1000) as progress:
+        for seconds, pictures in ((0, 200), (10, 260), (31, 300), (40, 400)):
+            clock[0] = 100.0 + seconds
+            progress.update(Tally({"success": pictures // 2, "HTTP Error 404: Not Found": pictures // 2}))
+    assert capsys.readouterr().out == "300 of 1,000 pictures, 3/s, 50% fetched, 0:03:37 left; failed: 150 HTTP 404\n"
+    assert "unknown time left" in DownloadProgress(pictures=10).line(Tally(), 101.0)
