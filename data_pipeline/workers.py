@@ -77,15 +77,18 @@ def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], descrip
 def _run_in(
     pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
 ) -> Iterator[Result]:
-    futures = deque(pool.submit(function, task) for task in tasks)
+    # Ctrl-C reaches all processes of a terminal, and this one decides about the others: they inherit the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        futures = deque(pool.submit(function, task) for task in tasks)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for _ in track(range(len(futures)), description):
         yield futures.popleft().result()
 
 
 def _begin(lock: Path) -> None:
     """End with the parent, however it goes; until then keep another run out."""
-    # Ctrl-C reaches all processes of a terminal; the one that started this one decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _HELD.append(lock.open("w"))
     fcntl.flock(_HELD[-1], fcntl.LOCK_SH)
     pa.set_cpu_count(1)

@@ -1,5 +1,5 @@
 """Select against plain Python: every filter's counts, duplicates across files and sources, and runs that are cut short
-(20 seconds)."""
+(30 seconds)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -461,9 +462,9 @@ def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int, monke
 
 
 def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
-    rows = [pair(number) for number in range(100)]
-    for number in range(40):
-        write(tmp_path / "own" / f"{number:02d}.parquet", rows)
+    write(tmp_path / "own" / "000.parquet", [pair(number) for number in range(10)])
+    for number in range(1, 500):
+        shutil.copyfile(tmp_path / "own" / "000.parquet", tmp_path / "own" / f"{number:03d}.parquet")
     command = [sys.executable, "-m", "data_pipeline", "select", *own_settings(tmp_path), "data.select.processes=2"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
