@@ -46,7 +46,9 @@ on_all_ranks() {
     done
     wait
     srun_process=
-    [ "$status" = 0 ] || grep --no-messages --with-filename --extended-regexp '^(error|warning): ' "$rank_logs"/rank-[1-9]*.out | head -n 16 >&2 || true
+    [ "$status" = 0 ] ||
+        grep --no-messages --with-filename --extended-regexp '^(error|warning): ' "$rank_logs"/rank-[1-9]*.out |
+        head -n 16 >&2 || true
 }
 
 # Put this job back into the queue, if it is to run again. Everything is saved by now: nothing after the requeueing is
