@@ -81,7 +81,8 @@ def repeated_rows(units: Sequence[HashFiles], kind: str, bucket: int, alive: np.
 
 def has_bits(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Whether the bits at some places are set, as booleans."""
-    return (bits[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
+    found: np.ndarray = (bits[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
+    return found
 
 
 def clear_bits(bits: np.ndarray, places: np.ndarray) -> None:
