@@ -35,27 +35,23 @@ class Statistics:
             raise ValueError(f"{len(features)} features: at least 2 are needed, all of them finite")
         wide = features.double()
         mean = wide.mean(dim=0)
-        wide -= mean
-        return cls(mean, wide.T @ wide / (len(features) - 1))
+        centred = wide - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1))
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
     """Squared distance of the means plus tr(A + B - 2 sqrt(AB)) of the covariances A and B.
 
-    The eigenvalues of AB are the squared singular values of sqrt(B) sqrt(A): their sum needs the roots of symmetric
-    matrices alone, and stays accurate where a covariance is singular, as it is with fewer samples than features.
+    AB has the eigenvalues of R'AR, where B = RR', and that is symmetric. Directions in which B is nothing but rounding
+    are left out of R: with fewer samples than features most are, and the roots of their rounding would add up.
     """
-    roots = [_square_root(each.covariance) for each in (first, second)]
-    cross = torch.linalg.svdvals(roots[1] @ roots[0]).sum()
+    values, vectors = torch.linalg.eigh(second.covariance)
+    inside = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    root = vectors[:, inside] * values[inside].sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ first.covariance @ root).clamp(min=0).sqrt().sum()
     traces = first.covariance.trace() + second.covariance.trace()
     distance = (first.mean - second.mean).square().sum() + traces - 2 * cross
     return max(0.0, float(distance))
-
-
-def _square_root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    return root
 
 
 def read_reference(path: Path, width: int) -> Statistics:

@@ -33,9 +33,10 @@ def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     evaluator = Evaluator(config)
     alone = launch["WORLD_SIZE"] == "1"
     try:
-        place = (
-            Place(0, 0, 1, torch.device(config.device)) if alone else distributed.start(config.device, TIMEOUT_SECONDS)
-        )
+        if alone:
+            place = Place(0, 0, 1, torch.device(config.device))
+        else:
+            place = distributed.start(config.device, TIMEOUT_SECONDS, words_alone=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:

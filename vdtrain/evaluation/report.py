@@ -42,7 +42,7 @@ def write_sheet(path: Path, given: Any, made: Any, flow: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = len(made)
+    columns = min(len(given), len(made))
     figure, axes = pyplot.subplots(2, columns, figsize=(1.9 * columns, 3.9), squeeze=False)
     for row, (label, samples) in enumerate((("given", given), (flow, made))):
         for column in range(columns):

@@ -47,12 +47,13 @@ class Place:
     device: torch.device
 
 
-def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Place:
+def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, words_alone: bool = False) -> Place:
     """Join the processes of this run and choose this process's device.
 
     Args:
         device: "cuda" or "cpu".
         timeout_seconds: how long any exchange between processes may take before it is an error.
+        words_alone: the processes will exchange no tensors of GPUs, and have no engine.
 
     Raises:
         ValueError: if the launcher's variables are incomplete, or no GPU stands ready for this process.
@@ -66,14 +67,14 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Place:
     os.environ.update(launch)
     # Before there is a group: some modules of PyTorch that it imports take the world group of that moment as a default,
     # and would keep it alive beyond `finish`.
-    import_deepspeed(place.device.type)
+    if not words_alone:
+        import_deepspeed(place.device.type)
     timeout = timedelta(seconds=timeout_seconds)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
-        # Words between processes travel through the CPU, whatever the gradients do.
-        backend, device_id = "cpu:gloo,cuda:nccl", place.device
-    else:
-        backend, device_id = "gloo", None
+    # Words between processes travel through the CPU, whatever the gradients do.
+    nccl = place.device.type == "cuda" and not words_alone
+    backend, device_id = ("cpu:gloo,cuda:nccl", place.device) if nccl else ("gloo", None)
     _keep_gloo_on_loopback(launch.get("MASTER_ADDR", "127.0.0.1"))
     if world_size == 1:
         # Neither a port nor a name server is needed to speak to oneself.

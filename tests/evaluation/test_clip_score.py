@@ -1,0 +1,103 @@
+"""CLIP scores with the tiny preset's CLIP, which knows drawn shapes. 5 seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.shapes import caption, draw, sample_scene
+from vdtrain.compose import ConfigError, compose, to_object
+from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.evaluation.clip_score import ClipJudge, check_clip, clip_scores
+from vdtrain.evaluation_config import ClipConfig
+from vdtrain.models.versatile_diffusion import build_frozen
+
+OWN = ClipConfig(None, None, None)
+WEIGHTS = "asset:tiny/clip.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return to_object(compose("train", ["model=tiny"]), TrainConfig).model
+
+
+@pytest.fixture(scope="module")
+def judge(model: ModelConfig) -> ClipJudge:
+    return ClipJudge(OWN, model)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[torch.Tensor, list[str]]:
+    generator = np.random.default_rng(7)
+    scenes = [sample_scene(generator) for _ in range(40)]
+    drawn = torch.from_numpy(np.stack([draw(scene, 48) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    return drawn, [caption(scene, generator) for scene in scenes]
+
+
+def test_right_captions_score_above_wrong_ones(judge: ClipJudge, pairs: tuple[torch.Tensor, list[str]]) -> None:
+    pictures, captions = judge.pictures(pairs[0]), judge.captions(pairs[1])
+    right = clip_scores(pictures, captions)
+    wrong = clip_scores(pictures, captions.roll(1, dims=0))
+    assert right.mean() > wrong.mean() + 20
+    assert (right > wrong).double().mean() >= 0.9
+
+
+def test_the_scale_is_hundredths_of_a_cosine_and_nothing_below_zero() -> None:
+    first = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
+    second = torch.tensor([[5.0, 0.0], [3.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(clip_scores(first, second), torch.tensor([100.0, 60.0, 0.0, 0.0]).double())
+
+
+def test_embeddings_are_the_global_tokens_of_the_contexts(
+    judge: ClipJudge, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
+) -> None:
+    frozen = build_frozen(model)
+    contexts = frozen.encode({"image": pairs[0], "text": pairs[1]}, (), ("image", "text")).contexts
+    normalised = torch.nn.functional.normalize(judge.pictures(pairs[0]), dim=-1)
+    torch.testing.assert_close(normalised, contexts["image"][:, 0], atol=1e-5, rtol=1e-4)
+    # One token of a caption's context, the one that ends it, is its embedding.
+    embedded = torch.nn.functional.normalize(judge.captions(pairs[1]), dim=-1)
+    apart = (contexts["text"] - embedded[:, None]).norm(dim=-1).min(dim=1).values
+    torch.testing.assert_close(apart, torch.zeros(40), atol=1e-4, rtol=0)
+
+
+def test_a_clip_of_its_own_scores_as_the_same_one_in_the_model(
+    judge: ClipJudge, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
+) -> None:
+    architecture = model.modalities["text"].context_encoder["architecture"]
+    named = ClipJudge(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
+    assert torch.equal(named.pictures(pairs[0]), judge.pictures(pairs[0]))
+    assert torch.equal(named.captions(pairs[1]), judge.captions(pairs[1]))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ClipConfig("ViT-B-32-quickgelu", None, None), "clip.weights: null"),
+        (ClipConfig("ViT-B-32-quickgelu", "nowhere.safetensors", None), "clip.weights=nowhere.safetensors: no such"),
+        (ClipConfig(None, WEIGHTS, None), "of a clip.architecture that is null"),
+    ],
+)
+def test_a_clip_that_cannot_be_built_is_one_line(config: ClipConfig, message: str, model: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_clip(config, model)
+
+
+def test_wrong_weights_and_names_are_one_line(model: ModelConfig) -> None:
+    for architecture, message in (
+        ("ViT-Z", r"clip\.architecture=ViT-Z: not a model of open_clip"),
+        (
+            {**model.modalities["text"].context_encoder["architecture"], "embed_dim": 32},
+            r"clip\.weights=.*weights of another model",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ClipJudge(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
+
+
+def test_a_model_without_clip_needs_one_named() -> None:
+    model = to_object(compose("train", ["model=tiny"]), TrainConfig).model
+    model.modalities["image"].context_encoder = {"_target_": "torch.nn.Identity"}
+    with pytest.raises(ConfigError, match=r"context_encoder is no ClipImageContext; name a CLIP"):
+        check_clip(OWN, model)

@@ -1,0 +1,220 @@
+"""`vdtrain evaluate` from its command line to its files, on a tiny model with random diffuser weights. 25 seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.pairs import write_pairs
+from vdtrain.compose import compose, to_object
+from vdtrain.config import TrainConfig
+from vdtrain.evaluate import main as evaluate
+from vdtrain.evaluation.inception import InceptionFeatures
+from vdtrain.flows import Flow, active_groups, all_flows
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.weights.folder import write_weights_folder
+
+ROOT = Path(__file__).parents[2]
+FLOWS = ["text-to-image", "image-to-image", "image-to-text", "text-to-text"]
+SAMPLES, PART = 10, 4
+
+
+def write_checkpoint(folder: Path, flows: list[Flow], *overrides: str) -> None:
+    config = to_object(compose("train", ["model=tiny", *overrides]), TrainConfig).model
+    torch.manual_seed(0)
+    diffuser = Diffuser(config, active_groups(flows))
+    with torch.no_grad():
+        for parameter in diffuser.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    write_weights_folder(folder, diffuser.state_dict(), config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, a checkpoint of four flows and one of stage 1."""
+    made = tmp_path_factory.mktemp("evaluation")
+    write_pairs(made / "data", shards=2, count=12)
+    write_checkpoint(made / "model", all_flows(["image", "text"]))
+    write_checkpoint(made / "stage1", [Flow("image", "image")])
+    return made
+
+
+def settings(folder: Path, output: str, *more: str) -> list[str]:
+    return [
+        f"checkpoint={folder}/model",
+        "data=shapes",
+        f"data.manifest={folder}/data/manifest",
+        f"output_dir={folder}/{output}",
+        "resolution=32",
+        "steps=2",
+        f"samples={SAMPLES}",
+        f"part_samples={PART}",
+        "loader_workers=1",
+        "threads=1",
+        *more,
+    ]
+
+
+def metrics(folder: Path, output: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / output / "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, Any]:
+    """An evaluation that nothing interrupted."""
+    assert evaluate(settings(folder, "whole")) == 0
+    return metrics(folder, "whole")
+
+
+def test_every_flow_gets_its_figures(folder: Path, whole: dict[str, Any]) -> None:
+    assert list(whole["flows"]) == FLOWS
+    for flow, figures in whole["flows"].items():
+        expected = {"samples", "clip_score"} | ({"clip_distance"} if flow.endswith("image") else set())
+        assert set(figures) == expected
+        assert 0 <= figures["clip_score"]["mean"] <= 100
+    # The tiny CLIP knows these pairs, and an untrained diffuser does not.
+    assert whole["pairs"]["clip_score"]["mean"] > 60
+    assert all(whole["flows"][flow]["clip_score"]["mean"] < 50 for flow in FLOWS)
+    assert whole["checkpoint"]["path"] == f"{folder}/model"
+    assert len(whole["checkpoint"]["sha256"]) == 64
+    assert (whole["samples"], whole["settings"]["steps"]) == (SAMPLES, 2)
+    assert whole["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_there_is_something_to_look_at(folder: Path, whole: dict[str, Any]) -> None:
+    for flow in FLOWS:
+        with Image.open(folder / "whole" / f"{flow}.png") as sheet:
+            assert sheet.width > 2 * sheet.height / 2
+    captions = (folder / "whole" / "image-to-text.txt").read_text().splitlines()
+    assert len(captions) == SAMPLES
+
+
+def test_what_is_there_is_not_made_again(folder: Path, whole: dict[str, Any]) -> None:
+    """A part that is lost, cut short or half written is made as it was; more samples are added to those there are."""
+    assert evaluate(settings(folder, "again", "flows=[image-to-text]", "samples=6")) == 0
+    parts = folder / "again" / "parts"
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert set(kept) == {f"{name}-0000{number}.safetensors" for name in ("pairs", "image-to-text") for number in (0, 1)}
+    assert evaluate(settings(folder, "again", "flows=[text-to-image,image-to-text]", "batch_size=3")) == 0
+    now = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert {name for name in kept if now[name] == kept[name]} == {
+        "pairs-00000.safetensors",
+        "image-to-text-00000.safetensors",
+    }
+    compare(metrics(folder, "again"), whole)
+    content = (parts / "image-to-text-00001.safetensors").read_bytes()
+    (parts / "image-to-text-00001.safetensors").write_bytes(content[:100])
+    (parts / "text-to-image-00000.safetensors").unlink()
+    (parts / "text-to-image-00000.safetensors.incomplete").write_bytes(b"half")
+    assert evaluate(settings(folder, "again", "flows=[text-to-image,image-to-text]")) == 0
+    compare(metrics(folder, "again"), whole)
+    assert len(list(parts.iterdir())) == 9
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same figures, but for rounding in batches of another size."""
+    assert found["pairs"]["clip_score"] == pytest.approx(expected["pairs"]["clip_score"], rel=1e-4)
+    for flow, figures in found["flows"].items():
+        assert figures["clip_score"] == pytest.approx(expected["flows"][flow]["clip_score"], rel=1e-2, abs=0.1)
+        if "clip_distance" in figures:
+            assert figures["clip_distance"] == pytest.approx(expected["flows"][flow]["clip_distance"], rel=1e-2)
+
+
+def test_two_processes_make_what_one_makes(folder: Path, whole: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["-m", "vdtrain.evaluate", *settings(folder, "shared", "flows=[text-to-image,text-to-text]")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = metrics(folder, "shared")
+    assert {flow: whole["flows"][flow] for flow in found["flows"]} == found["flows"]
+    assert done.stdout.count("metrics.json") == 1
+    # Rank 0 has parts 0 and 2 of 3 and says so after every flow of each.
+    assert done.stdout.count("samples/s") == 4
+
+
+def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    torch.save(InceptionFeatures(None).network.state_dict(), folder / "inception.pth")
+    reference = folder / "reference.npz"
+    given = ["flows=[text-to-image]", "samples=3", "part_samples=3", f"fid.weights={folder}/inception.pth"]
+    assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
+    output = capsys.readouterr()
+    assert "fid.weights: not the published file" in output.err
+    assert f"fid.reference={reference}: written, of 3 pictures" in output.out
+    first = metrics(folder, "fid")["flows"]["text-to-image"]["fid"]
+    assert first > 0
+    # Taken from the file, the real pictures' features are not asked for, and another mean is another distance.
+    import numpy as np
+
+    with np.load(reference, allow_pickle=False) as file:
+        mean, covariance = file["mu"], file["sigma"]
+    np.savez(reference, mu=mean + 1, sigma=covariance)
+    assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
+    assert "written" not in capsys.readouterr().out
+    assert metrics(folder, "fid")["flows"]["text-to-image"]["fid"] > first + 1000
+
+
+def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conf = f"hydra.searchpath=[{ROOT}/tests/third_modality/conf]"
+    flows = [Flow("sound", "text"), Flow("image", "sound")]
+    write_checkpoint(folder / "sounding", flows, conf, "model=tiny_with_sound")
+    more = [conf, "data=shapes_with_sound", f"checkpoint={folder}/sounding", "flows=[text-to-sound,sound-to-image]"]
+    assert evaluate(settings(folder, "sound", *more, "samples=4")) == 0
+    assert "text-to-sound is left out: no figure is known for the modality 'sound'" in capsys.readouterr().err
+    assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {"samples", "clip_distance"}
+
+
+def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
+    assert evaluate(settings(folder, "whole", "tracking=offline")) == 0
+    assert list((folder / "whole" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        ("samples=1", "samples=1: must be at least 2"),
+        ("samples=25", "samples=25: data.manifest={folder}/data/manifest has 24 pairs; set samples=24"),
+        ("part_samples=0", "part_samples=0: must be at least 1"),
+        ("flows=[]", "flows=[]: name at least one flow"),
+        ("flows=[text-to-image,text-to-image]", "flows=['text-to-image', 'text-to-image']: name"),
+        ("flows=[sideways]", "flows: flow 'sideways' is not CONTEXT-to-OUTPUT"),
+        ("flows=[text-to-sound]", "flows: text-to-sound: {folder}/model has no layers data.sound"),
+        ("checkpoint=nowhere", "checkpoint=nowhere: does not exist"),
+        ("checkpoint={folder}/stage1", "flows: text-to-image: {folder}/stage1 has no layers context.text"),
+        ("data.manifest=nowhere", "data.manifest=nowhere: shards.parquet is not there"),
+        ("data.stream._target_=nowhere.Stream", "data.stream._target_=nowhere.Stream: cannot be imported"),
+        ("resolution=40", "height=40: not a multiple of 16"),
+        ("width=64", "height=32, width=64: pictures are compared with real ones cropped to squares"),
+        ("steps=0", "steps=0: choose 1 to 1000"),
+        ("solver=euler", "solver=euler: choose one of"),
+        ("precision=int4", "precision=int4: choose one of"),
+        ("fid.weights=nowhere.pth", "fid.weights=nowhere.pth: no such file"),
+        ("fid.reference=stats.npz", "fid.reference=stats.npz: needs fid.weights"),
+        ("clip.architecture=ViT-B-32-quickgelu", "clip.weights: null"),
+        ("tracking.mode=loud", "tracking.mode=loud: choose one of"),
+        ("guidance=3", "guidance: no such setting; did you mean 'guidance_scale'?"),
+        ("output_dir={folder}/whole", "output_dir={folder}/whole: holds an evaluation with another guidance_scale"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    mistake: str, line: str, folder: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    other = "guidance_scale=3" if mistake.startswith("output_dir") else "seed=0"
+    assert evaluate(settings(folder, "mistaken", other, mistake.format(folder=folder))) == 2
+    errors = [each for each in capsys.readouterr().err.splitlines() if not each.startswith("warning: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: " + line.format(folder=folder))
+    assert not (folder / "mistaken").exists()
