@@ -1,0 +1,226 @@
+"""Cached latents are what the encoder would give, and nothing else is ever taken for them. Under 20 seconds."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.__main__ import main
+from tests.pairs import write_pairs
+from vdtrain.compose import compose, to_object
+from vdtrain.config import LatentsConfig
+from vdtrain.data import latents as latents_module
+from vdtrain.data.latent_file import LatentDescription, LatentFileWriter, file_name
+from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
+from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.shards import StreamError
+from vdtrain.data.stream import PairStream
+from vdtrain.instantiate import instantiate
+from vdtrain.models.frozen_weights import fingerprint
+from vdtrain.models.image_vae import ImageVAE
+
+RESOLUTION, BATCH = 32, 12
+# Half the distance between neighbouring float16 numbers, relative to them, and among the smallest of them.
+RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-25
+
+
+def specification() -> dict[str, Any]:
+    config = to_object(compose("latents", ["model=tiny", "data=shapes", "hardware=cpu"]), LatentsConfig)
+    return config.model.modalities["image"].vae
+
+
+def vae(dtype: torch.dtype) -> ImageVAE:
+    built: ImageVAE = instantiate(specification(), "vae")
+    return built.to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("latents"), shards=3, count=23)
+
+
+def make(manifest: Path, folder: Path, precision: str = "fp32") -> Path:
+    settings = ["model=tiny", "data=shapes", "hardware=cpu", f"hardware.precision={precision}"]
+    settings += [f"data.manifest={manifest}", f"data.latent_cache.folder={folder}"]
+    assert main(["latents", *settings, f"data.latent_cache.resolutions=[{RESOLUTION}]"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(manifest: Path) -> Path:
+    return make(manifest, manifest.with_name("latents"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_cached_latents_are_the_encoders(manifest: Path, tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    """Within the rounding of the moments to float16, which bfloat16's own are not subject to."""
+    folder = make(manifest, tmp_path / "latents", precision)
+    stream = PairStream(
+        manifest, seed=3, resolution=RESOLUTION, global_batch_size=BATCH, random_crop=False, latents=str(folder)
+    )
+    encoder, compared = vae(dtype), 0
+    for batch in islice(stream, 6):
+        cached = batch.moments["image"]
+        exact = encoder.moments(batch.samples["image"].contiguous())
+        noise = torch.randn(BATCH, 4, 4, 4, generator=torch.Generator().manual_seed(compared))
+        for draw in (None, noise):
+            difference = encoder.from_moments(cached, draw).double() - encoder.from_moments(exact, draw).double()
+            # The cache's batches are others, which may change the last bit of what the encoder computes.
+            last_bit = 2.0**-22 if dtype == torch.float32 else 2.0**-8
+            bound = latent_bound(exact.double(), draw, encoder.latent_scale, RELATIVE + last_bit)
+            assert (difference.abs() <= bound + 8 * last_bit * (dtype == torch.float32)).all()
+        if dtype == torch.bfloat16:
+            assert (cached.bfloat16() == exact).double().mean() > 0.99
+        compared += len(cached)
+    stream.close()
+    assert compared == 6 * BATCH
+
+
+def latent_bound(moments: Tensor, noise: Tensor | None, scale: float, relative: float) -> Tensor:
+    """By how much a latent can differ where its moments were rounded to such a part of themselves."""
+    mean, logvar = moments.chunk(2, dim=1)
+    rounding = scale * (relative * mean.abs() + ABSOLUTE)
+    if noise is not None:
+        exponent = 0.5 * (relative * logvar.abs() + ABSOLUTE)
+        rounding = rounding + scale * (0.5 * logvar).exp() * torch.expm1(exponent) * noise.abs()
+    return rounding
+
+
+def test_float16_keeps_bfloat16_moments_to_the_last_bit() -> None:
+    moments = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).mul(10).bfloat16()
+    usual = moments[moments.abs() >= 2.0**-14]
+    assert len(usual) > 9_900
+    assert torch.equal(usual.half().bfloat16(), usual)
+    for extreme in (-30.0, 20.0, 30.0, -30.0 * 2):
+        assert torch.tensor(extreme).half().item() == extreme
+
+
+def test_files_are_plain_safetensors(manifest: Path, cache: Path) -> None:
+    found = Manifest(manifest)
+    path = LatentFolder(cache, RESOLUTION).path_of(found, 1)
+    tensors = load_file(path)
+    assert {name: (value.dtype, list(value.shape)) for name, value in tensors.items()} == {
+        "moments": (torch.float16, [23, 8, 4, 4]),
+        "rows": (torch.int32, [23]),
+        "bad": (torch.uint8, [23]),
+    }
+    out = torch.empty(3, 8, 4, 4)
+    LatentShards(cache, found, RESOLUTION).read(1, np.array([22, 0, 7]), out)
+    assert torch.equal(out, tensors["moments"][[22, 0, 7]].float())
+
+
+def test_many_threads_read_with_few_files_open(manifest: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents_module, "OPEN_FILES", 1)
+    found = Manifest(manifest)
+    shards = LatentShards(cache, found, RESOLUTION)
+    files = [load_file(LatentFolder(cache, RESOLUTION).path_of(found, shard))["moments"] for shard in range(3)]
+
+    def look(number: int) -> bool:
+        out = torch.empty(1, *shards.shape, dtype=torch.float16)
+        shards.read(number % 3, np.array([number % 23]), out)
+        return torch.equal(out[0], files[number % 3][number % 23])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(look, range(600)))
+    assert len(shards._files) == 1
+
+
+@pytest.fixture
+def written(manifest: Path, tmp_path: Path) -> tuple[Manifest, Path, list[Path]]:
+    """A cache of the first shards' odd rows only, by the writer alone; row 3 of each is bad."""
+    found, files = Manifest(manifest), []
+    description = LatentDescription(RESOLUTION, RESOLUTION, (2, 1, 1), "a0", "fp32")
+    (tmp_path / "32").mkdir()
+    (tmp_path / "32" / DESCRIPTION_FILE).write_text(json.dumps(description.to_dict()))
+    for path, sha256 in zip(found.paths, found.hashes, strict=True):
+        file = tmp_path / "32" / file_name(path, sha256)
+        rows = np.arange(1, 23, 2, dtype=np.int32)
+        moments = rows[:, None, None, None] * np.ones((11, 2, 1, 1), np.float16)
+        writer = LatentFileWriter(file, tmp_path / "draft", description, sha256, rows)
+        writer.bad[1] = 1
+        writer.write(moments[:5].astype(np.float16))
+        writer.write(moments[5:].astype(np.float16))
+        writer.close()
+        files.append(file)
+    return found, tmp_path, files
+
+
+def test_rows_are_found_by_number_and_bad_ones_are_told(written: tuple[Manifest, Path, list[Path]]) -> None:
+    found, folder, _ = written
+    shards = LatentShards(folder, found, RESOLUTION, vae="a0")
+    out = torch.zeros(2, 2, 1, 1, dtype=torch.float16)
+    shards.read(2, np.array([21, 5]), out)
+    assert out[:, 0, 0, 0].tolist() == [21, 5]
+    assert [row for row in range(1, 23, 2) if shards.is_bad(0, row)] == [3]
+    with pytest.raises(StreamError, match="has no latent of sample 4; remove it"):
+        shards.read(0, np.array([4]), out[:1])
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 4096, 4100, -1, -20])
+def test_a_truncated_file_is_not_read(written: tuple[Manifest, Path, list[Path]], size: int) -> None:
+    found, folder, files = written
+    shards = LatentShards(folder, found, RESOLUTION)
+    data = files[1].read_bytes()
+    files[1].write_bytes(data[:size] if size >= 0 else data[: len(data) + size])
+    with pytest.raises(StreamError, match=r"not the latents of its shard \(.*\); remove it and make it again"):
+        shards.read(1, np.array([1]), torch.empty(1, 2, 1, 1))
+    shards.read(0, np.array([1]), torch.empty(1, 2, 1, 1))
+
+
+def test_a_file_of_another_shard_is_not_read(written: tuple[Manifest, Path, list[Path]]) -> None:
+    found, folder, files = written
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(StreamError, match="not the latents of its shard"):
+        LatentShards(folder, found, RESOLUTION).is_bad(1, 1)
+    files[2].unlink()
+    with pytest.raises(ManifestError, match=r"lacks the latents of 1 of 3 shards; make them with python -m data_pip"):
+        LatentShards(folder, found, RESOLUTION)
+
+
+def test_a_writer_that_lacks_samples_gives_no_file(manifest: Path, tmp_path: Path) -> None:
+    description = LatentDescription(RESOLUTION, RESOLUTION, (2, 1, 1), "a0", "fp32")
+    writer = LatentFileWriter(tmp_path / "whole", tmp_path / "draft", description, "0", np.arange(3, dtype=np.int32))
+    writer.write(np.ones((2, 2, 1, 1), np.float16))
+    with pytest.raises(ValueError, match="3 samples, and other than as many moments"):
+        writer.close()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_that_do_not_go_with_the_run_are_refused(written: tuple[Manifest, Path, list[Path]]) -> None:
+    found, folder, _ = written
+    with pytest.raises(ManifestError, match=r"no latents of resolution 64; make them .*resolutions=\[64\]"):
+        LatentShards(folder, found, 64)
+    with pytest.raises(ManifestError, match=r"was made with another VAE \(a0, and the model's is b1\)"):
+        LatentShards(folder, found, RESOLUTION, vae="b1")
+    with pytest.raises(ManifestError, match=r"has pictures from 32 pixels on, and data\.stream\.min_side .* from 16"):
+        LatentShards(folder, found, RESOLUTION, min_side=16)
+    description = folder / "32" / DESCRIPTION_FILE
+    description.write_text(description.read_text().replace('"layout": 1', '"layout": 2'))
+    with pytest.raises(ManifestError, match=r"cannot be used \(another layout\); remove"):
+        LatentShards(folder, found, RESOLUTION)
+
+
+def test_a_fingerprint_follows_contents_and_not_places(tmp_path: Path) -> None:
+    weights, copy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    weights.write_bytes(b"one")
+    copy.write_bytes(b"one")
+    arguments = {"_target_": "x.Y", "widths": [1, 2], "weights": str(weights)}
+    first = fingerprint(arguments, "vae")
+    assert fingerprint({**arguments, "weights": str(copy)}, "vae") == first
+    assert fingerprint({**arguments, "widths": [1, 3]}, "vae") != first
+    copy.write_bytes(b"two")
+    assert fingerprint({**arguments, "weights": str(copy)}, "vae") != first
+    with pytest.raises(ValueError, match=r"vae\.weights=null: random weights"):
+        fingerprint({**arguments, "weights": None}, "vae")
+    with pytest.raises(ValueError, match=r"vae\.weights=.*c\.safetensors: no such file"):
+        fingerprint({**arguments, "weights": str(tmp_path / "c.safetensors")}, "vae")
