@@ -143,6 +143,21 @@ def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(runs: Run
     assert (logs / "attempt-3" / "rank-0.out").read_text() in runs.output("disturbed")
 
 
+def test_latents_and_measures_are_made_on_every_node(cluster: Cluster, checkout: Path, runs: Runs) -> None:
+    data = ["data=shapes", f"data.manifest={checkout}/pairs/manifest"]
+    cache = ["data.latent_cache.resolutions=[32]", "data.latent_cache.folder=latents"]
+    latents = submit(cluster, checkout, "precompute_latents.sh", *SIZE, "model=tiny", "hardware=cpu", *data, *cache)
+    few = ["samples=4", "batch_size=2", "resolution=32", "steps=2", "flows=[image-to-text]", "device=cpu"]
+    trained = [f"checkpoint=runs/{STAGES[2]}", "output_dir=measured"]
+    measures = submit(cluster, checkout, "evaluate.sh", *SIZE, *trained, *data, *few)
+    for name, job in (("precompute_latents", latents), ("evaluate", measures)):
+        output = checkout / "logs" / name / f"{job}.out"
+        assert cluster.wait(job)["ExitCode"] == "0:0", output.read_text()
+        assert (output.with_suffix("") / "attempt-1" / "rank-1.out").exists()
+    assert len(list((checkout / "latents" / "32").glob("*.safetensors"))) == 4
+    assert "image-to-text" in json.loads((checkout / "measured" / "metrics.json").read_text())["flows"]
+
+
 def test_what_is_missing_is_said_before_anything_starts(cluster: Cluster, checkout: Path, settings: list[str]) -> None:
     words = [*SIZE, *settings, "stage.init_from=runs/nowhere", "run_dir=runs/refused", "hardware.loader_workers=3"]
     job = submit(cluster, checkout, "stage3_four_flow.sh", *words, "+data.stream.attempts={}")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,20 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "slurm.md"]
 
 
 def submissions() -> list[str]:
-    """Commands of the documents that submit a stage or the curriculum."""
+    """Commands of the documents that submit something."""
     text = "\n".join(block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL))
     lines = (line.partition("  #")[0].strip() for line in text.splitlines())
-    return sorted({line for line in lines if re.search(r"slurm/(stage\w+|curriculum)\.sh", line)})
+    return sorted({line for line in lines if re.search(r"^(sbatch .*)?slurm/\w+\.sh", line)})
+
+
+def verbs(script: str) -> list[tuple[Callable[[list[str]], int], list[str]]]:
+    """What the jobs of a script call with the overrides that it is given."""
+    data = {"download_shards": "download", "precompute_latents": "latents"}
+    if script in data:
+        return [(data_pipeline_main, [data[script]])]
+    if script == "evaluate":
+        return [(vdtrain_main, ["evaluate"])]
+    return [(vdtrain_main, ["train", f"stage={stage}"]) for stage in STAGES if script in (stage, "curriculum")]
 
 
 def test_the_stages_differ_in_name_and_size_alone() -> None:
@@ -87,9 +98,8 @@ def test_submissions_in_the_documents_are_ones_that_work(command: str, capsys: p
     (script,) = [word for word in words if word.endswith(".sh")]
     assert (ROOT / script).is_file()
     overrides = words[words.index(script) + 1 :]
-    stages = [Path(script).stem] if "stage" in script else list(STAGES)
-    for stage in stages:
-        assert vdtrain_main(["train", f"stage={stage}", *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
+    for main, verb in verbs(Path(script).stem):
+        assert main([*verb, *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
 
 
 def test_the_paths_that_a_site_may_set_are_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,4 +110,4 @@ def test_the_paths_that_a_site_may_set_are_settings(capsys: pytest.CaptureFixtur
 
 
 def test_the_documents_submit() -> None:
-    assert len(submissions()) >= 3
+    assert len(submissions()) >= 6
