@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(503)
         elif path.startswith(("/good/", "/held/")):
             if path.startswith("/held/"):
-                self.server.released.wait(60)
+                self.server.released.wait(300)
             self.answer(jpeg(int("".join(filter(str.isdigit, path)))))
         elif path in BODIES:
             self.answer(BODIES[path])
