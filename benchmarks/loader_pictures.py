@@ -32,7 +32,7 @@ OCTAVES = ((64, 30.0), (16, 16.0), (4, 9.0), (1, 3.9))
 
 
 def write_set(folder: Path, shards: int, samples: int, processes: int) -> None:
-    """Tar shards in `folder`/shards, their manifest, and tokenizers: CLIP's (tokenizer.json), BERT's kind (bert.json)."""
+    """Tar shards in `folder`/shards, their manifest, and tokenizers, tokenizer.json (CLIP's) and bert.json."""
     (folder / "shards").mkdir(parents=True)
     tasks = [(folder / "shards" / f"{number:05d}.tar", samples, number) for number in range(shards)]
     with get_context("spawn").Pool(processes) as pool:
