@@ -1,0 +1,262 @@
+"""The verb that fills the latent cache: killed, shared, run again, and what it refuses. Half a minute on two free cores, most of it imports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from data_pipeline.__main__ import main
+from data_pipeline.index import index
+from data_pipeline.latent_encoding import DRAFTS, STALE_SECONDS
+from data_pipeline.latent_progress import LatentProgress
+from tests.pairs import write_shard
+from vdtrain.compose import ConfigError, compose, to_object
+from vdtrain.config import ModalityConfig, TrainConfig
+from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
+from vdtrain.data.manifest import Manifest
+from vdtrain.validation import check, latent_encoder
+
+sys.path.insert(0, str(Path(__file__).parent))
+from latent_processes import Case, Ending, run_cases
+
+SHARDS, COUNT, BATCH = 5, 21, 8
+BATCHES = 3  # of each shard
+OPTIMUS = "vdtrain.models.optimus.Optimus"
+
+
+def overrides(data: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "model=tiny",
+        "data=shapes",
+        "hardware=cpu",
+        f"data.manifest={data}/manifest",
+        f"data.latent_cache.folder={folder}",
+        "data.latent_cache.resolutions=[32]",
+        f"data.latent_cache.batch_size={BATCH}",
+        *more,
+    ]
+
+
+def write_data(folder: Path) -> Path:
+    """Shards of pictures of 64 pixels, the last of them of 24."""
+    (folder / "shards").mkdir(parents=True)
+    for number in range(SHARDS + 1):
+        write_shard(folder / "shards" / f"{number:05d}.tar", COUNT, number, pixels=64 if number < SHARDS else 24)
+    index({"drawn": folder / "shards"}, folder / "manifest")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="module")
+def endings(data: Path) -> dict[str, Ending]:
+    folders = {name: data / name for name in ("alone", "killed", "shared")}
+    cases = {
+        "alone": Case(1, overrides(data, folders["alone"]), str(folders["alone"])),
+        # In the second shard, whose first batch is in the draft.
+        "killed": Case(1, overrides(data, folders["killed"]), str(folders["killed"]), kill_at=BATCHES + 2),
+        "resumed": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
+        "again": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
+        "shared": Case(2, overrides(data, folders["shared"]), str(folders["shared"])),
+        "half": Case(2, overrides(data, data / "half"), str(data / "half"), kill_at=1),
+    }
+    return dict(zip(cases, run_cases(data / "cases", list(cases.values())), strict=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_is_made(data: Path, endings: dict[str, Ending]) -> None:
+    ending = endings["alone"]
+    assert ending.statuses == [0], ending.logs
+    total = SHARDS * COUNT
+    assert f"alone/32: {total} latents of {SHARDS} shards, 0.0 MB; by this process {total} pictures" in ending.logs[0]
+    assert len(ending.files) == SHARDS + 1
+    LatentShards(data / "alone", Manifest(data / "manifest"), 32)
+
+
+def test_a_killed_run_goes_on_where_it_was(data: Path, endings: dict[str, Ending]) -> None:
+    killed, resumed, again = (endings[name] for name in ("killed", "resumed", "again"))
+    assert killed.statuses == [-9]
+    names = {name for name in killed.files if name.startswith("32/0") or "shards-" in name}
+    drafts = {name for name in names if f"/{DRAFTS}/" in name}
+    assert len(drafts) == 1
+    assert len(names - drafts) == 1
+    assert resumed.statuses == [0], resumed.logs
+    assert f"by this process {(SHARDS - 1) * COUNT} pictures of {SHARDS - 1} shards" in resumed.logs[0]
+    for name in names - drafts:
+        assert resumed.files[name] == killed.files[name]
+    assert contents(data / "killed") == contents(data / "alone")
+    assert again.files == resumed.files
+    assert "by this process 0 pictures of 0 shards" in again.logs[0]
+
+
+def test_two_processes_make_the_same_files(data: Path, endings: dict[str, Ending]) -> None:
+    ending = endings["shared"]
+    assert ending.statuses == [0, 0], ending.logs
+    assert ending.logs[1] == ""
+    assert contents(data / "shared") == contents(data / "alone")
+
+
+def test_what_a_killed_process_leaves_another_makes(data: Path, endings: dict[str, Ending]) -> None:
+    """The second of two helps with the first one's part, though the first one's draft may look alive."""
+    ending = endings["half"]
+    assert ending.statuses == [-9, 0], ending.logs
+    found = Manifest(data / "manifest")
+    missing = LatentFolder(data / "half", 32).missing(found, 32)
+    assert set(missing) <= {0, 2, 4}
+    assert main(["latents", *overrides(data, data / "half")]) == 0
+    assert contents(data / "half") == contents(data / "alone")
+
+
+def test_drafts_of_other_machines_are_respected_until_they_are_old(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.latent_encoding.POLL_SECONDS", 0.0)
+    found, folder = Manifest(data / "manifest"), LatentFolder(tmp_path, 32)
+    (folder.path / DRAFTS).mkdir(parents=True)
+    names = [folder.path_of(found, shard).name for shard in range(2)]
+    fresh, old = (folder.path / DRAFTS / f"{name}.elsewhere.1.incomplete" for name in names)
+    fresh.touch()
+    old.touch()
+    os.utime(old, (time.time() - 2 * STALE_SECONDS,) * 2)
+    # Of several processes, one that is not the first leaves what others are about.
+    for name, value in (
+        ("RANK", "1"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", ""),
+        ("MASTER_PORT", ""),
+    ):
+        monkeypatch.setenv(name, value)
+    assert main(["latents", *overrides(data, tmp_path)]) == 0
+    assert 0 in folder.missing(found, 32)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    os.utime(fresh, (time.time() - 2 * STALE_SECONDS,) * 2)
+    assert main(["latents", *overrides(data, tmp_path)]) == 0
+    assert folder.missing(found, 32) == []
+    assert list((folder.path / DRAFTS).iterdir()) == []
+
+
+def train_config(data: Path, folder: Path, *more: str) -> TrainConfig:
+    settings = [setting for setting in overrides(data, folder) if "resolutions" not in setting]
+    phases = "stage.phases=[{resolution:32,samples:32}]"
+    batch = ["stage.global_batch_size=8", "hardware.micro_batch_size={32:8,64:8}", "stage.init_from=null"]
+    return to_object(compose("train", [*settings, "tracking=none", phases, *batch, *more]), TrainConfig)
+
+
+def test_training_asks_for_the_latents_at_once(data: Path, endings: dict[str, Ending], tmp_path: Path) -> None:
+    cached = "data.latents=cached"
+    check(train_config(data, data / "alone", cached), 1)
+    check(train_config(data, tmp_path, "data.latents=inline"), 1)
+    for settings, message in (
+        ([tmp_path, cached], r"no latents of resolution 32; make them with .*latents data\.latent_cache\.resolutions"),
+        ([data / "alone", "data.latents=cache"], r"data\.latents=cache: choose one of inline, cached"),
+        (
+            [data / "alone", cached, "stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]"],
+            "no latents of resolution 64",
+        ),
+        ([data / "alone", cached, "+model.modalities.image.vae.latent_scale=0.2"], "was made with another VAE"),
+        ([data / "alone", cached, "model.modalities.image.vae.weights=null"], "random weights"),
+        ([data / "alone", cached, "data.stream.min_side=16"], r"asks for those from 16"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(train_config(data, *settings), 1)  # type: ignore[arg-type]
+    model = replace(train_config(data, tmp_path).model, modalities={"image": ModalityConfig(vae={"_target_": OPTIMUS})})
+    with pytest.raises(ConfigError, match=r"model\.modalities\.image\.vae has no moments that can be cached"):
+        latent_encoder(model, "image")
+
+
+def test_shards_that_are_made_anew_are_encoded_anew(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    folder = LatentFolder(tmp_path / "latents", 32)
+    assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
+    before = contents(folder.path)
+    write_shard(data / "shards" / "00001.tar", COUNT, seed=99)
+    index({"drawn": data / "shards"}, data / "manifest")
+    with pytest.raises(ConfigError, match=r"lacks the latents of 1 of 6 shards \(1 of them were made anew since"):
+        check(train_config(data, tmp_path / "latents", "data.latents=cached"), 1)
+    assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
+    after = contents(folder.path)
+    assert len(after) == len(before)
+    assert len({name for name in before if before[name] == after.get(name)}) == SHARDS
+    check(train_config(data, tmp_path / "latents", "data.latents=cached"), 1)
+
+
+def test_bad_pictures_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data")
+    found = Manifest(data / "manifest")
+    rows = found.rows(2)
+    with Path(found.shards[2]).open("r+b") as file:
+        file.seek(int(rows.offset[5]))
+        file.write(bytes(int(rows.size[5])))
+    assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
+    assert f"{SHARDS * COUNT} pictures, 1 of them bad" in capsys.readouterr().out
+    shards = LatentShards(tmp_path / "latents", found, 32)
+    assert [row for row in range(COUNT) if shards.is_bad(2, row)] == [5]
+    moments = load_file(LatentFolder(tmp_path / "latents", 32).path_of(found, 2))["moments"]
+    assert not moments[5].any()
+    assert np.isfinite(moments).all()
+    assert all(moments[row].any() for row in range(COUNT) if row != 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.latent_cache.resolutions=[]", "resolutions=[]: empty"),
+        ("data.latent_cache.resolutions=[36]", "data.latent_cache.resolutions=36: not a multiple of"),
+        ("data.latent_cache.resolutions=[128]", "no picture has a side of 128 pixels or more; take 128 out"),
+        ("data.latent_cache.batch_size=0", "data.latent_cache.batch_size=0: must be at least 1"),
+        ("hardware.precision=fp16", "hardware.precision=fp16: choose one of bf16, fp32"),
+        ("hardware.precision=bf16", "in the precision fp32, and these would be in the precision bf16"),
+        ("hardware.device=tpu", "hardware.device=tpu: choose one of cuda, cpu"),
+        ("data.stream.min_side=48", "of pictures from a side on of 32"),
+        ("+model.modalities.image.vae.latent_scale=0.2", "has latents of the VAE"),
+        ("model.modalities.image.vae.weights=null", "random weights"),
+        ("model.modalities.image.vae.weights=no.safetensors", "no such file"),
+        ("data.manifest=nowhere", "data.manifest=nowhere: shards.parquet is not there"),
+        ("data.latent_cache.folder=/proc/latents", "data.latent_cache.folder=/proc/latents: cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(
+    data: Path, endings: dict[str, Ending], capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    before = contents(data / "alone")
+    assert main(["latents", *overrides(data, data / "alone"), setting]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert contents(data / "alone") == before
+
+
+def test_a_description_of_another_layout_is_refused(
+    data: Path, endings: dict[str, Ending], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data / "alone", tmp_path / "copy")
+    (tmp_path / "copy" / "32" / DESCRIPTION_FILE).write_text("{}")
+    assert main(["latents", *overrides(data, tmp_path / "copy")]) == 2
+    assert "cannot be used ('layout'); remove" in capsys.readouterr().err
+
+
+def test_help_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["latents", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage: python -m data_pipeline latents" in text
+    assert "hardware=" in text
+    progress = LatentProgress(256, 8)
+    progress.expect(1000)
+    progress.add(250)
+    assert progress.line(5.0) == ("256: 250 of 1,000 pictures of the first of 8 processes, 50 pictures/s, 0:00:15 left")
