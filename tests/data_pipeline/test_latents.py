@@ -1,4 +1,7 @@
-"""The verb that fills the latent cache: killed, shared, run again, and what it refuses. Half a minute on two free cores, most of it imports."""
+"""The verb that fills the latent cache: killed, shared, run again, and what it refuses.
+
+Half a minute on two free cores, most of it imports.
+"""
 
 from __future__ import annotations
 
