@@ -16,7 +16,10 @@ from vdtrain.cli import main as vdtrain_main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / page for page in ("weights.md", "modalities.md", "data.md", "budget.md", "slurm.md")),
+    *(
+        ROOT / "docs" / page
+        for page in ("weights.md", "modalities.md", "evaluation.md", "data.md", "budget.md", "slurm.md")
+    ),
 ]
 LINKS = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())}
 

@@ -16,8 +16,13 @@ from PIL import Image
 from tests.pairs import write_pairs
 from vdtrain.compose import compose, to_object
 from vdtrain.config import TrainConfig
+from vdtrain.data.manifest import Manifest
+from vdtrain.data.stream import PairStream
 from vdtrain.evaluate import main as evaluate
 from vdtrain.evaluation.inception import InceptionFeatures
+from vdtrain.evaluation.pairs import Pairs
+from vdtrain.evaluation.parts import Parts
+from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.weights.folder import write_weights_folder
@@ -129,19 +134,25 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert figures["clip_distance"] == pytest.approx(expected["flows"][flow]["clip_distance"], rel=1e-2)
 
 
+def on_ranks(folder: Path, ranks: int, arguments: list[str]) -> tuple[int, list[str]]:
+    """Exit status and what each rank said."""
+    folder.mkdir()
+    command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py"), str(folder), str(ranks), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
+    return done.returncode, [(folder / f"{rank}.log").read_text() for rank in range(ranks)]
+
+
 def test_two_processes_make_what_one_makes(folder: Path, whole: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["-m", "vdtrain.evaluate", *settings(folder, "shared", "flows=[text-to-image,text-to-text]")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    given = settings(folder, "shared", "flows=[text-to-image,text-to-text]")
+    status, (first, second) = on_ranks(folder / "ranks", 2, given)
+    assert status == 0, first + second
     found = metrics(folder, "shared")
     assert {flow: whole["flows"][flow] for flow in found["flows"]} == found["flows"]
-    assert done.stdout.count("metrics.json") == 1
-    # Rank 0 has parts 0 and 2 of 3 and says so after every flow of each.
-    assert done.stdout.count("samples/s") == 4
+    # Rank 0 has parts 0 and 2 of 3 and says so after every flow of each; the other one has nothing to say.
+    assert first.count("samples/s") == 4
+    assert "metrics.json" in first
+    assert second == ""
 
 
 def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +185,22 @@ def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.Cap
     assert evaluate(settings(folder, "sound", *more, "samples=4")) == 0
     assert "text-to-sound is left out: no figure is known for the modality 'sound'" in capsys.readouterr().err
     assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {"samples", "clip_distance"}
+
+
+def test_every_picture_takes_part_once_cropped_at_its_centre(folder: Path) -> None:
+    """Whatever the set's stream does for training; those of 64 pixels are enlarged here."""
+    given = ["resolution=96", "samples=24", "data.stream.random_crop=true", "data.stream.weights={drawn: 1}"]
+    config = to_object(compose("evaluate", settings(folder, "none", *given)), EvaluateConfig)
+    pairs, parts = Pairs(config), Parts(folder, 24, PART)
+    read = [pairs.read(part) for part in parts.parts]
+    assert all(each["image"].shape == (PART, 3, 96, 96) for each in read)
+    manifest = Manifest(folder / "data" / "manifest").table()["caption"].to_pylist()
+    assert sorted(caption for each in read for caption in each["text"]) == sorted(manifest)
+    # The drawn pictures are squares already, which no crop would change.
+    stream = pairs._open(0)
+    stream.close()
+    assert isinstance(stream, PairStream)
+    assert not stream.random_crop
 
 
 def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:

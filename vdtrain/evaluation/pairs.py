@@ -17,8 +17,8 @@ from vdtrain.evaluation.parts import Part
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.instantiate import find_target, instantiate
 
-# What a stream is asked for where it takes it and `data.stream` does not say otherwise: every picture, as it is.
-ASKED = {"random_crop": False, "min_side": 1, "prefetch": 0}
+# What `data.stream` says for training and means otherwise here, where a stream takes it: every picture once, as it is.
+ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
 
 
 class Pairs:
@@ -30,9 +30,9 @@ class Pairs:
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
-        target, options = find_target(config.data.stream, "data.stream")
+        target, _ = find_target(config.data.stream, "data.stream")
         parameters = inspect.signature(target).parameters
-        self._asked = {name: value for name, value in ASKED.items() if name in parameters and name not in options}
+        self._asked = {name: value for name, value in ASKED.items() if name in parameters}
         stream = self._open(0)
         self.identity: str = getattr(stream, "identity", "")
         count = len(stream) if isinstance(stream, Sized) else None
