@@ -1,4 +1,4 @@
-"""The repository's batch scripts, submitted to a real cluster of two nodes: about four minutes on two cores.
+"""The repository's batch scripts, submitted to a real cluster of two nodes: about five minutes on two cores.
 
 The curriculum runs undisturbed. Then its stage 3 runs again, is preempted by a job of higher priority, loses a node
 amid a step, and ends with the losses of the curriculum's own.
