@@ -23,7 +23,7 @@ Measure flows on pairs that the model has not seen: for pictures FID, the same d
 score, for captions the CLIP score. Processes share the samples. The same command goes on after an interruption, and
 with more samples= or flows= it adds to what is there. docs/evaluation.md says what the figures are.
 
-Exit status: 0 done, 1 an error, 2 a mistake in the settings, 130 by Ctrl-C.
+Exit status: 0 done, 75 stopped by SIGTERM or SIGUSR1, 1 an error, 2 a mistake in the settings, 130 by Ctrl-C.
 
   --help              this text
   --cfg job           print the configuration and stop

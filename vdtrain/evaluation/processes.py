@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -13,6 +14,7 @@ from vdtrain.evaluation.evaluator import Evaluator
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.training import distributed
 from vdtrain.training.distributed import Place
+from vdtrain.training.preemption import SCHEDULER_SIGNALS
 
 FAILED, INTERRUPTED = 1, 130
 # Shares may take hours, and some longer than others.
@@ -28,6 +30,20 @@ def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     Raises:
         ConfigError: on every process alike.
     """
+    before = {number: signal.signal(number, _stop) for number in SCHEDULER_SIGNALS}
+    try:
+        return _run(config, launch)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    # Whatever is finished is on the disk as a whole; the status says that there is more to do.
+    os._exit(os.EX_TEMPFAIL)
+
+
+def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     evaluator = Evaluator(config)
