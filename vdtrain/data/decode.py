@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -15,9 +16,12 @@ from PIL import Image
 MAX_PIXELS = 100_000_000
 # What img2dataset writes; for some others Pillow starts programs.
 FORMATS = ("JPEG", "PNG", "WEBP")
-
+# Of each thread; larger pictures are decoded into memory of their own.
+SCRATCH_BYTES = 4_000_000
 
 PICTURE_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+_memory = threading.local()
 
 
 class DecodeError(ValueError):
@@ -52,7 +56,14 @@ def upright(picture: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 def decode(data: bytes, resolution: int, crop: tuple[float, float], orientation: int = 1) -> NDArray[np.uint8]:
-    """A picture as uint8 [resolution, resolution, 3].
+    """A picture as uint8 [resolution, resolution, 3]; see `decode_into`."""
+    picture = np.empty((resolution, resolution, 3), np.uint8)
+    decode_into(picture, data, crop, orientation)
+    return picture
+
+
+def decode_into(place: NDArray[np.uint8], data: bytes, crop: tuple[float, float], orientation: int = 1) -> None:
+    """Decode a picture into `place`, uint8 [resolution, resolution, 3].
 
     JPEG is decoded at the smallest DCT scale that is large enough (512 pixels to 256 needs no resampling at all); the
     shortest side is resized to the resolution, and a square is cropped.
@@ -64,6 +75,7 @@ def decode(data: bytes, resolution: int, crop: tuple[float, float], orientation:
     Raises:
         DecodeError: the bytes are damaged, no picture, or of too many pixels.
     """
+    resolution = place.shape[0]
     try:
         picture = _decode_jpeg(data, resolution) if simplejpeg.is_jpeg(data) else _decode_other(data)
     except PICTURE_ERRORS as error:
@@ -73,18 +85,25 @@ def decode(data: bytes, resolution: int, crop: tuple[float, float], orientation:
     side = min(height, width)
     top, left = int(crop[0] * (height - side)), int(crop[1] * (width - side))
     square = picture[top : top + side, left : left + side]
-    if side == resolution:
-        return square if orientation == 1 else np.ascontiguousarray(square)
-    # Pillow filters before it shrinks; only the square is resized.
-    return np.asarray(Image.fromarray(square).resize((resolution, resolution), Image.Resampling.BICUBIC))
+    if side != resolution:
+        # Pillow filters before it shrinks; only the square is resized.
+        square = np.asarray(Image.fromarray(square).resize(place.shape[:2], Image.Resampling.BICUBIC))
+    place[...] = square
 
 
 def _decode_jpeg(data: bytes, resolution: int) -> NDArray[np.uint8]:
+    """A picture in memory that this thread's next one takes."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
-    scale = min(1.0, resolution / min(height, width))
+    shortest = min(height, width, resolution)
+    # Fresh memory for every picture would come in pages that the kernel has to clear.
+    scratch = _memory.__dict__.setdefault("scratch", np.empty(SCRATCH_BYTES, np.uint8))
     picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-        data, "RGB", min_height=int(np.ceil(height * scale)), min_width=int(np.ceil(width * scale))
+        data,
+        "RGB",
+        min_height=shortest,
+        min_width=shortest,
+        buffer=scratch if 3 * height * width <= SCRATCH_BYTES else None,
     )
     return picture
 

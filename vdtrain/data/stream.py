@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vdtrain.data.decode import DecodeError, decode
+from vdtrain.data.decode import DecodeError, decode_into
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import Manifest, ManifestError, ShardRows
 from vdtrain.data.order import Integers, Order, Places, uniform
@@ -239,7 +239,7 @@ class PairStream:
                         raise DecodeError("no latent: it could not be decoded")
                     self._moments.read(shard, np.array([row]), loading.moments[place : place + 1])
                 data = self._reader.read(shard, int(rows.offset[row]), int(rows.size[row]))
-                loading.pictures[place] = decode(data, self.resolution, crop, int(rows.orientation[row]))
+                decode_into(loading.pictures[place], data, crop, int(rows.orientation[row]))
             except DecodeError as error:
                 loading.replaced.append(str(error).split(":")[0])
                 continue
