@@ -7,6 +7,7 @@ up from the beginning of the next one. A run resumes at any position, on any num
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -274,11 +275,9 @@ class _Loading:
     def __init__(self, positions: Integers, resolution: int, moments: tuple[int, ...] | None) -> None:
         count = len(positions)
         self.positions = positions
-        # Pinned memory travels to a GPU while it computes.
-        pinned = torch.cuda.is_available()
-        self.images = torch.empty(count, resolution, resolution, 3, dtype=torch.uint8, pin_memory=pinned)
+        self.images = _batch_memory((count, resolution, resolution, 3), torch.uint8)
         self.pictures: NDArray[np.uint8] = self.images.numpy()
-        self.moments = torch.empty(moments or (0,), dtype=torch.float16, pin_memory=pinned)
+        self.moments = _batch_memory(moments or (1,), torch.float16)
         self.has_moments = moments is not None
         self.captions: list[str] = [""] * count
         self.replaced: list[str] = []
@@ -290,3 +289,10 @@ class _Loading:
         samples = {"image": self.images.permute(0, 3, 1, 2), "text": self.captions}
         moments = {"image": self.moments} if self.has_moments else {}
         return Batch(samples, torch.from_numpy(self.positions), moments, Counter(self.replaced))
+
+
+def _batch_memory(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+    """Pinned memory where there is a GPU, which travels while it computes; else NumPy's, in large pages."""
+    if torch.cuda.is_available():
+        return torch.empty(shape, dtype=kind, pin_memory=True)
+    return torch.from_numpy(np.empty(math.prod(shape) * kind.itemsize, np.uint8)).view(kind).view(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -35,7 +36,7 @@ class EncoderTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, longest caption + 2], padded on the right with `pad`."""
         lowered = [caption.lower() for caption in captions]
-        encoded = self._tokenizer.encode_batch(lowered, add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
         return padded([[self._first, *row.ids[: self._limit], self._last] for row in encoded], self.pad)
 
 
@@ -61,7 +62,7 @@ class DecoderTokenizer:
         Every word has a space before it, the first one too, so that a word has one id wherever it stands.
         """
         spaced = [" " + " ".join(caption.split()) if caption.strip() else "" for caption in captions]
-        encoded = self._tokenizer.encode_batch(spaced, add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
         return padded([[self.first, *row.ids, self.last] for row in encoded], self.pad)
 
     def texts(self, ids: Tensor) -> list[str]:
@@ -86,5 +87,7 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str], setting: str) -> lis
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Rows of ids as int64 [B, longest row], filled up on the right."""
-    width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *([pad] * (width - len(row)))] for row in rows], dtype=torch.int64)
+    ids = np.full((len(rows), max((len(row) for row in rows), default=0)), pad, dtype=np.int64)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(ids)
