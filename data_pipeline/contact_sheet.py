@@ -50,7 +50,7 @@ def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -
             source = manifest.source_names[manifest.sources[shard]]
             caption = rows.captions[number].as_py()
             try:
-                data = reader.read(shard, int(rows.offset[number]), int(rows.size[number]))
+                data = bytes(reader.read(shard, int(rows.offset[number]), int(rows.size[number])))
                 picture = _picture(data, int(rows.orientation[number]))
                 yield Pair(picture, caption, f"{source}  {picture.width} x {picture.height}")
             except (DecodeError, StreamError, *PICTURE_ERRORS) as error:

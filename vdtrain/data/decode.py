@@ -55,14 +55,18 @@ def upright(picture: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return picture[::rows, ::columns]
 
 
-def decode(data: bytes, resolution: int, crop: tuple[float, float], orientation: int = 1) -> NDArray[np.uint8]:
+def decode(
+    data: bytes | memoryview, resolution: int, crop: tuple[float, float], orientation: int = 1
+) -> NDArray[np.uint8]:
     """A picture as uint8 [resolution, resolution, 3]; see `decode_into`."""
     picture = np.empty((resolution, resolution, 3), np.uint8)
     decode_into(picture, data, crop, orientation)
     return picture
 
 
-def decode_into(place: NDArray[np.uint8], data: bytes, crop: tuple[float, float], orientation: int = 1) -> None:
+def decode_into(
+    place: NDArray[np.uint8], data: bytes | memoryview, crop: tuple[float, float], orientation: int = 1
+) -> None:
     """Decode a picture into `place`, uint8 [resolution, resolution, 3].
 
     JPEG is decoded at the smallest DCT scale that is large enough (512 pixels to 256 needs no resampling at all); the
@@ -91,7 +95,7 @@ def decode_into(place: NDArray[np.uint8], data: bytes, crop: tuple[float, float]
     place[...] = square
 
 
-def _decode_jpeg(data: bytes, resolution: int) -> NDArray[np.uint8]:
+def _decode_jpeg(data: bytes | memoryview, resolution: int) -> NDArray[np.uint8]:
     """A picture in memory that this thread's next one takes."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
@@ -108,7 +112,7 @@ def _decode_jpeg(data: bytes, resolution: int) -> NDArray[np.uint8]:
     return picture
 
 
-def _decode_other(data: bytes) -> NDArray[np.uint8]:
+def _decode_other(data: bytes | memoryview) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         _check_size(*file.size)
         return np.asarray(file.convert("RGB"))
