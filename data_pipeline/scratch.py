@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.run_lock import RunLockError, run_lock
 from data_pipeline.selection import SELECTION_FILE, fingerprint, write_json
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import DataConfig
 from vdtrain.files import INCOMPLETE
 
 PLAN_FILE = "plan.json"
-# How long a run waits for the processes of one that was killed to be gone.
-LOCK_SECONDS = 10.0
 
 
 def prepare(
@@ -81,20 +78,10 @@ def locked(scratch: Path) -> Iterator[Path]:
     Returns:
         The file that processes hold locked with this one, for `workers`.
     """
-    path = scratch.with_name(scratch.name + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"data.select.scratch={scratch}: another select is at work there; wait for it or stop it"
-                    ) from error
-                time.sleep(0.1)
-        # Shared with the processes from here on.
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield path
+    try:
+        with run_lock(scratch.with_name(scratch.name + ".lock")) as path:
+            yield path
+    except RunLockError as error:
+        raise ConfigError(
+            f"data.select.scratch={scratch}: another select is at work there; wait for it or stop it"
+        ) from error

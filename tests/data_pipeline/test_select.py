@@ -480,7 +480,7 @@ def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
 def test_two_runs_are_not_at_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own" / "a.parquet", [pair(0)])
     (tmp_path / "selected").mkdir()
-    monkeypatch.setattr("data_pipeline.scratch.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("data_pipeline.run_lock.LOCK_SECONDS", 0.0)
     with (tmp_path / "selected" / ".scratch.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(ConfigError, match=r"data\.select\.scratch=.*: another select is at work there"):
