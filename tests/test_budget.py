@@ -1,4 +1,4 @@
-"""The figures of select and index in docs/budget.md are those of their benchmarks, and the sums follow from the rates."""
+"""Figures of select and index in docs/budget.md are those of their benchmarks, and the sums follow from the rates."""
 
 from __future__ import annotations
 
