@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import seconds_of
 from torch import Tensor
 
 from vdtrain.training.ema import ShardEMA
@@ -28,21 +26,6 @@ from vdtrain.training.partitions import GroupLayout, ParameterSlot, Partition
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")
 DECAY = 0.9999
-
-
-def seconds_of(actions: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each action, all of them in turn in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 2):
-        for name, action in actions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[2:]) for name, values in taken.items()}
 
 
 def measure(device: torch.device, parameters: int, processes: int, rounds: int) -> dict[str, Any]:

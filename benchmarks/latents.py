@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from timing import seconds_of
 
 from vdtrain.compose import compose, to_object
 from vdtrain.config import LatentsConfig
@@ -29,21 +27,6 @@ from vdtrain.models.versatile_diffusion import build_frozen
 
 RESULTS = Path(__file__).parent / "results"
 CAPTION = "a large photograph of a small red boat on a blue lake, with mountains behind it"
-
-
-def seconds_of(actions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each action, all of them in turn in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 2):
-        for name, action in actions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[2:]) for name, values in taken.items()}
 
 
 def frozen_parts(name: str, device: torch.device, precision: str) -> tuple[FrozenParts, list[str]]:

@@ -101,13 +101,14 @@ def _decode_jpeg(data: bytes | memoryview, resolution: int) -> NDArray[np.uint8]
     _check_size(width, height)
     shortest = min(height, width, resolution)
     # Fresh memory for every picture would come in pages that the kernel has to clear.
-    scratch = _memory.__dict__.setdefault("scratch", np.empty(SCRATCH_BYTES, np.uint8))
+    if not hasattr(_memory, "scratch"):
+        _memory.scratch = np.empty(SCRATCH_BYTES, np.uint8)
     picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
         data,
         "RGB",
         min_height=shortest,
         min_width=shortest,
-        buffer=scratch if 3 * height * width <= SCRATCH_BYTES else None,
+        buffer=_memory.scratch if 3 * height * width <= SCRATCH_BYTES else None,
     )
     return picture
 
