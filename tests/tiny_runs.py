@@ -15,7 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.pairs import write_pairs
-from vdtrain.data.stream import Batch, PairStream
+from vdtrain.data.batch import Batch
+from vdtrain.data.stream import PairStream
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from forks import Case, Ending, run_cases

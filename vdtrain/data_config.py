@@ -136,7 +136,7 @@ class DataConfig:
     manifest: str = MISSING
     # Let in addresses of this machine itself, which the URL policy refuses otherwise: for the demo's own server.
     allow_loopback: bool = MISSING
-    # What yields the batches (vdtrain.data.stream.BatchStream), a `_target_` with its arguments.
+    # What yields the batches (vdtrain.data.batch.BatchStream), a `_target_` with its arguments.
     stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
     # inline encodes every picture as it comes; cached takes its latent's moments from `latent_cache`.
     latents: str = MISSING

@@ -2,9 +2,10 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 
-from vdtrain.data.decode import DecodeError, decode, picture_size
+from vdtrain.data.decode import DecodeError, decode, decode_into, picture_size
 
 CENTRE = (0.5, 0.5)
 
@@ -29,6 +30,17 @@ def test_close_to_a_full_decode_and_a_careful_resize(width: int, height: int, ki
     expected = np.asarray(resized.crop((left, top, left + 32, top + 32))).astype(int)
     assert found.shape == (32, 32, 3)
     assert np.abs(found.astype(int) - expected).mean() < 6
+
+
+@pytest.mark.parametrize("side", [48, 64, 96, 128, 192, 384])
+def test_squares_decoded_into_their_place_are_as_from_elsewhere(side: int) -> None:
+    data, _ = encoded(side, side)
+    place = np.zeros((48, 48, 3), np.uint8)
+    decode_into(place, data, (0.3, 0.7))
+    elsewhere = simplejpeg.decode_jpeg(data, "RGB", min_height=48, min_width=48)
+    if side in (64, 128):  # no eighth of theirs is 48
+        elsewhere = np.asarray(Image.fromarray(elsewhere).resize((48, 48), Image.Resampling.BICUBIC))
+    assert np.array_equal(place, elsewhere)
 
 
 def test_crops_move_with_their_place() -> None:

@@ -19,9 +19,10 @@ import torch
 
 from tests.pairs import write_pairs
 from vdtrain.data import shards
+from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.shards import ShardCache, ShardReader, StreamError
-from vdtrain.data.stream import Batch, PairStream
+from vdtrain.data.stream import PairStream
 
 
 class Server(ThreadingHTTPServer):

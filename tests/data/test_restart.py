@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from data_pipeline.index import index
-from vdtrain.data.stream import Batch, PairStream
+from vdtrain.data.batch import Batch
+from vdtrain.data.stream import PairStream
 
 SHARDS, SAMPLES, PIXELS = 2000, 3, 8
 EPOCH = SHARDS * SAMPLES

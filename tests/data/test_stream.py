@@ -12,8 +12,9 @@ import webdataset
 
 from data_pipeline.index import index
 from tests.pairs import write_pairs, write_shard
+from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.stream import Batch, PairStream, StreamError
+from vdtrain.data.stream import PairStream, StreamError
 
 BATCH = 12
 

@@ -1,18 +1,24 @@
 """CLIP contexts: tokens, normalisation, sharing, and what the tiny preset's trained weights promise."""
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import arguments, fresh, tiny
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from data_pipeline.frozen_corpus import scene_facts
 from data_pipeline.shapes import COLOURS, SHAPES
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
-from vdtrain.models.clip_tokenizer import ClipTokenizer
-from vdtrain.models.frozen_weights import shared_loading
+from vdtrain.models.clip_tokenizer import ClipTokenizer, released_tokenizer
+from vdtrain.models.frozen_weights import WeightsError, shared_loading
 
+WHOLE, ONE_BY_ONE = released_tokenizer(), ClipTokenizer(None, 40)
 COUNT, TRAINED = 1200, 800
 """Samples, and how many of them a probe is fitted to."""
 
@@ -63,6 +69,24 @@ def test_released_vocabulary_gives_open_clips_ids():
         end = int(other.argmax())
         assert torch.equal(row[: end + 1], other[: end + 1])
         assert row[end:].eq(49_407).all()
+
+
+@given(st.lists(st.text(st.sampled_from("aBé\u0301İςΣ한1९'s,!<|> \t\n\u00a0\u3000\x1c日🎉"), max_size=60), max_size=4))
+def test_words_one_by_one_have_the_ids_of_the_whole_caption(captions: list[str]) -> None:
+    expected = []
+    for caption in captions:
+        kept = WHOLE.encode(caption, add_special_tokens=False).ids[:38]
+        expected.append([49_406, *kept, *[49_407] * (39 - len(kept))])
+    for _ in range(2):  # the second time from memory
+        assert ONE_BY_ONE(captions).tolist() == expected
+
+
+def test_a_tokenizer_that_joins_words_is_refused(tmp_path: Path) -> None:
+    joining = released_tokenizer()
+    joining.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    joining.save(str(tmp_path / "joining.json"))
+    with pytest.raises(WeightsError, match="joins words over spaces"):
+        ClipTokenizer(str(tmp_path / "joining.json"), 77)
 
 
 def test_both_contexts_share_one_model_where_they_are_loaded_together(text, image):

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vdtrain.data.stream import Batch, PairStream
+from vdtrain.data.batch import Batch
+from vdtrain.data.stream import PairStream
 
 
 class GatedStream(PairStream):

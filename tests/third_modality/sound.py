@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.shapes import COLOURS, SHAPES
-from vdtrain.data.stream import Batch, PairStream
+from vdtrain.data.batch import Batch
+from vdtrain.data.stream import PairStream
 from vdtrain.media import MEDIA, Medium
 from vdtrain.models.image_layers import zero
 from vdtrain.models.layer_plan import DataStep, LayerPlan, Role

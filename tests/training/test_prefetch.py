@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vdtrain.data.stream import Batch, StreamError
+from vdtrain.data.batch import Batch
+from vdtrain.data.stream import StreamError
 from vdtrain.training.prefetch import Prefetcher
 
 

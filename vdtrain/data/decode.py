@@ -67,7 +67,7 @@ def decode(
 def decode_into(
     place: NDArray[np.uint8], data: bytes | memoryview, crop: tuple[float, float], orientation: int = 1
 ) -> None:
-    """Decode a picture into `place`, uint8 [resolution, resolution, 3].
+    """Decode a picture into `place`, uint8 [resolution, resolution, 3], C-contiguous.
 
     JPEG is decoded at the smallest DCT scale that is large enough (512 pixels to 256 needs no resampling at all); the
     shortest side is resized to the resolution, and a square is cropped.
@@ -81,9 +81,11 @@ def decode_into(
     """
     resolution = place.shape[0]
     try:
-        picture = _decode_jpeg(data, resolution) if simplejpeg.is_jpeg(data) else _decode_other(data)
+        picture = _decode_jpeg(data, place, orientation) if simplejpeg.is_jpeg(data) else _decode_other(data)
     except PICTURE_ERRORS as error:
         raise DecodeError(f"cannot decode: {error}") from error
+    if picture is place:
+        return
     picture = upright(picture, orientation)
     height, width = picture.shape[:2]
     side = min(height, width)
@@ -95,10 +97,15 @@ def decode_into(
     place[...] = square
 
 
-def _decode_jpeg(data: bytes | memoryview, resolution: int) -> NDArray[np.uint8]:
-    """A picture in memory that this thread's next one takes."""
+def _decode_jpeg(data: bytes | memoryview, place: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """`place` where nothing is left to be done, else a picture in memory that this thread's next one takes."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
+    resolution = place.shape[0]
+    if orientation == 1 and height == width >= resolution and 8 * resolution % height == 0:
+        # DCT scales are eighths: the smallest that is large enough gives the square itself.
+        simplejpeg.decode_jpeg(data, "RGB", min_height=resolution, min_width=resolution, buffer=place)
+        return place
     shortest = min(height, width, resolution)
     # Fresh memory for every picture would come in pages that the kernel has to clear.
     if not hasattr(_memory, "scratch"):

@@ -7,68 +7,33 @@ up from the beginning of the next one. A run resumes at any position, on any num
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vdtrain.data.batch import Batch, BatchMemory
 from vdtrain.data.decode import DecodeError, decode_into
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import Manifest, ManifestError, ShardRows
 from vdtrain.data.order import Integers, Order, Places, uniform
 from vdtrain.data.shards import ShardCache, ShardReader, StreamError
 
-__all__ = ["Batch", "BatchStream", "PairStream", "StreamError"]
+__all__ = ["PairStream", "StreamError"]
 
 # Neighbours that are tried in place of a bad sample, and bad samples that are borne before their share counts.
 BAD_ALLOWANCE = 10
 # Samples whose places in their shards are kept in memory, about 100 bytes each.
 KEPT_ROWS = 4_000_000
-# Samples that a thread decodes in one go.
-CHUNK = 16
+# Samples that a thread decodes in one go, at most; fewer where a batch would not keep all threads busy twice.
+CHUNK = 32
 CENTRE = (0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of a global batch: b samples, each in every modality.
-
-    Attributes:
-        samples: by modality, in the form that its VAE and context encoder take: a tensor [b, ...] or a list of b.
-        positions: int64 [b] global positions.
-        moments: by modality, tensors [b, ...] of cached moments that stand for the VAE's encoding of the samples.
-        replaced: bad samples that were replaced by others, by reason.
-    """
-
-    samples: dict[str, Any]
-    positions: torch.Tensor
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
-    replaced: Mapping[str, int] = field(default_factory=dict)
-
-
-class BatchStream(Protocol):
-    """What training asks of a stream; `data.stream` names one by its `_target_`, with arguments of its own.
-
-    It is made anew for every phase of a stage, with the arguments of `PairStream` from `manifest` to `start` and
-    `workers`, by name, and must guarantee three things. It does not end. The batch at a position depends on the other
-    arguments alone, so that a run that is stopped goes on with the samples that it would have seen. And the ranks'
-    batches, put one after another, are the batch of one rank that reads alone. A stream whose batches also depend on
-    files may have a string `identity` of them: a run that resumes on others says so.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches of global_batch_size / world_size samples, in every modality of the stage's flows."""
-
-    def close(self) -> None:
-        """Let go of files and threads; nothing is read afterwards."""
 
 
 class PairStream:
@@ -143,7 +108,10 @@ class PairStream:
         self._moments: LatentShards | None = None
         if latents is not None:
             self._moments = LatentShards(latents, self.manifest, resolution, min_side=self.min_side)
-        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
+        workers = max(1, workers)
+        self._chunk = max(1, min(CHUNK, self.local_batch_size // (2 * workers)))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._memory = BatchMemory()
         self._pending: deque[_Loading] = deque()
         self._rows: OrderedDict[int, tuple[ShardRows, Integers]] = OrderedDict()
         self._kept_rows = 0
@@ -215,32 +183,33 @@ class PairStream:
         positions, places = self.order.batch(number, self.global_batch_size)
         own = slice(self.rank * self.local_batch_size, (self.rank + 1) * self.local_batch_size)
         moments = None if self._moments is None else (self.local_batch_size, *self._moments.shape)
-        loading = _Loading(positions[own], self.resolution, moments)
+        loading = _Loading(self._memory, positions[own], self.resolution, moments)
         crops = np.full((self.local_batch_size, 2), CENTRE)
         if self.random_crop and self._moments is None:
             crops = uniform(self.seed, positions[own], 2)
-        for first in range(0, self.local_batch_size, CHUNK):
-            rows = slice(first, min(first + CHUNK, self.local_batch_size))
+        for first in range(0, self.local_batch_size, self._chunk):
+            rows = slice(first, min(first + self._chunk, self.local_batch_size))
             chunk = places[own][rows]
             loading.chunks.append(self._pool.submit(self._load, loading, first, chunk, crops[rows]))
         return loading
 
     def _load(self, loading: _Loading, first: int, places: Places, crops: NDArray[np.float64]) -> None:
-        for place, (shard, sample, crop) in enumerate(zip(places.shard, places.sample, crops, strict=True), first):
-            self._load_one(loading, place, int(shard), int(sample), (float(crop[0]), float(crop[1])))
+        each = zip(places.shard.tolist(), places.sample.tolist(), crops.tolist(), strict=True)
+        for place, (shard, sample, (top, left)) in enumerate(each, first):
+            self._load_one(loading, place, shard, sample, (top, left))
 
     def _load_one(self, loading: _Loading, place: int, shard: int, sample: int, crop: tuple[float, float]) -> None:
         """Put a sample into its place, or the next good one of its shard where it is bad."""
         rows, taking_part = self._samples(shard)
         for step in range(min(BAD_ALLOWANCE, len(taking_part))):
-            row = int(taking_part[(sample + step) % len(taking_part)])
+            row = taking_part.item((sample + step) % len(taking_part))
             try:
                 if self._moments is not None:
                     if self._moments.is_bad(shard, row):
                         raise DecodeError("no latent: it could not be decoded")
-                    self._moments.read(shard, np.array([row]), loading.moments[place : place + 1])
-                data = self._reader.read(shard, int(rows.offset[row]), int(rows.size[row]))
-                decode_into(loading.pictures[place], data, crop, int(rows.orientation[row]))
+                    self._moments.read(shard, np.array([row]), loading.moments["image"][place : place + 1])
+                data = self._reader.read(shard, rows.offset.item(row), rows.size.item(row))
+                decode_into(loading.pictures[place], data, crop, rows.orientation.item(row))
             except DecodeError as error:
                 loading.replaced.append(str(error).split(":")[0])
                 continue
@@ -272,27 +241,22 @@ class PairStream:
 class _Loading:
     """A batch whose samples the threads put into their places."""
 
-    def __init__(self, positions: Integers, resolution: int, moments: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, memory: BatchMemory, positions: Integers, resolution: int, moments: tuple[int, ...] | None
+    ) -> None:
         count = len(positions)
         self.positions = positions
-        self.images = _batch_memory((count, resolution, resolution, 3), torch.uint8)
+        self.images = memory.take((count, resolution, resolution, 3), torch.uint8)
         self.pictures: NDArray[np.uint8] = self.images.numpy()
-        self.moments = _batch_memory(moments or (1,), torch.float16)
-        self.has_moments = moments is not None
+        self.moments = {} if moments is None else {"image": memory.take(moments, torch.float16)}
         self.captions: list[str] = [""] * count
         self.replaced: list[str] = []
         self.chunks: list[Future[None]] = []
 
     def result(self) -> Batch:
+        # Woken once, not for every chunk.
+        wait(self.chunks, return_when=FIRST_EXCEPTION)
         for chunk in self.chunks:
             chunk.result()
         samples = {"image": self.images.permute(0, 3, 1, 2), "text": self.captions}
-        moments = {"image": self.moments} if self.has_moments else {}
-        return Batch(samples, torch.from_numpy(self.positions), moments, Counter(self.replaced))
-
-
-def _batch_memory(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
-    """Pinned memory where there is a GPU, which travels while it computes; else NumPy's, in large pages."""
-    if torch.cuda.is_available():
-        return torch.empty(shape, dtype=kind, pin_memory=True)
-    return torch.from_numpy(np.empty(math.prod(shape) * kind.itemsize, np.uint8)).view(kind).view(shape)
+        return Batch(samples, torch.from_numpy(self.positions), self.moments, Counter(self.replaced))

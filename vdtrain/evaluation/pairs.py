@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vdtrain.compose import ConfigError
+from vdtrain.data.batch import BatchStream
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.stream import BatchStream, StreamError
+from vdtrain.data.stream import StreamError
 from vdtrain.evaluation.parts import Part
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.instantiate import find_target, instantiate
@@ -22,7 +23,7 @@ ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, 
 
 
 class Pairs:
-    """Pairs by their positions, from the set's own stream (`vdtrain.data.stream.BatchStream`).
+    """Pairs by their positions, from the set's own stream (`vdtrain.data.batch.BatchStream`).
 
     Raises:
         ConfigError: no manifest, a stream that cannot be built, or fewer pairs than are asked for.

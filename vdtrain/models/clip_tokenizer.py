@@ -13,12 +13,18 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from vdtrain.models.frozen_weights import load_tokenizer
+from vdtrain.models.frozen_weights import WeightsError, load_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+SETTING = "context_encoder.tokenizer"
+# Words whose ids are remembered, some 30 MB.
+KNOWN_WORDS, LONGEST_WORD = 200_000, 32
+# A tokenizer of another kind has other ids for these together than one by one.
+PROBE = "two words, e\u0301t\u00e9 1984!  it's THE end"
+ITEM = np.dtype(np.int64).itemsize
 MERGES = 49152 - 256 - 2
 """Entries of the vocabulary file that CLIP uses."""
 
@@ -29,26 +35,59 @@ class ClipTokenizer:
     Args:
         path: `tokenizers` JSON file whose last two ids are start and end; None reads CLIP's vocabulary from open_clip.
         length: L; longer captions lose their tail, never the end id.
+
+    Raises:
+        WeightsError: no such file, or a tokenizer that does not take words one by one.
     """
 
     def __init__(self, path: str | None, length: int) -> None:
-        self._tokenizer = released_tokenizer() if path is None else load_tokenizer(path, "context_encoder.tokenizer")
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        tokenizer = released_tokenizer() if path is None else load_tokenizer(path, SETTING)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._words = _WordIds(tokenizer)
+        if self._words.of(PROBE) != self._words.encode(PROBE):
+            raise WeightsError(f"{SETTING}={path}: joins words over spaces; give it the tokenizer.json of a CLIP model")
         self._length = length
-        self.size = self._tokenizer.get_vocab_size()
+        self.size = tokenizer.get_vocab_size()
+        self._start, end = _bytes([self.size - 2]), _bytes([self.size - 1])
+        # What is left to fill after n bytes of words, always an end id at least.
+        self._end = end * (length - 1)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, L]."""
-        start, end = self.size - 2, self.size - 1
-        ids = np.full((len(captions), self._length), end, dtype=np.int64)
-        ids[:, 0] = start
-        # Without places in the text, which nobody asks for here.
-        encoded = self._tokenizer.encode_batch_fast(captions, add_special_tokens=False)
-        for row, caption in zip(ids, encoded, strict=True):
-            kept = caption.ids[: self._length - 2]
-            row[1 : 1 + len(kept)] = kept
-        return torch.from_numpy(ids)
+        kept = ITEM * (self._length - 2)
+        rows = bytearray()
+        for caption in captions:
+            ids = self._words.of(caption)[:kept]
+            rows += self._start + ids + self._end[len(ids) :]
+        return torch.from_numpy(np.frombuffer(rows, np.int64).reshape(len(captions), self._length))
+
+
+class _WordIds(dict[str, bytes]):
+    """Ids of words, int64 one after another, that are looked up once: CLIP's tokens never reach over a space.
+
+    Most words of a caption are common ones, and the rules that split and clean text cost more than they find.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def of(self, caption: str) -> bytes:
+        return b"".join(map(self.__getitem__, caption.split(" ")))
+
+    def encode(self, text: str) -> bytes:
+        return _bytes(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self.encode(word)
+        if len(word) <= LONGEST_WORD and len(self) < KNOWN_WORDS:
+            self[word] = ids
+        return ids
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return np.array(ids, np.int64).tobytes()
 
 
 def released_tokenizer() -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vdtrain.config import TrainConfig
-from vdtrain.data.stream import BatchStream
+from vdtrain.data.batch import BatchStream
 from vdtrain.instantiate import instantiate
 
 

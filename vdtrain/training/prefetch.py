@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from vdtrain.data.stream import Batch, BatchStream
+from vdtrain.data.batch import Batch, BatchStream
 
 
 class Prefetcher:

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vdtrain.config import PhaseConfig, TrainConfig
+from vdtrain.data.batch import Batch, BatchStream
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.stream import Batch, BatchStream, StreamError
+from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.draws import StepDraws
 from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
