@@ -48,4 +48,4 @@ def test_sums() -> None:
         assert row("a month")[number] == pytest.approx(terabytes * 23, rel=0.03)
         assert row("moving them")[number] == pytest.approx(terabytes * 90, rel=0.03)
         assert row("index")[number] == pytest.approx(pictures[number] / INDEX_RATE / 3600, rel=0.03)
-        assert row("stream")[number] == pytest.approx((30e6 / 940 + 6.4e6 / 740) / 3600, rel=0.05)
+        assert row("stream")[number] == pytest.approx((30e6 / 1000 + 6.4e6 / 770) / 3600, rel=0.05)
