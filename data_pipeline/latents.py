@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from math import prod
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from vdtrain.compose import ConfigError, run_verb
+from vdtrain.compose import ConfigError
 from vdtrain.config import LatentsConfig
 from vdtrain.data.latent_file import LatentDescription
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.files import sync, write_text
 from vdtrain.instantiate import instantiate
-from vdtrain.launch import launch_variables
+from vdtrain.launch import run_verb_on_ranks
 from vdtrain.validation import check_resolution, latent_encoder
 
 if TYPE_CHECKING:
@@ -214,14 +213,9 @@ def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescri
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `python -m data_pipeline latents`; returns its exit status."""
-    try:
-        launch = launch_variables()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
-    def action(config: LatentsConfig, document: DictConfig) -> int:
+    def action(config: LatentsConfig, document: DictConfig, launch: dict[str, str]) -> int:
         make_latents(config, launch)
         return 0
 
-    return run_verb(USAGE, "latents", LatentsConfig, action, argv, speaks=launch["RANK"] == "0")
+    return run_verb_on_ranks(USAGE, "latents", LatentsConfig, action, argv)

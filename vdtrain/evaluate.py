@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.compose import ConfigError, run_verb
 from vdtrain.evaluation_config import EvaluateConfig
-from vdtrain.launch import launch_variables
+from vdtrain.launch import run_verb_on_ranks
 
 USAGE = """\
 Usage: vdtrain evaluate checkpoint=RUN data.manifest=MANIFEST [SETTING=VALUE ...]
@@ -49,20 +48,14 @@ Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain evaluate`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        launch = launch_variables()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
-    def action(config: EvaluateConfig, document: DictConfig) -> int:
+    def action(config: EvaluateConfig, document: DictConfig, launch: dict[str, str]) -> int:
         # Heavy imports come last, so that a mistake of the command line is said at once.
         from vdtrain.evaluation.processes import run
 
         return run(config, launch)
 
-    return run_verb(USAGE, "evaluate", EvaluateConfig, action, arguments, speaks=launch["RANK"] == "0")
+    return run_verb_on_ranks(USAGE, "evaluate", EvaluateConfig, action, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
 
-from vdtrain.compose import ConfigError
+from omegaconf import DictConfig
+
+from vdtrain.compose import ConfigError, Schema, run_verb
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which Linux hands out ports to outgoing connections.
@@ -31,6 +35,29 @@ def launch_variables() -> dict[str, str]:
     if step is not None and int(step) < FIRST_STEP_WITHOUT_SRUN and "SLURM_PROCID" in environment:
         return _slurm_launch()
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def run_verb_on_ranks(
+    usage: str,
+    config_name: str,
+    schema: type[Schema],
+    action: Callable[[Schema, DictConfig, dict[str, str]], int],
+    argv: Sequence[str],
+) -> int:
+    """`vdtrain.compose.run_verb` in one of several processes, of which rank 0 alone names a mistake.
+
+    `action` gets the launcher's variables too; where they are incomplete, that is such a mistake, of every process.
+    """
+    try:
+        launch = launch_variables()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def on_rank(config: Schema, document: DictConfig) -> int:
+        return action(config, document, launch)
+
+    return run_verb(usage, config_name, schema, on_rank, argv, speaks=launch["RANK"] == "0")
 
 
 def _slurm_launch() -> dict[str, str]:

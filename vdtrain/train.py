@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import TrainConfig
-from vdtrain.launch import launch_variables
+from vdtrain.launch import run_verb_on_ranks
 from vdtrain.training.preemption import SCHEDULER_SIGNALS, StopSignal
 from vdtrain.validation import check
 
@@ -49,13 +48,8 @@ Settings (the whole list: --cfg job):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain train`."""
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        launch = launch_variables()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
-    def action(config: TrainConfig, document: DictConfig) -> int:
+    def action(config: TrainConfig, document: DictConfig, launch: dict[str, str]) -> int:
         check(config, int(launch["WORLD_SIZE"]))
         # Heavy imports come after the checks, so that a mistake is said at once.
         from vdtrain.training import session
@@ -65,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # From now on: the imports take long enough for a signal to come between. A Ctrl-C still ends them.
     stop = StopSignal(SCHEDULER_SIGNALS)
-    status = run_verb(USAGE, "train", TrainConfig, action, arguments, speaks=launch["RANK"] == "0")
+    status = run_verb_on_ranks(USAGE, "train", TrainConfig, action, arguments)
     if stop.number:
         stop.ignore()
     else:

@@ -14,6 +14,7 @@ import tarfile
 import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipeline import download_part
 from data_pipeline.download import DownloadError, check, check_environment, download, own_parts
 from data_pipeline.download_plan import Part
 from data_pipeline.selection import Selection, part_file, write_selection
@@ -250,6 +252,32 @@ def test_killed_at_three_points(server: HostileServer, tmp_path: Path) -> None:
         url: jpeg(number) for number, url in enumerate(urls)
     }
     assert server.requests["/good/0.jpg"] == 0
+
+
+def test_a_run_that_stands_still_is_started_again(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [f"{server.base}/held/{number}.jpg" for number in range(2)]
+    config = source(tmp_path, urls)
+    server.released.clear()
+    server.requests.clear()
+
+    def stop_the_worker() -> None:
+        wait_for(lambda: server.requests["/held/0.jpg"] > 0)
+        worker = next(process for process, arguments in running(tmp_path).items() if "spawn_main" in arguments)
+        os.kill(worker, signal.SIGSTOP)
+        server.released.set()
+        with monkeypatch.context() as impatient:
+            impatient.setattr(download_part, "STALL_TIMEOUTS", 0.5)
+            wait_for(lambda: worker not in running(tmp_path))
+
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(stop_the_worker)
+        download({"web": config}, replace(CONFIG, timeout=8), allow_loopback=True)
+        stopped.result()
+    assert server.requests["/held/0.jpg"] == 2
+    assert set(stored(config)) == set(urls)
+    assert not running(tmp_path)
 
 
 def test_a_server_that_is_away(server: HostileServer, tmp_path: Path) -> None:
