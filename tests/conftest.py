@@ -1,8 +1,9 @@
-"""Settings of every test: one thread, so that two cores are not fought over."""
+"""Settings of every test: one thread, so that two cores are not fought over, and a Ctrl-C that arrives."""
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from tests.tiny_runs import TinyRuns
 
 torch.set_num_threads(1)
+# A script's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
