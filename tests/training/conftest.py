@@ -29,7 +29,7 @@ def run_on_ranks() -> Callable[..., list[dict[str, Any]]]:
 
 
 def _run_on_ranks(
-    function: Callable[..., None], ranks: int, folder: Path, timeout: float = 150.0, must_end_well: bool = True
+    function: Callable[..., None], ranks: int, folder: Path, timeout: float = 600.0, must_end_well: bool = True
 ) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

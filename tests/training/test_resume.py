@@ -29,6 +29,8 @@ STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 LOW, HIGH, BATCH, SAMPLES = 7, 5, 4, 20
 STEPS = LOW + HIGH
 EVERY = 2
+# Of a loss and of a flat buffer, on other numbers of ranks: ten times the most seen, with AVX2 and with AVX-512.
+ROUNDING = 2e-6
 MINIATURE = [
     "model=tiny",
     "data=shapes",
@@ -39,6 +41,9 @@ MINIATURE = [
     f"stage.phases=[{{resolution:32,samples:{LOW * BATCH}}},{{resolution:64,samples:{HIGH * BATCH}}}]",
     "optimizer.warmup_samples=20",
     "optimizer.learning_rate_scale=2",
+    # About the size of the gradients: a smaller one lets AdamW magnify the rounding of gradients that are nearly zero,
+    # which differs between processors and numbers of ranks.
+    "optimizer.epsilon=1e-3",
     "log_every_steps=1",
     f"checkpoint.every_steps={EVERY}",
     "checkpoint.keep=2",
@@ -229,12 +234,12 @@ def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill, stage: str) -
     assert [each[0] for each in elastic] == list(range(1, STEPS + 1))
     for expected, found in zip(alone, elastic, strict=True):
         assert found[1] == expected[1]
-        assert found[2] == pytest.approx(expected[2], rel=1e-4)
+        assert found[2] == pytest.approx(expected[2], rel=ROUNDING)
     one, other = rows(drill.final(f"alone-{stage}")), rows(drill.final(f"elastic-{stage}"))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         error = (other[name] - tensor).norm() / tensor.norm()
-        assert error < 1e-3, (name, error)
+        assert error < ROUNDING, (name, error)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -131,7 +131,7 @@ def seen(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         # Where a user's own modules are found.
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        answer: dict[str, Any] = run_on_ranks(nine_flows, 1, folder, timeout=300.0)[0]
+        answer: dict[str, Any] = run_on_ranks(nine_flows, 1, folder, timeout=600.0)[0]
     return answer
 
 

@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from toy import gather
 
 from vdtrain.compose import ConfigError, compose, to_object
 from vdtrain.config import TrainConfig
@@ -31,6 +32,10 @@ from vdtrain.training.trainer import Trainer
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 BATCH, STEPS = 8, 3
+# Sums of float32 in another order differ by some 1e-7, on any processor: of a group's gradient, 4e-7 was the most seen.
+GRADIENT_BOUND = 1e-6
+# The same of a group's movement, and the rounding of each weight: 1e-8, where the global layers move by 5e-5.
+MOVEMENT_BOUND = 1e-4
 MINIATURE = [
     "model=tiny",
     "data=shapes",
@@ -88,10 +93,32 @@ def four_flow_steps(folder: Path) -> None:
     for zero_stage in (1, 2):
         name = f"four-{distributed.world_size()}-zero{zero_stage}"
         overrides = [f"hardware.zero_stage={zero_stage}", "stage.init_from=null", phases(STEPS, 0)]
-        # The full size's own rate: Adam divides rounding errors of gradients near zero by their size.
-        overrides += ["optimizer.learning_rate_scale=1"]
+        # Adam divides a gradient by its size, and with it the gradient's rounding, which differs between processors.
+        # An epsilon far above every gradient takes that division out.
+        overrides += ["optimizer.epsilon=1", "optimizer.learning_rate_scale=1e5"]
         overrides += ["hardware.micro_batch_size={32:2,64:2}"] if distributed.world_size() == 2 else []
-        assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/{name}", *overrides).run()
+        trainer = make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/{name}", *overrides)
+        record_gradients(trainer, folder / name)
+        assert trainer.run()
+
+
+def record_gradients(trainer: Trainer, folder: Path) -> None:
+    """Write the reduced gradient of every layer group and step, before it is clipped."""
+    optimizer, partitions = trainer.engine._optimizer, trainer.engine.partitions()
+    layouts, update = [part.layout for part in partitions], optimizer.update
+    folder.mkdir(exist_ok=True)
+
+    def recording(gradients: Sequence[torch.Tensor], *arguments: Any) -> None:
+        own = [
+            gradient[trainer.engine._exchange.own_part(part.start, part.stop)]
+            for gradient, part in zip(gradients, partitions, strict=True)
+        ]
+        whole = gather(own, layouts)
+        if distributed.rank() == 0:
+            save_file(whole, folder / f"{optimizer.steps}.safetensors")
+        update(gradients, *arguments)
+
+    optimizer.update = recording  # type: ignore[method-assign]
 
 
 def curriculum(folder: Path) -> list[dict[str, Any]]:
@@ -180,29 +207,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
     """Everything that is trained, and what the ranks saw of it."""
-    (alone,) = run_on_ranks(on_one_rank, 1, folder, timeout=300.0)
-    return {**alone, **run_on_ranks(on_two_ranks, 2, folder, timeout=300.0)[0]}
+    (alone,) = run_on_ranks(on_one_rank, 1, folder, timeout=600.0)
+    return {**alone, **run_on_ranks(on_two_ranks, 2, folder, timeout=600.0)[0]}
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder: Path, zero_stage: int) -> None:
-    one, two = (read_weights(newest(folder, f"four-{ranks}-zero{zero_stage}"), "model") for ranks in (1, 2))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    # Far smaller than what the steps changed, too, in every layer group.
-    start = Diffuser(to_object(compose("train", MINIATURE), TrainConfig).model, {layer_group(name) for name in one})
-    error: Counter[str] = Counter()
-    movement: Counter[str] = Counter()
-    for name, before in start.state_dict().items():
-        error[layer_group(name)] += float((two[name] - one[name]).square().sum())
-        movement[layer_group(name)] += float((one[name] - before).square().sum())
-    for group, moved in movement.items():
-        assert error[group] ** 0.5 < 0.01 * moved**0.5, group
-    runs = [losses(folder, f"four-{ranks}-zero{zero_stage}") for ranks in (1, 2)]
+    names = [f"four-{ranks}-zero{zero_stage}" for ranks in (1, 2)]
+    for step in range(STEPS):
+        one, two = (load_file(folder / name / f"{step}.safetensors") for name in names)
+        for group, (error, size) in norms_by_group(one, two).items():
+            assert error <= GRADIENT_BOUND * size, (step, group)
+    weights = [read_weights(newest(folder, name), "model") for name in names]
+    start = Diffuser(to_object(compose("train", MINIATURE), TrainConfig).model, {layer_group(n) for n in weights[0]})
+    moved = [{name: each[name] - before for name, before in start.state_dict().items()} for each in weights]
+    for group, (error, size) in norms_by_group(*moved).items():
+        assert size > 0
+        assert error <= MOVEMENT_BOUND * size, group
+    runs = [losses(folder, name) for name in names]
     assert len(runs[0]) == len(runs[1]) == STEPS
     for first, second in zip(*runs, strict=True):
-        assert first == pytest.approx(second, abs=1e-5)
+        assert first == pytest.approx(second, rel=GRADIENT_BOUND)
+
+
+def norms_by_group(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """By layer group: the norm of the difference of two sets of tensors, and the norm of the first."""
+    assert one.keys() == two.keys()
+    squares: dict[str, list[float]] = {}
+    for name, tensor in one.items():
+        sums = squares.setdefault(layer_group(name), [0.0, 0.0])
+        sums[0] += float((two[name].double() - tensor.double()).square().sum())
+        sums[1] += float(tensor.double().square().sum())
+    return {group: (error**0.5, size**0.5) for group, (error, size) in squares.items()}
 
 
 def test_every_group_moved(runs: dict[str, Any], folder: Path) -> None:
