@@ -8,27 +8,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.weights.published import compvis_unet
 from tests.weights.small import GROUPS, MODEL, PLAN, weights
 from vdtrain.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.training.assembly import load_weights
 from vdtrain.weights.diffuser_sources import stable_diffusion
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names
+from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX
 
 
 @pytest.fixture(scope="module")
 def unet() -> dict[str, torch.Tensor]:
-    """A tiny U-Net's state dict under CompVis' names, every tensor another one."""
-    data, context = layer_names(PLAN)
-    tensors = {}
-    for name, tensor in weights().items():
-        kind, _, rest = name.partition(".")
-        if kind == "global_layers":
-            tensors[f"{UNET_PREFIX}time_embed.{rest}"] = tensor
-        elif rest.startswith("image."):
-            _, index, tail = rest.split(".", 2)
-            tensors[f"{UNET_PREFIX}{(data if kind == 'data_layers' else context)[int(index)]}.{tail}"] = tensor
-    return tensors
+    return compvis_unet()
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vdtrain.files import sync
 
 SHARD_BYTES = 2 * 2**30
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file. Names may share memory, as the contexts that start from one attention do; each gets its copy.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    separate: dict[str, Tensor] = {}
+    owners: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if (owner := plain.untyped_storage().data_ptr()) in owners:
+            plain = plain.clone()
+        owners.add(owner)
+        separate[name] = plain
+    try:
+        # transformers reads the framework from the metadata.
+        save_file(separate, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -28,8 +50,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
 
     def write_held() -> None:
         draft = folder / f"{stem}.{len(drafts)}.incomplete"
-        # transformers reads the framework from here.
-        save_file(held, draft, metadata={"format": "pt"})
+        write_safetensors(draft, held)
         sync(draft)
         drafts.append((draft, list(held)))
 
@@ -37,7 +58,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
         if held and held_bytes + tensor.nbytes > SHARD_BYTES:
             write_held()
             held, held_bytes = {}, 0
-        held[name] = tensor.detach().cpu().contiguous()
+        held[name] = tensor
         held_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
     write_held()

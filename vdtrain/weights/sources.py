@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from vdtrain.weights.diffuser_sources import Opened
 from vdtrain.weights.folder import Tracked, write_weights_folder
 from vdtrain.weights.frozen_sources import Convert, FrozenPart, Target
 from vdtrain.weights.hub import fetched
+from vdtrain.weights.shards import write_safetensors
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 OUTPUT, PATH = "output", "path"
@@ -132,7 +132,7 @@ def _part_files(
 
 def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tracked: Tracked) -> None:
     with written_whole(target.path, target.place, overwrite) as draft:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+        write_safetensors(draft, state)
 
 
 def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool, tracked: Tracked) -> None:
