@@ -31,7 +31,13 @@ _read_files: ContextVar[bool] = ContextVar("read_files", default=True)
 
 
 class WeightsError(ConfigError):
-    """Weights or tokenizer that are missing, damaged or of another model; the message is one line."""
+    """Weights or tokenizer that are missing, damaged or of another model; the message is one line.
+
+    Names out of a file that are in it cannot steer a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(each if each.isprintable() else ascii(each)[1:-1] for each in message))
 
 
 @contextmanager

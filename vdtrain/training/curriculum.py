@@ -21,8 +21,8 @@ from vdtrain.training.checkpoints import (
     read_weights,
 )
 from vdtrain.validation import phase_steps
+from vdtrain.weights.file_choice import SUFFIXES
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
-from vdtrain.weights.tensor_files import SUFFIXES
 
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
 FIXED_SETTINGS = ("seed", "stage.flows", "stage.global_batch_size", "model.diffuser", "model.modalities")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights.tensor_files import SUFFIXES
+from vdtrain.weights.file_choice import SUFFIXES, choose
 
 PREFIX = "hf:"
 ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@(.+)")
@@ -70,16 +70,14 @@ def _download(repository: str, inside: str, commit: str, parts: Sequence[str]) -
 
 
 def needed(files: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """Of a repository's files those that an import reads: one kind of weights a folder, no variants of them."""
+    """Of a repository's files those that an import reads: one form of weights a folder."""
     inside = [
         name for name in files if not parts or name in parts or name.startswith(tuple(f"{part}/" for part in parts))
     ]
     chosen = [name for name in inside if name.endswith(DESCRIPTIONS)]
     for folder in sorted({str(PurePosixPath(name).parent) for name in inside}):
         here = [name for name in inside if str(PurePosixPath(name).parent) == folder]
-        for suffix in SUFFIXES:
-            plain = [name for name in here if name.endswith(suffix) and "." not in PurePosixPath(name).stem]
-            if plain:
-                chosen += plain
-                break
+        by_name = {PurePosixPath(name).name: name for name in here}
+        if choice := choose(by_name):
+            chosen += [by_name[name] for name in choice.files]
     return chosen

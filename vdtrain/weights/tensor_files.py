@@ -7,8 +7,7 @@ Nothing in it is run.
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.file_choice import INDEX, choose
+from vdtrain.weights.torch_reading import read_state_dict
 
-SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-INDEX_SUFFIX = ".index.json"
-# The published sd-v1-4.ckpt keeps training state under this class.
-LIGHTNING_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -93,11 +90,33 @@ class LazyTensors(Mapping[str, Tensor]):
         if dtype is None:
             return self
 
-        def converted(entry: Entry) -> Entry:
-            return Entry(entry.shape, dtype, lambda: entry.read().to(dtype))
+        def read(name: str, entry: Entry) -> Tensor:
+            tensor, given = entry.read().to(dtype), entry.dtype
+            if torch.finfo(dtype).max < torch.finfo(given).max and not is_finite(tensor):
+                precision = str(dtype).removeprefix("torch.")
+                raise WeightsError(f"{name} holds values beyond {precision}; choose precision=bf16 or precision=keep")
+            return tensor
 
         return LazyTensors(
-            {name: converted(entry) if entry.dtype.is_floating_point else entry for name, entry in self.entries.items()}
+            {
+                name: Entry(entry.shape, dtype, partial(read, name, entry)) if entry.dtype.is_floating_point else entry
+                for name, entry in self.entries.items()
+            }
+        )
+
+    def checked(self, place: str) -> LazyTensors:
+        """The same, where access raises a WeightsError with the tensor's name for values that are not finite."""
+
+        def read(name: str, entry: Entry) -> Tensor:
+            tensor = entry.read()
+            if not is_finite(tensor):
+                raise WeightsError(
+                    f"{place}: {name} holds values that are NaN or infinite; fetch it again, or take other weights"
+                )
+            return tensor
+
+        return LazyTensors(
+            {name: Entry(entry.shape, entry.dtype, partial(read, name, entry)) for name, entry in self.entries.items()}
         )
 
     @property
@@ -112,10 +131,6 @@ class LazyTensors(Mapping[str, Tensor]):
         return f"{len(self):,} tensors, {' and '.join(dtypes)}, {self.nbytes / 1e6:,.1f} MB"
 
 
-class _Placeholder:
-    """Stands for Lightning's class, so that the file can be read without it: nothing of it is run or kept."""
-
-
 def open_tensors(path: Path, setting: str) -> LazyTensors:
     """Open a weights file, an index of several, or a folder that holds either.
 
@@ -128,27 +143,32 @@ def open_tensors(path: Path, setting: str) -> LazyTensors:
         WeightsError: one line: it does not exist, is truncated, asks to run code, or is no tensor file.
     """
     place = f"{setting}={path}"
-    if path.is_dir():
-        path = _weights_file(path, place)
-    if not path.is_file():
-        raise WeightsError(f"{place}: no such file; give a weights file, or a folder with one")
-    if path.name.endswith(INDEX_SUFFIX):
-        return _open_shards(path, place)
-    return _open_file(path, place)
+    try:
+        if path.is_dir():
+            path = _weights_file(path, place)
+        if not path.is_file():
+            raise WeightsError(f"{place}: no such file; give a weights file, or a folder with one")
+        tensors = _open_shards(path, place) if INDEX.search(path.name) else _open_file(path, place)
+    except OSError as error:
+        raise WeightsError(
+            f"{place}: {path.name} cannot be read ({error.strerror or error}); fetch it again"
+        ) from error
+    return tensors.checked(place)
 
 
 def _weights_file(folder: Path, place: str) -> Path:
-    """The index or the one weights file of a folder; rather safetensors, and not a variant ("model.fp16.bin")."""
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"), key=lambda path: (".safetensors." not in path.name, path.name))
-    files = [path for suffix in SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
-    for found in (indices, [path for path in files if "." not in path.stem], files):
-        preferred = [path for path in found if path.suffix == found[0].suffix]
-        if len(preferred) == 1 or (found is indices and found):
-            return found[0]
-        if found:
-            names = ", ".join(path.name for path in preferred[:5])
-            raise WeightsError(f"{place}: holds {len(preferred)} weights files ({names}); name one of them")
-    raise WeightsError(f"{place}: a folder without weights; give one with *.safetensors, or a file")
+    """The index or the one weights file of a folder."""
+    choice = choose([path.name for path in folder.iterdir()])
+    if choice is None:
+        raise WeightsError(f"{place}: a folder without weights; give one with *.safetensors, or a file")
+    if choice.index is not None:
+        return folder / choice.index
+    if len(choice.files) == 1:
+        return folder / choice.files[0]
+    names = ", ".join(choice.files[:5])
+    if choice.sharded:
+        raise WeightsError(f"{place}: holds parts of weights ({names}) without their index; fetch all of the folder")
+    raise WeightsError(f"{place}: holds {len(choice.files)} weights files ({names}); name one of them")
 
 
 def _open_shards(index: Path, place: str) -> LazyTensors:
@@ -170,16 +190,18 @@ def _open_shards(index: Path, place: str) -> LazyTensors:
 
 def _open_file(path: Path, place: str) -> LazyTensors:
     with path.open("rb") as file:
-        start = file.read(64)
+        start = file.read(tarfile.BLOCKSIZE)
     if start.startswith(LFS_POINTER):
         raise WeightsError(f"{place}: {path.name} is a pointer of Git LFS, not the file; run `git lfs pull` there")
-    if start.startswith(b"PK"):
-        return _open_torch(path, place, zipped=True)
-    if start.startswith(b"\x80"):
-        return _open_torch(path, place, zipped=False)
+    if _is_tar(start):
+        raise WeightsError(f"{place}: {path.name} is a tar archive; unpack it, and give the weights file in it")
+    if start.startswith((b"PK", b"\x80")):
+        return _checked_dtypes(LazyTensors.of(read_state_dict(path, place)), place)
     # Safetensors: eight bytes of length, then JSON.
     if start[8:9] == b"{":
         return _open_safetensors(path, place)
+    if not start:
+        raise WeightsError(f"{place}: {path.name} is empty; fetch it again")
     raise WeightsError(f"{place}: {path.name} is no file of tensors; give safetensors or what torch.save writes")
 
 
@@ -198,34 +220,24 @@ def _open_safetensors(path: Path, place: str) -> LazyTensors:
     return LazyTensors(entries)
 
 
-def _open_torch(path: Path, place: str, zipped: bool) -> LazyTensors:
-    damaged = f"{place}: {path.name} is truncated or damaged; fetch it again"
-    if zipped:
-        if not zipfile.is_zipfile(path):
-            raise WeightsError(damaged)
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise WeightsError(
-                    f"{place}: {path.name} is a TorchScript program, which would have to be run; give the same weights "
-                    "as safetensors or as a state dict (for CLIP: Hugging Face's openai/clip-vit-large-patch14)"
-                )
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Both are NaN where a value is, and this takes no memory.
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
+def _checked_dtypes(tensors: LazyTensors, place: str) -> LazyTensors:
+    for name, entry in tensors.entries.items():
+        if entry.dtype not in DTYPES.values():
+            raise WeightsError(f"{place}: {name} is {entry.dtype}; give weights that are not quantised")
+    return tensors
+
+
+def _is_tar(start: bytes) -> bool:
     try:
-        with torch.serialization.safe_globals([(_Placeholder, LIGHTNING_CLASS)]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise WeightsError(
-            f"{place}: cannot be read as plain tensors ({reason}); convert it to safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise WeightsError(damaged) from error
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    tensors = {
-        str(name): tensor.detach()
-        for name, tensor in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(tensor, Tensor)
-    }
-    if not tensors:
-        raise WeightsError(f"{place}: {path.name} holds no tensors by name; give the state dict of a model")
-    return LazyTensors.of(tensors)
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True

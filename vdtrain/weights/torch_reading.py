@@ -1,0 +1,294 @@
+"""The tensors of a file that `torch.save` wrote, without running anything that the file asks for.
+
+A pickle builds objects by calling classes and functions by name. Here a name leads to one of three things: to what a
+tensor is rebuilt from; to a placeholder, which keeps nothing and does nothing (NumPy scalars of a learning rate, the
+settings and callbacks of a trainer); or to an error with that name, where the standard library would act.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import io
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdtrain.models.frozen_weights import WeightsError
+
+# A state dict's places in what training scripts save, in the order of preference; averaged weights come last.
+WRAPPERS = (
+    "state_dict",
+    "module",
+    "model",
+    "net",
+    "model_state_dict",
+    "params",
+    "weights",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "params_ema",
+)
+# Of the standard library, what settings and counters are made of. Everything else of it is refused.
+DATA = {
+    "argparse": {"Namespace"},
+    "builtins": {
+        "bool",
+        "bytearray",
+        "bytes",
+        "complex",
+        "dict",
+        "ellipsis",
+        "float",
+        "frozenset",
+        "int",
+        "list",
+        "object",
+        "range",
+        "set",
+        "slice",
+        "str",
+        "tuple",
+        "type",
+        "NoneType",
+        "Ellipsis",
+    },
+    "collections": {"ChainMap", "Counter", "OrderedDict", "UserDict", "UserList", "defaultdict", "deque"},
+    "copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"},
+    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
+    "decimal": {"Decimal"},
+    "fractions": {"Fraction"},
+    "functools": {"partial"},
+    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "io": {"BytesIO"},
+    "_io": {"BytesIO"},
+    "re": {"_compile"},
+    "types": {"SimpleNamespace", "MappingProxyType"},
+    "uuid": {"UUID", "SafeUUID"},
+    "_codecs": {"encode"},
+}
+# Modules of the standard library that describe and do nothing.
+DESCRIPTIONS = {"typing", "numbers"}
+
+
+class _Fixed(type):
+    """Of classes that a pickle cannot change."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"sets {name} of a class")
+
+
+class Placeholder(metaclass=_Fixed):
+    """Stands for an object that weights do not need. Whatever a pickle does with it has no effect."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> Placeholder:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+class _Names(dict[Any, Any], metaclass=_Fixed):
+    """A mapping of any kind, without the attributes and the default factory that it had."""
+
+    __slots__ = ()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(each for each in arguments if isinstance(each, list | dict)))
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Function:
+    """A function without attributes, so that a pickle can call it and not change it."""
+
+    __slots__ = ("_call",)
+    _call: Callable[..., Any]
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"sets {name} of a function")
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("sets the state of a function")
+
+
+class _Bytes:
+    """The kind of storage whose dtype stands elsewhere."""
+
+    __slots__ = ()
+    dtype = torch.uint8
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """A tensor without its gradient's settings, hooks and notes."""
+    made: Tensor = torch._utils._rebuild_tensor(storage, offset, size, stride)
+    return made
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _with_attributes(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor of a subclass or with attributes, as the plain tensor."""
+    return rebuild(*arguments)
+
+
+KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": _Names,
+    "collections.defaultdict": _Names,
+    "torch.storage.UntypedStorage": _Bytes(),
+    "torch.Size": _Function(lambda *sizes: torch.Size(*sizes)),
+    "torch._utils._rebuild_tensor": _Function(_tensor),
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor),
+    "torch._utils._rebuild_parameter": _Function(_parameter),
+    "torch._utils._rebuild_parameter_with_state": _Function(_parameter),
+    "torch.nn.parameter.Parameter": _Function(_parameter),
+    "torch._tensor._rebuild_from_type_v2": _Function(_with_attributes),
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+}
+
+
+class _RefusedError(Exception):
+    """A pickle names what is not looked at."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # Pickles of the protocol that PyTorch writes have the names of Python 2.
+        module, name = _compat_pickle.NAME_MAPPING.get(
+            (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+        )
+        if (known := KNOWN.get(f"{module}.{name}")) is not None:
+            return known
+        top = module.partition(".")[0]
+        data = name in DATA.get(module, ()) or module in DESCRIPTIONS
+        words = [*module.split("."), name]
+        if not all(word.isidentifier() for word in words) or (top in sys.stdlib_module_names and not data):
+            raise _RefusedError(f"{module}.{name}")
+        return _Fixed(name, (Placeholder,), {"__slots__": (), "__module__": module})
+
+
+class _Pickles:
+    """What `torch.load` wants of a pickle module."""
+
+    Unpickler = _Unpickler
+
+    @staticmethod
+    def load(file: io.BufferedIOBase, **arguments: Any) -> Any:
+        return _Unpickler(file, **arguments).load()
+
+
+def read_state_dict(path: Path, place: str) -> dict[str, Tensor]:
+    """The tensors of a file of PyTorch by name, out of what they are wrapped in.
+
+    Tensors of a file of PyTorch 1.6 or later stay in the file; they are read where their values are looked at.
+
+    Raises:
+        WeightsError: it is truncated, no state dict, or asks for what is refused; the message names that.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content: Any = torch.load(
+                path,
+                "cpu",
+                pickle_module=_Pickles,
+                weights_only=False,
+                mmap=_is_archive(path, place),
+                encoding="latin1",
+            )
+    except _RefusedError as refused:
+        raise WeightsError(
+            f"{place}: {path.name} cannot be read as plain tensors: it asks for {str(refused)[:120]}, and nothing that "
+            "a file asks for is run; convert it to safetensors where you trust it"
+        ) from refused
+    except WeightsError:
+        raise
+    # A damaged pickle can make its reader do anything that it can do, in any order.
+    except Exception as error:
+        raise WeightsError(f"{place}: {path.name} is truncated or damaged; fetch it again") from error
+    state = _unwrapped(content)
+    if state is None:
+        found = [content] if not isinstance(content, Mapping) else content.values()
+        kinds = ", ".join(dict.fromkeys(map(_kind, found)))
+        raise WeightsError(
+            f"{place}: {path.name} holds no tensors by name{kinds and f', only {kinds[:120]}'}; give the state dict of "
+            "a model"
+        )
+    for name, value in state.items():
+        if isinstance(value, Placeholder) and re.search("tensor|parameter", _kind(value), re.IGNORECASE):
+            raise WeightsError(f"{place}: {name} is a {_kind(value)}; give weights as plain tensors, not quantised")
+    return {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(content: Any, depth: int = 4) -> Mapping[Any, Any] | None:
+    """The innermost mapping that holds tensors, by the names that wrappers have."""
+    if not isinstance(content, Mapping) or not depth:
+        return None
+    inner = (_unwrapped(content.get(name), depth - 1) for name in WRAPPERS)
+    found = next((each for each in inner if each is not None), None)
+    return content if found is None and any(isinstance(each, Tensor) for each in content.values()) else found
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}".lstrip("_")
+
+
+def _is_archive(path: Path, place: str) -> bool:
+    """Whether it is a zip archive of tensors, as PyTorch writes since version 1.6.
+
+    Raises:
+        WeightsError: an archive of another kind.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return False
+    if not zipfile.is_zipfile(path):
+        raise WeightsError(f"{place}: {path.name} is truncated or damaged; fetch it again")
+    try:
+        # PyTorch decides by these names whether it is a program.
+        records = torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{place}: {path.name} is an archive of other files, or damaged; unpack it, or fetch it again"
+        ) from error
+    if "constants.pkl" in records:
+        raise WeightsError(
+            f"{place}: {path.name} is a TorchScript program, which would have to be run; give the same weights "
+            "as safetensors or as a state dict (for CLIP: Hugging Face's openai/clip-vit-large-patch14)"
+        )
+    return True
