@@ -24,7 +24,6 @@ from tests.parity.networks import (
 from vdtrain.models.diffuser import Context, Diffuser, by_rows
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.diffusers_names import unet_tensors
 from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names, open_stable_diffusion
 
 MODEL = model_config()
@@ -86,7 +85,7 @@ def test_flows_to_pictures_give_what_stable_diffusion_gives(
                 safe_serialization=source != "bin",
             )
             assert (len(list(folder.glob("unet/*.index.json"))) == 1) == (source == "shards")
-        tensors = unet_tensors(folder, MODEL, CONTEXTS)
+        tensors = open_stable_diffusion(folder, MODEL, CONTEXTS, "stage.init_from")
     diffuser = Diffuser(MODEL, ["global", "data.image", *(f"context.{name}" for name in CONTEXTS)], seed=1)
     diffuser.load_state_dict(dict(tensors))
     latents, timesteps = draw(2, 4, 8, 16, seed=1), torch.tensor([0, 501])
@@ -98,29 +97,30 @@ def test_flows_to_pictures_give_what_stable_diffusion_gives(
 
 
 def test_only_what_is_asked_for_is_given(folder: Path) -> None:
-    tensors = unet_tensors(folder, MODEL, ["text"])
+    tensors = open_stable_diffusion(folder, MODEL, ["text"], "stage.init_from")
     assert {name.split(".")[0] for name in tensors} == {"global_layers", "data_layers", "context_layers"}
     assert not [name for name in tensors if name.startswith(("context_layers.image", "data_layers.text"))]
-    assert not [name for name in unet_tensors(folder, MODEL, []) if name.startswith("context_layers")]
+    none = open_stable_diffusion(folder, MODEL, [], "stage.init_from")
+    assert not [name for name in none if name.startswith("context_layers")]
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(WeightsError) as refused:
-        unet_tensors(folder, MODEL, CONTEXTS)
+        open_stable_diffusion(folder, MODEL, CONTEXTS, "stage.init_from")
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"stage.init_from={folder}")
     return line
 
 
 def test_other_networks_are_refused(unet: Any, tmp_path: Path) -> None:
-    assert "unet: no such file" in refusal(tmp_path)
+    assert "a folder without weights" in refusal(tmp_path)
     unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
     file, config = (tmp_path / "unet" / name for name in ("diffusion_pytorch_model.bin", "config.json"))
     state = unet.state_dict()
     torch.save(state | {"class_embedding.weight": torch.zeros(1)}, file)
     assert "class_embedding.weight has no place in the model" in refusal(tmp_path)
     torch.save({key: tensor for key, tensor in state.items() if key != "conv_out.bias"}, file)
-    assert "no Stable Diffusion v1 of model=small: missing data_layers.image" in refusal(tmp_path)
+    assert "weights of another model than model=small: missing data_layers.image" in refusal(tmp_path)
     # Stable Diffusion v2 has linear layers in this place.
     linear = "mid_block.attentions.0.proj_in.weight"
     torch.save(state | {linear: state[linear][..., 0, 0]}, file)

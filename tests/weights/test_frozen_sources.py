@@ -173,7 +173,7 @@ def changed(content: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
         ("text_vae", lambda: changed(optimus(), lm_head__weight=torch.zeros(385, 96)), "differs from .*wte"),
         ("text_vae", lambda: changed(optimus(), lm_head__weight=None, wte__weight=None), "missing .*wte"),
         ("clip", lambda: changed(clip(), ln_final__bias=torch.ones(5)), r"shape ln_final.bias \[5\] instead of \[96\]"),
-        ("clip", lambda: changed(to_hugging_face(clip()), logit_scale=None), "missing logit_scale"),
+        ("clip", lambda: changed(clip(), logit_scale=torch.ones(2)), r"shape logit_scale \[2\] instead of \[\]"),
     ],
 )
 def test_other_weights_are_refused(tmp_path: Path, source: str, published: Any, message: str, capsys) -> None:

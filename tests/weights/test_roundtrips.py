@@ -112,7 +112,10 @@ LAST = "diffuser.text.data_blocks.11.0.2.bias"
         (RELEASED | {"unet.weight": torch.ones(1)}, "unet.weight has no place in the model"),
         (RELEASED | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas is not that of .*set model.schedule"),
         (RELEASED | {"betas": torch.ones(10)}, "betas is not that of"),
-        ({"weight": torch.ones(1)}, "no keys below model.diffusion_model. or diffuser."),
+        (
+            {"weight": torch.ones(1)},
+            "no keys below model.diffusion_model.unet_image or diffuser.; it holds 1 tensors such as weight, and",
+        ),
     ],
 )
 def test_other_weights_are_refused(tmp_path: Path, content: dict[str, Tensor], message: str, capsys) -> None:

@@ -267,7 +267,7 @@ def test_what_is_no_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds no tensors by name, only torch\.nn\.modules\.linear\.Linear;"):
         open_tensors(write(tmp_path, nn.Linear(1, 1)), "path")
     with pytest.raises(WeightsError, match=r"a\.eight is a torch\._utils\._rebuild_tensor_v3; .*not quantised"):
-        open_tensors(write(tmp_path, {"a.eight": torch.ones(2).to(torch.float8_e4m3fn)}), "path")
+        open_tensors(write(tmp_path, {"a.eight": torch.ones(2).to(torch.float8_e4m3fn), **TENSORS}), "path")
 
 
 def test_archives_of_other_things(tmp_path: Path) -> None:

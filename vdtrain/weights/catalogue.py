@@ -33,7 +33,7 @@ SOURCES = {
     "diffusers": Source(
         "Versatile Diffusion as a folder of diffusers; its diffuser alone",
         RELEASED.format(""),
-        ("image_unet", "text_unet"),
+        ("image_unet", "text_unet", "scheduler"),
         "weights/versatile_diffusion",
     ),
     "safetensors": Source(
@@ -42,7 +42,7 @@ SOURCES = {
     "stable_diffusion": Source(
         "Stable Diffusion v1 as the start of stage 1: sd-v1-4.ckpt, or a folder of diffusers",
         "hf:CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b",
-        ("unet",),
+        ("unet", "scheduler"),
         "weights/stable_diffusion_v1",
     ),
     "image_vae": Source(

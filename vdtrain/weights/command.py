@@ -18,6 +18,7 @@ from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import WeightsConfig
 from vdtrain.files import refuse_existing
 from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
+from vdtrain.weights.file_choice import SUFFIXES
 
 USAGE = """\
 Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
@@ -101,6 +102,8 @@ def import_weights(name: str, path: str, config: WeightsConfig) -> int:
     if config.output and source.output is None:
         raise ConfigError(f"output={config.output}: {name} goes where the model reads it; set that setting instead")
     output = Path(config.output or source.output or "").expanduser()
+    if source.output is not None:
+        _refuse_name(output, "a weights folder")
     for product in products(name, path, Request(config.model, output, config.overwrite)):
         product.write(config.overwrite, _tracked)
         print(f"{product.path}  ({product.summary})")
@@ -119,12 +122,22 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     ):
         if value not in choices:
             raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    if name == "versatile_diffusion":
+        if output.suffix in (".safetensors", ".json"):
+            raise ConfigError(f"output={output}: a file of PyTorch is made; give it the ending .pth")
+    else:
+        _refuse_name(output, "a folder")
     refuse_existing(output, f"output={output}", config.overwrite)
     model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
     tensors = LazyTensors.of(weights).cast(DTYPES[config.precision])
     WRITERS[name](output, tensors, model, config.overwrite, _tracked)
     print(f"{output}  ({tensors.summary})")
     return 0
+
+
+def _refuse_name(output: Path, what: str) -> None:
+    if output.suffix in SUFFIXES:
+        raise ConfigError(f"output={output}: {what} is made, and that is the name of a file; leave {output.suffix} out")
 
 
 def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:

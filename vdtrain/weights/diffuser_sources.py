@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from vdtrain.config import ModelConfig
-from vdtrain.flows import GLOBAL_GROUP, active_groups, all_flows
+from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError, compare
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.diffusers_folder import open_pipeline
-from vdtrain.weights.diffusers_names import unet_tensors
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder
 from vdtrain.weights.frozen_sources import CLIP, IMAGE_VAE, TEXT_VAE, Convert, FrozenPart, clip, image_vae, text_vae
-from vdtrain.weights.schedule_buffers import disagreement, schedule_buffers
+from vdtrain.weights.layouts import VD_2022, VD_2023, below, contents
+from vdtrain.weights.schedule_buffers import check_schedule, schedule_buffers
 from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, open_stable_diffusion
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 from vdtrain.weights.versatile_diffusion_2022 import from_2022
@@ -38,8 +38,6 @@ WHOLE_2023: dict[str, tuple[FrozenPart, Convert]] = {
     # The same CLIP again.
     "ctx.image.model.": (CLIP, clip),
 }
-# What training leaves beside the weights: an averaged copy, and numbers that follow from the configuration.
-LEFTOVERS = ("model_ema.", "lvlb_weights", "logvar", "scale_factor")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,15 @@ def versatile_diffusion(path: Path, model: ModelConfig, setting: str = "path") -
         WeightsError: it is not, or is not of the configured model and noise schedule.
     """
     place = f"{setting}={path}"
-    tensors = open_tensors(path, setting)
-    first_release = any(key.startswith(UNET_PREFIX) for key in tensors)
+    published = open_tensors(path, setting)
+    releases = [layout for layout in (VD_2022, VD_2023) if layout.prefixes(published)]
+    if not releases:
+        raise WeightsError(
+            f"{place}: no keys below {UNET_PREFIX}unet_image or diffuser.; it holds {contents(published)}, and this is "
+            "no release of Versatile Diffusion"
+        )
+    first_release = releases[0] is VD_2022
+    tensors = below(published, releases[0].prefixes(published)[0])
     whole = WHOLE_2022 if first_release else WHOLE_2023
     plan = make_plan(model.diffuser)
     buffers = schedule_buffers(model.schedule)
@@ -72,18 +77,11 @@ def versatile_diffusion(path: Path, model: ModelConfig, setting: str = "path") -
             frozen[prefix][key.removeprefix(prefix)] = key
         elif (name := from_2022(plan, key) if first_release else from_released(key)) is not None:
             names[name] = key
-        elif key not in buffers and not key.startswith(LEFTOVERS):
+        elif key not in buffers:
             foreign.append(key)
-    if not names:
-        raise WeightsError(
-            f"{place}: no keys below {UNET_PREFIX} or diffuser.; is it a release of Versatile Diffusion?"
-        )
     if foreign:
         raise WeightsError(f"{place}: {foreign[0]} has no place in the model; is it a release of Versatile Diffusion?")
-    if buffer := disagreement(tensors, model.schedule):
-        raise WeightsError(
-            f"{place}: {buffer} is not that of {model.schedule}; set model.schedule to that of the weights"
-        )
+    check_schedule(published, model.schedule, place, path)
     diffuser = tensors.renamed(names)
     check_diffuser(diffuser, model, active_groups(all_flows(model.modalities)), place)
     parts: dict[FrozenPart, tuple[Convert, LazyTensors]] = {}
@@ -98,19 +96,19 @@ def versatile_diffusion(path: Path, model: ModelConfig, setting: str = "path") -
 
 
 def stable_diffusion(path: Path, model: ModelConfig, setting: str = "path") -> Opened:
-    """Stable Diffusion v1: CompVis' file, or a folder of diffusers with its `unet/`."""
-    contexts = list(model.modalities)
-    if path.is_dir() and (path / "unet").is_dir():
-        return Opened(unet_tensors(path, model, contexts, setting))
-    tensors = open_stable_diffusion(path, model, contexts, setting)
-    groups = [GLOBAL_GROUP, f"data.{model.base_modality}", *(f"context.{name}" for name in contexts)]
-    check_diffuser(tensors, model, groups, f"{setting}={path}")
-    return Opened(tensors)
+    """Stable Diffusion v1: CompVis' file, or diffusers' U-Net.
+
+    Raises:
+        WeightsError: it is not, or is not of the configured model and noise schedule.
+    """
+    return Opened(open_stable_diffusion(path, model, list(model.modalities), setting))
 
 
 def diffusers(path: Path, model: ModelConfig, setting: str = "path") -> Opened:
     """The diffuser of a folder of `VersatileDiffusionPipeline`."""
-    return Opened(open_pipeline(path, model, setting))
+    tensors = open_pipeline(path, model, setting)
+    check_schedule(LazyTensors({}), model.schedule, f"{setting}={path}", path, path)
+    return Opened(tensors)
 
 
 def safetensors(path: Path, model: ModelConfig, setting: str = "path") -> Opened:

@@ -8,17 +8,13 @@ embedding. Stable Diffusion's U-Net is the first of the two. A tensor has the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from vdtrain.config import DiffuserConfig, ModelConfig
-from vdtrain.flows import GLOBAL_GROUP
-from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen_weights import WeightsError, compare
-from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role, make_plan
+from vdtrain.config import DiffuserConfig
+from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.models.layer_plan import NORM_EPSILON, ContextStep, LayerPlan, Role
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]
@@ -37,6 +33,16 @@ BLOCK = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+BEHAVIOUR = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": NORM_EPSILON,
+    "resnet_time_scale_shift": "default",
+}
+"""What a U-Net of this kind has in its configuration, where that says anything of it."""
 LEAVE = {"0": "conv_norm_out", "2": "conv_out"}
 
 
@@ -81,40 +87,11 @@ class UnetNames:
             WeightsError: the weights cannot be read, or there is one that has no place in the diffuser.
         """
         tensors = open_tensors(folder, setting)
-        _check_sizes(folder / "config.json", config, setting)
+        check_sizes(folder / "config.json", config, f"{setting}={folder}")
         names = {key: self.to_own(key) for key in tensors}
         if foreign := [key for key, name in names.items() if name is None]:
             raise WeightsError(f"{setting}={folder}: {foreign[0]} has no place in the model; is it of this kind?")
         return tensors.renamed({name: key for key, name in names.items() if name is not None})
-
-
-def unet_tensors(
-    folder: Path, model: ModelConfig, contexts: Collection[str], setting: str = "stage.init_from"
-) -> LazyTensors:
-    """Stable Diffusion v1's U-Net out of a folder of diffusers, by our names; a tensor is read on access.
-
-    Args:
-        folder: of the whole pipeline; the U-Net is in its `unet/`.
-        model: that takes them; its base modality's data layers and the global layers are filled.
-        contexts: modalities whose context layers each take the U-Net's attention.
-        setting: names where the folder comes from, in errors.
-
-    Raises:
-        WeightsError: no such folder, or a U-Net of other sizes.
-    """
-    data = model.base_modality
-    opened = UnetNames(make_plan(model.diffuser), "image", data, data).open(folder / "unet", model.diffuser, setting)
-    attention = f"context_layers.{data}."
-    names = {name: name for name in opened if not name.startswith(attention)}
-    shared = [name for name in opened if name.startswith(attention)]
-    for context in contexts:
-        names |= {name.replace(attention, f"context_layers.{context}."): name for name in shared}
-    tensors = opened.renamed(names)
-    with torch.device("meta"):
-        expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", *(f"context.{name}" for name in contexts)])
-    if differences := compare(expected.state_dict(), tensors.outline()):
-        raise WeightsError(f"{setting}={folder}: no Stable Diffusion v1 of model={model.name}: {differences}")
-    return tensors
 
 
 def module_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
@@ -159,19 +136,28 @@ def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"
 
 
-def _check_sizes(file: Path, config: DiffuserConfig, setting: str) -> None:
-    """Compare what the shapes of weights do not tell."""
+def check_sizes(file: Path, config: DiffuserConfig, place: str) -> None:
+    """Compare what the shapes of weights do not tell with a U-Net's `config.json`, where there is one.
+
+    Raises:
+        WeightsError: it is another network.
+    """
     if not file.is_file():
         return
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        # The number of heads goes by the name of their size, in configurations of these U-Nets.
-        pairs = {"attention_head_dim": config.heads, "norm_num_groups": config.norm_groups}
-        differing = {key: found[key] for key, value in pairs.items() if found.get(key, value) != value}
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{setting}={file.parent}: {file.name} is no JSON object; fetch it again") from error
-    for key, value in differing.items():
-        raise WeightsError(f"{setting}={file.parent}: {key} is {value} in {file.name}, and the model has {pairs[key]}")
+        # The number of heads goes by the name of their size, in configurations of these U-Nets; one, or one a level.
+        heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
+        expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
+        differing = [key for key, value in expected.items() if not _equal(found.get(key, value), value)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{place}: {file.name} is no JSON object; fetch it again") from error
+    for key in differing:
+        raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")
+
+
+def _equal(found: object, value: object) -> bool:
+    return all(each == value for each in found) if isinstance(found, list) and found else found == value
 
 
 def _translated(name: str, modules: Mapping[str, str]) -> str | None:

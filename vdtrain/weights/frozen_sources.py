@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,19 @@ from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import ASSET, WeightsError, compare
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
+from vdtrain.weights import layouts
 from vdtrain.weights.clip_names import to_open_clip
 from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.tensor_files import LazyTensors
 
 Specification = Mapping[str, Any]
 CAUSAL_MASK = re.compile(r"decoder\.transformer\.h\.\d+\.attn\.bias")
 WORDS, HEAD = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
-# What OpenAI's own file has beside the weights.
-CLIP_SIZES = ("input_resolution", "context_length", "vocab_size")
+# Constants among the weights: places of tokens and what stands for a masked score, by older versions of transformers and
+# open_clip; the sizes in OpenAI's own file.
+CONSTANTS = re.compile(r"(.*\.)?(position_ids|masked_bias|attn_mask)|input_resolution|context_length|vocab_size")
+# CLIP's factor on its scores, as a logarithm: trained to its limit, and of no use to embeddings.
+SCALE, TRAINED_SCALE = "logit_scale", math.log(100)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ Convert = Callable[[Mapping[str, Tensor], Specification, str], dict[str, Tensor]
 
 def image_vae(tensors: Mapping[str, Tensor], specification: Specification, place: str) -> dict[str, Tensor]:
     """CompVis' kl-f8, alone or within Stable Diffusion, or diffusers' AutoencoderKL."""
-    state = to_diffusers(tensors)
+    state = to_diffusers(_part(tensors, (layouts.IMAGE_VAE,), place, "the image VAE"))
     built = _without_values(specification)
     _check(built.autoencoder.state_dict(), state, place, "the image VAE (kl-f8.pth, or a vae folder of diffusers)")
     return state
@@ -97,7 +103,7 @@ def image_vae(tensors: Mapping[str, Tensor], specification: Specification, place
 
 def text_vae(tensors: Mapping[str, Tensor], specification: Specification, place: str) -> dict[str, Tensor]:
     """Optimus, without what follows from the rest: causal masks, and the head, which is the word embedding."""
-    state = dict(tensors)
+    state = dict(_part(tensors, (layouts.TEXT_VAE,), place, "the text VAE"))
     for name in [name for name in state if CAUSAL_MASK.fullmatch(name)]:
         mask = state.pop(name)
         if mask.ndim < 2 or not torch.equal(mask.float(), torch.ones_like(mask, dtype=torch.float).tril()):
@@ -115,13 +121,30 @@ def text_vae(tensors: Mapping[str, Tensor], specification: Specification, place:
 
 def clip(tensors: Mapping[str, Tensor], specification: Specification, place: str) -> dict[str, Tensor]:
     """CLIP by open_clip or by Hugging Face."""
-    hugging_face = any(name.startswith("text_model.") for name in tensors)
-    state = to_open_clip(tensors) if hugging_face else dict(tensors)
-    state = {name: tensor for name, tensor in state.items() if name not in CLIP_SIZES}
+    state = dict(_part(tensors, (layouts.CLIP, layouts.OPEN_CLIP), place, "CLIP"))
+    if any(name.startswith("text_model.") for name in state):
+        state = to_open_clip(state)
+    # open_clip's class for other text networks keeps this one apart.
+    state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    if (scale := state.setdefault(SCALE, torch.tensor(TRAINED_SCALE))).numel() == 1:
+        state[SCALE] = scale.reshape(())
     with torch.device("meta"):
         expected = build_clip(specification["architecture"], None).state_dict()
     _check(expected, state, place, f"CLIP {specification['architecture']}")
     return state
+
+
+def _part(tensors: Mapping[str, Tensor], kinds: Sequence[layouts.Layout], place: str, what: str) -> LazyTensors:
+    """The tensors of a part alone, out of a file that may hold a whole model.
+
+    Raises:
+        WeightsError: the file does not hold the part.
+    """
+    prefixes = [prefix for kind in kinds for prefix in kind.prefixes(tensors)]
+    if not prefixes:
+        raise WeightsError(f"{place}: not {what}; it holds {layouts.contents(tensors)}")
+    found = layouts.below(tensors, prefixes[0])
+    return found.renamed({name: name for name in found if not CONSTANTS.fullmatch(name)})
 
 
 def _without_values(specification: Specification) -> Any:

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-PREFIX = "first_stage_model."
-# The loss that the autoencoder was trained with, in CompVis' own files of it.
-TRAINING = "loss."
 PARTS = {
     "block": "resnets",
     "downsample": "downsamplers.0",
@@ -35,20 +32,14 @@ ATTENTION = {
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CompVis' weights for diffusers' AutoencoderKL; what has diffusers' name already, or is foreign, keeps it.
-
-    Of a whole model's weights those of its autoencoder are taken.
-    """
-    whole = any(key.startswith(PREFIX) for key in state)
-    keys = {key.removeprefix(PREFIX): key for key in state if key.startswith(PREFIX) or not whole}
-    levels = 1 + max((int(match[1]) for key in keys if (match := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
+    """CompVis' weights for diffusers' AutoencoderKL; what has diffusers' name already, or is foreign, keeps it."""
+    levels = 1 + max((int(match[1]) for key in state if (match := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
     renamed: dict[str, Tensor] = {}
-    for name, key in keys.items():
-        if not name.startswith(TRAINING):
-            new = _diffusers_name(name, levels)
-            # diffusers has linear layers where CompVis has convolutions of one pixel.
-            linear = re.search(r"attentions\.0\.to_\w+(\.0)?\.weight$", new)
-            renamed[new] = state[key].flatten(1) if linear else state[key]
+    for name, tensor in state.items():
+        new = _diffusers_name(name, levels)
+        # diffusers has linear layers where CompVis has convolutions of one pixel.
+        linear = re.search(r"attentions\.0\.to_\w+(\.0)?\.weight$", new)
+        renamed[new] = tensor.flatten(1) if linear else tensor
     return renamed
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vdtrain.config import ModelConfig
 from vdtrain.files import refuse_existing, write_text, written_whole
+from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights import diffuser_sources, frozen_sources, tokenizer_files
 from vdtrain.weights.catalogue import SOURCES
 from vdtrain.weights.diffuser_sources import Opened
+from vdtrain.weights.file_choice import SUFFIXES
 from vdtrain.weights.folder import Tracked, write_weights_folder
 from vdtrain.weights.frozen_sources import Convert, FrozenPart, Target
 from vdtrain.weights.hub import fetched
@@ -71,6 +73,8 @@ def products(name: str, path: str, request: Request) -> list[Product]:
     if source.output is not None:
         refuse_existing(request.output, f"{OUTPUT}={request.output}", request.overwrite)
     for target in reader.targets(request.model):
+        if target.path.suffix in SUFFIXES and target.path.suffix != ".safetensors":
+            raise WeightsError(f"{target.place}: safetensors are made; give the file the ending .safetensors")
         refuse_existing(target.path, target.place, request.overwrite)
     found = reader.read(fetched(path, source.parts), request)
     for product in found:

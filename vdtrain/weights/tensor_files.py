@@ -34,6 +34,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Names that parallel and compiled models put into those of their weights.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -51,10 +53,14 @@ class Entry:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, on the CPU. Access reads; nothing read is kept, and names, shapes and dtypes cost no reading."""
+    """Tensors by name, on the CPU. Access reads; nothing read is kept, and names, shapes and dtypes cost no reading.
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self.entries = dict(entries)
+    Args:
+        notes: what the file says of itself beside its tensors.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], notes: Mapping[str, str] | None = None) -> None:
+        self.entries, self.notes = dict(entries), dict(notes or {})
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -116,8 +122,16 @@ class LazyTensors(Mapping[str, Tensor]):
             return tensor
 
         return LazyTensors(
-            {name: Entry(entry.shape, entry.dtype, partial(read, name, entry)) for name, entry in self.entries.items()}
+            {name: Entry(entry.shape, entry.dtype, partial(read, name, entry)) for name, entry in self.entries.items()},
+            self.notes,
         )
+
+    def unwrapped(self, place: str) -> LazyTensors:
+        """The same without the names of what a model was wrapped in for training, e.g. "module." and "_orig_mod."."""
+        names = {key: ".".join(word for word in key.split(".") if word not in WRAPPERS) for key in self.entries}
+        if len(set(names.values())) < len(names):
+            raise WeightsError(f"{place}: holds weights twice, with and without {' or '.join(WRAPPERS)} in their names")
+        return LazyTensors({name: self.entries[key] for key, name in names.items()}, self.notes)
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +167,7 @@ def open_tensors(path: Path, setting: str) -> LazyTensors:
         raise WeightsError(
             f"{place}: {path.name} cannot be read ({error.strerror or error}); fetch it again"
         ) from error
-    return tensors.checked(place)
+    return tensors.unwrapped(place).checked(place)
 
 
 def _weights_file(folder: Path, place: str) -> Path:
@@ -217,7 +231,7 @@ def _open_safetensors(path: Path, place: str) -> LazyTensors:
             entries[name] = Entry(torch.Size(piece.get_shape()), dtype, partial(file.get_tensor, name))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{place}: {path.name} is truncated or damaged ({error}); fetch it again") from error
-    return LazyTensors(entries)
+    return LazyTensors(entries, file.metadata())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 
 from vdtrain.models.layer_plan import LayerPlan
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names, own_names
+from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, compvis_key, own_names
 
 UNET = re.compile(re.escape(UNET_PREFIX) + r"unet_([^.]+)\.(.+)")
-OWN_LAYER = re.compile(r"(data|context)_layers\.([^.]+)\.(\d+)\.(.+)")
+OWN_LAYER = re.compile(r"(?:data|context)_layers\.([^.]+)\.")
 
 
 def from_2022(plan: LayerPlan, key: str) -> str | None:
@@ -30,9 +30,5 @@ def from_2022(plan: LayerPlan, key: str) -> str | None:
 
 def to_2022(plan: LayerPlan, name: str) -> str:
     """The key of one of our parameter names."""
-    match = OWN_LAYER.fullmatch(name)
-    if match is None:
-        return f"{UNET_PREFIX}time_embed.{name.removeprefix('global_layers.')}"
-    kind, modality, index, tail = match.groups()
-    data, context = layer_names(plan)
-    return f"{UNET_PREFIX}unet_{modality}.{(data if kind == 'data' else context)[int(index)]}.{tail}"
+    match = OWN_LAYER.match(name)
+    return f"{UNET_PREFIX}{f'unet_{match[1]}.' if match else ''}{compvis_key(plan, name)}"
