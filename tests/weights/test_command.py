@@ -115,7 +115,10 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ("export onnx out", "export onnx: no such format"),
         ("export safetensors", "takes one output, 0 given"),
         ("export safetensors out checkpoint=absent", "checkpoint=absent: does not exist"),
-        ("export safetensors out checkpoint=vd.pth", "checkpoint=vd.pth: a file of published weights is imported"),
+        (
+            "export safetensors out checkpoint=vd.pth",
+            "checkpoint=vd.pth: no such file; a file of published weights is imported by `vdtrain weights import`",
+        ),
         ("export safetensors out weights=best", "weights=best: choose one of ema, model"),
         ("export safetensors out precision=fp8", "precision=fp8: choose one of fp32, fp16, bf16, keep"),
         ("export safetensors {here}", "exists already; overwrite=true replaces it"),

@@ -134,6 +134,15 @@ def test_a_whole_model_gives_all_parts(tmp_path: Path, release: int, capsys) -> 
         check(name, tmp_path)
     assert (tmp_path / "vd" / "weights.json").is_file()
     assert capsys.readouterr().out.count("\n") == 4
+    # Parts that are there already and are the same stay; others are not replaced.
+    assert run("versatile_diffusion", whole(release), tmp_path, f"output={tmp_path / 'again'}") == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'again'}  (")
+    other = whole(release)
+    other[next(key for key in other if key.endswith("wte.weight"))] += 1
+    other[next(key for key in other if key.endswith(HEAD))] += 1
+    assert run("versatile_diffusion", other, tmp_path, f"output={tmp_path / 'third'}") == 2
+    assert "text_vae.safetensors exists already; overwrite=true replaces it" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
 
 
 def test_nothing_is_written_where_one_part_is_wrong(tmp_path: Path, capsys) -> None:

@@ -21,7 +21,7 @@ from vdtrain.training.checkpoints import (
     read_weights,
 )
 from vdtrain.validation import phase_steps
-from vdtrain.weights.file_choice import SUFFIXES
+from vdtrain.weights.advice import import_first, is_published
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
@@ -58,22 +58,24 @@ def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True)
         return Start(resume=own)
     if config.stage.init_from is None:
         return Start()
-    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from, thorough))
+    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from, thorough, config.model.name))
 
 
-def resolve_weights(setting: str, value: str, thorough: bool = True) -> Path:
+def resolve_weights(setting: str, value: str, thorough: bool = True, model: str | None = None) -> Path:
     """The folder that a setting names: a weights folder, a checkpoint folder, or a run folder's latest checkpoint.
 
+    Args:
+        model: that wants the weights, by name, for the command that imports published ones.
+
     Raises:
-        ConfigError: there is nothing of these.
+        ConfigError: there is nothing of these. Where the setting names published weights, it has their command.
     """
     path = Path(value).expanduser()
-    if path.suffix in SUFFIXES or path.is_file():
-        raise ConfigError(
-            f"{setting}={value}: a file of published weights is imported first: "
-            f"`vdtrain weights import stable_diffusion {value}`, then {setting}=weights/stable_diffusion_v1"
-        )
-    return path if is_weights_folder(path) else resolve_checkpoint(setting, value, thorough)
+    if is_weights_folder(path):
+        return path
+    if not is_checkpoint(path) and not (path / CHECKPOINTS).is_dir() and is_published(path):
+        raise import_first(setting, value, model)
+    return resolve_checkpoint(setting, value, thorough)
 
 
 def resolve_checkpoint(setting: str, value: str, thorough: bool = True) -> Path:

@@ -27,8 +27,8 @@ from vdtrain.weights.tensor_files import LazyTensors
 Specification = Mapping[str, Any]
 CAUSAL_MASK = re.compile(r"decoder\.transformer\.h\.\d+\.attn\.bias")
 WORDS, HEAD = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
-# Constants among the weights: places of tokens and what stands for a masked score, by older versions of transformers and
-# open_clip; the sizes in OpenAI's own file.
+# Constants among the weights: places of tokens and what stands for a masked score, by older versions of transformers
+# and open_clip; the sizes in OpenAI's own file.
 CONSTANTS = re.compile(r"(.*\.)?(position_ids|masked_bias|attn_mask)|input_resolution|context_length|vocab_size")
 # CLIP's factor on its scores, as a logarithm: trained to its limit, and of no use to embeddings.
 SCALE, TRAINED_SCALE = "logit_scale", math.log(100)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -33,12 +34,14 @@ class Product:
     Attributes:
         place: the setting that names it, and its value.
         summary: what it holds, for people.
+        is_there: whether what stands there already is the same.
     """
 
     path: Path
     place: str
     summary: str
     write: Callable[[bool, Tracked], None]
+    is_there: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def _diffuser(read: Callable[[Path, ModelConfig], Opened]) -> Reader:
             product
             for part, convert, tensors in opened.frozen
             for product in _part_files(part, convert, tensors, request.model, f"{PATH}={path}")
+            if request.overwrite or not product.is_there()
         ]
         return [Product(request.output, place, opened.diffuser.summary, write), *frozen]
 
@@ -130,8 +134,19 @@ def _part_files(
     for target in part.targets(model):
         state = convert(tensors, target.specification, place)
         summary = LazyTensors.of(state).summary
-        found.append(Product(target.path, target.place, summary, partial(_write_part, target, state)))
+        write, is_there = partial(_write_part, target, state), partial(_holds, target, state)
+        found.append(Product(target.path, target.place, summary, write, is_there))
     return found
+
+
+def _holds(target: Target, state: Mapping[str, Tensor]) -> bool:
+    """Whether a part that was imported before has the same tensors."""
+    if not target.path.is_file():
+        return False
+    there = open_tensors(target.path, target.setting)
+    return there.keys() == state.keys() and all(
+        there.entries[name].dtype == tensor.dtype and torch.equal(there[name], tensor) for name, tensor in state.items()
+    )
 
 
 def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tracked: Tracked) -> None:
