@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import DataPipelineConfig
 from vdtrain.data_config import DataConfig, ShapesConfig
@@ -122,9 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else "--help"
-    if verb == "inspect" and arguments[1:] and not arguments[1].startswith("-") and "=" not in arguments[1]:
-        quoted = arguments[1].replace("\\", "\\\\").replace("'", "\\'")
-        arguments[1] = f"data.manifest='{quoted}'"
     if verb in ("--help", "-h"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -142,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from data_pipeline.latents import main as latents
 
             return latents(arguments[1:])
-        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:])
+        plain = PlainArguments(("data.manifest",)) if verb == "inspect" else None
+        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:], plain=plain)
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
         return 130

@@ -70,7 +70,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ("stage.learnig_rate=1", ["stage.learnig_rate", "did you mean 'learning_rate'"]),
+        ("stage.learnig_rate=1", ["stage.learnig_rate", "did you mean 'stage.learning_rate'"]),
         ("stage=stage4", ["stage=stage4", "stage3_four_flow"]),
         ("hardware=tpu", ["hardware=tpu", "h100"]),
         ("stage.learning_rate=fast", ["stage.learning_rate", "fast"]),

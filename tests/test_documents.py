@@ -46,7 +46,7 @@ def run(command: str) -> int:
     if words[0] == "torchrun":
         return vdtrain_main(["train", *words[words.index("vdtrain.train") + 1 :], "--cfg", "job"])
     if words[0] == "vdtrain":
-        return vdtrain_main([*words[1:], "--cfg", "job"])
+        return vdtrain_main([words[1], "--cfg", "job", *words[2:]])
     return data_pipeline_main([*words[3:], "--cfg", "job"])
 
 

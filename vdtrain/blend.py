@@ -1,6 +1,6 @@
 """Make samples from several captions and pictures at once.
 
-vdtrain blend checkpoint=runs/stage3_four_flow 'contexts=[{text:"a red circle",weight:0.4},{image:star.png,weight:0.6}]'
+vdtrain blend runs/stage3_four_flow "text:a red circle" image:star.png
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import BlendConfig
 from vdtrain.sample import SAMPLER_SETTINGS
@@ -20,18 +21,21 @@ if TYPE_CHECKING:
     from vdtrain.sampler import Sampler
 
 USAGE = f"""\
-Usage: vdtrain blend checkpoint=RUN output=MODALITY 'contexts=[{{text: "..."}}, {{image: FILE}}, ...]' [...]
+Usage: vdtrain blend CHECKPOINT MODALITY:INPUT ... [SETTING=VALUE ...]
+       vdtrain blend CHECKPOINT 'contexts=[{{text: "...", weight: 0.4}}, {{image: FILE}}, ...]' [...]
 
-Make samples from any number of captions and pictures: the dual-context and the multi-context blender. A context may
-have a weight (only the ratios matter), and a picture a mask, a picture file of which white keeps and black hides.
+Make samples from any number of captions and pictures: the dual-context and the multi-context blender. In contexts=, a
+context may have a weight (only the ratios matter), and a picture a mask, a picture file of which white keeps and black
+hides.
 
   --help              this text
   --cfg job           print the configuration and stop
 
 Examples:
-  vdtrain blend 'contexts=[{{text: "a red circle", weight: 0.4}}, {{image: star.png, weight: 0.6}}]'
-  vdtrain blend 'contexts=[{{image: a.png, mask: left.png}}, {{image: b.png}}, {{text: "green"}}]' samples=4
-  vdtrain blend output=text 'contexts=[{{text: "a red circle"}}, {{image: star.png}}]'
+  vdtrain blend runs/stage3_four_flow "text:a red circle, on white" image:star.png
+  vdtrain blend runs/stage3_four_flow output=text "text:a red circle" image:star.png
+  vdtrain blend runs/stage3_four_flow 'contexts=[{{text: "a red circle", weight: 2}}, {{image: star.png, weight: 3}}]'
+  vdtrain blend runs/stage3_four_flow 'contexts=[{{image: a.png, mask: left.png}}, {{text: "green"}}]' samples=4
 
 Settings:
   output              image or text
@@ -39,6 +43,16 @@ Settings:
   mixing              attention averages the contexts in every context layer; layer draws one of them for each
   join                contexts of one modality become one, token after token (true), or are mixed one by one (false)
 {SAMPLER_SETTINGS}"""
+
+
+def _context(word: str) -> dict[str, str]:
+    modality, colon, given = word.partition(":")
+    if not colon or not modality.isidentifier():
+        raise ConfigError(f"{word}: not of the form MODALITY:INPUT; write text:{word} or image:{word}")
+    return {modality: given}
+
+
+PLAIN_CONTEXTS = PlainArguments(("checkpoint",), rest="contexts", item=_context)
 
 
 def blend(config: BlendConfig, document: DictConfig) -> int:
@@ -74,7 +88,7 @@ def _ingredient(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> Ing
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain blend`."""
-    return run_verb(USAGE, "blend", BlendConfig, blend, sys.argv[1:] if argv is None else argv)
+    return run_verb(USAGE, "blend", BlendConfig, blend, sys.argv[1:] if argv is None else argv, plain=PLAIN_CONTEXTS)
 
 
 if __name__ == "__main__":

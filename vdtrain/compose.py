@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -15,12 +15,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import vdtrain.config
-import vdtrain.evaluation_config
+from vdtrain.command_line import SETTING_FORM, CommandLine, split
 from vdtrain.config import (
     BlendConfig,
     DataPipelineConfig,
@@ -33,7 +33,11 @@ from vdtrain.config import (
     TrainConfig,
     WeightsConfig,
 )
+from vdtrain.errors import ConfigError as ConfigError
+from vdtrain.errors import printable
 from vdtrain.evaluation_config import EvaluateConfig
+from vdtrain.overrides import Override, escaped, list_items
+from vdtrain.settings import apply, explained, settle, unknown
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -51,8 +55,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: the setting, its value and the remedy."""
+SEARCH_PATH = "hydra.searchpath"
 
 
 def config_folder() -> Path:
@@ -64,10 +67,12 @@ def config_folder() -> Path:
     raise ConfigError(f"no conf/ folder beside or inside {package}: install vdtrain from its repository")
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose `conf/<config_name>.yaml` with Hydra overrides, strictly against its schema.
+def compose(config_name: str, overrides: Sequence[str | Override]) -> DictConfig:
+    """Compose `conf/<config_name>.yaml` with overrides, strictly against its schema.
 
-    `hydra.searchpath=[FOLDER]` finds group options in a user's own folder too.
+    Options of groups, and what begins with `hydra.`, Hydra composes: `hydra.searchpath=[FOLDER]` finds group options in
+    a user's own folder too. All other overrides are applied here, one after another, so that an error names its word.
+    In the end a leading `~` of every path is the home folder.
 
     Raises:
         ConfigError: unknown key or group option, wrong type, malformed override.
@@ -76,25 +81,99 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
+    schema = SCHEMAS[config_name]
+    words = [each if isinstance(each, Override) else parsed(each) for each in overrides]
+    choices = [each for each in words if is_choice(each)]
+    config = _composed(config_name, [_choice_word(each, config_name) for each in choices], schema)
+    for override in words:
+        if not is_choice(override):
+            apply(config, override, schema)
+    settle(config, schema)
+    return config
+
+
+def parsed(word: str) -> Override:
+    """The word as an override.
+
+    Raises:
+        ConfigError: it does not have the form of one.
+    """
+    override = Override.parse(word)
+    if override is None:
+        hint = next((f"did you mean {group}={word}?" for group in groups() if word in options(group)), SETTING_FORM)
+        raise ConfigError(f"{word!r}: no setting; {hint}")
+    return override
+
+
+def is_choice(override: Override) -> bool:
+    """Whether Hydra is to compose it: an option of a group, or one of Hydra's own settings."""
+    # A table for a group changes settings inside it.
+    named = override.key in groups() and not (override.text or "").lstrip().startswith("{")
+    return named or override.key.startswith("hydra.")
+
+
+def _choice_word(override: Override, config_name: str) -> str:
+    """The word for Hydra."""
+    key, text = override.key, override.text or ""
+    if key == SEARCH_PATH:
+        items = list_items(text)
+        folders = [os.path.expanduser(each) for each in ([text] if items is None else items)]
+        quoted = ", ".join(QuotedString(escaped(each), Quote.single).with_quotes() for each in folders)
+        return f"{SEARCH_PATH}=[{quoted}]"
+    if key.startswith("hydra."):
+        return override.word
+    if key not in dict(verb_groups(config_name)):
+        raise unknown(key, SCHEMAS[config_name])
+    if override.sign:
+        raise ConfigError(f"{override.shown}: a run has one {key}; choose it by {key}=OPTION")
+    if not re.fullmatch(r"[\w./-]+", text) or text.lower() == "null":
+        raise _no_option(key, printable(text))
+    return override.word
+
+
+def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())), warnings.catch_warnings():
             warnings.filterwarnings("error", message="provider=hydra.searchpath")
-            config = hydra_compose(config_name, overrides=list(overrides))
-        # Missing values and broken interpolations surface here rather than in the middle of a run.
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+            return hydra_compose(config_name, overrides=words)
     except UserWarning as warning:
-        folder = re.sub(r".*path=(.*) is not available.*", r"\1", str(warning))
+        folder = re.sub(r".*path=(.*) is not available.*", r"\1", str(warning), flags=re.DOTALL)
         raise ConfigError(
-            f"hydra.searchpath={folder}: no such folder; give one that holds model/, stage/ ..."
+            f"{SEARCH_PATH}={folder}: no such folder; give one that holds model/, stage/ ..."
         ) from warning
-    return config
+    except MissingConfigException as error:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        raise _no_option(group, option, error.options) from error
+    # Hydra raises whatever its parts do: YAML's errors, those of the disk, its own and OmegaConf's.
+    except Exception as error:
+        raise _not_composed(error, printable(" ".join(words)) or config_name, schema) from error
+
+
+def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return ConfigError(f"{mark.name}: not YAML in line {mark.line + 1}; correct that file")
+    if isinstance(error, OSError | UnicodeDecodeError):
+        return ConfigError(f"{words}: a file of that cannot be read ({error}); correct it")
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key, what = explained(cause, schema)
+    file = re.match(r"In '([^']+)': ", str(error))
+    return ConfigError(f"{f'{file[1]}.yaml' if file else words}: {key}{': ' if key else ''}{what}")
+
+
+def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> ConfigError:
+    names = [Path(name).stem for name in known or options(group)]
+    return ConfigError(f"{group}={option}: no such option; choose one of {', '.join(names)}")
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
     """The composed configuration as its dataclass, interpolations resolved."""
     return cast(Schema, OmegaConf.to_object(config))
+
+
+def groups() -> list[str]:
+    """Names of the groups of settings that have options."""
+    return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
 
 def options(group: str) -> list[str]:
@@ -109,66 +188,49 @@ def run_verb(
     action: Callable[[Schema, DictConfig], int],
     argv: Sequence[str],
     speaks: bool = True,
+    plain: Callable[[CommandLine], list[Override]] | None = None,
 ) -> int:
     """Parse a verb's command line, compose its configuration, call `action`, and return the exit status.
 
     `--help` prints `usage` and the config groups; `--cfg job` prints the configuration (`--resolve` with its
     interpolations filled in) and stops. A ConfigError becomes one line on stderr (of the process that `speaks`, where
     several find the same mistake) and status 2.
+
+    Args:
+        plain: the settings that plain arguments stand for; None where the verb has no such arguments.
     """
-    flags = [argument for argument in argv if argument.startswith("-")]
-    overrides = [argument for argument in argv if not argument.startswith("-") and argument != "job"]
-    if "--help" in flags or "-h" in flags:
-        print(usage + _groups_text(config_name))
-        return 0
-    known = {"--cfg", "-c", "--cfg=job", "--resolve"}
     try:
-        for flag in flags:
-            if flag not in known:
-                raise ConfigError(f"unknown flag {flag}: settings are Hydra overrides such as stage.learning_rate=3e-5")
-        config = compose(config_name, overrides)
-        if {"--cfg", "-c", "--cfg=job"} & set(flags):
-            print(OmegaConf.to_yaml(config, resolve="--resolve" in flags), end="")
+        line = split(argv, schema, groups(), plain is not None)
+        if line.help:
+            print(usage + _groups_text(config_name))
+            return 0
+        words = [*line.overrides, *(plain(line) if plain is not None else ())]
+        config = compose(config_name, words)
+        if line.print:
+            print(OmegaConf.to_yaml(config, resolve=line.resolve), end="")
             return 0
         return action(to_object(config, schema), config)
     except ConfigError as error:
         if speaks:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
+@cache
+def verb_groups(config_name: str) -> list[tuple[str, str]]:
+    """The groups of settings that `conf/<config_name>.yaml` has, each with its default option."""
+    document = OmegaConf.to_container(OmegaConf.load(config_folder() / f"{config_name}.yaml"))
+    assert isinstance(document, dict)
+    found: list[tuple[str, str]] = []
+    for each in document.get("defaults", []):
+        if isinstance(each, dict):
+            found += [(group.removeprefix("optional "), str(option)) for group, option in each.items()]
+        elif (config_folder() / f"{each}.yaml").is_file():
+            found += verb_groups(each)
+    return found
+
+
 def _groups_text(config_name: str) -> str:
-    folder = config_folder()
-    text = (folder / f"{config_name}.yaml").read_text()
-    groups = re.findall(r"^ +- (\w+): (\w+)", text, flags=re.MULTILINE)
-    if not groups:
-        return ""
-    lines = [f"  {group + '=':<10} {', '.join(options(group))} (default: {default})" for group, default in groups]
-    return "\nGroups:\n" + "\n".join(lines) + "\n"
-
-
-def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's several lines as one, with the nearest known name where a key does not exist."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = " ".join(str(cause).split())
-    key = getattr(cause, "full_key", None) or ""
-    missing = re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.+)$", " ".join(str(error).split()))
-    if missing:
-        option, group = missing.group(1).split("/")[-1], missing.group(2)
-        known = missing.group(3).partition(" Config search path:")[0].split()
-        return f"{group}={option}: no such option; choose one of {', '.join(known)}"
-    if "not in '" in text or "not in struct" in text:
-        nearest = difflib.get_close_matches(key.split(".")[-1], _setting_names(), n=1)
-        hint = (
-            f"did you mean {nearest[0]!r}?" if nearest else "--cfg job shows all; a new table entry needs a + before it"
-        )
-        return f"{key or text}: no such setting; {hint}"
-    text = re.sub(r" full_key: \S+| object_type=\S+| reference_type=\S+", "", text)
-    return f"{key}: {text}" if key and key not in text else text
-
-
-def _setting_names() -> list[str]:
-    """Every field name in the schema."""
-    values = [*vars(vdtrain.config).values(), *vars(vdtrain.evaluation_config).values()]
-    groups = [value for value in values if isinstance(value, type) and is_dataclass(value)]
-    return [item.name for group in groups for item in fields(group)]
+    shown = [(group, default) for group, default in verb_groups(config_name) if not default.startswith("$")]
+    lines = [f"  {group + '=':<10} {', '.join(options(group))} (default: {default})" for group, default in shown]
+    return "\nGroups:\n" + "\n".join(lines) + "\n" if lines else ""

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from vdtrain.data_config import DataConfig
+from vdtrain.setting_types import FilePath, PartArguments, Prompt, PromptTable
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StageConfig:
     gradient_scale_mode: str = MISSING
     phases: list[PhaseConfig] = MISSING
     # A run folder, a checkpoint folder or a weights folder; null starts from random weights.
-    init_from: str | None = MISSING
+    init_from: FilePath | None = MISSING
     # Multiplies the samples of every phase: 0.01 is a pilot run of one per cent.
     samples_scale: float = 1.0
 
@@ -54,10 +55,10 @@ class DiffuserConfig:
 class ModalityConfig:
     """The four parts of a modality, each a `_target_` with its arguments."""
 
-    data_layers: dict[str, Any] = MISSING
-    context_layers: dict[str, Any] = MISSING
-    vae: dict[str, Any] = MISSING
-    context_encoder: dict[str, Any] = MISSING
+    data_layers: PartArguments = MISSING
+    context_layers: PartArguments = MISSING
+    vae: PartArguments = MISSING
+    context_encoder: PartArguments = MISSING
 
 
 @dataclass
@@ -73,7 +74,7 @@ class ScheduleConfig:
 class ModelConfig:
     name: str = MISSING
     # The weights folder that stage 1 starts from; null for random weights.
-    base_weights: str | None = MISSING
+    base_weights: FilePath | None = MISSING
     # The modality whose data layers the base weights fill.
     base_modality: str = "image"
     # Pixels per latent cell along one side, in the image VAE.
@@ -157,8 +158,8 @@ class TrainConfig:
     objective: ObjectiveConfig = MISSING
     ema: EmaConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
-    runs_dir: str = MISSING
-    run_dir: str = MISSING
+    runs_dir: FilePath = MISSING
+    run_dir: FilePath = MISSING
     seed: int = MISSING
     log_every_steps: int = MISSING
     # Longest time without a step before a process writes down where it stands and ends; null waits for ever.
@@ -187,7 +188,7 @@ class PreflightConfig(TrainConfig):
 class StatusConfig:
     """Root of `conf/status.yaml`."""
 
-    run_dir: str = MISSING
+    run_dir: FilePath = MISSING
     watch: float | None = MISSING  # seconds between looks; null for one look
 
 
@@ -209,9 +210,9 @@ class SamplingConfig:
 class SamplerConfig(SamplingConfig):
     """What every verb that samples has in common: `conf/sampler.yaml`."""
 
-    checkpoint: str = MISSING
+    checkpoint: FilePath = MISSING
     weights: str = MISSING  # ema or model
-    output_dir: str = MISSING
+    output_dir: FilePath = MISSING
     resolution: int = MISSING  # height and width, where these are not given
     device: str = MISSING
     precision: str = MISSING  # fp32, bf16 or fp16
@@ -223,10 +224,10 @@ class SampleConfig(SamplerConfig):
     """Root of `conf/sample.yaml`."""
 
     flow: str = MISSING
-    inputs: list[str] = MISSING  # captions, or picture files, by the flow's context
+    inputs: list[Prompt] = MISSING  # captions, or picture files, by the flow's context
     samples_per_input: int = MISSING
     focus: float = MISSING
-    start_from: list[str] = MISSING
+    start_from: list[Prompt] = MISSING
     fidelity: float = MISSING
 
 
@@ -236,7 +237,7 @@ class BlendConfig(SamplerConfig):
 
     output: str = MISSING
     # {text: CAPTION} or {image: FILE}, each with an optional weight and, for images, a mask file.
-    contexts: list[dict[str, Any]] = MISSING
+    contexts: list[PromptTable] = MISSING
     samples: int = MISSING
     mixing: str = MISSING
     join: bool = MISSING
@@ -246,9 +247,9 @@ class BlendConfig(SamplerConfig):
 class EditConfig(SamplerConfig):
     """Root of `conf/edit.yaml`."""
 
-    inputs: list[str] = MISSING  # picture files
-    remove: str = MISSING
-    add: str = MISSING
+    inputs: list[Prompt] = MISSING  # picture files
+    remove: Prompt = MISSING
+    add: Prompt = MISSING
     text_share: float = MISSING
     style_rank: int = MISSING
 
@@ -258,8 +259,8 @@ class WeightsConfig:
     """Root of `conf/weights.yaml`."""
 
     model: ModelConfig = MISSING  # import: the model that the weights are of
-    output: str | None = MISSING
-    checkpoint: str = MISSING
+    output: FilePath | None = MISSING
+    checkpoint: FilePath = MISSING
     weights: str = MISSING  # ema or model
     precision: str = MISSING  # keep, fp32, fp16 or bf16
     overwrite: bool = MISSING

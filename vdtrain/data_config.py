@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
+
+from vdtrain.setting_types import FilePath, PartArguments
 
 
 @dataclass
@@ -13,9 +14,11 @@ class SourceConfig:
     """One published metadata set and the tar shards made of it."""
 
     schema: str = MISSING  # laion2b_en, coyo700m or table
-    metadata: str = MISSING  # a parquet file, or a folder of them, whose columns may differ
-    selected: str = MISSING  # folder of the rows that `select` kept, in parquet parts, with selection.json written last
-    shards: str = MISSING  # folder of the tar shards that `download` made of them
+    metadata: FilePath = MISSING  # a parquet file, or a folder of them, whose columns may differ
+    selected: FilePath = (
+        MISSING  # folder of the rows that `select` kept, in parquet parts, with selection.json written last
+    )
+    shards: FilePath = MISSING  # folder of the tar shards that `download` made of them
 
 
 @dataclass
@@ -43,10 +46,10 @@ class FilterConfig:
 class BlockListConfig:
     """Files that name what must not be downloaded: text with one entry a line, or parquet with one column."""
 
-    url: list[str] = MISSING
-    hash: list[str] = MISSING  # LAION's hash of URL and caption
-    md5: list[str] = MISSING  # of the picture's file, where a set has it
-    phash: list[str] = MISSING  # perceptual, where a set has it: of COYO-700M the column image_phash
+    url: list[FilePath] = MISSING
+    hash: list[FilePath] = MISSING  # LAION's hash of URL and caption
+    md5: list[FilePath] = MISSING  # of the picture's file, where a set has it
+    phash: list[FilePath] = MISSING  # perceptual, where a set has it: of COYO-700M the column image_phash
 
 
 @dataclass
@@ -55,7 +58,7 @@ class SelectConfig:
 
     processes: int = MISSING
     rows_per_part: int = MISSING  # a multiple of download.samples_per_shard
-    scratch: str = MISSING  # folder for what an interrupted run goes on from; removed at the end
+    scratch: FilePath = MISSING  # folder for what an interrupted run goes on from; removed at the end
     filters: FilterConfig = field(default_factory=FilterConfig)
     block_lists: BlockListConfig = field(default_factory=BlockListConfig)
 
@@ -66,7 +69,7 @@ class DownloadConfig:
 
     distributor: str = MISSING  # multiprocessing, pyspark or ray
     cluster: str | None = None  # address of a Spark master or a Ray cluster; null is this machine
-    python: str | None = None  # interpreter of the environment that img2dataset is in; null is this one
+    python: FilePath | None = None  # interpreter of the environment that img2dataset is in; null is this one
     processes: int = MISSING
     threads: int = MISSING  # per process
     parts: list[int] | None = None  # numbers of the parts to download; null is all
@@ -103,14 +106,14 @@ class InspectConfig:
     pictures: int = MISSING  # on the contact sheet, drawn at random
     pixels: int = MISSING  # side of each
     seed: int = MISSING
-    output: str | None = MISSING  # the contact sheet; inspect.png beside the manifest by default
+    output: FilePath | None = MISSING  # the contact sheet; inspect.png beside the manifest by default
 
 
 @dataclass
 class LatentCacheConfig:
     """Image latents that are encoded once and kept, for `data.latents=cached`."""
 
-    folder: str = MISSING
+    folder: FilePath = MISSING
     resolutions: list[int] = MISSING  # that `python -m data_pipeline latents` encodes
     batch_size: int = MISSING  # pictures that go through the encoder together
 
@@ -119,7 +122,7 @@ class LatentCacheConfig:
 class ShapesConfig:
     """The drawn picture set of the demo."""
 
-    folder: str = MISSING
+    folder: FilePath = MISSING
     pictures: int = MISSING
     pixels: int = MISSING
     seed: int = MISSING
@@ -131,13 +134,13 @@ class DataConfig:
     """One data set, from its metadata to the stream of batches."""
 
     name: str = MISSING
-    root: str = MISSING
+    root: FilePath = MISSING
     sources: dict[str, SourceConfig] = MISSING
-    manifest: str = MISSING
+    manifest: FilePath = MISSING
     # Let in addresses of this machine itself, which the URL policy refuses otherwise: for the demo's own server.
     allow_loopback: bool = MISSING
     # What yields the batches (vdtrain.data.batch.BatchStream), a `_target_` with its arguments.
-    stream: dict[str, Any] = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
+    stream: PartArguments = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
     # inline encodes every picture as it comes; cached takes its latent's moments from `latent_cache`.
     latents: str = MISSING
     select: SelectConfig = MISSING

@@ -1,6 +1,6 @@
 """Edit pictures by words, in the latent of the text that describes them.
 
-vdtrain edit checkpoint=runs/stage3_four_flow 'inputs=[picture.png]' remove='a circle' add='a star'
+vdtrain edit runs/stage3_four_flow picture.png remove='a circle' add='a star, red'
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import EditConfig
-from vdtrain.sample import SAMPLER_SETTINGS
+from vdtrain.sample import PLAIN_INPUTS, SAMPLER_SETTINGS
 
 USAGE = f"""\
-Usage: vdtrain edit checkpoint=RUN 'inputs=[FILE, ...]' remove=WORDS add=WORDS [SETTING=VALUE ...]
+Usage: vdtrain edit CHECKPOINT PICTURE ... remove=WORDS add=WORDS [SETTING=VALUE ...]
 
 Latent image-to-text-to-image editing: each picture is read as a text latent, words are taken out of it and put in, and
 the result is drawn in the style of the picture. The captions that the changed latents read as are printed.
@@ -24,7 +24,7 @@ the result is drawn in the style of the picture. The captions that the changed l
   --cfg job           print the configuration and stop
 
 Examples:
-  vdtrain edit checkpoint=runs/stage3_four_flow 'inputs=[picture.png]' remove='a circle' add='a star'
+  vdtrain edit runs/stage3_four_flow picture.png remove='a circle' add='a star, red'
 
 Settings:
   remove, add         what to take out and what to put in; either may be empty
@@ -58,7 +58,7 @@ def edit(config: EditConfig, document: DictConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain edit`."""
-    return run_verb(USAGE, "edit", EditConfig, edit, sys.argv[1:] if argv is None else argv)
+    return run_verb(USAGE, "edit", EditConfig, edit, sys.argv[1:] if argv is None else argv, plain=PLAIN_INPUTS)
 
 
 if __name__ == "__main__":

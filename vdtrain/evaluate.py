@@ -1,7 +1,7 @@
 """Measure a trained model: FID and CLIP scores of its flows.
 
-vdtrain evaluate checkpoint=runs/stage3_four_flow data.manifest=data/coco/manifest device=cuda precision=fp16
-torchrun --nproc-per-node=8 -m vdtrain.evaluate checkpoint=runs/stage3_four_flow ...       # one process per GPU
+vdtrain evaluate runs/stage3_four_flow data.manifest=data/coco/manifest device=cuda precision=fp16
+torchrun --nproc-per-node=8 -m vdtrain.evaluate runs/stage3_four_flow ...       # one process per GPU
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import PlainArguments
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.launch import run_verb_on_ranks
 
 USAGE = """\
-Usage: vdtrain evaluate checkpoint=RUN data.manifest=MANIFEST [SETTING=VALUE ...]
-       torchrun --nproc-per-node=N -m vdtrain.evaluate checkpoint=RUN ...
+Usage: vdtrain evaluate CHECKPOINT data.manifest=MANIFEST [SETTING=VALUE ...]
+       torchrun --nproc-per-node=N -m vdtrain.evaluate CHECKPOINT ...
 
 Measure flows on pairs that the model has not seen: for pictures FID, the same distance on CLIP's features and the CLIP
 score, for captions the CLIP score. Processes share the samples. The same command goes on after an interruption, and
@@ -28,12 +29,12 @@ Exit status: 0 done, 75 stopped by SIGTERM or SIGUSR1, 1 an error, 2 a mistake i
   --cfg job           print the configuration and stop
 
 Examples:
-  vdtrain evaluate checkpoint=runs/stage3_four_flow data.manifest=data/coco/manifest fid.weights=weights/inception.pth
-  vdtrain evaluate checkpoint=weights/versatile_diffusion data.manifest=data/coco/manifest 'flows=[image-to-text]'
-  vdtrain evaluate checkpoint=demo/runs/stage3_four_flow data=shapes resolution=64 steps=25 guidance_scale=3 samples=200
+  vdtrain evaluate runs/stage3_four_flow data.manifest=data/coco/manifest fid.weights=weights/inception.pth
+  vdtrain evaluate weights/versatile_diffusion data.manifest=data/coco/manifest 'flows=[image-to-text]'
+  vdtrain evaluate demo/runs/stage3_four_flow data=shapes resolution=64 steps=25 guidance_scale=3 samples=200
 
 Settings:
-  checkpoint          run folder (its latest checkpoint), checkpoint folder, or weights folder
+  checkpoint          the same as CHECKPOINT: run folder (its latest checkpoint), checkpoint folder, or weights folder
   weights             ema (averaged) or model (as trained)
   data.manifest       the pairs: samples= of them, chosen by seed=, each for all flows
   flows, samples      which flows, and how many samples of each
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(config, launch)
 
-    return run_verb_on_ranks(USAGE, "evaluate", EvaluateConfig, action, sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    plain = PlainArguments(("checkpoint",))
+    return run_verb_on_ranks(USAGE, "evaluate", EvaluateConfig, action, arguments, plain)
 
 
 if __name__ == "__main__":

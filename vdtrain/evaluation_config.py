@@ -9,15 +9,16 @@ from omegaconf import MISSING
 
 from vdtrain.config import SamplerConfig, TrackingConfig
 from vdtrain.data_config import DataConfig
+from vdtrain.setting_types import FilePath
 
 
 @dataclass
 class FidConfig:
     """Fréchet Inception distance."""
 
-    weights: str | None = MISSING  # of the Inception network of 2015; null leaves FID out
+    weights: FilePath | None = MISSING  # of the Inception network of 2015; null leaves FID out
     # Mean and covariance of the real pictures, an npz file: read where it is, else written there; null for neither.
-    reference: str | None = MISSING
+    reference: FilePath | None = MISSING
 
 
 @dataclass
@@ -25,8 +26,8 @@ class ClipConfig:
     """The CLIP that scores. Where `architecture` is null, it is the one that the checkpoint's contexts come from."""
 
     architecture: Any = MISSING  # name of an open_clip model, or what its files hold
-    weights: str | None = MISSING
-    tokenizer: str | None = MISSING  # null is CLIP's own
+    weights: FilePath | None = MISSING
+    tokenizer: FilePath | None = MISSING  # null is CLIP's own
 
 
 @dataclass

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import CommandLine
 from vdtrain.compose import ConfigError, Schema, run_verb
+from vdtrain.overrides import Override
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range from which Linux hands out ports to outgoing connections.
@@ -43,6 +45,7 @@ def run_verb_on_ranks(
     schema: type[Schema],
     action: Callable[[Schema, DictConfig, dict[str, str]], int],
     argv: Sequence[str],
+    plain: Callable[[CommandLine], list[Override]] | None = None,
 ) -> int:
     """`vdtrain.compose.run_verb` in one of several processes, of which rank 0 alone names a mistake.
 
@@ -57,7 +60,7 @@ def run_verb_on_ranks(
     def on_rank(config: Schema, document: DictConfig) -> int:
         return action(config, document, launch)
 
-    return run_verb(usage, config_name, schema, on_rank, argv, speaks=launch["RANK"] == "0")
+    return run_verb(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain)
 
 
 def _slurm_launch() -> dict[str, str]:

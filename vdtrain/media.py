@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_mask(path: str) -> torch.Tensor:
 
 def _open(path: str) -> Image.Image:
     try:
-        with Image.open(path) as file:
+        with Image.open(os.path.expanduser(path)) as file:
             file.load()
             return ImageOps.exif_transpose(file)
     except (OSError, Image.DecompressionBombError) as error:

@@ -1,6 +1,6 @@
 """Make pictures and captions with a trained model.
 
-vdtrain sample checkpoint=runs/stage3_four_flow flow=text-to-image 'inputs=["a red circle"]' output_dir=samples
+vdtrain sample runs/stage3_four_flow "a red circle, on white" "a blue star" output_dir=samples
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import SampleConfig
 
@@ -23,19 +24,22 @@ SAMPLER_SETTINGS = """\
 """
 
 USAGE = f"""\
-Usage: vdtrain sample checkpoint=RUN flow=FLOW 'inputs=["...", "..."]' [SETTING=VALUE ...]
+Usage: vdtrain sample CHECKPOINT INPUT ... [SETTING=VALUE ...]
 
-Make samples from inputs. FLOW is text-to-image, image-to-image, image-to-text or text-to-text; inputs are captions
-or picture files, by the flow's context.
+Make samples from inputs. INPUT is a caption or a picture file, by the context of flow=FLOW: text-to-image (default),
+image-to-image, image-to-text or text-to-text. Captions are kept to the letter. An input that looks like a setting comes
+last, after --. CHECKPOINT and INPUTs may be settings too: checkpoint=RUN 'inputs=a red circle' or, several,
+'inputs=["a red circle, on white", "a blue star"]'.
 
   --help              this text
   --cfg job           print the configuration and stop
 
 Examples:
-  vdtrain sample checkpoint=runs/stage3_four_flow flow=text-to-image 'inputs=["a red circle", "a blue star"]'
-  vdtrain sample checkpoint=runs/stage3_four_flow flow=image-to-text 'inputs=[picture.png]' output_dir=captions
-  vdtrain sample checkpoint=runs/stage3_four_flow flow=image-to-image 'inputs=[picture.png]' focus=0.1
-  vdtrain sample flow=text-to-image 'inputs=["a blue star"]' 'start_from=[picture.png]' fidelity=0.4
+  vdtrain sample runs/stage3_four_flow "a red circle, on white" "a blue star" output_dir=samples
+  vdtrain sample runs/stage3_four_flow picture.png flow=image-to-text output_dir=captions
+  vdtrain sample runs/stage3_four_flow picture.png flow=image-to-image focus=0.1
+  vdtrain sample runs/stage3_four_flow "a blue star" start_from=picture.png fidelity=0.4
+  vdtrain sample runs/stage3_four_flow -- "seed=3, says the sign" "-5 degrees"
 
 Settings:
   focus               image contexts: 0 keeps the content, 0.5 changes nothing, 1 keeps the style
@@ -43,6 +47,9 @@ Settings:
   fidelity            how little they are noised: 0 (from noise) to 1 (start_from itself)
   samples_per_input
 {SAMPLER_SETTINGS}"""
+
+# Of each verb that reads inputs with a model.
+PLAIN_INPUTS = PlainArguments(("checkpoint",), rest="inputs")
 
 
 def sample(config: SampleConfig, document: DictConfig) -> int:
@@ -78,7 +85,8 @@ def _repeated(inputs: Sequence[str], times: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain sample`."""
-    return run_verb(USAGE, "sample", SampleConfig, sample, sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_verb(USAGE, "sample", SampleConfig, sample, arguments, plain=PLAIN_INPUTS)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import StatusConfig
 from vdtrain.training.run_summary import RunSummary, age, ago, find_runs, summarise
@@ -134,13 +135,9 @@ def _watch(folder: Path, seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain status`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in arguments if "=" not in word and not word.startswith("-") and word != "job"]
 
     def action(config: StatusConfig, document: DictConfig) -> int:
-        if len(words) > 1:
-            raise ConfigError(f"{' '.join(words)}: takes one folder, {len(words)} given; give that of a run or of runs")
-        folder = Path(words[0] if words else config.run_dir).expanduser()
+        folder = Path(config.run_dir)
         if config.watch is not None and config.watch <= 0:
             raise ConfigError(f"watch={config.watch:g}: not above 0; give seconds, or leave it out")
         try:
@@ -154,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass
         return 0
 
-    return run_verb(USAGE, "status", StatusConfig, action, [word for word in arguments if word not in words])
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_verb(USAGE, "status", StatusConfig, action, arguments, plain=PlainArguments(("run_dir",)))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from vdtrain.command_line import plain_path, shell
 from vdtrain.compose import config_folder, options
 from vdtrain.config import TrainConfig
+from vdtrain.overrides import word_for
 
 # What makes a stage that stage.
 OWN_SETTINGS = ("stage", "stage.name", "stage.flows", "stage.gradient_scales", "stage.init_from", "run_dir")
@@ -37,17 +38,16 @@ def next_command(config: TrainConfig, overrides: Sequence[str], environment: Map
     """
     name = next_stage(config.stage.name)
     if name is None:
-        return shlex.join(_last(config))
-    return f"{shlex.join(_launcher(name, environment))} {shlex.join(_overrides(config, name, overrides, environment))}"
+        return shell(_last(config))
+    return shell([*_launcher(name, environment), *_overrides(config, name, overrides, environment)])
 
 
 def _last(config: TrainConfig) -> list[str]:
     flow = next((flow for flow in config.stage.flows if flow.startswith("text-to-")), None)
     if flow is None:
-        return ["vdtrain", "status", config.run_dir]
-    inputs = [f"flow={flow}", "inputs=[a red circle]", f"resolution={config.stage.phases[-1].resolution}"]
-    inputs += [f"device={config.hardware.device}"]
-    return ["vdtrain", "sample", f"checkpoint={config.run_dir}", *inputs]
+        return ["vdtrain", "status", plain_path(config.run_dir)]
+    settings = [f"flow={flow}", f"resolution={config.stage.phases[-1].resolution}", f"device={config.hardware.device}"]
+    return ["vdtrain", "sample", plain_path(config.run_dir), "a red circle", *settings]
 
 
 def _overrides(config: TrainConfig, name: str, given: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -59,7 +59,8 @@ def _overrides(config: TrainConfig, name: str, given: Sequence[str], environment
             words.append(override)
     run_dir = Path(config.run_dir)
     if run_dir != Path(config.runs_dir) / config.stage.name:
-        words += [f"stage.init_from={run_dir}", f"run_dir={_moved(run_dir, config.stage.name, name)}"]
+        following = _moved(run_dir, config.stage.name, name)
+        words += [word_for("stage.init_from", str(run_dir)), word_for("run_dir", str(following))]
     return words
 
 

@@ -1,28 +1,31 @@
 """Bring published weights in, and trained ones out.
 
 vdtrain weights import versatile_diffusion vd-four-flow-v1-0.pth
-vdtrain weights export diffusers exported checkpoint=runs/stage3_four_flow
+vdtrain weights export diffusers exported runs/stage3_four_flow
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import CommandLine, PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import WeightsConfig
 from vdtrain.files import refuse_existing
+from vdtrain.overrides import Override
 from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
 from vdtrain.weights.file_choice import SUFFIXES
 
 USAGE = """\
 Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
-       vdtrain weights export FORMAT OUTPUT [SETTING=VALUE ...]
+       vdtrain weights export FORMAT OUTPUT [CHECKPOINT] [SETTING=VALUE ...]
 
 Bring published weights in, in whatever layout they were published, and trained ones out. Names and shapes are checked
 against the model before anything is written, nothing in a file is run, and what is written appears as a whole.
@@ -36,7 +39,7 @@ Import. PATH is a file or folder, or hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT; a sour
   The diffuser goes to `output`, a weights folder that stage.init_from, model.base_weights and checkpoint= read; a
   frozen part goes where the model's configuration reads it. Precision is kept.
 
-Export. OUTPUT is the file or folder to make.
+Export. OUTPUT is the file or folder to make. A path that looks like a setting, a=b, is written ./a=b.
 {formats}
 
 Examples:
@@ -44,14 +47,14 @@ Examples:
   vdtrain weights import stable_diffusion sd-v1-4.ckpt
   vdtrain weights import image_vae hf:shi-labs/versatile-diffusion/vae@2926f8e11ea526b562cd592b099fcf9c2985d0b7
   vdtrain weights import versatile_diffusion vd-four-flow-v1-0-fp16.pth output=weights/released
-  vdtrain sample checkpoint=weights/released flow=text-to-image 'inputs=["a lighthouse at dusk"]' device=cuda
-  vdtrain weights export versatile_diffusion my-vd.pth checkpoint=runs/stage3_four_flow weights=ema precision=fp16
-  vdtrain weights export safetensors my-vd checkpoint=weights/released
-  vdtrain weights export diffusers my-vd-diffusers checkpoint=runs/stage3_four_flow
+  vdtrain sample weights/released "a lighthouse at dusk, in oil" device=cuda
+  vdtrain weights export versatile_diffusion my-vd.pth runs/stage3_four_flow weights=ema precision=fp16
+  vdtrain weights export safetensors my-vd weights/released
+  vdtrain weights export diffusers my-vd-diffusers runs/stage3_four_flow
 
 Settings:
   output              import: where the diffuser goes (default: as shown beside the source)
-  checkpoint          export: run folder (its latest checkpoint), checkpoint folder, or weights folder
+  checkpoint          export, the same as CHECKPOINT: run folder (its latest), checkpoint folder, or weights folder
   weights             export: ema (averaged) or model (as trained)
   precision           export: keep, fp32, fp16 or bf16
   overwrite           true replaces what is there
@@ -151,20 +154,19 @@ def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain weights`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in arguments if "=" not in word and not word.startswith("-") and word != "job"]
-    others = [argument for argument in arguments if argument not in words]
+    asked: list[Action] = []
+
+    def plain(line: CommandLine) -> list[Override]:
+        words = line.plain
+        # Without words there may be a `--cfg job` to answer.
+        if words or not line.print:
+            asked.append(parse(words[:3] if words[:1] == ["export"] else words))
+        return PlainArguments(("checkpoint",))(replace(line, plain=words[3:] if words[:1] == ["export"] else []))
 
     def action(config: WeightsConfig, document: DictConfig) -> int:
-        return parse(words)(config)
+        return asked[0](config)
 
-    try:
-        if words:
-            parse(words)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return run_verb(_usage(), "weights", WeightsConfig, action, others)
+    return run_verb(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""One word of a command line that sets something: `KEY=VALUE`, `+KEY=VALUE`, `++KEY=VALUE`, `~KEY`, GROUP=OPTION.
+
+What a value means depends on the type that the schema gives its setting. Text is what stands after the first `=`; a
+list of texts is that too, one item, unless it is written as a list. All other values are read by Hydra's grammar, which
+by itself knows no types, and reads `a circle, red` as two values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from vdtrain.errors import printable
+from vdtrain.setting_types import Mark, SettingType
+
+WORD = re.compile(
+    r"(?P<sign>\+\+|\+|~|)(?P<key>[A-Za-z_][\w./@:-]*)(?:(?P<equal>=)(?P<text>.*))?", re.ASCII | re.DOTALL
+)
+QUOTED = re.compile(r"""(['"])(?:(?!\1|\\).|\\.)*\1""", re.DOTALL)
+# An item of a list without quotes around it: no brackets, but for those of ${another.setting}; `\,` is a comma.
+PLAIN_ITEM = re.compile(r"(?:\\,|\$\{[^{}]*\}|[^,\[\]{}])+", re.DOTALL)
+# What OmegaConf takes for a setting without a value.
+MISSING_TEXT = "???"
+LARGEST_INTEGER = 2**63 - 1
+SHOWN_CHARACTERS = 120
+
+
+class SettingValueError(ValueError):
+    """A value that its setting cannot take; the message says what is wrong, without the word."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """A word by its parts.
+
+    Attributes:
+        word: as it was typed.
+        sign: "", "+" (a new entry), "++" (new or not) or "~" (away with it).
+        text: what stands after the first `=`; None where there is no `=`.
+        verbatim: `text` is a plain argument, and no quotes are taken off.
+        given: the value itself, of plain arguments that are a list together.
+    """
+
+    word: str
+    sign: str
+    key: str
+    text: str | None
+    verbatim: bool = False
+    given: Any = None
+
+    @classmethod
+    def parse(cls, word: str) -> Override | None:
+        """None if the word does not have the form of an override."""
+        match = WORD.fullmatch(word)
+        if match is None or (match["equal"] is None and match["sign"] != "~"):
+            return None
+        return cls(word, match["sign"], match["key"], match["text"])
+
+    @property
+    def shown(self) -> str:
+        """The word for an error, on one line and shortened."""
+        word = printable(self.word)
+        return word if len(word) <= SHOWN_CHARACTERS else f"{word[:SHOWN_CHARACTERS]}..."
+
+    def value(self, setting: SettingType, present: Any = None) -> Any:
+        """What the word sets, as OmegaConf takes it.
+
+        Args:
+            present: the setting's value so far; where the schema leaves the type open, text stays text.
+
+        Raises:
+            SettingValueError: the setting cannot take it.
+        """
+        text = self.text or ""
+        if self.given is not None:
+            return _checked(self.given, verbatim=True)
+        if setting.optional and text.lower() == "null" and not self.verbatim:
+            return None
+        return _checked(self._read(text, setting, present), self.verbatim or setting.mark is Mark.PROMPT)
+
+    def _read(self, text: str, setting: SettingType, present: Any) -> Any:
+        if self.verbatim:
+            return text
+        if setting.is_text or (setting.type is Any and isinstance(present, str)):
+            return unquoted(text) if QUOTED.fullmatch(text) else text
+        return self._texts(text, setting) if setting.is_text_list else grammar_value(text, setting)
+
+    def _texts(self, text: str, setting: SettingType) -> list[str] | str:
+        if setting.mark is not Mark.PROMPT and re.fullmatch(r"\$\{[^{}]+\}", text):
+            return text
+        items = list_items(text)
+        return [unquoted(text) if QUOTED.fullmatch(text) else text] if items is None else items
+
+
+def grammar_value(text: str, setting: SettingType) -> Any:
+    """A value that is no text, by Hydra's grammar: numbers, truth values, lists and tables."""
+    try:
+        value = OverridesParser.create().parse_override(f"key={text}")
+        if value.is_sweep_override():
+            raise ValueError("several values")
+        found = value.value()
+    # Also what Python raises for a number of 5,000 digits and for 1,000 brackets.
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+        if setting.type is Any and text.lstrip()[:1] not in ("[", "{"):
+            return text
+        hint = '; put its texts into quotes, "..."' if setting.mark is Mark.PROMPT else ""
+        raise SettingValueError(f"must be {setting.example}{hint}") from error
+    return found
+
+
+def _checked(value: Any, verbatim: bool) -> Any:
+    """The value as OmegaConf takes it, its texts to the letter if `verbatim`; what no setting can be is refused."""
+    if isinstance(value, dict):
+        return {key: _checked(each, verbatim) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_checked(each, verbatim) for each in value]
+    if value == MISSING_TEXT:
+        raise SettingValueError(f"{MISSING_TEXT} stands for a missing value; give another one")
+    if isinstance(value, str):
+        return escaped(value) if verbatim else value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingValueError("must be a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise SettingValueError("too large; give a smaller number")
+    return value
+
+
+def list_items(text: str) -> list[str] | None:
+    """The items of `[a, "b, c", d]`; None if the text is not written as such a list."""
+    inner = text.strip()
+    if not (inner.startswith("[") and inner.endswith("]") and len(inner) > 1):
+        return None
+    inner, items = inner[1:-1].strip(), []
+    while inner:
+        match = QUOTED.match(inner) or PLAIN_ITEM.match(inner)
+        if match is None:
+            return None
+        item, rest = match[0].strip(), inner[match.end() :].lstrip()
+        if not item or (rest and not rest.startswith(",")):
+            return None
+        items.append(unquoted(item) if QUOTED.fullmatch(item) else item.replace("\\,", ","))
+        inner = rest[1:].lstrip()
+    return items
+
+
+def unquoted(text: str) -> str:
+    """What a text in quotes means: of backslashes before a quote, each second one stays."""
+    quote = text[0]
+    halved = re.sub(rf"(\\+){quote}", lambda match: "\\" * (len(match[1]) // 2) + quote, text[1:])
+    return halved[:-1]
+
+
+def escaped(text: str) -> str:
+    r"""The text for OmegaConf such that every `${` in it is itself: each backslash before it doubled, and one more."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def word_for(key: str, text: str) -> str:
+    """The word `key=text` that sets a path, or other text but a prompt, to exactly this, whatever is in it."""
+    text = f"./{escaped(text)}" if text.startswith("~") else escaped(text)
+    if QUOTED.fullmatch(text) or text.lower() == "null":
+        text = QuotedString(text, Quote.single).with_quotes()
+    return f"{key}={text}"
