@@ -100,7 +100,7 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
     flags, overrides, early = set(), [], []
     for index, word in enumerate(words):
         if FLAG.fullmatch(word):
-            flags.add(_flag(word, takes_plain))
+            flags.add(_flag(word, schema, takes_plain))
         elif word == "job" and words[max(0, index - 1)] in PRINT:
             continue
         elif (override := _override(word, schema, groups, takes_plain)) is not None:
@@ -110,24 +110,23 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
     return CommandLine(False, bool(flags & set(PRINT)), RESOLVE in flags, overrides, [*early, *plain])
 
 
-def _flag(word: str, takes_plain: bool) -> str:
-    name, equal, value = word.lstrip("-").partition("=")
+def _flag(word: str, schema: type, takes_plain: bool) -> str:
+    name, equal, value = word.lstrip("-").replace("-", "_").partition("=")
     if word in (*PRINT, RESOLVE):
         return word
     if word.startswith(("--cfg=", "-c=")):
         raise ConfigError(f"{word}: choose --cfg job")
-    meant = f"write {name.replace('-', '_')}{equal or '='}{value or 'VALUE'}" if len(name) > 1 else SETTING_FORM
+    known = look_up(schema, name) is not None
+    meant = f"write {name}={value if equal else 'VALUE'}" if known else SETTING_FORM
     plain = "; a plain argument that begins with - comes last, after --" if takes_plain else ""
     raise ConfigError(f"unknown flag {printable(word)}: {meant}{plain}")
 
 
 def _override(word: str, schema: type, groups: Collection[str], takes_plain: bool) -> Override | None:
-    """The word as an override; None if it is a plain argument."""
+    """The word as an override; None if it is a plain argument, whether the verb takes any or not."""
     override = Override.parse(word)
     if override is None:
-        if takes_plain:
-            return None
-        raise ConfigError(f"{printable(word) or repr(word)}: no setting; {SETTING_FORM}")
+        return None
     first = override.key.partition(".")[0]
     known = first in groups or look_up(schema, first) is not None or first == "hydra"
     if known or not takes_plain:

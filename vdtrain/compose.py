@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
+import omegaconf.errors
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -101,7 +102,7 @@ def parsed(word: str) -> Override:
     override = Override.parse(word)
     if override is None:
         hint = next((f"did you mean {group}={word}?" for group in groups() if word in options(group)), SETTING_FORM)
-        raise ConfigError(f"{word!r}: no setting; {hint}")
+        raise ConfigError(f"{printable(word) or repr(word)}: has no value; {hint}")
     return override
 
 
@@ -157,8 +158,16 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
         return ConfigError(f"{words}: a file of that cannot be read ({error}); correct it")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key, what = explained(cause, schema)
-    file = re.match(r"In '([^']+)': ", str(error))
-    return ConfigError(f"{f'{file[1]}.yaml' if file else words}: {key}{': ' if key else ''}{what}")
+    # Here Hydra keeps of the error its class, its text and its key alone.
+    inside = re.match(
+        r"In '([^']+)': (\w+) raised while composing config:.*?(?:full_key: (\S+)|$)", str(error), re.DOTALL
+    )
+    if inside is None:
+        return ConfigError(f"{words}: {key}{': ' if key else ''}{what}")
+    made = getattr(omegaconf.errors, inside[2], OmegaConfBaseException)("")
+    made.full_key = inside[3]
+    key, what = explained(made, schema)
+    return ConfigError(f"{inside[1]}.yaml: {key}{': ' if key else ''}{what}")
 
 
 def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> ConfigError:
@@ -204,7 +213,7 @@ def run_verb(
         if line.help:
             print(usage + _groups_text(config_name))
             return 0
-        words = [*line.overrides, *(plain(line) if plain is not None else ())]
+        words = [*line.overrides, *(plain(line) if plain is not None else map(parsed, line.plain))]
         config = compose(config_name, words)
         if line.print:
             print(OmegaConf.to_yaml(config, resolve=line.resolve), end="")

@@ -27,6 +27,7 @@ from vdtrain.overrides import Override, SettingValueError
 from vdtrain.setting_types import Mark, SettingType, keys, look_up
 
 # Of a name in a file system, and of a whole path, in bytes.
+ADDS = "a + before it adds a new entry"
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 INTERPOLATION = "`${` begins the name of another setting; write `\\${` for the characters themselves"
 
@@ -45,9 +46,8 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
     assert holder is not None
     key: int | str = int(name) if holder.numbered or holder.is_list else name
     table = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
-    # A table that is itself within one of an open type may not be there yet.
     if not isinstance(table, Container) and not override.sign.startswith("+"):
-        raise unknown(override.key, schema)
+        raise _not_there(config, override)
     try:
         there = isinstance(table, Container) and _has(table, key)
         if override.sign == "~":
@@ -60,9 +60,7 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
             raise ConfigError(f"{override.shown}: {override.key} is there already; leave out the +")
         value = override.value(setting, present)
         if not there and not override.sign:
-            raise ConfigError(
-                f"{override.shown}: {parent} has no {name!r}, {_names(table)}; a + before it adds a new entry"
-            )
+            raise _not_there(config, override)
         if holder.numbered:
             OmegaConf.update(config, parent, {key: value}, merge=True, force_add=True)
         else:
@@ -70,9 +68,24 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
     except SettingValueError as error:
         raise ConfigError(f"{override.shown}: {error}") from error
     except OmegaConfBaseException as error:
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and setting.fields is None and not override.sign:
+            raise ConfigError(f"{override.shown}: an entry that is not there yet, {_names(present)}; {ADDS}") from error
         where, what = explained(error, schema, override.key)
         inner = f"{where.rpartition('.')[2]} " if where != override.key and where.startswith(override.key) else ""
         raise ConfigError(f"{override.shown}: {inner}{what}") from error
+
+
+def _not_there(config: DictConfig, override: Override) -> ConfigError:
+    table: Any = config
+    place: list[str] = []
+    for name in override.key.split("."):
+        key: Any = int(name) if name.isdecimal() else name
+        if not isinstance(table, DictConfig | ListConfig) or not _has(table, key):
+            break
+        table = table[key]
+        place.append(name)
+    remedy = f"give {'.'.join(place)}=[...] as a whole" if isinstance(table, ListConfig) else ADDS
+    return ConfigError(f"{override.shown}: {'.'.join(place)} has no {name!r}, {_names(table)}; {remedy}")
 
 
 def _has(table: Any, key: int | str) -> bool:
@@ -93,6 +106,8 @@ def _remove(
 
 
 def _names(table: Any) -> str:
+    if not isinstance(table, DictConfig | ListConfig):
+        return "and can have no entries"
     names = [str(name) for name in (table if isinstance(table, DictConfig) else range(len(table)))]
     return f"only {', '.join(names)}" if names else "nor anything else"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from vdtrain.command_line import shell
 from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import Manifest, ManifestError
@@ -183,7 +184,7 @@ def tracking(config: TrainConfig) -> Finding:
         return Finding(ERROR, problem)
     texts = {
         "online": "W&B is reached, and takes the credentials here",
-        "offline": f"send the run to W&B by `wandb sync {config.run_dir}/wandb/offline-run-*`",
+        "offline": f"send the run to W&B by `wandb sync {shell([config.run_dir])}/wandb/offline-run-*`",
         "disabled": f"figures go to {config.run_dir}/metrics.jsonl alone",
     }
     return Finding(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")

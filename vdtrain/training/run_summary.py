@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vdtrain.command_line import shell
 from vdtrain.config import StageConfig, TrackingConfig, TrainConfig
 from vdtrain.training.checkpoint_folder import CHECKPOINTS, CheckpointSummary, latest_by_sizes
 from vdtrain.training.restarts import RECORD_FILE, START, Event, read_events
@@ -153,7 +154,11 @@ def _tracked(folder: Path, tracking: TrackingConfig | None) -> str | None:
         return None
     if tracking.mode == "offline":
         runs = sorted((folder / "wandb").glob("offline-run-*"))
-        return f"offline: wandb sync {folder}/wandb/offline-run-*" if runs else "offline: nothing written yet"
+        return (
+            f"offline: wandb sync {shell([str(folder)])}/wandb/offline-run-*"
+            if runs
+            else "offline: nothing written yet"
+        )
     try:
         return (folder / WANDB_URL_FILE).read_text().strip()
     except OSError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from itertools import chain, count
 from pathlib import Path
 
+from vdtrain.command_line import plain_path, shell
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.catalogue import SOURCES
 from vdtrain.weights.file_choice import SUFFIXES, choose
@@ -47,11 +47,11 @@ def import_first(setting: str, value: str, model: str | None = None) -> WeightsE
             return WeightsError(f"{what}: holds {contents(keys)}, and no diffuser; give weights of one")
         source, text = layout.source, layout.text
     output = _free(source, path)
-    words = ["vdtrain", "weights", "import", source, value]
+    words = ["vdtrain", "weights", "import", source, plain_path(value)]
     words += [f"model={model}"] if model not in (None, DEFAULT_MODEL) else []
     words += [f"output={output}"] if str(output) != SOURCES[source].output else []
     return WeightsError(
-        f"{what}: holds {text}, which is imported once: `{shlex.join(words)}`; then give {setting}={output}"
+        f"{what}: holds {text}, which is imported once: `{shell(words)}`; then give {setting}={output}"
     )
 
 
