@@ -39,6 +39,6 @@ train stage=stage2_dual_flow "$(phases ${pairs[1]})"
 train stage=stage3_four_flow "$(phases ${pairs[2]})" optimizer.learning_rate_scale=$rate
 
 # 4. Make two pictures from captions, then measure all four flows.
-vdtrain sample checkpoint="$runs/stage3_four_flow" flow=text-to-image resolution=64 guidance_scale=3 steps=25 \
-    'inputs=["a red circle on a white background", "a large blue star"]' output_dir="$runs/samples"
+vdtrain sample "$runs/stage3_four_flow" "a red circle on a white background" "a large blue star" \
+    resolution=64 guidance_scale=3 steps=25 output_dir="$runs/samples"
 python examples/demo_report.py "$runs" "$samples"

@@ -8,14 +8,14 @@ run=${1:-demo/runs-long/stage3_four_flow} out=${2:-demo/gallery}
 settings="checkpoint=$run resolution=64 steps=25 guidance_scale=3 seed=3"
 
 # Text-to-image. Its pictures are the inputs of the others.
-vdtrain sample $settings flow=text-to-image output_dir="$out/text-to-image" \
-    'inputs=["a red circle on a white background", "a blue star on a black background", "a green square on a white background"]'
+vdtrain sample $settings output_dir="$out/text-to-image" \
+    "a red circle on a white background" "a blue star on a black background" "a green square on a white background"
 circle="$out/text-to-image/0000.png" star="$out/text-to-image/0001.png" square="$out/text-to-image/0002.png"
 
 # Image variation, image-to-text, text variation.
-vdtrain sample $settings flow=image-to-image "inputs=[$star]" samples_per_input=4 output_dir="$out/image-variation"
-vdtrain sample $settings flow=image-to-text "inputs=[$star]" samples_per_input=4 output_dir="$out/image-to-text"
-vdtrain sample $settings flow=text-to-text 'inputs=["a large red circle"]' samples_per_input=4 \
+vdtrain sample $settings "$star" flow=image-to-image samples_per_input=4 output_dir="$out/image-variation"
+vdtrain sample $settings "$star" flow=image-to-text samples_per_input=4 output_dir="$out/image-to-text"
+vdtrain sample $settings "a large red circle" flow=text-to-text samples_per_input=4 \
     output_dir="$out/text-variation"
 
 # Dual-context blender: one caption and one picture, from all picture to all caption.
@@ -31,16 +31,16 @@ vdtrain blend $settings output_dir="$out/multi-context" samples=4 \
 
 # Semantic-style disentanglement: from content alone to style alone.
 for focus in 0 0.3 0.4 0.5 1; do
-    vdtrain sample $settings flow=image-to-image "inputs=[$circle]" focus=$focus output_dir="$out/focus/$focus"
+    vdtrain sample $settings "$circle" flow=image-to-image focus=$focus output_dir="$out/focus/$focus"
 done
 
 # Image-to-image from a partly noised latent: a new caption on an old picture.
 for fidelity in 0.1 0.3 0.5 0.7 0.8; do
-    vdtrain sample $settings flow=text-to-image 'inputs=["a yellow square"]' "start_from=[$star]" fidelity=$fidelity \
+    vdtrain sample $settings "a yellow square" start_from="$star" fidelity=$fidelity \
         output_dir="$out/image-to-image/$fidelity"
 done
 
 # Latent image-to-text-to-image editing.
-vdtrain edit $settings "inputs=[$star]" remove="a star" add="a circle" output_dir="$out/edit/0"
-vdtrain edit $settings "inputs=[$star]" remove="blue" add="green" output_dir="$out/edit/1"
-vdtrain edit $settings "inputs=[$circle]" remove="a circle" add="a triangle" output_dir="$out/edit/2"
+vdtrain edit $settings "$star" remove="a star" add="a circle" output_dir="$out/edit/0"
+vdtrain edit $settings "$star" remove="blue" add="green" output_dir="$out/edit/1"
+vdtrain edit $settings "$circle" remove="a circle" add="a triangle" output_dir="$out/edit/2"

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=logs/%x/%j.out
 #
-# sbatch [SBATCH OPTIONS] slurm/evaluate.sh checkpoint=RUN data.manifest=MANIFEST [HYDRA OVERRIDES]
+# sbatch [SBATCH OPTIONS] slurm/evaluate.sh CHECKPOINT data.manifest=MANIFEST [HYDRA OVERRIDES]
 #
 # Measures a trained model's flows on every GPU, from the repository's root. Submit it again to go on: samples that are
 # there are not made again.

@@ -372,14 +372,8 @@ KEYS = [
     "stage",
     "data.manifest",
 ]
-PIECES = st.sampled_from(
-    [
-        *"' \" [ ] { } ( ) , = : $ ${ ${x} ${seed} \\ ~ + - -- # @ ! null true 1 1e400 nan ??? a é 🔴 seed range(".split(
-            " "
-        ),
-        *(" ", "\n", "\x1b[31m", "\x00"),
-    ]
-)
+SIGNS = "' \" [ ] { } ( ) , = : $ ${ ${x} ${seed} \\ ~ + - -- # @ ! null true 1 1e400 nan ??? a é 🔴 seed range("
+PIECES = st.sampled_from([*SIGNS.split(), " ", "\n", "\x1b[31m", "\x00"])
 TEXTS = st.one_of(st.lists(PIECES, max_size=6).map("".join), st.text(max_size=12))
 
 

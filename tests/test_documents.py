@@ -18,7 +18,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / page
-        for page in ("weights.md", "modalities.md", "evaluation.md", "data.md", "budget.md", "slurm.md")
+        for page in ("settings.md", "weights.md", "modalities.md", "evaluation.md", "data.md", "budget.md", "slurm.md")
     ),
 ]
 LINKS = {(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())}

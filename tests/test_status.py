@@ -165,7 +165,7 @@ def test_the_newest_lines_of_a_long_log(tmp_path: Path) -> None:
     [
         (["{folder}/nowhere"], "nowhere: does not exist"),
         (["{folder}"], "holds no run"),
-        (["a", "b"], "a b: takes one folder"),
+        (["a", "b"], "'b': too many plain arguments; write RUN_DIR"),
         (["{folder}", "watch=0"], "watch=0: not above 0"),
         (["{folder}", "wtach=1"], "did you mean 'watch'?"),
     ],
