@@ -50,9 +50,7 @@ def import_first(setting: str, value: str, model: str | None = None) -> WeightsE
     words = ["vdtrain", "weights", "import", source, plain_path(value)]
     words += [f"model={model}"] if model not in (None, DEFAULT_MODEL) else []
     words += [f"output={output}"] if str(output) != SOURCES[source].output else []
-    return WeightsError(
-        f"{what}: holds {text}, which is imported once: `{shell(words)}`; then give {setting}={output}"
-    )
+    return WeightsError(f"{what}: holds {text}, which is imported once: `{shell(words)}`; then give {setting}={output}")
 
 
 def _source_of_folder(folder: Path) -> str | None:
