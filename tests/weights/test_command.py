@@ -121,6 +121,13 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ),
         ("export safetensors out weights=best", "weights=best: choose one of ema, model"),
         ("export safetensors out precision=fp8", "precision=fp8: choose one of fp32, fp16, bf16, keep"),
+        (
+            "export safetensors out.safetensors",
+            "output=out.safetensors: a folder is made, and that is the name of a file",
+        ),
+        ("export diffusers out.bin", "output=out.bin: a folder is made"),
+        ("export versatile_diffusion out.safetensors", "a file of PyTorch is made; give it the ending .pth"),
+        ("import versatile_diffusion vd.pth output=vd.pth", "output=vd.pth: a weights folder is made"),
         ("export safetensors {here}", "exists already; overwrite=true replaces it"),
     ],
 )
@@ -144,6 +151,17 @@ def test_part_of_a_model_is_exported_as_what_it_is(tmp_path: Path, capsys) -> No
     assert main(["weights", "export", "diffusers", str(tmp_path / "pipeline"), source]) == 2
     assert "no layers of" in capsys.readouterr().err
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path: Path, capsys) -> None:
+    name = "data_layers.text.11.2.bias"
+    write_weights_folder(tmp_path / "w", weights() | {name: weights()[name] + 70_000}, MODEL)
+    for words in (["versatile_diffusion", "out.pth"], ["safetensors", "out"], ["diffusers", "out"]):
+        export = ["export", words[0], str(tmp_path / words[1]), f"checkpoint={tmp_path / 'w'}"]
+        assert main(["weights", *export, "precision=fp16"]) == 2
+        assert f"precision=fp16: {name} holds values beyond it; choose bf16, fp32 or keep" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    assert main(["weights", *export, "precision=bf16"]) == 0
 
 
 def test_every_address_is_pinned() -> None:

@@ -60,6 +60,18 @@ def clip() -> dict[str, Tensor]:
     return dict(tiny("text", "context_encoder").clip.state_dict())
 
 
+def averaged_copy() -> dict[str, Tensor]:
+    """What CompVis' code keeps of a VAE beside its weights."""
+    copy = {f"model_ema.{key.replace('.', '')}": value + 1 for key, value in compvis(image_vae()).items()}
+    return copy | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(9, dtype=torch.int32)}
+
+
+def old_transformers() -> dict[str, Tensor]:
+    """Constants of BERT and GPT-2 that versions before 4.31 keep among the weights."""
+    masked = {f"decoder.transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+    return {"encoder.embeddings.position_ids": torch.arange(32)[None], **masked}
+
+
 PLACES = {
     "image_vae": "model.modalities.image.vae.weights",
     "text_vae": "model.modalities.text.vae.weights",
@@ -94,10 +106,24 @@ def check(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         ("image_vae", lambda: compvis(image_vae()) | {"loss.logvar": torch.zeros(1)}),
         ("image_vae", lambda: {f"first_stage_model.{key}": value for key, value in compvis(image_vae()).items()}),
         ("image_vae", image_vae),
+        ("image_vae", lambda: {"state_dict": compvis(image_vae()) | averaged_copy()}),
+        ("image_vae", lambda: {f"module.{key}": value for key, value in compvis(image_vae()).items()}),
+        ("image_vae", lambda: {f"vae.{key}": value for key, value in image_vae().items()}),
         ("text_vae", optimus),
+        ("text_vae", lambda: optimus() | old_transformers()),
+        ("text_vae", lambda: {"model": {f"module._orig_mod.{key}": value for key, value in optimus().items()}}),
         ("clip", clip),
         ("clip", lambda: {**clip(), "input_resolution": torch.tensor(32), "vocab_size": torch.tensor(629)}),
         ("clip", lambda: to_hugging_face(clip()) | {"text_model.embeddings.position_ids": torch.arange(24)[None]}),
+        ("clip", lambda: {**clip(), "attn_mask": torch.full((24, 24), float("-inf")).triu(1)}),
+        ("clip", lambda: {**clip(), "logit_scale": clip()["logit_scale"].reshape(1)}),
+        ("clip", lambda: {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in clip().items()}}),
+        (
+            "clip",
+            lambda: {
+                f"{'' if 'visual' in key or key == 'logit_scale' else 'text.'}{key}": clip()[key] for key in clip()
+            },
+        ),
     ],
 )
 def test_every_layout_of_a_part(tmp_path: Path, source: str, published: Any, capsys) -> None:
@@ -107,6 +133,45 @@ def test_every_layout_of_a_part(tmp_path: Path, source: str, published: Any, cap
     assert run(source, published(), tmp_path) == 2
     assert "exists already; overwrite=true replaces it" in capsys.readouterr().err
     assert run(source, published(), tmp_path, "overwrite=true") == 0
+
+
+def test_clip_without_its_scale_gets_the_trained_one(tmp_path: Path) -> None:
+    assert run("clip", changed(to_hugging_face(clip()), logit_scale=None), tmp_path) == 0
+    found = load_file(tmp_path / "clip.safetensors")
+    assert found.pop("logit_scale").exp().item() == pytest.approx(100)
+    assert same(found, {key: tensor for key, tensor in clip().items() if key != "logit_scale"})
+
+
+def not_finite(content: dict[str, Tensor], end: str) -> dict[str, Tensor]:
+    name = next(name for name in content if name.endswith(end))
+    tensor = content[name].clone()
+    tensor.view(-1)[-1] = float("nan")
+    return {**content, name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("source", "published", "end"),
+    [
+        ("image_vae", lambda: compvis(image_vae()), "decoder.conv_out.bias"),
+        ("text_vae", optimus, "wpe.weight"),
+        ("clip", clip, "ln_final.bias"),
+        ("clip", lambda: to_hugging_face(clip()), "layers.1.self_attn.k_proj.weight"),
+        ("versatile_diffusion", lambda: whole(2022), "unet_text.out.2.bias"),
+        ("versatile_diffusion", lambda: whole(2023), "vae.text.encoder.linear.weight"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, source: str, published: Any, end: str, capsys) -> None:
+    output = [f"output={tmp_path / 'vd'}"] if source == "versatile_diffusion" else []
+    assert run(source, not_finite(published(), end), tmp_path, *output) == 2
+    shown = capsys.readouterr()
+    assert re.search(rf"^error: path=\S+: \S*{re.escape(end)} holds values that are NaN or infinite", shown.err)
+    assert shown.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]
+
+
+def test_a_part_is_a_safetensors_file(tmp_path: Path, capsys) -> None:
+    assert run("image_vae", image_vae(), tmp_path, f"{PLACES['image_vae']}={tmp_path / 'vae.ckpt'}") == 2
+    assert "vae.ckpt: safetensors are made; give the file the ending .safetensors" in capsys.readouterr().err
 
 
 def test_parts_keep_their_precision_and_fill_the_model(tmp_path: Path) -> None:
@@ -177,7 +242,7 @@ def changed(content: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
             "missing decoder.conv_in.bias",
         ),
         ("image_vae", lambda: compvis(image_vae()) | {"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
-        ("image_vae", optimus, "not the image VAE"),
+        ("image_vae", optimus, r"not the image VAE; it holds the text VAE \(`vdtrain weights import text_vae`\)"),
         ("text_vae", lambda: changed(optimus(), h__0__attn__bias=torch.ones(1, 1, 32, 32)), "no causal mask"),
         ("text_vae", lambda: changed(optimus(), lm_head__weight=torch.zeros(385, 96)), "differs from .*wte"),
         ("text_vae", lambda: changed(optimus(), lm_head__weight=None, wte__weight=None), "missing .*wte"),

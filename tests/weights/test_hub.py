@@ -175,3 +175,17 @@ def test_one_kind_of_weights_a_folder_is_fetched() -> None:
         "merges.txt",
     ]
     assert "sd-v1-4.ckpt" in needed(files, ())
+    variants = ["unet/model.fp16-00001-of-00002.safetensors", "unet/model.fp16-00002-of-00002.safetensors"]
+    index = "unet/model.safetensors.index.fp16.json"
+    assert needed([*variants, index, "unet/model.fp16.bin"], ("unet",)) == [index, *variants]
+
+
+def test_a_repository_in_the_cache(tmp_path: Path) -> None:
+    first = tmp_path / "snapshots" / COMMIT
+    first.mkdir(parents=True)
+    assert fetched(str(tmp_path), ()) == tmp_path
+    (tmp_path / "blobs").mkdir()
+    assert fetched(str(tmp_path), ()) == first
+    (tmp_path / "snapshots" / COMMIT[::-1]).mkdir()
+    with pytest.raises(WeightsError, match=r"a cache with 2 commits \(0123.*name one, snapshots/COMMIT"):
+        fetched(str(tmp_path), ())

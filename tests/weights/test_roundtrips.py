@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_precision(tmp_path: Path, precision: str, dtype: torch.dtype | None) ->
     assert same(open_tensors(out, "path"), release_2023(dtype or torch.float32))
 
 
+@pytest.mark.parametrize("release", [release_2023, release_2022])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "model."])
+def test_a_prefix_of_all_names(tmp_path: Path, release, prefix: str) -> None:
+    state = {prefix + key: tensor for key, tensor in (release(torch.float32) | buffers(torch.float32)).items()}
+    torch.save({"net": state}, tmp_path / "vd.pth")
+    assert same(imported("versatile_diffusion", tmp_path / "vd.pth", tmp_path / "out"), weights())
+
+
+def test_a_pipeline_of_another_schedule_is_refused(tmp_path: Path, capsys) -> None:
+    write_weights_folder(tmp_path / "w", weights(), MODEL)
+    assert run("export", "diffusers", tmp_path / "vd", f"checkpoint={tmp_path / 'w'}") == 0
+    file = tmp_path / "vd" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    assert run("import", "diffusers", tmp_path / "vd", f"output={tmp_path / 'out'}") == 2
+    assert "prediction_type is v_prediction in scheduler/scheduler_config.json" in capsys.readouterr().err
+
+
 def test_names_of_the_first_release() -> None:
     """Layers that have a module inside for pictures are plain linear ones for text."""
     names = {
@@ -111,6 +129,11 @@ LAST = "diffuser.text.data_blocks.11.0.2.bias"
         (RELEASED | {"diffuser.sound.data_blocks.0.0.weight": torch.ones(1)}, "unexpected data_layers.sound.0.weight"),
         (RELEASED | {"unet.weight": torch.ones(1)}, "unet.weight has no place in the model"),
         (RELEASED | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas is not that of .*set model.schedule"),
+        (RELEASED | {"v_pred": torch.empty(0)}, r"v_pred says that it predicts velocity \(v-prediction\)"),
+        (
+            {f"net.{key}": each for key, each in (RELEASED | {"betas": torch.ones(10)}).items()},
+            "net.betas is not that of",
+        ),
         (RELEASED | {"betas": torch.ones(10)}, "betas is not that of"),
         (
             {"weight": torch.ones(1)},

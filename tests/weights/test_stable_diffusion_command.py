@@ -302,10 +302,28 @@ def test_a_folder_does_not_get_the_name_of_a_file(tmp_path: Path, name: str, cap
     assert not (tmp_path / name).exists()
 
 
-def test_stage_1_starts_from_it(tmp_path: Path) -> None:
+def test_stage_1_starts_from_each(tmp_path: Path) -> None:
+    """CompVis' checkpoint, one file of safetensors, a folder of diffusers, and one in half precision."""
     write_pairs(tmp_path / "data")
-    assert imported(ckpt(tmp_path), tmp_path / "sd") == 0
-    arguments = ["stage=stage1_single_flow", *overrides(tmp_path), f"stage.init_from={tmp_path / 'sd'}"]
-    (ending,) = run_cases(tmp_path / "cases", [Case(1, arguments)])
-    assert ending.statuses == [0], ending.logs
-    assert f"starts from {tmp_path / 'sd'}" in ending.logs[0]
+    forms = [ckpt, safetensors, diffusers, half_folder]
+    cases = []
+    for form in forms:
+        made, folder = tmp_path / form.__name__, tmp_path / f"{form.__name__}_imported"
+        made.mkdir()
+        assert imported(form(made), folder) == 0
+        arguments = ["stage=stage1_single_flow", *overrides(tmp_path), f"stage.init_from={folder}"]
+        arguments += ["stage.phases=[{resolution:32,samples:4}]", f"run_dir={tmp_path / 'runs' / form.__name__}"]
+        cases.append(Case(1, arguments))
+    endings = run_cases(tmp_path / "cases", cases)
+    losses = []
+    for form, ending in zip(forms, endings, strict=True):
+        assert ending.statuses == [0], ending.logs
+        assert f"starts from {tmp_path / form.__name__}_imported" in ending.logs[0]
+        (record,) = (tmp_path / "runs" / form.__name__ / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(record)["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[3] == pytest.approx(losses[0], rel=1e-2)
+
+
+def half_folder(folder: Path) -> Path:
+    return write_diffusers(folder / "sd15", torch.float16, "diffusion_pytorch_model.fp16.safetensors")

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.shards import write_safetensors
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
+from vdtrain.weights.torch_file import write_torch
 
 TENSORS = {
     "a.weight": torch.arange(6.0).view(2, 3),
@@ -150,3 +152,55 @@ def test_nothing_to_open_is_refused(tmp_path: Path) -> None:
         open_tensors(write(tmp_path / "w.pth", {"step": 3}), "path")
     with pytest.raises(WeightsError, match="holds no tensors by name"):
         open_tensors(write(tmp_path / "w.pth", torch.ones(2)), "path")
+
+
+def test_names_of_what_wrapped_a_model_are_left_out(tmp_path: Path) -> None:
+    wrapped = {"module._orig_mod.a.weight": TENSORS["a.weight"], "_orig_mod.a.half": TENSORS["a.half"]}
+    wrapped["a._fsdp_wrapped_module.bfloat"] = TENSORS["a.bfloat"]
+    assert equal(open_tensors(write(tmp_path / "w.pth", wrapped | {"steps": torch.tensor(7)}), "path"), TENSORS)
+    with pytest.raises(WeightsError, match="holds weights twice, with and without module or _orig_mod"):
+        open_tensors(write(tmp_path / "w.pth", TENSORS | wrapped), "path")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_where_they_are_read(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    tensor = torch.ones(3, 1000, dtype=dtype)
+    tensor[1, 500] = value
+    for name in ("w.pth", "w.safetensors"):
+        found = open_tensors(write(tmp_path / name, {"a": tensor, "b": torch.ones(2), "c": torch.ones(0)}), "path")
+        assert found["b"].sum() == 2
+        assert not found["c"].numel()
+        with pytest.raises(WeightsError, match=rf"path=.*{name}: a holds values that are NaN or infinite"):
+            found["a"]
+
+
+def test_the_largest_values_are_finite(tmp_path: Path) -> None:
+    largest = {
+        str(dtype): torch.full((4096,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float32, torch.half)
+    }
+    assert equal(open_tensors(write(tmp_path / "w.pth", largest), "path"), largest)
+
+
+def test_links_that_lead_nowhere_and_parts_without_an_index(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(WeightsError, match=r"w\.safetensors is a link to what is not there"):
+        open_tensors(tmp_path, "path")
+    (tmp_path / "w.safetensors").unlink()
+    for number in (1, 2):
+        write(tmp_path / f"model-0000{number}-of-00002.safetensors", {str(number): torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"holds parts of weights \(model-00001.*\) without their index"):
+        open_tensors(tmp_path, "path")
+
+
+def test_tensors_that_share_memory_are_written_each_on_its_own(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    shared = {"whole": whole, "same": whole, "row": whole[1], "column": whole[:, 1], "turned": whole.T, "all": whole[:]}
+    write_safetensors(tmp_path / "w.safetensors", shared)
+    assert equal(open_tensors(tmp_path / "w.safetensors", "path"), shared)
+    write_torch(tmp_path / "w.pth", shared)
+    assert equal(open_tensors(tmp_path / "w.pth", "path"), shared)
+    with pytest.raises(OSError, match="No such file"):
+        write_safetensors(tmp_path / "absent" / "w.safetensors", shared)

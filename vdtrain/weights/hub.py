@@ -19,7 +19,7 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
     """The local path of what an import names, downloaded into Hugging Face's cache if it lies in a repository.
 
     Args:
-        path: a local path, or `hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT`.
+        path: a local path, also of a repository in the client's cache, or `hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT`.
         parts: what is needed of a folder: files, or folders within it; none for all weights and descriptions.
 
     Raises:
@@ -29,7 +29,7 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
         local = Path(path).expanduser()
         if not local.exists():
             raise WeightsError(f"path={path}: no such file or folder; give what is there, or hf:ORG/REPO/FILE@COMMIT")
-        return local
+        return _snapshot(local, path)
     match = ADDRESS.fullmatch(path)
     if match is None or ".." in path or not COMMIT.fullmatch(match[3]):
         raise WeightsError(
@@ -48,6 +48,18 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
             f"path={path}: cannot be fetched ({reason}); check the name and the network, or fetch it elsewhere and "
             "give the local path"
         ) from error
+
+
+def _snapshot(local: Path, path: str) -> Path:
+    """The files of a repository in the cache of Hugging Face's client, by the folder of the repository."""
+    snapshots = local / "snapshots"
+    if not (snapshots.is_dir() and (local / "blobs").is_dir()):
+        return local
+    found = sorted(snapshots.iterdir())
+    if len(found) != 1:
+        names = ", ".join(each.name for each in found[:5])
+        raise WeightsError(f"path={path}: a cache with {len(found)} commits ({names}); name one, snapshots/COMMIT")
+    return found[0]
 
 
 def _download(repository: str, inside: str, commit: str, parts: Sequence[str]) -> Path:

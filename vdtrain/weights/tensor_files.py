@@ -99,8 +99,7 @@ class LazyTensors(Mapping[str, Tensor]):
         def read(name: str, entry: Entry) -> Tensor:
             tensor, given = entry.read().to(dtype), entry.dtype
             if torch.finfo(dtype).max < torch.finfo(given).max and not is_finite(tensor):
-                precision = str(dtype).removeprefix("torch.")
-                raise WeightsError(f"{name} holds values beyond {precision}; choose precision=bf16 or precision=keep")
+                raise WeightsError(f"precision=fp16: {name} holds values beyond it; choose bf16, fp32 or keep")
             return tensor
 
         return LazyTensors(
@@ -160,6 +159,8 @@ def open_tensors(path: Path, setting: str) -> LazyTensors:
     try:
         if path.is_dir():
             path = _weights_file(path, place)
+        if path.is_symlink() and not path.exists():
+            raise WeightsError(f"{place}: {path.name} is a link to what is not there; fetch it again")
         if not path.is_file():
             raise WeightsError(f"{place}: no such file; give a weights file, or a folder with one")
         tensors = _open_shards(path, place) if INDEX.search(path.name) else _open_file(path, place)
