@@ -123,3 +123,22 @@ def test_what_holds_no_diffuser(tmp_path: Path, capsys) -> None:
 def test_a_weights_folder_may_have_any_name(tmp_path: Path) -> None:
     write_weights_folder(tmp_path / "sd.ckpt", weights(), MODEL)
     assert main(["weights", "export", "safetensors", str(tmp_path / "out"), f"checkpoint={tmp_path / 'sd.ckpt'}"]) == 0
+
+
+def test_what_is_not_there_yet_has_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, source in (("stable_diffusion_v1", "stable_diffusion"), ("versatile_diffusion", "versatile_diffusion")):
+        assert main(["weights", "export", "safetensors", "out", f"checkpoint=weights/{folder}"]) == 2
+        assert f"make it with `vdtrain weights import {source}`" in capsys.readouterr().err
+
+
+def test_a_pipeline_of_another_source(tmp_path: Path, capsys) -> None:
+    for made, right, wrong in (
+        (pipeline(tmp_path), "diffusers", ("versatile_diffusion", "stable_diffusion")),
+        (write_diffusers(tmp_path / "sd"), "stable_diffusion", ("diffusers", "versatile_diffusion")),
+    ):
+        for source in wrong:
+            words = ["import", source, str(made), "model=tiny", f"output={tmp_path / 'out'}"]
+            assert main(["weights", *words]) == 2
+            error = capsys.readouterr().err
+            assert f"path={made}: a pipeline of diffusers for another source; `vdtrain weights import {right}`" in error

@@ -299,5 +299,5 @@ def test_an_image_vae_by_an_older_diffusers(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert any(".query." in key for key in state)
-    assert main(["weights", "import", "image_vae", str(tmp_path / "vae"), *settings(tmp_path)]) == 0
+    assert main(["weights", "import", "image_vae", str(tmp_path), *settings(tmp_path)]) == 0
     check("image_vae", tmp_path)

@@ -272,6 +272,10 @@ BETAS = torch.linspace(0.0001, 0.02, 1000)
         (lambda folder: saved(folder, clip()), "no keys below model.diffusion_model.*it holds CLIP by open_clip"),
         (lambda folder: saved(folder, {"x.y": torch.ones(1)}), "no keys below .*it holds 1 tensors such as x.y"),
         (
+            lambda folder: saved(folder, {"control_model.input_blocks.0.0.weight": torch.ones(1)}),
+            "it holds 1 tensors such as control_model.input_blocks.0.0.weight",
+        ),
+        (
             lambda folder: saved(folder, {"model.diffusion_model.joint_blocks.0.weight": torch.ones(1)}),
             "it holds 1 tensors such as model.diffusion_model.joint_blocks.0.weight",
         ),

@@ -21,7 +21,7 @@ from vdtrain.training.checkpoints import (
     read_weights,
 )
 from vdtrain.validation import phase_steps
-from vdtrain.weights.advice import import_first, is_published
+from vdtrain.weights.advice import import_first, import_of, is_published
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 
 # What a run may not change when it is taken up again: the meaning of its weights and of its position.
@@ -90,7 +90,7 @@ def resolve_checkpoint(setting: str, value: str, thorough: bool = True) -> Path:
     path = Path(value).expanduser()
     if is_checkpoint(path):
         return path
-    remedy = "train that stage first, or make it with `vdtrain weights import`"
+    remedy = f"train that stage first, or make it with `{import_of(path)}`"
     if not path.exists():
         raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
     latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete(thorough)

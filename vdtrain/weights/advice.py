@@ -19,7 +19,7 @@ def is_published(path: Path) -> bool:
     """Whether a path is, or by its name would be, weights as others publish them."""
     if not path.is_dir():
         return path.is_file() or path.suffix in SUFFIXES
-    return _source_of_folder(path) is not None or choose(file.name for file in path.iterdir()) is not None
+    return pipeline_source(path) is not None or choose(file.name for file in path.iterdir()) is not None
 
 
 def import_first(setting: str, value: str, model: str | None = None) -> WeightsError:
@@ -38,7 +38,7 @@ def import_first(setting: str, value: str, model: str | None = None) -> WeightsE
             f"{what}: no such file; a file of published weights is imported by `vdtrain weights import`, and {setting} "
             "is the folder that it makes"
         )
-    source, text = _source_of_folder(path) if path.is_dir() else None, "a pipeline of diffusers"
+    source, text = pipeline_source(path) if path.is_dir() else None, "a pipeline of diffusers"
     if source is None:
         keys = list(open_tensors(path, setting))
         layouts = recognised(keys)
@@ -53,11 +53,17 @@ def import_first(setting: str, value: str, model: str | None = None) -> WeightsE
     return WeightsError(f"{what}: holds {text}, which is imported once: `{shell(words)}`; then give {setting}={output}")
 
 
-def _source_of_folder(folder: Path) -> str | None:
-    """The source of a pipeline's folder."""
+def pipeline_source(folder: Path) -> str | None:
+    """The source that reads a folder of one of diffusers' pipelines; None for any other path."""
     if (folder / "image_unet").is_dir() and (folder / "text_unet").is_dir():
         return "diffusers"
     return "stable_diffusion" if (folder / "unet").is_dir() else None
+
+
+def import_of(folder: Path) -> str:
+    """The command that makes a weights folder which is not there."""
+    source = next((name for name, each in SOURCES.items() if each.output == str(folder)), None)
+    return "vdtrain weights import" + (f" {source}" if source else "")
 
 
 def _free(source: str, path: Path) -> Path:

@@ -23,16 +23,18 @@ class Layout:
         source: of `vdtrain weights import`; empty where none takes it.
         text: what it is, for people.
         marker: the end of a key that every such file has; what stands before it is a prefix of all keys.
+        place: pattern of the prefixes that it can have.
     """
 
     source: str
     text: str
     marker: str
+    place: str = r"(.*\.)?"
 
     def prefixes(self, keys: Iterable[str]) -> list[str]:
         """What stands before the marker: rather not of an averaged copy, and the shortest first."""
         found = [key.removesuffix(self.marker) for key in keys if key.endswith(self.marker)]
-        whole = [prefix for prefix in found if not prefix or prefix.endswith((".", "model_ema."))]
+        whole = [prefix for prefix in found if re.fullmatch(self.place, prefix)]
         return sorted(whole, key=lambda prefix: ("ema." in prefix, len(prefix)))
 
 
@@ -42,8 +44,15 @@ VD_2022 = Layout(
     "Versatile Diffusion (2022)",
     "model.diffusion_model.unet_image.input_blocks.0.0.weight",
 )
-COMPVIS = Layout("stable_diffusion", "Stable Diffusion's U-Net", "input_blocks.0.0.weight")
-AVERAGED = Layout("stable_diffusion", "Stable Diffusion's averaged U-Net", "diffusion_modelinput_blocks00weight")
+# Alone or in the whole model, and not what steers it, which has the same layers.
+COMPVIS = Layout(
+    "stable_diffusion", "Stable Diffusion's U-Net", "input_blocks.0.0.weight", r"((.*\.)?diffusion_model\.)?"
+)
+AVERAGED = Layout(
+    "stable_diffusion",
+    "Stable Diffusion's averaged U-Net",
+    "model_ema.diffusion_modelinput_blocks00weight",
+)
 DIFFUSERS = Layout("stable_diffusion", "Stable Diffusion's U-Net by diffusers", "time_embedding.linear_1.weight")
 IMAGE_VAE = Layout("image_vae", "the image VAE", "decoder.conv_in.weight")
 TEXT_VAE = Layout("text_vae", "the text VAE", "decoder.transformer.wpe.weight")
@@ -55,9 +64,7 @@ LAYOUTS = (VD_2023, VD_2022, COMPVIS, DIFFUSERS, AVERAGED, IMAGE_VAE, TEXT_VAE, 
 def recognised(keys: Iterable[str]) -> list[Layout]:
     """The layouts that a file's keys are of, the one that it was published as first."""
     names = list(keys)
-    found = [layout for layout in LAYOUTS if layout.prefixes(names)]
-    # The first release numbers its layers as Stable Diffusion does.
-    return [layout for layout in found if layout is not COMPVIS or VD_2022 not in found]
+    return [layout for layout in LAYOUTS if layout.prefixes(names)]
 
 
 def contents(keys: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from vdtrain.config import ModelConfig
 from vdtrain.files import refuse_existing, write_text, written_whole
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights import diffuser_sources, frozen_sources, tokenizer_files
+from vdtrain.weights.advice import pipeline_source
 from vdtrain.weights.catalogue import SOURCES
 from vdtrain.weights.diffuser_sources import Opened
 from vdtrain.weights.file_choice import SUFFIXES
@@ -79,7 +80,12 @@ def products(name: str, path: str, request: Request) -> list[Product]:
         if target.path.suffix in SUFFIXES and target.path.suffix != ".safetensors":
             raise WeightsError(f"{target.place}: safetensors are made; give the file the ending .safetensors")
         refuse_existing(target.path, target.place, request.overwrite)
-    found = reader.read(fetched(path, source.parts), request)
+    local = fetched(path, source.parts)
+    if source.output is not None and (other := pipeline_source(local)) not in (None, name):
+        raise WeightsError(
+            f"{PATH}={path}: a pipeline of diffusers for another source; `vdtrain weights import {other}` reads it"
+        )
+    found = reader.read(local, request)
     for product in found:
         refuse_existing(product.path, product.place, request.overwrite)
     return found
@@ -110,7 +116,9 @@ def _diffuser(read: Callable[[Path, ModelConfig], Opened]) -> Reader:
 
 def _frozen(part: FrozenPart, convert: Convert) -> Reader:
     def made(path: Path, request: Request) -> list[Product]:
-        return _part_files(part, convert, open_tensors(path, PATH), request.model, f"{PATH}={path}")
+        # In a whole pipeline's folder the part has one of its own.
+        inside = path / part.part if (path / part.part).is_dir() else path
+        return _part_files(part, convert, open_tensors(inside, PATH), request.model, f"{PATH}={path}")
 
     return Reader(part.targets, made)
 

@@ -132,7 +132,7 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
     plan, data = make_plan(model.diffuser), model.base_modality
     if VD_2022.prefixes(tensors):
         return None
-    if prefixes := [each for each in COMPVIS.prefixes(tensors) if not each or each.endswith("diffusion_model.")]:
+    if prefixes := COMPVIS.prefixes(tensors):
 
         def own(key: str) -> str | None:
             return next(iter(own_names(plan, key, data, [data])), None)

@@ -38,9 +38,11 @@ WRAPPERS = (
     "ema",
     "params_ema",
 )
+PATHS = {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 # Of the standard library, what settings and counters are made of. Everything else of it is refused.
 DATA = {
     "argparse": {"Namespace"},
+    "array": {"_array_reconstructor", "array"},
     "builtins": {
         "bool",
         "bytearray",
@@ -68,11 +70,13 @@ DATA = {
     "decimal": {"Decimal"},
     "fractions": {"Fraction"},
     "functools": {"partial"},
-    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "pathlib": PATHS,
+    # Of Python 3.13.
+    "pathlib._local": PATHS,
     "io": {"BytesIO"},
     "_io": {"BytesIO"},
     "re": {"_compile"},
-    "types": {"SimpleNamespace", "MappingProxyType"},
+    "types": {"GenericAlias", "MappingProxyType", "SimpleNamespace"},
     "uuid": {"UUID", "SafeUUID"},
     "_codecs": {"encode"},
 }
@@ -195,10 +199,11 @@ class _Unpickler(pickle.Unpickler):
             return known
         top = module.partition(".")[0]
         data = name in DATA.get(module, ()) or module in DESCRIPTIONS
-        words = [*module.split("."), name]
-        if not all(word.isidentifier() for word in words) or (top in sys.stdlib_module_names and not data):
+        if not all(word.isidentifier() for word in f"{module}.{name}".split(".")) or (
+            top in sys.stdlib_module_names and not data
+        ):
             raise _RefusedError(f"{module}.{name}")
-        return _Fixed(name, (Placeholder,), {"__slots__": (), "__module__": module})
+        return _Fixed(name.rpartition(".")[2], (Placeholder,), {"__slots__": (), "__module__": module})
 
 
 class _Pickles:
