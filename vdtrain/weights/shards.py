@@ -29,11 +29,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             plain = plain.clone()
         owners.add(owner)
         separate[name] = plain
+    path.touch()
+    mode = path.stat().st_mode
     try:
         # transformers reads the framework from the metadata.
         save_file(separate, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    # The library's files can be read by their owner alone, and weights are shared.
+    path.chmod(mode)
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
