@@ -117,7 +117,7 @@ def test_what_holds_no_diffuser(tmp_path: Path, capsys) -> None:
         assert error.rstrip("\n").isprintable()
     folder = tmp_path / "absent.ckpt"
     assert main(["weights", "export", "safetensors", str(tmp_path / "out"), f"checkpoint={folder}"]) == 2
-    assert "no such file; a file of published weights is imported" in capsys.readouterr().err
+    assert "no such file; one of published weights is imported first" in capsys.readouterr().err
 
 
 def test_a_weights_folder_may_have_any_name(tmp_path: Path) -> None:

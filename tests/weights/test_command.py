@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ("export safetensors out checkpoint=absent", "checkpoint=absent: does not exist"),
         (
             "export safetensors out checkpoint=vd.pth",
-            "checkpoint=vd.pth: no such file; a file of published weights is imported by `vdtrain weights import`",
+            "checkpoint=vd.pth: no such file; one of published weights is imported first",
         ),
         ("export safetensors out weights=best", "weights=best: choose one of ema, model"),
         ("export safetensors out precision=fp8", "precision=fp8: choose one of fp32, fp16, bf16, keep"),

@@ -35,8 +35,8 @@ def import_first(setting: str, value: str, model: str | None = None) -> WeightsE
     what = f"{setting}={value}"
     if not path.exists():
         return WeightsError(
-            f"{what}: no such file; a file of published weights is imported by `vdtrain weights import`, and {setting} "
-            "is the folder that it makes"
+            f"{what}: no such file; one of published weights is imported first, by `vdtrain weights import "
+            "stable_diffusion FILE` or `vdtrain weights import versatile_diffusion FILE`"
         )
     source, text = pipeline_source(path) if path.is_dir() else None, "a pipeline of diffusers"
     if source is None:
