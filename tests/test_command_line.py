@@ -508,7 +508,7 @@ def test_help_tells_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_stage_and_the_next_under_names_that_need_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trained for real from a shell; bash reads the "next:" line that it prints, and preflight what is there to begin."""
+    """Trained for real from a shell; bash reads the "next:" line that it prints, and preflight takes its words."""
     write_pairs(tmp_path / "data")
     run_dir = tmp_path / "runs, mine" / "lr=1e-4 it's $5 ${x} (é) stage1_single_flow"
     words = [
