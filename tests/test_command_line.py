@@ -147,6 +147,7 @@ def test_as_typed_into_bash(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         f"vdtrain edit ./{here} one/0000.png remove=it\\'s add='a circle, red' output_dir=edit {small}",
         f"vdtrain blend ./{here} 'text:a \"round\", thing: ${{x}}' image:~/made/0001.png output_dir=blend {small}",
         f"vdtrain blend checkpoint={here} contexts='[{{text: \"a, ${{x}}\", weight: 2}}]' output_dir=table {small}",
+        f'vdtrain blend ./{here} "contexts=[{{text: it\'s (red), weight: 2}}]" output_dir=plain {small}',
     ):
         assert main(bash_words(line)[1:]) == 0
     assert made_with(Path("one"))["inputs"] == ["a red circle"]
@@ -155,6 +156,7 @@ def test_as_typed_into_bash(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     contexts = made_with(Path("blend"))["contexts"]
     assert contexts == [{"text": 'a "round", thing: ${x}'}, {"image": "~/made/0001.png"}]
     assert made_with(Path("table"))["contexts"] == [{"text": "a, ${x}", "weight": 2}]
+    assert made_with(Path("plain"))["contexts"] == [{"text": "it's (red)", "weight": 2}]
 
 
 def bash_words(line: str) -> list[str]:
@@ -219,6 +221,7 @@ def test_what_hydra_takes_is_still_taken(tmp_path: Path, capsys: pytest.CaptureF
         "+objective.flow_weights.image-to-image=2",
         "stage={learning_rate: 0.5}",
         "ema.enabled=no",
+        "++data.stream.cache={folder: ~/x, gigabytes: 3}",
         "data.stream.shard_root=https://example.org/a=b?c=d,e",
         "stage.flows=[image-to-image]",
         "hydra.run.dir=elsewhere",
@@ -231,7 +234,7 @@ def test_what_hydra_takes_is_still_taken(tmp_path: Path, capsys: pytest.CaptureF
     assert stage["phases"] == [{"resolution": 32, "samples": 5}, {"resolution": 64, "samples": 3}]
     assert stage["flows"] == ["image-to-image"]
     assert {32: 4, 48: 2}.items() <= config["hardware"]["micro_batch_size"].items()
-    assert "cache" not in config["data"]["stream"]
+    assert config["data"]["stream"]["cache"] == {"folder": os.path.expanduser("~/x"), "gigabytes": 3}
     assert config["data"]["stream"]["shard_root"] == "https://example.org/a=b?c=d,e"
     assert config["ema"]["enabled"] is False
 
@@ -303,7 +306,10 @@ MISTAKES = [
     ("train", "run_dir=${run_dir}/x", "run_dir"),
     ("train", "stage.flows=${runs_dir}", "must be a list"),
     ("train", "hydra.searchpath=[nowhere]", "hydra.searchpath=nowhere: no such folder"),
-    ("train", "hydra.nope=[", "hydra.nope=["),
+    ("train", "hydra.nope=[", "of those below hydra, hydra.searchpath alone matters here"),
+    ("train", "hardware=nan", "hardware=nan: no such option"),
+    ("train", "data.shapes.port=1", "data.shapes is null; give it as a whole"),
+    ("train", "+data.shapes.port=1", "data.shapes is null; give it as a whole"),
     ("sample", "checkpoint=a red circle", "checkpoint=a red circle: does not exist; give a run"),
     ("sample", "sede=3", "did you mean 'seed'?; a plain argument with = in it comes last, after --"),
     ("sample", "hardware=h100", "hardware: no such setting"),
@@ -311,7 +317,7 @@ MISTAKES = [
     ("sample", "output_dir=", "output_dir=: empty"),
     ("sample", "flow=a\nb", "does not exist"),
     ("sample", "inputs=???", "stands for a missing value"),
-    ("blend", "contexts=[{text: it's red}]", "put its texts into quotes"),
+    ("blend", "contexts=[{text: 'red}]", "put its texts into quotes"),
     ("blend", "contexts=a red circle", "must be a list"),
     ("edit", "text_share=", "must be a number"),
     ("status", "run_dir=", "empty"),

@@ -127,9 +127,10 @@ def _choice_word(override: Override, config_name: str) -> str:
         raise unknown(key, SCHEMAS[config_name])
     if override.sign:
         raise ConfigError(f"{override.shown}: a run has one {key}; choose it by {key}=OPTION")
-    if not re.fullmatch(r"[\w./-]+", text) or text.lower() == "null":
+    if not re.fullmatch(r"[\w./-]+", text):
         raise _no_option(key, printable(text))
-    return override.word
+    # In quotes, so that true is a name and no truth value.
+    return f"{key}='{text}'"
 
 
 def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
@@ -156,6 +157,8 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
         return ConfigError(f"{mark.name}: not YAML in line {mark.line + 1}; correct that file")
     if isinstance(error, OSError | UnicodeDecodeError):
         return ConfigError(f"{words}: a file of that cannot be read ({error}); correct it")
+    if re.search(r"(^| )[+~]*hydra\.(?!searchpath=)", words):
+        return ConfigError(f"{words}: no such setting or value; of those below hydra, {SEARCH_PATH} alone matters here")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key, what = explained(cause, schema)
     # Here Hydra keeps of the error its class, its text and its key alone.

@@ -7,6 +7,7 @@ by itself knows no types, and reads `a circle, red` as two values.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vdtrain.errors import printable
@@ -100,19 +102,22 @@ class Override:
 
 
 def grammar_value(text: str, setting: SettingType) -> Any:
-    """A value that is no text, by Hydra's grammar: numbers, truth values, lists and tables."""
+    """A value that is no text, by Hydra's grammar; a list or table that this does not take, as YAML has it."""
     try:
         value = OverridesParser.create().parse_override(f"key={text}")
         if value.is_sweep_override():
             raise ValueError("several values")
-        found = value.value()
+        return value.value()
     # Also what Python raises for a number of 5,000 digits and for 1,000 brackets.
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
-        if setting.type is Any and text.lstrip()[:1] not in ("[", "{"):
+        if text.lstrip()[:1] in ("[", "{"):
+            # YAML knows plain texts such as ~/folder and it's.
+            with contextlib.suppress(Exception, RecursionError):
+                return OmegaConf.to_container(OmegaConf.create(text))
+        elif setting.type is Any:
             return text
         hint = '; put its texts into quotes, "..."' if setting.mark is Mark.PROMPT else ""
         raise SettingValueError(f"must be {setting.example}{hint}") from error
-    return found
 
 
 def _checked(value: Any, verbatim: bool) -> Any:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import PreflightConfig
+from vdtrain.errors import printable
 
 USAGE = """\
 Usage: vdtrain preflight stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -56,7 +57,7 @@ def preflight(config: PreflightConfig, document: DictConfig) -> int:
     for finding in findings(config, document, ranks):
         failed = finding.kind == ERROR
         wrong += failed
-        print(f"{finding.kind}: {finding.line}", file=sys.stderr if failed else sys.stdout, flush=True)
+        print(f"{finding.kind}: {printable(finding.line)}", file=sys.stderr if failed else sys.stdout, flush=True)
     return 2 if wrong else 0
 
 

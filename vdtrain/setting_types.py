@@ -96,7 +96,9 @@ class SettingType:
             return f"a list [...], of which each is {self.of(get_args(self.type)[0]).example}"
         if self.numbered:
             return f"a table {{1: ...}}, of which each is {self.of(get_args(self.type)[1]).example}"
-        name = NAMES.get(self.type, "a table {NAME: VALUE}" if get_origin(self.type) is dict else "a value")
+        name = NAMES.get(
+            self.type, "a table {NAME: VALUE}" if get_origin(self.type) is dict else "a number, text, [...] or {...}"
+        )
         return f"{name}, or null" if self.optional and self.type is not Any else name
 
 

@@ -46,6 +46,12 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
     assert holder is not None
     key: int | str = int(name) if holder.numbered or holder.is_list else name
     table = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    above, _, last = parent.rpartition(".")
+    outer = OmegaConf.select(config, above, throw_on_missing=False) if above else config
+    if table is None and holder.fields is not None and isinstance(outer, DictConfig) and last in outer:
+        raise ConfigError(
+            f"{override.shown}: {parent} is null; give it as a whole, {parent}={{{', '.join(holder.fields)}}}"
+        )
     if not isinstance(table, Container) and not override.sign.startswith("+"):
         raise _not_there(config, override)
     try:
