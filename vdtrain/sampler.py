@@ -81,13 +81,13 @@ def check_sampler(config: SamplerConfig) -> None:
     ):
         if value not in choices:
             raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
     if not os.path.exists(config.checkpoint):
         raise ConfigError(
             f"checkpoint={config.checkpoint}: does not exist; give a run, checkpoint or weights folder as the first "
             "plain argument, or as checkpoint="
         )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
 
 
 def medium(modality: str) -> Medium:

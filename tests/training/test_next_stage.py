@@ -100,8 +100,8 @@ def test_a_run_folder_of_ones_own_is_where_the_next_stage_starts(run_dir: str, f
 
 def test_after_the_last_stage_one_samples(tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     words = words_after(["stage=stage3_four_flow", *tiny_runs.overrides], {})
-    assert words[:2] == ["vdtrain", "sample"]
-    assert {f"checkpoint={tiny_runs.run(3)}", "flow=text-to-image", "resolution=64"} <= set(words)
+    assert words[:4] == ["vdtrain", "sample", str(tiny_runs.run(3)), "a red circle"]
+    assert {"flow=text-to-image", "resolution=64"} <= set(words)
     assert main([*words[1:], "--cfg", "job"]) == 0
     # A stage of pictures alone has no captions to sample from.
     words = words_after(["stage=stage3_four_flow", *tiny_runs.overrides, "stage.flows=[image-to-image]"], {})
