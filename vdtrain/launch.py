@@ -14,6 +14,13 @@ from vdtrain.compose import ConfigError, Schema, run_verb
 from vdtrain.overrides import Override
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Of launchers that are not read here: the variable with the number of their processes, and that with a process's own.
+FOREIGN_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI, and what comes of it
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",  # LSF's jsrun
+    "PMI_SIZE": "PMI_RANK",  # MPICH, Intel MPI, Cray
+}
 # Below the range from which Linux hands out ports to outgoing connections.
 FIRST_PORT, PORTS = 12_000, 20_000
 # Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
@@ -24,7 +31,7 @@ def launch_variables() -> dict[str, str]:
     """The five variables of torchrun, whoever started this process; without an address for a single process.
 
     Raises:
-        ConfigError: if the launcher's variables are incomplete.
+        ConfigError: the launcher's variables are incomplete, or those of one that is not read.
     """
     environment = os.environ
     if "RANK" in environment or "WORLD_SIZE" in environment:
@@ -34,7 +41,16 @@ def launch_variables() -> dict[str, str]:
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
     # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
     step = environment.get("SLURM_STEP_ID")
-    if step is not None and int(step) < FIRST_STEP_WITHOUT_SRUN and "SLURM_PROCID" in environment:
+    by_srun = step is not None and int(step) < FIRST_STEP_WITHOUT_SRUN and "SLURM_PROCID" in environment
+    for name in FOREIGN_LAUNCHERS:
+        # Under srun there may be PMI_SIZE too; mpirun hands down what srun set for its helper on each node.
+        known = _slurm_tasks() if by_srun and name == "PMI_SIZE" else "1"
+        if environment.get(name, known) != known:
+            raise ConfigError(
+                f"launcher: {name}={environment[name]}: mpirun started these processes, and each would work alone; "
+                "use torchrun or srun"
+            )
+    if by_srun:
         return _slurm_launch()
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
@@ -49,12 +65,14 @@ def run_verb_on_ranks(
 ) -> int:
     """`vdtrain.compose.run_verb` in one of several processes, of which rank 0 alone names a mistake.
 
-    `action` gets the launcher's variables too; where they are incomplete, that is such a mistake, of every process.
+    `action` gets the launcher's variables too; where they cannot be used, that is such a mistake.
     """
     try:
         launch = launch_variables()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        ranks = ("RANK", *FOREIGN_LAUNCHERS.values())
+        if next((os.environ[name] for name in ranks if name in os.environ), "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
     def on_rank(config: Schema, document: DictConfig) -> int:
@@ -65,7 +83,7 @@ def run_verb_on_ranks(
 
 def _slurm_launch() -> dict[str, str]:
     environment = os.environ
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    tasks = _slurm_tasks()
     launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     if tasks != "1":
         # Rank 0 is on the first node of its step, which need not be the job's.
@@ -74,6 +92,10 @@ def _slurm_launch() -> dict[str, str]:
         launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
         launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
     return launch
+
+
+def _slurm_tasks() -> str:
+    return os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
 
 
 def _first_node(node_list: str) -> str:

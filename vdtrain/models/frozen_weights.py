@@ -84,6 +84,26 @@ def locate(path: str, setting: str) -> Path:
     return found
 
 
+def names_file(value: Any) -> bool:
+    """Whether an argument of a part names a file of its weights or its tokenizer."""
+    return isinstance(value, str) and (value.startswith(ASSET) or Path(value).suffix in FILES)
+
+
+def named_files(specification: Mapping[str, Any], setting: str) -> dict[str, str]:
+    """The files that a part is made of, by the setting that names each.
+
+    Args:
+        specification: a `_target_` with its arguments.
+    """
+    files: dict[str, str] = {}
+    for key, value in specification.items():
+        if isinstance(value, Mapping):
+            files |= named_files(value, f"{setting}.{key}")
+        elif names_file(value):
+            files[f"{setting}.{key}"] = value
+    return files
+
+
 def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
     """Tells parts that differ in an argument, or in the contents of a file that one names, 16 hexadecimal digits.
 
@@ -99,9 +119,7 @@ def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
     def content(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: content(f"{name}.{key}", entry) for key, entry in value.items()}
-        if isinstance(value, str) and (value.startswith(ASSET) or Path(value).suffix in FILES):
-            return FileRecord.of(locate(value, name)).sha256
-        return value
+        return FileRecord.of(locate(value, name)).sha256 if names_file(value) else value
 
     described = json.dumps(content(setting, specification), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]

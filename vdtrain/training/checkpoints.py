@@ -6,6 +6,7 @@ index, renames the folder to `step-000000123`, and only then moves `latest` to i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -38,6 +39,7 @@ from vdtrain.training.checkpoint_format import (
 )
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
+from vdtrain.training.run_records import note_saved
 from vdtrain.training.snapshot import Snapshot
 
 __all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
@@ -185,6 +187,9 @@ class CheckpointStore:
         os.replace(pointer, self.folder / LATEST_FILE)
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
+        # The checkpoint is there, whatever becomes of the note.
+        with contextlib.suppress(OSError):
+            note_saved(self.folder.parent, step_of(final))
 
     def _prune(self, newest: Path) -> None:
         """Remove all that no rule keeps; checkpoints after `newest`, of a run that was set back, stay."""

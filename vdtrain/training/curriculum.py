@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig, StageConfig, TrainConfig
+from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.training import distributed
 from vdtrain.training.checkpoint_folder import CHECKPOINTS, summary
 from vdtrain.training.checkpoints import (
     CheckpointError,
@@ -20,12 +21,12 @@ from vdtrain.training.checkpoints import (
     read_trainer_state,
     read_weights,
 )
-from vdtrain.validation import phase_steps
+from vdtrain.training.continuation import CONFIG, FROZEN, STATE, changes, position, stage_steps, trained_stage
+from vdtrain.training.frozen_record import differing, frozen_contents, frozen_files, sha256
+from vdtrain.training.run_records import lost_checkpoints
+from vdtrain.training.state import TrainState
 from vdtrain.weights.advice import import_first, import_of, is_published
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
-
-# What a run may not change when it is taken up again: the meaning of its weights and of its position.
-FIXED_SETTINGS = ("seed", "stage.flows", "stage.global_batch_size", "model.diffuser", "model.modalities")
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ class Start:
     Attributes:
         resume: this run's own checkpoint, continued with optimiser and position.
         weights: another run's checkpoint, of which only the weights are taken, or a weights folder.
+        position: of `resume`, under the present settings.
+        remarks: a line on everything that a person should know: settings that are not what they were, and so on.
     """
 
     resume: Path | None = None
     weights: Path | None = None
+    position: TrainState | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True) -> Start:
@@ -50,15 +55,87 @@ def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True)
             and tells of mistaken settings before there are other processes to talk to.
 
     Raises:
-        ConfigError: the run folder holds another run, or `stage.init_from` names nothing that can be read.
+        ConfigError: the run folder holds another run, or had checkpoints that are not to be seen, or `stage.init_from`
+            names nothing that can be read.
     """
-    own = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep=config.checkpoint.keep).latest_complete(thorough)
+    folder = Path(config.run_dir) / CHECKPOINTS
+    try:
+        own = CheckpointStore(folder, keep=config.checkpoint.keep).latest_complete(thorough)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); mend that") from error
     if own is not None:
-        _check_same_run(read_trainer_state(own)["config"], document, config.run_dir)
-        return Start(resume=own)
+        content = read_trainer_state(own)
+        news = changes(content, document, config.stage, config.run_dir)
+        return Start(resume=own, position=position(content), remarks=tuple(news))
+    # All processes are to say the same, and may not see the same.
+    lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
+    if thorough:
+        lost = distributed.broadcast_json(lost)
+    if lost is not None:
+        raise ConfigError(lost)
     if config.stage.init_from is None:
         return Start()
-    return Start(weights=resolve_weights("stage.init_from", config.stage.init_from, thorough, config.model.name))
+    weights = resolve_weights("stage.init_from", config.stage.init_from, thorough, config.model.name)
+    check_schedule(config, weights)
+    unfinished = unfinished_stage(weights)
+    remarks = () if unfinished is None else (f"stage.init_from={config.stage.init_from}: {unfinished}",)
+    return Start(weights=weights, remarks=remarks)
+
+
+def check_frozen(start: Start, config: TrainConfig) -> list[str]:
+    """Compare the files of the frozen parts with those that the weights were trained with, by their contents.
+
+    Every process calls this together: all files are read, by each its share.
+
+    Returns:
+        A line on everything that could not be compared, or that is another one than in the stage before.
+
+    Raises:
+        ConfigError: the run was begun with other ones.
+    """
+    origin = start.resume or start.weights
+    if origin is None or is_weights_folder(origin):
+        return []
+    content = read_trainer_state(origin)
+    now, files = frozen_contents(config.model), frozen_files(config.model)
+    recorded: dict[str, str] = dict(content.get(FROZEN, {}))
+    lines = []
+    if start.resume is not None:
+        # Of files that an earlier version kept no record of, those that lie elsewhere now are compared with the old.
+        document = OmegaConf.create(content[CONFIG])
+        for setting, path in frozen_files(document.model).items():
+            if setting in recorded or setting not in files or files[setting] == path:
+                continue
+            if Path(path).expanduser().is_file():
+                recorded[setting] = sha256(Path(path).expanduser())
+            else:
+                lines.append(
+                    f"{setting}={files[setting]}: {path} until here; taken for the same, which cannot be checked"
+                )
+    for setting in differing(recorded, now):
+        other = f"{setting}={files[setting]}: other contents than"
+        if start.resume is not None:
+            raise ConfigError(
+                f"{other} run_dir={config.run_dir} was trained with (SHA-256 {recorded[setting][:12]}, now "
+                f"{now[setting][:12]}); bring that file back, or give another run_dir"
+            )
+        lines.append(f"{other} stage.init_from={config.stage.init_from} was trained with")
+    return lines
+
+
+def check_schedule(config: TrainConfig, weights: Path) -> None:
+    """Refuse another noise schedule than that of the weights, which have learnt to remove noise by theirs.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    theirs, ours = asdict(_model_of(weights, "stage.init_from").schedule), asdict(config.model.schedule)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ConfigError(
+                f"model.schedule.{name}={value}: {theirs[name]} in stage.init_from={config.stage.init_from}, whose "
+                f"weights were trained with that; set model.schedule.{name}={theirs[name]}, or start from other weights"
+            )
 
 
 def resolve_weights(setting: str, value: str, thorough: bool = True, model: str | None = None) -> Path:
@@ -173,22 +250,9 @@ def unfinished_stage(weights: Path) -> str | None:
     if is_weights_folder(weights):
         return None
     content = read_trainer_state(weights)
-    document = OmegaConf.create(content["config"])
-    OmegaConf.resolve(document)
-    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
-    assert isinstance(stage, StageConfig)
-    step = content["state"]["step"]
-    total = sum(phase_steps(TrainConfig(stage=stage), phase) for phase in stage.phases)
-    if step >= total:
+    stage, state = trained_stage(content), TrainState.from_dict(content[STATE])
+    steps = stage_steps(stage)
+    if state.completes(steps):
         return None
-    return f"{stage.name} stopped at step {step} of {total} there; train it to its end first, or go on from this"
-
-
-def _check_same_run(before: dict[str, Any], now: DictConfig, run_dir: str) -> None:
-    earlier = OmegaConf.create(before)
-    for setting in FIXED_SETTINGS:
-        old, new = OmegaConf.select(earlier, setting), OmegaConf.select(now, setting)
-        if old != new:
-            raise ConfigError(
-                f"run_dir={run_dir}: holds a run with another {setting} ({old}, now {new}); give another run_dir"
-            )
+    total = sum(steps)
+    return f"{stage.name} stopped at step {state.step} of {total} there; train it to its end first, or go on from this"

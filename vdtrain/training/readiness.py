@@ -24,6 +24,7 @@ from vdtrain.training.checkpoint_folder import (
     latest_by_sizes,
     summary,
 )
+from vdtrain.training.run_lock import RunLock
 from vdtrain.training.wandb_access import wandb_problem
 from vdtrain.validation import phase_steps, problems, stage_flows
 
@@ -58,6 +59,7 @@ def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[
         yield Finding(OK, _extent(config, ranks))
     if Path(config.data.manifest).exists():
         yield from data(config, ranks, settled=not mistakes)
+    yield from in_use(config)
     yield from start_and_room(config, document, settled=not mistakes)
     yield tracking(config)
 
@@ -99,7 +101,8 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
         settled: False where the settings are mistaken, and nothing can be built from them.
     """
     # Late, for they import PyTorch.
-    from vdtrain.training.curriculum import find_start, unfinished_stage
+    from vdtrain.training.curriculum import check_frozen, find_start
+    from vdtrain.training.distributed import SharedError
 
     own, damages = latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)
     if own is None and config.stage.init_from is not None:
@@ -108,17 +111,29 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
         yield Finding(WARNING, f"{line}; it is passed over")
     try:
         start = find_start(config, document, thorough=False)
-        step = 0 if start.resume is None else summary(start.resume).step
+        step = 0 if start.position is None else start.position.step
         yield Finding(OK, _origin(config, start, step))
-        if start.weights is not None and (unfinished := unfinished_stage(start.weights)):
-            yield Finding(WARNING, f"stage.init_from={config.stage.init_from}: {unfinished}")
+        for line in start.remarks:
+            yield Finding(WARNING, line)
         if settled:
+            for line in check_frozen(start, config):
+                yield Finding(WARNING, line)
             yield room(config, start, step)
-    except ConfigError as error:
+    except (ConfigError, SharedError) as error:
         yield Finding(ERROR, str(error))
     except CheckpointError as error:
         setting = f"stage.init_from={config.stage.init_from}"
         yield Finding(ERROR, f"{setting}: {error}; give another checkpoint, or train that stage again")
+
+
+def in_use(config: TrainConfig) -> Iterator[Finding]:
+    """A line if another job is at work in the run folder; takes minutes where that is not certain."""
+    try:
+        held = RunLock(Path(config.run_dir)).held()
+    except OSError as error:
+        held = f"run_dir={config.run_dir}: cannot be read ({error.strerror}); choose another folder"
+    if held is not None:
+        yield Finding(ERROR, held)
 
 
 def room(config: TrainConfig, start: Start, step: int) -> Finding:

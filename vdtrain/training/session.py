@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,15 @@ from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.training import distributed
-from vdtrain.training.checkpoints import CheckpointError, read_trainer_state
-from vdtrain.training.curriculum import find_start, unfinished_stage
+from vdtrain.training.checkpoints import CheckpointError
+from vdtrain.training.continuation import stage_steps
+from vdtrain.training.curriculum import Start, check_frozen, find_start
 from vdtrain.training.next_stage import next_command
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.restarts import record_start
+from vdtrain.training.run_lock import POLL_SECONDS, HeldError, RunLock
 from vdtrain.training.trainer import Trainer
 from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
-from vdtrain.validation import phase_steps
 
 FAILED = 1
 # Whoever started the run is to start it again: EX_TEMPFAIL. After Ctrl-C, a person decides.
@@ -87,47 +89,96 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
 
 
 def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
-    """True if the stage is complete."""
+    """True if the stage is complete; else it was stopped by a signal."""
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
+    early = Start()
     with contextlib.suppress(CheckpointError):
-        find_start(config, document, thorough=False)
+        early = find_start(config, document, thorough=False)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:
         place = distributed.start(config.hardware.device, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    watchdog.beat("looking for the checkpoint to start from")
-    start = find_start(config, document)
-    total = sum(phase_steps(config, phase) for phase in config.stage.phases)
-    step = 0 if start.resume is None else int(read_trainer_state(start.resume)["state"]["step"])
-    if step >= total:
-        return True
+    lock = RunLock(Path(config.run_dir))
+    try:
+        _take(lock, place, watchdog, needed=not _is_complete(early, config))
+        watchdog.beat("looking for the checkpoint to start from")
+        start = find_start(config, document)
+        if _is_complete(start, config):
+            return True
+        remarks = [*start.remarks, *check_frozen(start, config)]
+        _begin(config, document, start, place, remarks)
+        watchdog.beat("building the model")
+        return Trainer(config, document, start, place, watchdog).run(stop)
+    finally:
+        lock.release()
+
+
+def _is_complete(start: Start, config: TrainConfig) -> bool:
+    return start.position is not None and start.position.completes(stage_steps(config.stage))
+
+
+def _take(lock: RunLock, place: distributed.Place, watchdog: Watchdog, needed: bool) -> None:
+    """Take the run folder's lock on rank 0, for all processes.
+
+    Args:
+        needed: False for a complete run, which may lie where nothing can be written.
+
+    Raises:
+        ConfigError: on every process, if another job holds it.
+        SharedError: on every process, if the folder cannot be written.
+    """
+    while True:
+        watchdog.beat("waiting for the run folder, in which another job may still be at work")
+        taken, held, failure = True, None, None
+        if place.rank == 0:
+            try:
+                taken = lock.attempt()
+            except HeldError as error:
+                held = str(error)
+            except OSError as error:
+                failure = _unwritable(lock.folder, error) if needed else None
+        taken, held, failure = distributed.broadcast_json([taken, held, failure])
+        if held is not None:
+            raise ConfigError(held)
+        distributed.raise_if_any(failure)
+        if taken:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _begin(
+    config: TrainConfig, document: DictConfig, start: Start, place: distributed.Place, remarks: Sequence[str]
+) -> None:
+    """Note the start in the run folder and say what it is."""
+    step = 0 if start.position is None else start.position.step
     hosts = distributed.gather_json(socket.gethostname())
-    distributed.raise_if_any(_prepare_folder(config, document, step, total, hosts) if place.rank == 0 else None)
+    distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
         )
         print(f"{config.stage.name} {origin}", flush=True)
-        if start.weights is not None and (unfinished := unfinished_stage(start.weights)):
-            print(f"warning: stage.init_from={config.stage.init_from}: {unfinished}", file=sys.stderr, flush=True)
-    watchdog.beat("building the model")
-    return Trainer(config, document, start, place, watchdog).run(stop)
+        for line in remarks:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, total: int, hosts: list[str]) -> str | None:
-    """Make the run folder and note the start in it; what is wrong with it, if anything is."""
-    run_dir = Path(config.run_dir)
+def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts: list[str]) -> str | None:
+    """Write the configuration and the start into the run folder; what is wrong with it, if anything is."""
+    run_dir, total = Path(config.run_dir), sum(stage_steps(config.stage))
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
         record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
     except OSError as error:
-        return f"run_dir={run_dir}: cannot be written ({error}); make room, or choose another folder"
+        return _unwritable(run_dir, error)
     return None
+
+
+def _unwritable(run_dir: Path, error: OSError) -> str:
+    return f"run_dir={run_dir}: cannot be written ({error}); make room, or choose another folder"
 
 
 def _line(error: Exception, rank: int) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -25,6 +26,31 @@ class TrainState:
     skipped: int = 0
     replaced: int = 0
     data: str = ""
+
+    def done(self, steps: Sequence[int]) -> list[int]:
+        """Steps done of every phase that has begun, first phase first.
+
+        Args:
+            steps: of the phases of the configuration that the position belongs to.
+
+        Raises:
+            ValueError: no run with these phases comes to this position.
+        """
+        done = [*steps[: self.phase], self.phase_step]
+        while len(done) > 1 and done[-1] == 0:
+            done.pop()
+        if self.phase > len(steps) or sum(done) != self.step or len(done) > len(steps):
+            raise ValueError(f"step {self.step} is not step {self.phase_step} of phase {self.phase}, of {list(steps)}")
+        return done
+
+    def settled(self, steps: Sequence[int]) -> TrainState:
+        """The same position, at the end of a phase rather than before the next one, which may come to be another."""
+        done = self.done(steps)
+        return replace(self, phase=len(done) - 1, phase_step=done[-1])
+
+    def completes(self, steps: Sequence[int]) -> bool:
+        """Whether nothing is left to train of phases of so many steps."""
+        return self.phase >= len(steps) or (self.phase == len(steps) - 1 and self.phase_step >= steps[-1])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -110,7 +110,7 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records of a run; a last line cut short by a kill is left out."""
+    """All whole records of a run; lines cut short by a kill are left out."""
     path = run_dir / METRICS_FILE
     return _records(path.read_text().splitlines() if path.exists() else [])
 
@@ -130,8 +130,6 @@ def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
 def _records(lines: list[str]) -> list[dict[str, Any]]:
     records = []
     for line in lines:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records

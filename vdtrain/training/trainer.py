@@ -30,9 +30,11 @@ from vdtrain.training.background_save import BackgroundSaver
 from vdtrain.training.checkpoint_folder import CHECKPOINTS
 from vdtrain.training.checkpoints import CheckpointError, CheckpointStore
 from vdtrain.training.consensus import BadSteps, StepConsensus
+from vdtrain.training.continuation import CONFIG, FROZEN, STATE, position, stage_steps
 from vdtrain.training.curriculum import Start, run_document
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
+from vdtrain.training.frozen_record import frozen_contents
 from vdtrain.training.meters import Interval
 from vdtrain.training.phase_stream import open_stream
 from vdtrain.training.preemption import StopSignal
@@ -74,6 +76,7 @@ class Trainer:
             {group: trained[group] for group in active_groups(flows)},
             engine_settings(config),
         )
+        self.frozen_contents = frozen_contents(config.model)
         frozen = build_frozen(config.model).to(place.device, self.engine.compute_dtype)
         self.objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
         self.ema = ShardEMA(self.engine, config.ema.decay) if config.ema.enabled else None
@@ -106,7 +109,7 @@ class Trainer:
                     break
                 self.state.phase, self.state.phase_step = self.state.phase + 1, 0
             self._save_last()
-            return self.state.step == self.total_steps
+            return self.state.completes(stage_steps(self.config.stage))
         finally:
             if given is None:
                 stop.restore()
@@ -264,12 +267,12 @@ class Trainer:
             self.saver.close()
             self.engine.close()
             raise
-        self.state = TrainState.from_dict(content["state"])
+        self.state = position(content)
         self.saver.saved_step = self.state.step
 
     def _begin_save(self) -> None:
         self.watchdog.beat(f"step {self.state.step}, saving")
-        content = {"state": self.state.to_dict(), "config": self.document}
+        content = {STATE: self.state.to_dict(), CONFIG: self.document, FROZEN: self.frozen_contents}
         self.saver.begin(self.engine, self.ema, content, self.state.step)
 
     def _settle_saves(self) -> None:

@@ -1,0 +1,188 @@
+"""A run that is taken up again with other settings: what its position means under them, and what it may not change.
+
+A position counts the steps of every phase. Phases that were trained keep their resolution and their steps; the last one
+that was begun may become longer, or end at any step that it has not passed; those after it may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vdtrain.compose import ConfigError
+from vdtrain.config import StageConfig, TrainConfig
+from vdtrain.models.frozen_weights import names_file
+from vdtrain.training.state import TrainState
+from vdtrain.validation import phase_steps
+
+# The meaning of a run's weights and of its position.
+FIXED = (
+    "seed",
+    "stage.name",
+    "stage.flows",
+    "stage.global_batch_size",
+    "model.diffuser",
+    "model.modalities",
+    "model.schedule",
+    "model.latent_downsampling",
+)
+# What may change, and is said; everything else is about the machine, the disk and what is shown.
+SAID = ("stage", "optimizer", "objective", "ema", "data.stream", "data.latents", "hardware.precision")
+UNSAID = ("data.stream.cache", "data.stream.shard_root")
+# Tables whose entries are the user's, so that one that is new is a change; elsewhere it came with a newer version.
+TABLES = ("stage.gradient_scales", "stage.phases", "objective.flow_weights", "data.stream", "model.modalities")
+# A position in the data is a number of samples, whichever these make it.
+ORDER = ("weights", "lanes", "block", "min_side", "_target_")
+UNSET = "unset"
+# In a checkpoint's trainer state: the configuration, the position, the contents of the frozen parts' files.
+CONFIG, STATE, FROZEN = "config", "state", "frozen"
+
+
+def trained_stage(content: Mapping[str, Any]) -> StageConfig:
+    """The stage of a checkpoint's trainer state, as it was when it was written."""
+    document = OmegaConf.create(content[CONFIG])
+    OmegaConf.resolve(document)
+    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
+    assert isinstance(stage, StageConfig)
+    return stage
+
+
+def stage_steps(stage: StageConfig) -> list[int]:
+    """Optimiser steps of each phase."""
+    return [phase_steps(TrainConfig(stage=stage), phase) for phase in stage.phases]
+
+
+def position(content: Mapping[str, Any]) -> TrainState:
+    """The position in a checkpoint's trainer state, which means the same under every configuration it maps to.
+
+    Raises:
+        ValueError: its phases were changed on the way by a version of vdtrain that let them.
+    """
+    return TrainState.from_dict(content[STATE]).settled(stage_steps(trained_stage(content)))
+
+
+def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig, run_dir: str) -> list[str]:
+    """A line on every setting that a run is taken up again with, and that it did not have before.
+
+    Args:
+        content: of the checkpoint that it continues from.
+        document: the composed configuration, unresolved.
+        stage: of it.
+
+    Raises:
+        ConfigError: a setting that cannot change, or phases in which the position has no place.
+    """
+    before = OmegaConf.create(content[CONFIG])
+    old, new = _flat(before), _flat(document)
+    other_run = f"give another run_dir, with stage.init_from={run_dir} to go on from its weights"
+    lines = []
+    mid_epoch = TrainState.from_dict(content[STATE]).phase_step > 0
+    _check_position(content, stage, run_dir, other_run)
+    for setting in [*new, *(each for each in old if each not in new)]:
+        was, becomes = old.get(setting, UNSET), new.get(setting, UNSET)
+        other_version = (setting in old) != (setting in new) and not _within(setting, TABLES)
+        # Files are compared by their contents, by `curriculum.check_frozen`.
+        if was == becomes or other_version or (names_file(was) and names_file(becomes)):
+            continue
+        if _within(setting, FIXED):
+            # The weights go with their model alone.
+            remedy = "give another run_dir" if setting.startswith("model.") else other_run
+            raise ConfigError(f"{setting}={becomes}: {was} in run_dir={run_dir}; put it back, or {remedy}")
+        if not _within(setting, SAID) or _within(setting, UNSAID):
+            continue
+        note = ""
+        if setting == "stage.init_from":
+            if _text(before, setting) == _text(document, setting):
+                # What was called by the name of another folder has moved.
+                continue
+            note = "; without effect, for the run has weights of its own"
+        elif mid_epoch and setting.split(".")[:2] == ["data", "stream"] and setting.split(".")[2] in ORDER:
+            note = "; in this epoch some samples come again, and others do not come"
+        lines.append(f"{setting}={becomes}: {was} until here{note}")
+    return lines
+
+
+def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str, other_run: str) -> None:
+    """Refuse phases other than those that were trained, up to the position in the last one begun."""
+    before = trained_stage(content)
+    old, new = stage_steps(before), stage_steps(stage)
+    try:
+        done = TrainState.from_dict(content[STATE]).done(old)
+    except ValueError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: its phases were changed on the way, and its position has no meaning ({error}); "
+            f"{other_run}"
+        ) from error
+    for index, trained in enumerate(done):
+        place = f"stage.phases.{index}"
+        if index >= len(new):
+            raise ConfigError(
+                f"stage.phases: {len(new)} of them, and {len(done)} are trained in run_dir={run_dir}; put them back, "
+                f"or {other_run}"
+            )
+        was, becomes = before.phases[index].resolution, stage.phases[index].resolution
+        if was != becomes:
+            raise ConfigError(
+                f"{place}.resolution={becomes}: {was} in run_dir={run_dir}, which has trained {trained} steps of it; "
+                f"put it back and change only phases after phase {len(done) - 1}, or {other_run}"
+            )
+        last = index == len(done) - 1
+        if trained == new[index] or (last and trained < new[index]):
+            continue
+        changed: tuple[str, float, float] = (
+            f"{place}.samples",
+            before.phases[index].samples,
+            stage.phases[index].samples,
+        )
+        if stage.samples_scale != before.samples_scale:
+            changed = ("stage.samples_scale", before.samples_scale, stage.samples_scale)
+        setting, was_value, value = changed
+        remedy = "put it back"
+        if sum(new) > sum(old):
+            remedy += f" and train as long by {_longer(before, sum(new) - sum(old[:-1]))}"
+        done_there = f"all {trained}" if trained == old[index] else f"{trained}"
+        raise ConfigError(
+            f"{setting}={value}: {was_value} in run_dir={run_dir}, which has trained {done_there} steps at {was} "
+            f"pixels where there would be {new[index]}; {remedy}, or {other_run}"
+        )
+
+
+def _longer(stage: StageConfig, steps: int) -> str:
+    """The override that gives a stage's last phase so many steps."""
+    samples = int(steps * stage.global_batch_size / stage.samples_scale)
+    # Rounding of the scale may leave it a sample short.
+    while int(samples * stage.samples_scale) // stage.global_batch_size < steps:
+        samples += 1
+    return f"stage.phases.{len(stage.phases) - 1}.samples={samples}"
+
+
+def _flat(document: DictConfig) -> dict[str, Any]:
+    """Every value of a configuration by its full name; phases by their numbers, other lists whole."""
+    return dict(_leaves("", OmegaConf.to_container(document, resolve=True)))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    prefix = f"{name}." if name else ""
+    # An empty table is no value of its own.
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _leaves(f"{prefix}{key}", entry)
+    elif name == "stage.phases" and isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from _leaves(f"{prefix}{number}", entry)
+    else:
+        yield name, value
+
+
+def _text(document: DictConfig, setting: str) -> Any:
+    """A setting as it stands there, with the names of other settings in it."""
+    value: Any = OmegaConf.to_container(document, resolve=False)
+    for name in setting.split("."):
+        value = value[name]
+    return value
+
+
+def _within(setting: str, groups: Sequence[str]) -> bool:
+    return any(setting == group or setting.startswith(f"{group}.") for group in groups)
