@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.training import distributed
 from vdtrain.training.distributed import Place
 from vdtrain.training.preemption import SCHEDULER_SIGNALS
+from vdtrain.training.run_lock import RunLock, take_together
 
 FAILED, INTERRUPTED = 1, 130
 # Shares may take hours, and some longer than others.
@@ -55,8 +57,18 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
             place = distributed.start(config.device, TIMEOUT_SECONDS, words_alone=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    lock = RunLock(Path(config.output_dir), "output_dir")
     try:
-        _evaluate(evaluator, place)
+        # Two jobs would take each other's drafts for their own.
+        take_together(lock)
+    except (ConfigError, distributed.SharedError) as error:
+        distributed.finish()
+        raise ConfigError(str(error)) from error
+    try:
+        try:
+            _evaluate(evaluator, place)
+        finally:
+            lock.release()
     except distributed.SharedError as error:
         raise ConfigError(str(error)) from error
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
+from vdtrain.compose import ConfigError
 from vdtrain.training.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
@@ -268,6 +269,44 @@ class RunLock:
         if os.environ.get("SLURM_ARRAY_TASK_ID"):
             remedy = f"give every task of the job array a {self.setting} of its own"
         return f"{self.setting}={self.folder}: is in use by {holder}; {remedy}"
+
+
+def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, needed: bool = True) -> None:
+    """Take a lock on rank 0, for all processes of a job, each of which calls this.
+
+    Args:
+        waiting: called again and again.
+        needed: False where the job may find nothing to do, so that a folder that cannot be written is no error.
+
+    Raises:
+        ConfigError: on every process, if another job holds it.
+        SharedError: on every process, if the folder cannot be written.
+    """
+    # Late, for it imports PyTorch.
+    from vdtrain.training import distributed
+
+    while True:
+        waiting()
+        taken, held, failure = True, None, None
+        if distributed.rank() == 0:
+            try:
+                taken = lock.attempt()
+            except HeldError as error:
+                held = str(error)
+            except OSError as error:
+                failure = unwritable(f"{lock.setting}={lock.folder}", error) if needed else None
+        taken, held, failure = distributed.broadcast_json([taken, held, failure])
+        if held is not None:
+            raise ConfigError(held)
+        distributed.raise_if_any(failure)
+        if taken:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def unwritable(place: str, error: OSError) -> str:
+    """The line on a folder that cannot be written; `place` is the setting with its value."""
+    return f"{place}: cannot be written ({error}); make room, or choose another folder"
 
 
 def _end(line: str) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from vdtrain.training.curriculum import Start, check_frozen, find_start
 from vdtrain.training.next_stage import next_command
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.restarts import record_start
-from vdtrain.training.run_lock import POLL_SECONDS, HeldError, RunLock
+from vdtrain.training.run_lock import RunLock, take_together, unwritable
 from vdtrain.training.trainer import Trainer
 from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
 
@@ -104,7 +103,9 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
         raise ConfigError(str(error)) from error
     lock = RunLock(Path(config.run_dir))
     try:
-        _take(lock, place, watchdog, needed=not _is_complete(early, config))
+        waiting = "waiting for the run folder, in which another job may still be at work"
+        # A complete run may lie where nothing can be written.
+        take_together(lock, lambda: watchdog.beat(waiting), needed=not _is_complete(early, config))
         watchdog.beat("looking for the checkpoint to start from")
         start = find_start(config, document)
         if _is_complete(start, config):
@@ -119,35 +120,6 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
 
 def _is_complete(start: Start, config: TrainConfig) -> bool:
     return start.position is not None and start.position.completes(stage_steps(config.stage))
-
-
-def _take(lock: RunLock, place: distributed.Place, watchdog: Watchdog, needed: bool) -> None:
-    """Take the run folder's lock on rank 0, for all processes.
-
-    Args:
-        needed: False for a complete run, which may lie where nothing can be written.
-
-    Raises:
-        ConfigError: on every process, if another job holds it.
-        SharedError: on every process, if the folder cannot be written.
-    """
-    while True:
-        watchdog.beat("waiting for the run folder, in which another job may still be at work")
-        taken, held, failure = True, None, None
-        if place.rank == 0:
-            try:
-                taken = lock.attempt()
-            except HeldError as error:
-                held = str(error)
-            except OSError as error:
-                failure = _unwritable(lock.folder, error) if needed else None
-        taken, held, failure = distributed.broadcast_json([taken, held, failure])
-        if held is not None:
-            raise ConfigError(held)
-        distributed.raise_if_any(failure)
-        if taken:
-            return
-        time.sleep(POLL_SECONDS)
 
 
 def _begin(
@@ -173,12 +145,8 @@ def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts:
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
         record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
     except OSError as error:
-        return _unwritable(run_dir, error)
+        return unwritable(f"run_dir={run_dir}", error)
     return None
-
-
-def _unwritable(run_dir: Path, error: OSError) -> str:
-    return f"run_dir={run_dir}: cannot be written ({error}); make room, or choose another folder"
 
 
 def _line(error: Exception, rank: int) -> str | None:
