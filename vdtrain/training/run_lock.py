@@ -148,6 +148,7 @@ class RunLock:
         self._beating: threading.Thread | None = None
         # Whose sign of life is watched, when it was last given, and since when on this process's clock.
         self._seen: tuple[str, float, float] | None = None
+        self._waits = False
 
     def attempt(self) -> bool:
         """Take the lock: True. False if it has to be watched for a while longer; then call this again.
@@ -210,7 +211,14 @@ class RunLock:
             return Verdict.HELD, holder
         # Where it matters, by the file system's own clock: those of two machines may differ.
         still = max(now - since, (self._clock() if exactly else time.time()) - beaten)
-        return (Verdict.STALE if still > STALE_SECONDS else Verdict.WATCHED), holder
+        if still > STALE_SECONDS:
+            return Verdict.STALE, holder
+        if not self._waits:
+            self._waits = True
+            place = f"{self.setting}={self.folder}"
+            wait = f"waits {STALE_SECONDS:.0f} s at most to see whether that is still at work"
+            print(f"warning: {place}: was left by {holder}; {wait}", file=sys.stderr, flush=True)
+        return Verdict.WATCHED, holder
 
     def _read(self) -> tuple[Holder, float]:
         """Who holds the lock, and when it last gave a sign. Opened anew: network file systems then ask the server."""

@@ -1,0 +1,301 @@
+"""A run taken up again with other settings: it goes on where that has a meaning, and else ends with one line.
+
+The commands run as a user types them, each start in processes of its own where it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import Case, Ending, run_cases
+from safetensors.torch import load_file, save_file
+
+from tests.pairs import write_pairs
+from tests.tiny_runs import BATCH, HIGH, LOW, STAGES, STEPS, TinyRuns, overrides
+from vdtrain.models.frozen_weights import ASSETS
+from vdtrain.preflight import main as preflight
+from vdtrain.train import main as train
+from vdtrain.training.checkpoint_folder import CHECKPOINTS, INDEX_FILE, index_checksum, latest_by_sizes
+from vdtrain.training.state import TrainState
+from vdtrain.training.tracking import read_metrics
+
+LONGER = 5
+VAE = "model.modalities.image.vae.weights"
+
+
+def phases(*each: tuple[int, int]) -> str:
+    described = ",".join(f"{{resolution:{side},samples:{steps * BATCH}}}" for side, steps in each)
+    return f"stage.phases=[{described}]"
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def complete(tiny_runs: TinyRuns, tmp_path: Path) -> list[str]:
+    """What starts a copy of stage 1's run, which is complete, again."""
+    shutil.copytree(tiny_runs.run(1), tmp_path / "run")
+    return [f"stage={STAGES[0]}", *tiny_runs.overrides, f"run_dir={tmp_path}/run"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line with which training and preflight both refuse."""
+    assert train(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert preflight(arguments) == 2
+    assert line in capsys.readouterr().err.splitlines()
+    return line
+
+
+def rewrite(checkpoint: Path, change: Any) -> None:
+    """Change a checkpoint's trainer state, as another version of vdtrain would have written it."""
+    document = json.loads((checkpoint / INDEX_FILE).read_text())
+    change(document["checkpoint"]["trainer"])
+    document["sha256"] = index_checksum(document["checkpoint"])
+    (checkpoint / INDEX_FILE).write_text(json.dumps(document))
+
+
+def newest(run: Path) -> Path:
+    found, _ = latest_by_sizes(run / CHECKPOINTS)
+    assert found is not None
+    return found.path
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A run that became longer beside one that was long from the beginning, and runs whose VAE's file moved."""
+
+    folder: Path
+    endings: dict[str, Ending]
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    folder = tmp_path_factory.mktemp("continuation")
+    write_pairs(folder / "data")
+    original = ASSETS / "tiny" / "image_vae.safetensors"
+    for place in ("before", "after", "other"):
+        (folder / place).mkdir()
+        shutil.copy(original, folder / place / f"vae-{place}.safetensors")
+    other = load_file(original)
+    save_file({name: value * 1.01 for name, value in other.items()}, folder / "other" / "vae-other.safetensors")
+
+    common = [f"stage={STAGES[0]}", *overrides(folder)]
+    long = phases((32, LOW), (64, HIGH + LONGER))
+    stopped = ["data.stream._target_=tests.tiny_runs.EndingStream", "+data.stream.name=SIGTERM", "+data.stream.at=1"]
+
+    def vae(place: str) -> str:
+        return f"{VAE}={folder}/{place}/vae-{place}.safetensors"
+
+    starts = {
+        "short": [f"run_dir={folder}/short"],
+        "scaled": [f"run_dir={folder}/short", "stage.samples_scale=2"],
+        "lengthened": [f"run_dir={folder}/short", f"stage.phases.1.samples={(HIGH + LONGER) * BATCH}"],
+        "long": [f"run_dir={folder}/long", long],
+        "stopped": [f"run_dir={folder}/moved", vae("before"), *stopped],
+        "with another VAE": [f"run_dir={folder}/moved", vae("other")],
+        "with its VAE elsewhere": [f"run_dir={folder}/moved", vae("after"), "ema.decay=0.99"],
+        "next stage": [f"stage={STAGES[1]}", f"run_dir={folder}/next", f"stage.init_from={folder}/moved", vae("other")],
+    }
+    endings = run_cases(folder / "cases", [Case(1, [*common, *own]) for own in starts.values()])
+    return Drill(folder, dict(zip(starts, endings, strict=True)))
+
+
+def test_more_samples_on_a_complete_run_extend_its_last_phase_to_the_bit(drill: Drill) -> None:
+    assert drill.endings["short"].statuses == drill.endings["long"].statuses == [0]
+    ending = drill.endings["lengthened"]
+    assert ending.statuses == [0], ending
+    was, becomes = HIGH * BATCH, (HIGH + LONGER) * BATCH
+    assert f"warning: stage.phases.1.samples={becomes}: {was} until here" in ending.logs[0].splitlines()
+    one, other = (
+        load_file(newest(drill.folder / run) / "rank-00000-of-00001.safetensors") for run in ("short", "long")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    losses = [[(each["step"], each["loss"]) for each in read_metrics(drill.folder / run)] for run in ("short", "long")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS + LONGER
+
+
+def test_a_scale_that_moves_trained_phases_is_refused_with_what_trains_as_long(drill: Drill) -> None:
+    ending = drill.endings["scaled"]
+    assert ending.statuses == [2]
+    (line,) = ending.logs[0].splitlines()
+    # The two phases again, all of it at the end: what the next start in the drill was given.
+    assert f"put it back and train as long by stage.phases.1.samples={(HIGH + LONGER) * BATCH}" in line
+    assert LONGER == STEPS
+
+
+def test_a_moved_vae_file_resumes_and_another_one_does_not(drill: Drill) -> None:
+    assert drill.endings["stopped"].statuses == [75]
+    refused = drill.endings["with another VAE"]
+    assert refused.statuses == [2]
+    assert refused.logs[0].count("\n") == 1
+    assert f"error: {VAE}={drill.folder}/other/vae-other.safetensors: other contents than run_dir=" in refused.logs[0]
+    moved = drill.endings["with its VAE elsewhere"]
+    assert moved.statuses == [0], moved
+    warnings = [line for line in moved.logs[0].splitlines() if line.startswith("warning: ")]
+    assert "warning: ema.decay=0.99: 0.999 until here" in warnings
+    assert not any("vae" in line for line in warnings)
+
+
+def test_a_stage_with_another_vae_than_the_one_before_says_so(drill: Drill) -> None:
+    ending = drill.endings["next stage"]
+    assert ending.statuses == [0], ending
+    assert (
+        f"warning: {VAE}={drill.folder}/other/vae-other.safetensors: other contents than stage.init_from="
+        in (ending.logs[0])
+    )
+
+
+def test_the_same_path_with_other_contents_is_refused_by_preflight(
+    drill: Drill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(drill.folder / "moved", tmp_path / "run")
+    shutil.copy(drill.folder / "other" / "vae-other.safetensors", tmp_path / "vae.safetensors")
+    own = [
+        f"stage={STAGES[0]}",
+        *overrides(drill.folder),
+        f"run_dir={tmp_path}/run",
+        f"{VAE}={tmp_path}/vae.safetensors",
+    ]
+    assert preflight(own) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {VAE}={tmp_path}/vae.safetensors: other contents than run_dir={tmp_path}/run was trained" in line
+    shutil.copy(drill.folder / "before" / "vae-before.safetensors", tmp_path / "vae.safetensors")
+    assert preflight(own) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stage.samples_scale=0.5", f"stage.samples_scale=0.5: 1.0 in run_dir=RUN, which has trained all {LOW} steps"),
+        ("stage.phases.0.samples=24", f"stage.phases.0.samples=24: {LOW * BATCH} in run_dir=RUN"),
+        (f"stage.phases.1.samples={BATCH}", f"stage.phases.1.samples={BATCH}: {HIGH * BATCH} in run_dir=RUN"),
+        ("stage.phases.1.resolution=32", "stage.phases.1.resolution=32: 64 in run_dir=RUN"),
+        # One in front, one between, one less.
+        (phases((64, 1), (32, LOW), (64, HIGH)), "stage.phases.0.resolution=64: 32 in run_dir=RUN"),
+        (phases((32, LOW), (32, 1), (64, HIGH)), "stage.phases.1.resolution=32: 64 in run_dir=RUN"),
+        (phases((32, LOW)), "stage.phases: 1 of them, and 2 are trained in run_dir=RUN"),
+        ("model.schedule.beta_end=0.02", "model.schedule.beta_end=0.02: 0.012 in run_dir=RUN"),
+        ("model.schedule.steps=500", "model.schedule.steps=500: 1000 in run_dir=RUN"),
+        ("model.diffuser.heads=2", "model.diffuser.heads=2: 4 in run_dir=RUN"),
+        ("+model.modalities.image.vae.latent_scale=0.5", "model.modalities.image.vae.latent_scale=0.5: unset in run_d"),
+        ("stage.name=another", f"stage.name=another: {STAGES[0]} in run_dir=RUN"),
+        ("seed=1", "seed=1: 0 in run_dir=RUN"),
+    ],
+)
+def test_what_has_no_meaning_for_the_run_is_refused(
+    complete: list[str], tmp_path: Path, change: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((tmp_path / "run").rglob("*"))
+    line = refusal(capsys, [*complete, change])
+    assert line.startswith("error: " + expected.replace("RUN", f"{tmp_path}/run"))
+    assert "put it back" in line or "put them back" in line
+    assert "another run_dir" in line
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_what_comes_after_the_position_may_change(
+    tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within the first phase: it becomes longer, the second is of another size, a third is new."""
+    shutil.copytree(tiny_runs.run(2), tmp_path / "run")
+    position = json.loads((newest(tmp_path / "run") / INDEX_FILE).read_text())["checkpoint"]["trainer"]["state"]
+    assert position["phase"] == 0
+    more = phases((32, LOW + 1), (32, 7), (64, 1))
+    arguments = [f"stage={STAGES[1]}", *tiny_runs.overrides, f"run_dir={tmp_path}/run", more]
+    changed = ["stage.learning_rate=3e-5", "data.stream.lanes=2", "hardware.precision=bf16", "ema.enabled=false"]
+    changed += ["+objective.flow_weights.text-to-image=2", "log_every_steps=7", "checkpoint.keep=4"]
+    assert preflight([*arguments, *changed]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    again = "; in this epoch some samples come again, and others do not come"
+    assert sorted(lines) == sorted(
+        f"warning: {line}"
+        for line in (
+            "stage.learning_rate=3e-05: 0.0001 until here",
+            f"data.stream.lanes=2: 64 until here{again}",
+            f"data.stream._target_=vdtrain.data.stream.PairStream: tests.tiny_runs.EndingStream until here{again}",
+            "data.stream.name=unset: SIGUSR1 until here",
+            "data.stream.at=unset: 2 until here",
+            "hardware.precision=bf16: fp32 until here",
+            "ema.enabled=False: True until here",
+            "objective.flow_weights.text-to-image=2.0: unset until here",
+            f"stage.phases.0.samples={(LOW + 1) * BATCH}: {LOW * BATCH} until here",
+            "stage.phases.1.resolution=32: 64 until here",
+            f"stage.phases.1.samples={7 * BATCH}: {HIGH * BATCH} until here",
+            "stage.phases.2.resolution=64: unset until here",
+            f"stage.phases.2.samples={BATCH}: unset until here",
+        )
+    )
+
+
+def test_a_stage_keeps_the_noise_schedule_of_the_one_before(
+    tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"stage={STAGES[1]}", *tiny_runs.overrides, f"run_dir={tmp_path}/new", "model.schedule.beta_end=0.02"]
+    line = refusal(capsys, arguments)
+    assert f"model.schedule.beta_end=0.02: 0.012 in stage.init_from={tiny_runs.run(1)}" in line
+    (remedy,) = re.findall(r"set (model\.schedule\.\S+),", line)
+    assert preflight([*arguments, remedy]) == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_a_version_that_kept_no_record_of_the_frozen_parts_goes_on(
+    complete: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told by the old file, where it is still there; else taken for the same."""
+    checkpoint, moved = newest(tmp_path / "run"), tmp_path / "moved.safetensors"
+    (tmp_path / "run" / "saved.json").unlink()
+    rewrite(checkpoint, lambda trainer: trainer.pop("frozen"))
+    shutil.copy(ASSETS / "tiny" / "image_vae.safetensors", moved)
+    assert preflight(complete) == 0
+    assert "warning" not in capsys.readouterr().out
+    gone = tmp_path / "gone.safetensors"
+
+    def at_a_path(trainer: dict[str, Any]) -> None:
+        trainer["config"]["model"]["modalities"]["image"]["vae"]["weights"] = str(gone)
+
+    rewrite(checkpoint, at_a_path)
+    assert preflight([*complete, f"{VAE}={moved}"]) == 0
+    assert f"warning: {VAE}={moved}: {gone} until here; taken for the same" in capsys.readouterr().out
+    save_file({"something": torch.zeros(1)}, gone)
+    assert preflight([*complete, f"{VAE}={moved}"]) == 2
+    assert "other contents" in capsys.readouterr().err
+
+
+def test_a_run_whose_phases_were_changed_by_a_version_that_let_them_is_refused(
+    complete: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(newest(tmp_path / "run"), lambda trainer: trainer["state"].update(phase_step=HIGH - 1))
+    assert "its phases were changed on the way" in refusal(capsys, complete)
+
+
+def test_a_position_between_phases_is_at_the_end_of_the_one_before() -> None:
+    """Where the save at the end of a phase failed, and that before leaving did not."""
+    for between in (TrainState(step=7, phase=1, phase_step=0), TrainState(step=7, phase=0, phase_step=7)):
+        assert between.done([7, 5]) == [7]
+        assert between.settled([7, 5]) == TrainState(step=7, phase=0, phase_step=7)
+        assert not between.completes([7, 5])
+    assert TrainState(step=12, phase=2, phase_step=0).settled([7, 5]) == TrainState(step=12, phase=1, phase_step=5)
+    assert TrainState(step=12, phase=2, phase_step=0).completes([7, 5])
+    assert TrainState().done([7, 5]) == [0]
+    for muddled in (
+        TrainState(step=7, phase=0, phase_step=6),
+        TrainState(step=12, phase=3),
+        TrainState(step=13, phase=2),
+    ):
+        with pytest.raises(ValueError, match=r"step \d+ is not"):
+            muddled.done([7, 5])
