@@ -25,6 +25,7 @@ from vdtrain.evaluation.parts import Parts
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
+from vdtrain.training.run_lock import RunLock
 from vdtrain.weights.folder import write_weights_folder
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,20 @@ def write_checkpoint(folder: Path, flows: list[Flow], *overrides: str) -> None:
         for parameter in diffuser.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     write_weights_folder(folder, diffuser.state_dict(), config)
+
+
+def test_a_second_job_leaves_the_folder_to_the_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = RunLock(tmp_path, "output_dir")
+    assert lock.attempt()
+    try:
+        assert evaluate([*settings(folder, "unused"), f"output_dir={tmp_path}"]) == 2
+    finally:
+        lock.release()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: output_dir={tmp_path}: is in use by process {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

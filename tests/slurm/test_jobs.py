@@ -135,6 +135,28 @@ def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undist
     assert losses == runs.losses(f"runs/{STAGES[2]}")
 
 
+def test_of_two_tasks_of_an_array_with_one_run_folder_one_trains(
+    cluster: Cluster, checkout: Path, settings: list[str], runs: Runs
+) -> None:
+    """On two nodes, which know nothing of each other's processes."""
+    own = ["run_dir=runs/array", "+data.stream.attempts={}", "stage.phases=[{resolution:32,samples:400}]"]
+    job = submit(
+        cluster, checkout, "stage1_single_flow.sh", "--nodes=1", "--gpus-per-node=1", "--array=0-1", *settings, *own
+    )
+    ends = [cluster.wait(f"{job}_{task}") for task in range(2)]
+    outputs = [(checkout / "logs" / STAGES[0] / f"{end['JobId']}.out").read_text() for end in ends]
+    assert sorted(end["ExitCode"] for end in ends) == ["0:0", "2:0"], outputs
+    assert {end["Restarts"] for end in ends} == {"0"}
+    (refused,) = (output for output, end in zip(outputs, ends, strict=True) if end["ExitCode"] == "2:0")
+    lines = [line for line in refused.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.match(
+        r"error: run_dir=runs/array: is in use by process \d+ on n[12], job \d+ \(array task [01]\)", lines[0]
+    )
+    assert lines[0].endswith("give every task of the job array a run_dir of its own")
+    assert [record["step"] for record in runs.losses("runs/array")] == list(range(1, 101))
+
+
 def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(runs: Runs) -> None:
     logs = runs.folder / "logs" / STAGES[2] / runs.jobs["disturbed"]
     assert sorted(path.name for path in logs.iterdir()) == ["attempt-1", "attempt-2", "attempt-3"]

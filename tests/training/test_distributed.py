@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +28,8 @@ SLURM_STEP = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without any launcher in it."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in launch.TORCHRUN_VARIABLES]:
+    others = {*launch.TORCHRUN_VARIABLES, *launch.FOREIGN_LAUNCHERS, *launch.FOREIGN_LAUNCHERS.values()}
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in others]:
         monkeypatch.delenv(name)
     return monkeypatch
 
@@ -93,6 +96,52 @@ def test_a_step_on_some_of_a_jobs_nodes_meets_at_its_own_first_one(environment: 
 def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"})
     assert launch.launch_variables()["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"MV2_COMM_WORLD_SIZE": "2"},
+        # Open MPI starts its helper on another node by srun, and hands down what Slurm set for that.
+        SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "2"},
+        {"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "PMI_SIZE": "2"},
+    ],
+)
+def test_a_launcher_that_is_not_read_is_refused(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    set_all(environment, variables)
+    with pytest.raises(ValueError, match=r"launcher: \w+_SIZE=2: mpirun started.*use torchrun or srun"):
+        launch.launch_variables()
+
+
+def test_what_srun_sets_for_mpi_is_no_other_launcher(environment: pytest.MonkeyPatch) -> None:
+    step = SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"}
+    set_all(environment, step | {"PMI_SIZE": "16", "PMI_RANK": "9"})
+    assert launch.launch_variables()["RANK"] == "9"
+    set_all(environment, TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "4"})
+    assert launch.launch_variables() == TORCHRUN
+
+
+def test_mpirun_without_torchruns_variables_is_one_line(environment: pytest.MonkeyPatch) -> None:
+    command = [str(Path(sys.executable).with_name("vdtrain")), "train", "model=tiny", "data=shapes", "hardware=cpu"]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert [output for output, _ in printed] == ["", ""]
+    assert printed[0][1].startswith("error: launcher: OMPI_COMM_WORLD_SIZE=2: ")
+    assert printed[0][1].count("\n") == 1
+    assert printed[1][1] == ""
 
 
 def test_devices(environment: pytest.MonkeyPatch) -> None:
