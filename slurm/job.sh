@@ -54,15 +54,17 @@ on_all_ranks() {
 # Put this job back into the queue, if it is to run again. Everything is saved by now: nothing after the requeueing is
 # sure to run.
 requeue() {
-    local run_dir=$1 job
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)
+    local run_dir=$1 job number=$SLURM_JOB_ID
+    # The last task of an array has the array's number, by which all of its tasks would be put back.
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || number=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    job=$(scontrol show job --oneliner "$number" || true)
     if [[ $job != *" JobState=RUNNING "* ]]; then
         echo "left to Slurm, which has ended the job or put it back by itself" >&2
     elif [[ $job == *" Requeue=0 "* ]]; then
         echo "not requeued: the job has requeue=0" >&2
     elif python -m vdtrain.training.restarts "$run_dir"; then
         echo "goes back into the queue after attempt $attempt"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$number"
     fi
 }
 

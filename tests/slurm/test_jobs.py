@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,25 +137,34 @@ def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undist
 
 
 def test_of_two_tasks_of_an_array_with_one_run_folder_one_trains(
-    cluster: Cluster, checkout: Path, settings: list[str], runs: Runs
+    cluster: Cluster, checkout: Path, settings: list[str]
 ) -> None:
-    """On two nodes, which know nothing of each other's processes."""
-    own = ["run_dir=runs/array", "+data.stream.attempts={}", "stage.phases=[{resolution:32,samples:400}]"]
-    job = submit(
-        cluster, checkout, "stage1_single_flow.sh", "--nodes=1", "--gpus-per-node=1", "--array=0-1", *settings, *own
-    )
-    ends = [cluster.wait(f"{job}_{task}") for task in range(2)]
-    outputs = [(checkout / "logs" / STAGES[0] / f"{end['JobId']}.out").read_text() for end in ends]
-    assert sorted(end["ExitCode"] for end in ends) == ["0:0", "2:0"], outputs
-    assert {end["Restarts"] for end in ends} == {"0"}
-    (refused,) = (output for output, end in zip(outputs, ends, strict=True) if end["ExitCode"] == "2:0")
-    lines = [line for line in refused.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
+    """On two nodes, which know nothing of each other's processes. The one that trains is stopped, and goes on."""
+    own = ["run_dir=runs/array", f"+data.stream.attempts={{{STAGES[0]}:1}}", "stage.init_from=null"]
+    size = ["--nodes=1", "--gpus-per-node=1", "--array=0-1", "--partition=low"]
+    array = submit(cluster, checkout, "stage1_single_flow.sh", *size, *settings, *own)
+    tasks = [f"{array}_{task}" for task in range(2)]
+    states: list[str] = []
+    deadline = time.monotonic() + 300
+    while "FAILED" not in states and time.monotonic() < deadline:
+        time.sleep(0.5)
+        states = [cluster.job(task)["JobState"] for task in tasks]
+    assert sorted(states) == ["FAILED", "RUNNING"]
+    refused, trains = (tasks[states.index(state)] for state in ("FAILED", "RUNNING"))
+    cluster.wait_for_file(checkout / "gate" / f"{STAGES[0]}-0-0", trains)
+    cluster.command("scancel", "--signal=USR1", trains, cwd=checkout)
+    end = cluster.wait(trains, restarts=1)
+    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0")
+    end = cluster.job(refused)
+    assert (end["ExitCode"], end["Restarts"]) == ("2:0", "0")
+    output = (checkout / "logs" / STAGES[0] / f"{end['JobId']}.out").read_text()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert re.match(
-        r"error: run_dir=runs/array: is in use by process \d+ on n[12], job \d+ \(array task [01]\)", lines[0]
+        rf"error: run_dir=runs/array: is in use by process \d+ on n[12], job \d+ \(array task {trains[-1]}\)", line
     )
-    assert lines[0].endswith("give every task of the job array a run_dir of its own")
-    assert [record["step"] for record in runs.losses("runs/array")] == list(range(1, 101))
+    assert line.endswith("give every task of the job array a run_dir of its own")
+    records = (checkout / "runs" / "array" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == list(range(1, STEPS + 1))
 
 
 def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(runs: Runs) -> None:

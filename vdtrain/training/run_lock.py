@@ -217,7 +217,7 @@ class RunLock:
             self._waits = True
             place = f"{self.setting}={self.folder}"
             wait = f"waits {STALE_SECONDS:.0f} s at most to see whether that is still at work"
-            print(f"warning: {place}: was left by {holder}; {wait}", file=sys.stderr, flush=True)
+            print(f"warning: {place}: has the lock of {holder}; {wait}", file=sys.stderr, flush=True)
         return Verdict.WATCHED, holder
 
     def _read(self) -> tuple[Holder, float]:
