@@ -129,11 +129,17 @@ def test_everything_that_is_wrong_is_said(
     ("overrides", "expected"),
     [
         (["hardware.loader_workers=3"], "set hardware.loader_workers=2, "),
-        (["stage.phases=[{resolution:128,samples:64}]", "+hardware.micro_batch_size={128:4}"], "none of 80 pictures"),
+        (
+            ["stage.phases=[{resolution:128,samples:64}]", "+hardware.micro_batch_size={128:4}", "run_dir=FOLDER/new"],
+            "none of 80 pictures",
+        ),
         (["data.manifest=FOLDER/data"], "python -m data_pipeline index"),
         (["seed=1"], "holds a run with another seed (0, now 1)"),
         # More than any disk has.
-        (["stage.samples_scale=1e9", "checkpoint.keep=100000000"], "make room, or choose another folder"),
+        (
+            ["stage.samples_scale=1e9", "checkpoint.keep=100000000", "run_dir=FOLDER/new"],
+            "make room, or choose another folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(
