@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdtrain.compose import ConfigError
+from vdtrain.system_errors import output_problem, system_error, unreadable, unwritable
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
@@ -46,7 +47,7 @@ def damage(
             if hashed and FileRecord.of(path) != expected:
                 return f"{path}: its checksum does not match, the file is damaged"
         except OSError as error:
-            return f"{path}: cannot be read ({error.strerror})"
+            return f"{path}: {unreadable(error, path, '')}".removesuffix("; ")
     return None
 
 
@@ -65,8 +66,10 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
     """
     draft = path.with_name(path.name + INCOMPLETE)
     replaced = path.with_name(path.name + REPLACED)
+    check_output(path.parent, place)
+    _check_names(place, path, draft, replaced)
     _settle(path, replaced)
-    refuse_existing(path, place, overwrite)
+    _refuse_existing(path, place, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(draft)
@@ -77,8 +80,11 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
             path.rename(replaced)
         draft.replace(path)
         sync(path.parent)
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be written ({error}); make room, or choose another place") from error
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        raise ConfigError(f"{place}: {_said(found, path)}") from error
     finally:
         _remove(draft)
         if replaced.exists() and not path.exists():
@@ -87,9 +93,38 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
 
 
 def refuse_existing(path: Path, place: str, overwrite: bool) -> None:
-    """Raise a ConfigError if there is something at `path` that may not be replaced."""
+    """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there."""
+    check_output(path.parent, place)
+    _check_names(place, path, path.with_name(path.name + INCOMPLETE))
+    _refuse_existing(path, place, overwrite)
+
+
+def _refuse_existing(path: Path, place: str, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ConfigError(f"{place}: {path} exists already; overwrite=true replaces it")
+
+
+def _check_names(place: str, *paths: Path) -> None:
+    """Refuse names that no file can have."""
+    for path in paths:
+        try:
+            path.exists()
+        except OSError as error:
+            raise ConfigError(f"{place}: {unwritable(error, path)}") from error
+
+
+def check_output(folder: Path, place: str) -> None:
+    """Refuse a folder that nothing can be written into, before the work whose results would go there.
+
+    Args:
+        folder: which need not be there yet.
+        place: the setting and its value, for the error.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    if problem := output_problem(folder):
+        raise ConfigError(f"{place}: {problem}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,6 +142,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _said(error: OSError, path: Path) -> str:
+    """Which of its files a writer failed with: it may also have read one."""
+    named = Path(str(error.filename)) if isinstance(error.filename, str | os.PathLike) else path
+    if named.absolute().is_relative_to(path.absolute().parent):
+        return unwritable(error, path)
+    return f"{named}: {unreadable(error, named)}"
 
 
 def _settle(path: Path, replaced: Path) -> None:
