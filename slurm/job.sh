@@ -9,9 +9,20 @@ set -u
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
 # Size is said once, in the head of a script or to sbatch: one task per GPU, and an equal share of its node's CPUs to each.
-# (Of an --exclusive node, SLURM_GPUS_ON_NODE counts all GPUs; --gpus-per-node may name their type before the number.)
+# (Of an --exclusive node, SLURM_GPUS_ON_NODE counts all GPUs; --gpus-per-node may name types: TYPE:N or TYPE:N,TYPE:N.)
 : "${SLURM_GPUS_PER_NODE:?is not set: submit with --gpus-per-node=N}"
-ranks_per_node=${SLURM_GPUS_PER_NODE##*:}
+# A name in arithmetic would be read as a variable's.
+for variable in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_CPUS_ON_NODE SLURM_RESTART_COUNT; do
+    [[ ${!variable:-0} =~ ^[0-9]+$ ]] || { echo "error: $variable=${!variable}: not a number; submit with sbatch" >&2; exit 2; }
+done
+ranks_per_node=0
+for gpus in ${SLURM_GPUS_PER_NODE//,/ }; do
+    [[ ${gpus##*:} =~ ^[0-9]+$ ]] || {
+        echo "error: SLURM_GPUS_PER_NODE=$SLURM_GPUS_PER_NODE: no number of GPUs; submit with --gpus-per-node=[TYPE:]N" >&2
+        exit 2
+    }
+    ranks_per_node=$((ranks_per_node + 10#${gpus##*:}))
+done
 ranks=$((SLURM_JOB_NUM_NODES * ranks_per_node))
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
 rank_logs=logs/$SLURM_JOB_NAME/$SLURM_JOB_ID/attempt-$attempt
@@ -34,7 +45,7 @@ on_all_ranks() {
     # What sbatch set for the job as a whole would contradict the step's own numbers.
     unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK
     srun --kill-on-bad-exit=1 --ntasks="$ranks" --ntasks-per-node="$ranks_per_node" \
-        --cpus-per-task=$((SLURM_CPUS_ON_NODE / ranks_per_node)) --output="$rank_logs/rank-%t.out" \
+        --cpus-per-task=$((SLURM_CPUS_ON_NODE / ranks_per_node)) --output="${rank_logs//%/%%}/rank-%t.out" \
         python -m "$@" &
     srun_process=$!
     tail --pid="$srun_process" --lines=+1 --follow "$rank_logs/rank-0.out" 2>/dev/null &
@@ -62,7 +73,7 @@ requeue() {
         echo "left to Slurm, which has ended the job or put it back by itself" >&2
     elif [[ $job == *" Requeue=0 "* ]]; then
         echo "not requeued: the job has requeue=0" >&2
-    elif python -m vdtrain.training.restarts "$run_dir"; then
+    elif python -m vdtrain.training.restarts -- "$run_dir"; then
         echo "goes back into the queue after attempt $attempt"
         scontrol requeue "$number"
     fi
@@ -75,7 +86,7 @@ train_stage() {
         echo "error: $(command -v python || echo python): not an environment with vdtrain; name one in slurm/env.sh" >&2
         exit 2
     }
-    run_dir=$(python -m vdtrain.train "${overrides[@]}" --cfg job --resolve | sed --quiet 's/^run_dir: //p')
+    run_dir=$(python -m vdtrain.run_folder "${overrides[@]}")
     echo "$1, attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, run folder $run_dir, ranks' logs $rank_logs"
     vdtrain preflight "${overrides[@]}" ranks="$ranks"
     on_all_ranks vdtrain.train "${overrides[@]}"

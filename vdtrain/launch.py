@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from omegaconf import DictConfig
 
@@ -23,6 +23,20 @@ FOREIGN_LAUNCHERS = {
 }
 # Below the range from which Linux hands out ports to outgoing connections.
 FIRST_PORT, PORTS = 12_000, 20_000
+# Of them, and of Slurm, those that are numbers, with the least that they can be.
+NUMBERS = {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "MASTER_PORT": 1,
+    "SLURM_JOB_ID": 0,
+    "SLURM_STEP_ID": 0,
+    "SLURM_PROCID": 0,
+    "SLURM_LOCALID": 0,
+    "SLURM_NTASKS": 1,
+    "SLURM_STEP_NUM_TASKS": 1,
+    "SLURM_RESTART_COUNT": 0,
+}
 # Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
 FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
 
@@ -31,17 +45,22 @@ def launch_variables() -> dict[str, str]:
     """The five variables of torchrun, whoever started this process; without an address for a single process.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, or those of one that is not read.
+        ConfigError: the launcher's variables are incomplete or not numbers, or the launcher is not one that is read.
     """
     environment = os.environ
+    for name in NUMBERS:
+        number(environment, name)
     if "RANK" in environment or "WORLD_SIZE" in environment:
         missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
         if missing:
             raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
+        rank, processes = number(environment, "RANK"), number(environment, "WORLD_SIZE")
+        if rank >= processes:
+            raise ConfigError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
     # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
-    step = environment.get("SLURM_STEP_ID")
-    by_srun = step is not None and int(step) < FIRST_STEP_WITHOUT_SRUN and "SLURM_PROCID" in environment
+    in_step = bool(environment.get("SLURM_STEP_ID")) and number(environment, "SLURM_STEP_ID") < FIRST_STEP_WITHOUT_SRUN
+    by_srun = in_step and "SLURM_PROCID" in environment
     for name in FOREIGN_LAUNCHERS:
         # Under srun there may be PMI_SIZE too; mpirun hands down what srun set for its helper on each node.
         known = _slurm_tasks() if by_srun and name == "PMI_SIZE" else "1"
@@ -53,6 +72,21 @@ def launch_variables() -> dict[str, str]:
     if by_srun:
         return _slurm_launch()
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def number(environment: Mapping[str, str], name: str) -> int:
+    """A launcher's variable that is a number; the least that it can be where it is not set.
+
+    Raises:
+        ConfigError: it is no number, or too small.
+    """
+    value, least = environment.get(name, ""), NUMBERS[name]
+    if not value:
+        return least
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        launcher = "srun sets it in a job of Slurm" if name.startswith("SLURM_") else "torchrun and srun set it"
+        raise ConfigError(f"launcher: {name}={value}: not a number from {least} on; {launcher}, or `unset {name}`")
+    return int(value)
 
 
 def run_verb_on_ranks(
@@ -88,7 +122,7 @@ def _slurm_launch() -> dict[str, str]:
     if tasks != "1":
         # Rank 0 is on the first node of its step, which need not be the job's.
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-        offset = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        offset = number(environment, "SLURM_JOB_ID") + number(environment, "SLURM_STEP_ID")
         launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
         launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
     return launch

@@ -59,11 +59,11 @@ def unwritable(error: OSError, path: Path, another: str = "choose another place"
 
     Args:
         path: what was to be written.
-        another: what helps wherever the place itself is at fault.
+        another: what helps wherever the place itself is at fault; empty where nothing else does.
     """
     found = Trouble.of(error, path)
-    remedies = [found.remedy] * bool(found.remedy) + [another] * found.elsewhere
-    return f"cannot be written ({found.cause}); {', or '.join(remedies)}"
+    remedies = [remedy for remedy in (found.remedy, another if found.elsewhere else "") if remedy]
+    return f"cannot be written ({found.cause}); {', or '.join(remedies) or f'see to {path}'}"
 
 
 def unreadable(error: OSError, path: Path, another: str = "give another file") -> str:

@@ -93,7 +93,8 @@ def test_a_rank_that_hangs_with_pythons_lock_ends_too(endings: dict[str, Ending]
 def test_a_rank_that_is_killed_ends_the_job(endings: dict[str, Ending], folder: Path) -> None:
     assert endings["is_killed"].statuses == [1, -9]
     assert errors(endings["is_killed"], 0) == [
-        "error: process 0: lost the connection to another process, which has ended"
+        "error: process 0: lost the connection to process 1, which has ended; see its log, then run the same command "
+        "again"
     ]
     assert "Traceback" not in endings["is_killed"].logs[0]
     assert "Traceback" in record(folder, "is_killed", 0)
@@ -121,7 +122,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_more(
     ending = endings["fills_for_a_while"]
     assert ending.statuses == [0, 0]
     warnings = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
-    (four,) = [line for line in warnings if "step 4 was not saved (process 1: OSError" in line]
+    (four,) = [line for line in warnings if "step 4 was not saved: process 1: cannot be written (File too large)" in line]
     assert "training goes on, and the next save tries again" in four
     assert "warning" not in ending.logs[1]
     records = read_metrics(folder / "fills_for_a_while")
@@ -133,8 +134,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_more(
 def test_a_run_that_cannot_save_its_end_says_so_and_is_taken_up_again(endings: dict[str, Ending]) -> None:
     assert endings["fills"].statuses == [1, 1]
     (line,) = errors(endings["fills"], 0)
-    assert "step 10 was not saved (process 0: OSError" in line
-    assert "make room, then run the same command again" in line
+    assert "step 10 was not saved: process 0: cannot be written (File too large)" in line
+    assert line.endswith("; raise the limit (`ulimit -f unlimited`), then run the same command again")
     assert errors(endings["fills"], 1) == []
     again = endings["fills, again"]
     assert again.statuses == [0, 0]

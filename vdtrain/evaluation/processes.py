@@ -14,6 +14,7 @@ from vdtrain.compose import ConfigError
 from vdtrain.evaluation.evaluator import Evaluator
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.training import distributed
+from vdtrain.training.connections import connection_problem
 from vdtrain.training.distributed import Place
 from vdtrain.training.preemption import SCHEDULER_SIGNALS
 from vdtrain.training.run_lock import RunLock, take_together
@@ -57,6 +58,12 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
             place = distributed.start(config.device, TIMEOUT_SECONDS, words_alone=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        problem = connection_problem(error)
+        if problem is None:
+            raise
+        print(f"error: process {launch['RANK']}: {problem}", file=sys.stderr, flush=True)
+        return FAILED
     lock = RunLock(Path(config.output_dir), "output_dir")
     try:
         # Two jobs would take each other's drafts for their own.
@@ -76,11 +83,10 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     except ConfigError as error:
         return _end(place, f"error: {error}", FAILED)
     except RuntimeError as error:
-        if not distributed.is_lost_connection(error):
+        problem = connection_problem(error)
+        if problem is None:
             raise
-        return _end(
-            place, f"error: process {place.rank}: lost the connection to another process, which has ended", FAILED
-        )
+        return _end(place, f"error: process {place.rank}: {problem}", FAILED)
     finally:
         distributed.finish()
     return 0

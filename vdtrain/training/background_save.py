@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vdtrain.training import distributed
 from vdtrain.training.checkpoints import CheckpointStore
+from vdtrain.training.connections import connection_problem
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
 from vdtrain.training.snapshot import HostMemory, Snapshot
@@ -93,7 +94,7 @@ class BackgroundSaver:
         try:
             self.store.write(snapshot, lambda value: distributed.gather_json(value, group))
         except Exception as error:
-            self._failure = " ".join(str(error).split())
+            self._failure = connection_problem(error) or " ".join(str(error).split())
 
     def _wait(self, seconds: float | None) -> bool:
         """Wait for the save under way, at most so long, and take note of its outcome; False if it is not done."""

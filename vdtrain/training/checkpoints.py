@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
+from vdtrain.system_errors import system_error, unwritable
 from vdtrain.training import distributed
 from vdtrain.training.checkpoint_folder import (
     LATEST_FILE,
@@ -85,7 +86,7 @@ class CheckpointStore:
         first = distributed.rank() == 0
 
         def together(action: Callable[[], Any]) -> list[Any]:
-            return _together(action, gather, f"{self.folder}: the checkpoint of step {snapshot.index.step}")
+            return _together(action, gather, self.folder, f"the checkpoint of step {snapshot.index.step}")
 
         try:
             together(lambda: self._prepare(draft) if first else None)
@@ -215,19 +216,30 @@ def _damage_in_own_share(path: Path) -> str | None:
     return damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
 
 
-def _together(action: Callable[[], Any], gather: Gather, what: str) -> list[Any]:
-    """Run `action` on every process; its results by rank, or an error on every process if any of them failed."""
+def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
+    """Run `action` on every process; its results by rank, or an error on every process if any of them failed.
+
+    Args:
+        folder: that is written.
+    """
     result, failure = None, None
     try:
         result = action()
     # Whatever it is: a process that stays away from the exchange leaves the others waiting.
     except Exception as error:
-        failure = f"process {distributed.rank()}: {type(error).__name__}: {' '.join(str(error).split())}"
+        failure = f"process {distributed.rank()}: {_said(error, folder)}"
     outcomes = gather({"result": result, "failure": failure})
     failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
     if failures:
-        raise CheckpointError(f"{what} was not saved ({failures[0]})")
+        raise CheckpointError(f"{folder}: {what} was not saved: {failures[0]}")
     return [outcome["result"] for outcome in outcomes]
+
+
+def _said(error: Exception, folder: Path) -> str:
+    found = system_error(error)
+    if found is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}; see its log"
+    return unwritable(found, folder if found.filename is None else Path(str(found.filename)), "")
 
 
 def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:

@@ -23,12 +23,10 @@ from vdtrain.launch import launch_variables
 from vdtrain.training.deepspeed_import import import_deepspeed
 
 TIMEOUT_SECONDS = 1800.0
-# How gloo and NCCL word it that a process at the other end is gone.
-LOST_CONNECTION = re.compile(
-    r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE
-)
 
 
+# Host, namespace of process numbers, and process number of every process, by rank.
+_peers: list[list[Any]] = []
 # Variables of the launcher as they were before `start`; None for those that were not set.
 _replaced_variables: dict[str, str | None] = {}
 
@@ -81,6 +79,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, words_alone: bo
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
+    _peers[:] = gather_json([socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, os.getpid()])
     return place
 
 
@@ -112,6 +111,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes; 1 where no group was started."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def peers() -> list[list[Any]]:
+    """Host, namespace of process numbers, and process number of every process, by rank, as they were at the start."""
+    return _peers
 
 
 def barrier() -> None:
@@ -152,11 +156,6 @@ def raise_if_any(failure: str | None) -> None:
     failures = [found for found in gather_json(failure) if found is not None]
     if failures:
         raise SharedError(failures[0])
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error of PyTorch's collectives says that another process is gone."""
-    return isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)) is not None
 
 
 def broadcast_json(value: Any, source: int = 0) -> Any:

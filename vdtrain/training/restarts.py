@@ -17,7 +17,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vdtrain.compose import ConfigError
 from vdtrain.files import sync
+from vdtrain.launch import number
+from vdtrain.system_errors import unreadable, unwritable
 from vdtrain.training.checkpoint_folder import CHECKPOINTS, latest_by_sizes
 
 RECORD_FILE = "restarts.jsonl"
@@ -50,8 +53,12 @@ class Event:
 
 
 def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
-    """The job that this process runs in, and how often Slurm has started it again."""
-    return environment.get("SLURM_JOB_ID"), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    """The job that this process runs in, and how often Slurm has started it again.
+
+    Raises:
+        ConfigError: Slurm's count is no number.
+    """
+    return environment.get("SLURM_JOB_ID"), number(environment, "SLURM_RESTART_COUNT")
 
 
 def record_start(
@@ -173,12 +180,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--limit", type=int, metavar="N", help="of restarts (default: the run's max_restarts)")
     arguments = parser.parse_args(argv)
-    reason = refusal(arguments.run_dir, arguments.limit)
+    record = arguments.run_dir / RECORD_FILE
+    try:
+        reason = refusal(arguments.run_dir, arguments.limit)
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{record}: {unreadable(error, record, 'submit the job again')}"
     if reason is None:
         try:
             note_requeue(arguments.run_dir)
         except OSError as error:
-            reason = f"{arguments.run_dir / RECORD_FILE}: cannot be written ({error.strerror}); make room"
+            reason = f"{record}: {unwritable(error, record, 'submit the job again')}"
     if reason is not None:
         print(f"not requeued: {reason}", file=sys.stderr)
         return REFUSED

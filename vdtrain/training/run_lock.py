@@ -25,6 +25,7 @@ from enum import Enum
 from pathlib import Path
 
 from vdtrain.compose import ConfigError
+from vdtrain.system_errors import unwritable
 from vdtrain.training.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
@@ -302,7 +303,7 @@ def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, nee
             except HeldError as error:
                 held = str(error)
             except OSError as error:
-                failure = unwritable(f"{lock.setting}={lock.folder}", error) if needed else None
+                failure = f"{lock.setting}={lock.folder}: {unwritable(error, lock.folder)}" if needed else None
         taken, held, failure = distributed.broadcast_json([taken, held, failure])
         if held is not None:
             raise ConfigError(held)
@@ -310,11 +311,6 @@ def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, nee
         if taken:
             return
         time.sleep(POLL_SECONDS)
-
-
-def unwritable(place: str, error: OSError) -> str:
-    """The line on a folder that cannot be written; `place` is the setting with its value."""
-    return f"{place}: cannot be written ({error}); make room, or choose another folder"
 
 
 def _end(line: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,14 +17,16 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
+from vdtrain.system_errors import unwritable
 from vdtrain.training import distributed
 from vdtrain.training.checkpoints import CheckpointError
+from vdtrain.training.connections import connection_problem
 from vdtrain.training.continuation import stage_steps
 from vdtrain.training.curriculum import Start, check_frozen, find_start
 from vdtrain.training.next_stage import next_command
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.restarts import record_start
-from vdtrain.training.run_lock import RunLock, take_together, unwritable
+from vdtrain.training.run_lock import RunLock, take_together
 from vdtrain.training.trainer import Trainer
 from vdtrain.training.watchdog import DUMPS, Watchdog, record_collectives
 
@@ -127,7 +128,7 @@ def _begin(
 ) -> None:
     """Note the start in the run folder and say what it is."""
     step = 0 if start.position is None else start.position.step
-    hosts = distributed.gather_json(socket.gethostname())
+    hosts = [str(host) for host, *_ in distributed.peers()]
     distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
@@ -145,7 +146,7 @@ def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts:
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
         record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
     except OSError as error:
-        return unwritable(f"run_dir={run_dir}", error)
+        return f"run_dir={run_dir}: {unwritable(error, run_dir)}"
     return None
 
 
@@ -156,6 +157,5 @@ def _line(error: Exception, rank: int) -> str | None:
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):
         return f"process {rank}: {text}"
-    if distributed.is_lost_connection(error):
-        return f"process {rank}: lost the connection to another process, which has ended"
-    return None
+    problem = connection_problem(error)
+    return None if problem is None else f"process {rank}: {problem}"

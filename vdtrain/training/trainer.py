@@ -294,7 +294,7 @@ class Trainer:
         self.saver.settle()
         failures = self.saver.failures()
         if failures:
-            raise CheckpointError(f"{failures[0]}; make room, then run the same command again")
+            raise CheckpointError(f"{failures[0]}, then run the same command again")
 
 
 def _to(values: Any, device: torch.device) -> Any:
