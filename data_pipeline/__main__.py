@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import DataPipelineConfig
 from vdtrain.data_config import DataConfig, ShapesConfig
+from vdtrain.files import check_output
 
 USAGE = """\
 Usage: python -m data_pipeline VERB [data=NAME] [SETTING=VALUE ...]
@@ -47,15 +48,29 @@ def _shapes(data: DataConfig) -> ShapesConfig:
     return data.shapes
 
 
+def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
+    """Refuse folders that cannot be written, before any work.
+
+    Args:
+        beside: a lock lies next to each of them.
+    """
+    for setting, folder in folders.items():
+        for place in (Path(folder), *[Path(folder).absolute().parent] * beside):
+            check_output(place, f"{setting}={folder}")
+
+
 def _select(data: DataConfig) -> None:
     from data_pipeline.select import select
 
+    _outputs({"data.select.scratch": data.select.scratch}, beside=True)
+    _outputs({f"data.sources.{name}.selected": source.selected for name, source in data.sources.items()})
     select(data)
 
 
 def _download(data: DataConfig) -> None:
     from data_pipeline.download import DownloadError, download
 
+    _outputs({f"data.sources.{name}.shards": source.shards for name, source in data.sources.items()})
     try:
         download(data.sources, data.download, data.allow_loopback)
     except DownloadError as error:
@@ -70,6 +85,7 @@ def _index(data: DataConfig) -> None:
     settings = data.index
     if settings.processes < 1:
         raise ConfigError(f"data.index.processes={settings.processes}: must be at least 1")
+    _outputs({"data.manifest": data.manifest}, beside=True)
     sources = {name: Path(source.shards) for name, source in data.sources.items()}
     try:
         index(sources, Path(data.manifest), processes=settings.processes, decode=settings.decode)
@@ -90,7 +106,9 @@ def _inspect(data: DataConfig) -> None:
 def _draw(data: DataConfig) -> None:
     from data_pipeline.picture_set import write_picture_set
 
-    write_picture_set(_shapes(data))
+    shapes = _shapes(data)
+    _outputs({"data.shapes.folder": shapes.folder})
+    write_picture_set(shapes)
 
 
 def _serve(data: DataConfig) -> None:
@@ -103,7 +121,9 @@ def _serve(data: DataConfig) -> None:
         with suppress(KeyboardInterrupt):
             serve(shapes)
     except OSError as error:
-        raise ConfigError(f"data.shapes.port={shapes.port}: {error.strerror}; give another port") from error
+        raise ConfigError(
+            f"data.shapes.port={shapes.port}: {error.strerror or error}; give another port, or end what listens there"
+        ) from error
 
 
 VERBS: dict[str, Callable[[DataConfig], None]] = {

@@ -15,6 +15,7 @@ from data_pipeline.duplicates import hash_values
 from data_pipeline.sources import schema_of
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import BlockListConfig, SourceConfig
+from vdtrain.system_errors import not_utf8, unreadable
 
 BATCH_LINES = 1 << 16
 HASHES = ("hash", "md5", "phash")
@@ -80,7 +81,11 @@ def _read(setting: str, files: Sequence[str]) -> np.ndarray:
             for values in _entries(setting, Path(name)):
                 pieces.append(hash_values(values if setting.endswith(".url") else _normal(values)))
                 count += len(values)
-        except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        except OSError as error:
+            raise ConfigError(f"{setting}: {name} {unreadable(error, Path(name))}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{setting}: {name} {not_utf8(error, Path(name))}") from error
+        except pa.ArrowInvalid as error:
             raise ConfigError(f"{setting}: {name} cannot be read ({error}); give another file") from error
         if count == 0:
             # An empty list blocks nothing, which nobody who gives one can mean.

@@ -21,6 +21,7 @@ from data_pipeline.selection import footer_hash
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import DownloadConfig
 from vdtrain.files import write_text
+from vdtrain.system_errors import unlockable
 
 # What decides which picture stands in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
@@ -80,7 +81,7 @@ class Record:
                 raise ConfigError(f"{part.folder}: shards without {self.file.name}; remove them to download anew")
             self._write()
             return
-        earlier = json.loads(self.file.read_text())
+        earlier = json.loads(self.file.read_text(encoding="utf-8"))
         changed = [
             f"data.sources.{part.source}.selected" if key == "selected" else f"data.download.{key}"
             for key in self.plan
@@ -149,9 +150,7 @@ def locked(part: Part) -> Iterator[int]:
                     ) from error
                 time.sleep(0.1)
             except OSError as error:
-                raise DownloadError(
-                    f"{place}: cannot be locked ({error.strerror}); use a file system with locks"
-                ) from error
+                raise DownloadError(f"{place}: {unlockable(error, place)}") from error
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -19,6 +19,7 @@ from data_pipeline.repeated import repeated_uids
 from vdtrain.compose import ConfigError
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.data_config import InspectConfig
+from vdtrain.files import check_output
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024)
 STAGES = (256, 512)
@@ -40,6 +41,9 @@ def inspect(folder: Path, config: InspectConfig) -> None:
             f"data.inspect: shards={config.shards} must be 1 or more, pictures={config.pictures} 0 or more, "
             f"pixels={config.pixels} {MIN_PIXELS} or more"
         )
+    output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
+    if config.pictures:
+        check_output(output.parent, f"data.inspect.output={output}")
     manifest = Manifest(folder)
     generator = np.random.default_rng(config.seed)
     print(f"{folder}\n")
@@ -60,7 +64,6 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     print(f"listed more than once: {about}{repeated.samples:,}{example}")
     count = min(config.pictures, len(manifest))
     if count:
-        output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
         write_contact_sheet(output, draw_pairs(manifest, generator, count), config.pixels)
         print(f"contact sheet of {count} pairs, drawn at random: {output}")
 

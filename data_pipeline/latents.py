@@ -22,9 +22,10 @@ from vdtrain.config import LatentsConfig
 from vdtrain.data.latent_file import LatentDescription
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.files import sync, write_text
+from vdtrain.files import check_output, sync, write_text
 from vdtrain.instantiate import instantiate
 from vdtrain.launch import run_verb_on_ranks
+from vdtrain.system_errors import unwritable
 from vdtrain.validation import check_resolution, latent_encoder
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
     """
+    cached = config.data.latent_cache.folder
+    check_output(Path(cached), f"data.latent_cache.folder={cached}")
     vae = _check(config)
     stream, place = config.data.stream, f"data.manifest={config.data.manifest}"
     try:
@@ -113,10 +116,8 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
     except (StreamError, ManifestError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     except OSError as error:
-        raise ConfigError(
-            f"data.latent_cache.folder={config.data.latent_cache.folder}: cannot be written ({error}); make room, or "
-            "give another folder"
-        ) from error
+        cache = config.data.latent_cache.folder
+        raise ConfigError(f"data.latent_cache.folder={cache}: {unwritable(error, Path(cache))}") from error
     finally:
         reader.close()
 

@@ -73,7 +73,7 @@ def write_picture_set(config: ShapesConfig) -> None:
     folder = Path(config.folder)
     settings = {"pictures": config.pictures, "pixels": config.pixels, "seed": config.seed, "port": config.port}
     marker = folder / COMPLETE_FILE
-    if marker.exists() and json.loads(marker.read_text()) == settings:
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
         print(f"{folder}: complete")
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +92,7 @@ def write_picture_set(config: ShapesConfig) -> None:
     pq.write_table(pa.Table.from_pylist(laion, schema=LAION_SCHEMA), folder / "laion2b_en.parquet")
     pq.write_table(pa.Table.from_pylist(coyo, schema=COYO_SCHEMA), folder / "coyo700m.parquet")
     draft = marker.with_suffix(".tmp")
-    draft.write_text(json.dumps(settings))
+    draft.write_text(json.dumps(settings), encoding="utf-8")
     os.replace(draft, marker)
     print(f"{folder}: {len(laion):,} pictures in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
 

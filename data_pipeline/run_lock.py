@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vdtrain.compose import ConfigError
+from vdtrain.system_errors import unlockable
+
 # How long a run waits for the processes of one that was killed to be gone.
 LOCK_SECONDS = 10.0
 
@@ -27,6 +30,7 @@ def run_lock(path: Path) -> Iterator[Path]:
         The file that processes hold locked with this one, for `workers`.
 
     Raises:
+        ConfigError: the file cannot be locked there.
         RunLockError: another run is at work, still after LOCK_SECONDS.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +40,12 @@ def run_lock(path: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
+            except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise RunLockError(f"{path} is held by another run") from error
                 time.sleep(0.1)
+            except OSError as error:
+                raise ConfigError(f"{path}: {unlockable(error, path)}") from error
         # Shared with the processes from here on.
         fcntl.flock(file, fcntl.LOCK_SH)
         yield path

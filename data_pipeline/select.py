@@ -217,7 +217,7 @@ def _parts(
 
 def _selection(plan: dict[str, Any], units: Sequence[Unit], steps: Sequence[int], scratch: Path) -> Selection:
     """The record of a source. `steps`: rows that are left after the scan, without repeated URLs, without pictures."""
-    scans = [json.loads((unit.folder(scratch) / "counts.json").read_text()) for unit in units]
+    scans = [json.loads((unit.folder(scratch) / "counts.json").read_text(encoding="utf-8")) for unit in units]
     dropped: Counter[str] = Counter()
     unscored: Counter[str] = Counter()
     for each in scans:

@@ -14,6 +14,7 @@ from data_pipeline.sources import metadata_files
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import DataConfig
 from vdtrain.files import INCOMPLETE, sync, write_text
+from vdtrain.system_errors import unreadable
 
 SELECTION_FILE = "selection.json"
 FOOTER_BYTES = 65_536
@@ -69,10 +70,12 @@ def read_selection(folder: Path) -> Selection | None:
     """
     file = folder / SELECTION_FILE
     try:
-        return Selection(**json.loads(file.read_text()))
+        return Selection(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: {unreadable(error, file)}") from error
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); remove it and run select again") from error
 
 
@@ -139,7 +142,7 @@ def _whole(setting: str, file: Path) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"{setting}: {file} cannot be read ({error.strerror}); give another file") from error
+        raise ConfigError(f"{setting}: {file} {unreadable(error, file)}") from error
 
 
 def footer_hash(file: Path) -> str:

@@ -22,6 +22,7 @@ from data_pipeline.tar_members import Member, TarDamageError, TarMembers
 from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, decode, picture_size
 from vdtrain.data.identity import pair_uid
 from vdtrain.data.manifest import SAMPLE_SCHEMA
+from vdtrain.system_errors import unreadable
 
 PICTURE, CAPTION, METADATA = "jpg", "txt", "json"
 READ_AHEAD = 1 << 20
@@ -101,7 +102,7 @@ def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -
     except TarDamageError as error:
         raise ShardError(_damaged(path, str(error))) from error
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ShardError(f"{path}: {unreadable(error, path, 'index again')}") from error
     if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise ShardError(f"{path}: was written to while it was read; index it again once its download has finished")
     if expected is not None and expected != len(keys):
@@ -122,7 +123,7 @@ def _damaged(path: Path, what: str) -> str:
 def _expected(path: Path) -> int | None:
     """Samples that the download says are in the tar; None where it says nothing."""
     try:
-        statistics = json.loads(statistics_file(path).read_text())
+        statistics = json.loads(statistics_file(path).read_text(encoding="utf-8"))
         count = statistics.get("successes", statistics.get("status_dict", {}).get("success", 0))
         return int(count)
     except FileNotFoundError:

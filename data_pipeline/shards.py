@@ -26,14 +26,14 @@ def begun(folder: Path) -> bool:
 
 def tally(statistics: Path) -> Tally:
     """The pictures of a shard by reason."""
-    return Tally(json.loads(statistics.read_text())["status_dict"])
+    return Tally(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
 
 
 def problem(statistics: Path) -> str | None:
     """Why a shard with statistics is not whole, or None; whether its pictures are is for the index to say."""
     tar = _member(statistics, ".tar")
     try:
-        expected = int(json.loads(statistics.read_text())["successes"])
+        expected = int(json.loads(statistics.read_text(encoding="utf-8"))["successes"])
         found = samples(tar)
     except (OSError, ValueError, KeyError) as error:
         return f"{tar}: {error}"

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vdtrain.compose import ConfigError
+from vdtrain.system_errors import system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"
@@ -176,7 +177,12 @@ def find_columns(setting: str, schema_name: str, file: Path) -> FileColumns:
     try:
         fields = list(pq.read_schema(file))
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{place} is no whole parquet file ({error}); fetch it again") from error
+        found = system_error(error)
+        if found is not None and found.errno is not None:
+            raise ConfigError(f"{place} {unreadable(found, file, 'fetch it again')}") from error
+        raise ConfigError(
+            f"{place} is no whole parquet file ({' '.join(str(error).split())}); fetch it again"
+        ) from error
     spelt: dict[str, list[pa.Field]] = {}
     for each in fields:
         spelt.setdefault(each.name.lower(), []).append(each)

@@ -19,6 +19,7 @@ from data_pipeline.sources import URL, FileColumns, Schema, read_columns
 from vdtrain.compose import ConfigError
 from vdtrain.data_config import FilterConfig
 from vdtrain.files import written_whole
+from vdtrain.system_errors import system_error, unreadable
 
 # Rows that a process takes at a time; what an interruption loses at most.
 UNIT_ROWS = 4_000_000
@@ -60,9 +61,10 @@ class Unit:
                 columns = list(dict.fromkeys(names))
                 yield from parquet.iter_batches(batch_rows, list(self.groups), columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"data.sources.{self.source}.metadata: {self.file} cannot be read ({error}); fetch it again"
-            ) from error
+            place, found = f"data.sources.{self.source}.metadata: {self.file}", system_error(error)
+            if found is not None and found.errno is not None:
+                raise ConfigError(f"{place} {unreadable(found, self.file, 'fetch it again')}") from error
+            raise ConfigError(f"{place} cannot be read ({' '.join(str(error).split())}); fetch it again") from error
 
 
 @dataclass(frozen=True)
@@ -141,5 +143,5 @@ def scan(task: Scan) -> Path:
                 kept[places] = True
             write_hashes(draft, kind, np.concatenate([np.empty(0, np.uint64), *hashes[kind]]), places, task.bits)
         np.save(draft / "kept.npy", np.packbits(kept, bitorder="little"))
-        (draft / "counts.json").write_text(json.dumps({"dropped": dropped, "unscored": unscored}))
+        (draft / "counts.json").write_text(json.dumps({"dropped": dropped, "unscored": unscored}), encoding="utf-8")
     return folder

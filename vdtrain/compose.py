@@ -39,6 +39,7 @@ from vdtrain.errors import printable
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.overrides import Override, escaped, list_items
 from vdtrain.settings import apply, explained, settle, unknown
+from vdtrain.system_errors import not_utf8, said
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -147,16 +148,30 @@ def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         raise _no_option(group, option, error.options) from error
     # Hydra raises whatever its parts do: YAML's errors, those of the disk, its own and OmegaConf's.
+    except UnicodeDecodeError as error:
+        raise ConfigError(_undecodable(error, words)) from error
     except Exception as error:
         raise _not_composed(error, printable(" ".join(words)) or config_name, schema) from error
+
+
+def _undecodable(error: UnicodeDecodeError, words: Sequence[str]) -> str:
+    """Which YAML file of the user's folders is not UTF-8."""
+    given = "".join(word.partition("=")[2] for word in words if word.startswith(SEARCH_PATH))
+    for folder in list_items(given) or []:
+        for file in sorted(Path(folder.removeprefix("file://")).rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as found:
+                return f"{file} {not_utf8(found, file)}"
+    return f"{printable(' '.join(words))}: a file of that is not UTF-8 ({error}); convert it"
 
 
 def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return ConfigError(f"{mark.name}: not YAML in line {mark.line + 1}; correct that file")
-    if isinstance(error, OSError | UnicodeDecodeError):
-        return ConfigError(f"{words}: a file of that cannot be read ({error}); correct it")
+    if isinstance(error, OSError):
+        return ConfigError(f"{words}: {said(error)}")
     if re.search(r"(^| )[+~]*hydra\.(?!searchpath=)", words):
         return ConfigError(f"{words}: no such setting or value; of those below hydra, {SEARCH_PATH} alone matters here")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -226,6 +241,12 @@ def run_verb(
         if speaks:
             print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What no part of the verb has put into words of its own.
+        print(f"error: {printable(said(error))}", file=sys.stderr)
+        return 1
 
 
 @cache

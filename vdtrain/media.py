@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 
 from vdtrain.compose import ConfigError
+from vdtrain.data.decode import PICTURE_ERRORS
+from vdtrain.system_errors import unreadable
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ def _open(path: str) -> Image.Image:
         with Image.open(os.path.expanduser(path)) as file:
             file.load()
             return ImageOps.exif_transpose(file)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: {error}; give a picture file") from error
+    except (*PICTURE_ERRORS, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ConfigError(f"{path}: {unreadable(error, Path(path), 'give a picture file')}") from error
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; give a picture file") from error
 
 
 def write_pictures(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -78,7 +82,7 @@ def write_pictures(samples: torch.Tensor, folder: Path, settings: Mapping[str, A
 def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     """Captions, one to a line, in captions.txt."""
     file = folder / "captions.txt"
-    file.write_text("".join(f"{caption}\n" for caption in samples))
+    file.write_text("".join(f"{caption}\n" for caption in samples), encoding="utf-8")
     return [file]
 
 

@@ -14,8 +14,10 @@ from rich.progress import track
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import SamplerConfig
+from vdtrain.files import check_output
 from vdtrain.media import MEDIA, Medium
 from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.system_errors import unwritable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")
@@ -36,6 +38,7 @@ class Sampler:
 
     def __init__(self, config: SamplerConfig, document: DictConfig) -> None:
         check_sampler(config)
+        check_output(Path(config.output_dir), f"output_dir={config.output_dir}")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config, self.document = config, document
@@ -57,11 +60,15 @@ class Sampler:
     def write(self, modality: str, samples: Any) -> int:
         """Write samples below `output_dir` and print what was written; returns the exit status."""
         folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.to_container(self.document, resolve=True)
         assert isinstance(settings, Mapping)
         kept = {str(key): value for key, value in settings.items() if key not in LOCAL}
-        for file in medium(modality).write(samples, folder, kept):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = medium(modality).write(samples, folder, kept)
+        except OSError as error:
+            raise ConfigError(f"output_dir={folder}: {unwritable(error, folder)}") from error
+        for file in files:
             print(file)
         if isinstance(samples, list):
             print("\n".join(samples))

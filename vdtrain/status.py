@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from vdtrain.command_line import PlainArguments
 from vdtrain.compose import ConfigError, run_verb
 from vdtrain.config import StatusConfig
+from vdtrain.system_errors import unreadable
 from vdtrain.training.run_summary import RunSummary, age, ago, find_runs, summarise
 
 USAGE = """\
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 _watch(folder, config.watch)
         except OSError as error:
-            raise ConfigError(f"run_dir={folder}: cannot be read ({error}); give another folder") from error
+            raise ConfigError(f"run_dir={folder}: {unreadable(error, folder, 'give another folder')}") from error
         except KeyboardInterrupt:
             pass
         return 0

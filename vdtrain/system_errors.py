@@ -76,6 +76,29 @@ def unreadable(error: OSError, path: Path, another: str = "give another file") -
     return f"cannot be read ({found.cause}); {found.remedy or another}"
 
 
+def said(error: OSError) -> str:
+    """ "FILE: CAUSE; REMEDY" of an error that nobody has put into words."""
+    path = Path(str(error.filename)) if isinstance(error.filename, str | os.PathLike) else None
+    found = Trouble.of(error, path or Path())
+    return f"{f'{path}: ' if path else ''}{found.cause}; {found.remedy or 'see that it can be read and written'}"
+
+
+def unlockable(error: OSError, path: Path) -> str:
+    """ "cannot be locked (CAUSE); REMEDY", as `unwritable`."""
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        return f"cannot be locked ({os.strerror(error.errno)}); choose a file system with locks"
+    return unwritable(error, path).replace("written", "locked", 1)
+
+
+def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
+    """ "is not UTF-8 ...; REMEDY" of a text file: many are in the code page of the program that wrote them."""
+    quoted, draft = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+    return (
+        f"is not UTF-8 (byte {error.object[error.start]:#04x}); convert it, e.g. from Windows' code page by "
+        f"`iconv -f WINDOWS-1252 -t UTF-8 {quoted} -o {draft} && mv {draft} {quoted}`"
+    )
+
+
 def system_error(error: BaseException) -> OSError | None:
     """The error of the operating system that an exception is, or that a library put into the words of its own."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -103,7 +103,7 @@ def test_a_rank_that_is_killed_ends_the_job(endings: dict[str, Ending], folder: 
 def test_data_that_cannot_be_read_is_one_line(endings: dict[str, Ending], folder: Path) -> None:
     ending = endings["cannot_read"]
     assert ending.statuses == [1, 1]
-    assert errors(ending, 1) == ["error: process 1: shard 7: No such file; index the shards again"]
+    assert errors(ending, 1) == ["error: process 1: shard 7: is not there; bring it back"]
     assert len(errors(ending, 0)) == 1
     assert "Traceback" not in "".join(ending.logs)
     assert "StreamError" in record(folder, "cannot_read", 1)
@@ -112,7 +112,7 @@ def test_data_that_cannot_be_read_is_one_line(endings: dict[str, Ending], folder
 def test_data_that_one_rank_cannot_open_is_one_line_of_all(endings: dict[str, Ending]) -> None:
     ending = endings["cannot_open"]
     assert ending.statuses == [1, 1]
-    assert errors(ending, 0) == ["error: shard 7: No such file; index the shards again"]
+    assert errors(ending, 0) == ["error: shard 7: is not there; bring it back"]
     assert errors(ending, 1) == []
 
 
@@ -122,7 +122,9 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_more(
     ending = endings["fills_for_a_while"]
     assert ending.statuses == [0, 0]
     warnings = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
-    (four,) = [line for line in warnings if "step 4 was not saved: process 1: cannot be written (File too large)" in line]
+    (four,) = [
+        line for line in warnings if "step 4 was not saved: process 1: cannot be written (File too large)" in line
+    ]
     assert "training goes on, and the next save tries again" in four
     assert "warning" not in ending.logs[1]
     records = read_metrics(folder / "fills_for_a_while")

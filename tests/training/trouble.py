@@ -55,7 +55,7 @@ def _befall(what: str) -> None:
         # Of files that are written from now on, only so many bytes find room.
         resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, resource.RLIM_INFINITY))
     elif what == "stream_error":
-        raise StreamError("shard 7: No such file; index the shards again")
+        raise StreamError("shard 7: is not there; bring it back")
     else:
         os.kill(os.getpid(), getattr(signal, what))
 

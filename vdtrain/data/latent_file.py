@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from vdtrain.data.shards import StreamError
 from vdtrain.files import sync
+from vdtrain.system_errors import unreadable
 
 LAYOUT = 1
 CROP = "centre"
@@ -32,7 +33,7 @@ FLOAT16 = np.dtype("<f2")
 # The header is filled up with spaces to this size, so that moments begin with a page.
 PAGE = 4096
 LONGEST_HEADER = 1 << 20
-REMEDY = "make it again with python -m data_pipeline latents"
+REMEDY = "make it again with `python -m data_pipeline latents` and the same settings"
 
 Moments = NDArray[np.float16]
 
@@ -155,7 +156,9 @@ class LatentFile:
             if len(tail) != 5 * count:
                 raise ValueError("truncated")
         except OSError as error:
-            raise StreamError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
+            reason = f"is not there; {REMEDY}" if gone else unreadable(error, path, "see that it can be read")
+            raise StreamError(f"{path}: {reason}") from error
         except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
             raise StreamError(f"{path}: not the latents of its shard ({error}); remove it and {REMEDY}") from error
         self.rows: NDArray[np.int32] = np.frombuffer(tail, "<i4", count)
@@ -187,7 +190,7 @@ class LatentFile:
         try:
             count = os.preadv(self._descriptor, [out.data.cast("B")], self._start + place * self._row_bytes)
         except OSError as error:
-            raise StreamError(f"{self.path}: cannot be read ({error.strerror}); {REMEDY}") from error
+            raise StreamError(f"{self.path}: {unreadable(error, self.path, 'see that it can be read')}") from error
         if count != self._row_bytes:
             raise StreamError(f"{self.path}: truncated; remove it and {REMEDY}")
 

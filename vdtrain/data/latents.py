@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdtrain.data.latent_file import FLOAT16, LatentDescription, LatentFile, file_name, file_prefix
 from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.system_errors import unreadable
 
 # Whose latents are cached: what `vdtrain.data.stream.PairStream` calls its pictures.
 MODALITY = "image"
@@ -44,7 +45,9 @@ class LatentFolder:
             return LatentDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise ManifestError(f"{self.setting}: {path} {unreadable(error, path, 'give another folder')}") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(
                 f"{self.setting}: {path} cannot be used ({error}); remove {self.path}, or give another folder"
             ) from error
@@ -71,6 +74,8 @@ class LatentFolder:
             return set(os.listdir(self.path))
         except FileNotFoundError:
             return set()
+        except OSError as error:
+            raise ManifestError(f"{self.setting}: {unreadable(error, self.path, 'give another folder')}") from error
 
 
 class LatentShards:
@@ -101,7 +106,7 @@ class LatentShards:
         self._folder, self._manifest = LatentFolder(folder, resolution), manifest
         min_side = resolution if min_side is None else min_side
         description = self._folder.description()
-        command = f"make them with python -m data_pipeline latents data.latent_cache.resolutions=[{resolution}]"
+        command = f"make them with `python -m data_pipeline latents data.latent_cache.resolutions=[{resolution}]`"
         if description is None:
             raise ManifestError(f"{self._folder.setting}: no latents of resolution {resolution}; {command}")
         if vae is not None and description.vae != vae:

@@ -7,6 +7,7 @@ samples are only ever added; a manifest changes when `shards.parquet`, which nam
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vdtrain.files import sync
+from vdtrain.system_errors import system_error, unreadable
 
 SHARDS_FILE = "shards.parquet"
 SAMPLES_FILES = "samples-*.parquet"
@@ -173,12 +175,31 @@ class Manifest:
                 table: pa.Table = file.read_row_group(group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(
-                f"data.manifest={self.folder}: {name} cannot be read ({_one_line(error)}); {REMEDY}"
+                f"data.manifest={self.folder}: {name} {_unreadable(error, self.folder / name)}"
             ) from error
         return table
 
+    def changed(self, shard: int) -> bool | None:
+        """Whether a shard's file is another one than was indexed, by size and time; None of one at an address."""
+        if "://" in self.shards[shard]:
+            return None
+        written = int(self._column("modified_ns")[shard].as_py())
+        try:
+            status = os.stat(self.shards[shard])
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != (int(self.bytes[shard]), written)
 
-REMEDY = "make it with python -m data_pipeline index, or make it anew from an empty folder"
+    def decoded(self, shard: int | None = None) -> bool:
+        """Whether every picture of a shard, or of all, was decoded when it was indexed."""
+        found = self._column("decoded")
+        return bool(found[shard].as_py()) if shard is not None else all(found.to_pylist())
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return _read_shard_columns(self.folder, [name])[name]
+
+
+INDEX = "`python -m data_pipeline index` with the same settings of data"
 
 
 class SamplesWriter:
@@ -247,15 +268,32 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
         with pq.ParquetFile(folder / SHARDS_FILE) as file:
             missing = [column for column in columns if column not in file.schema_arrow.names]
             if missing:
-                raise ManifestError(f"{place} is of another layout, without {', '.join(missing)}; {REMEDY}")
+                raise ManifestError(f"{place} is of another layout, without {', '.join(missing)}; {_anew(folder)}")
             return file.read(columns=list(columns))
+    except FileNotFoundError as error:
+        if folder.is_dir() or not folder.is_symlink():
+            raise ManifestError(f"{place} is not there; make it with {INDEX}, or give another folder") from error
+        raise ManifestError(f"{place} {_unreadable(error, folder)}") from error
     except (OSError, pa.ArrowException) as error:
-        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({_one_line(error)})"
-        raise ManifestError(f"{place} {reason}; {REMEDY}") from error
+        if folder.is_file():
+            raise ManifestError(
+                f"data.manifest={folder}: is a file; give the folder that holds {SHARDS_FILE}"
+            ) from error
+        raise ManifestError(f"{place} {_unreadable(error, folder / SHARDS_FILE)}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _unreadable(error: Exception, path: Path) -> str:
+    """What is wrong with a file of a manifest: only one that is damaged or gone is to be made anew."""
+    found = system_error(error)
+    if found is not None and found.errno not in (None, errno.ENOENT, errno.EINVAL):
+        return unreadable(found, path)
+    if isinstance(error, FileNotFoundError):
+        return f"is not there; run {INDEX}, which reads its shards again"
+    return f"cannot be read ({' '.join(str(error).split())}); {_anew(path.parent)}"
+
+
+def _anew(folder: Path) -> str:
+    return f"remove the folder {folder} and make it anew with {INDEX}"
 
 
 def _join(root: str, path: str) -> str:

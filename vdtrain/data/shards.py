@@ -6,6 +6,7 @@ cache it is also fetched whole, in the background, for the samples of it that co
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,12 +20,16 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.manifest import INDEX, Manifest, ManifestError
+from vdtrain.system_errors import output_problem, unreadable, unwritable
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
 FETCHES = 4
 OPEN_FILES = 256
+INDEX_AGAIN = f"index the shards again: {INDEX}"
+# Errors that no network has.
+OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 # That a thread reads into; most pictures are a tenth of it.
 READ_BYTES = 1_000_000
 
@@ -98,10 +103,18 @@ class ShardReader:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self._remote[shard]:
                 raise
-            raise StreamError(f"{path}: {error.strerror}; index the shards again") from error
+            raise StreamError(f"{path}: {self._unreadable(error, Path(path))}") from error
         if found < size:
-            raise StreamError(f"{path}: shorter than its manifest says; index the shards again")
+            if self._remote[shard]:
+                raise StreamError(f"{path}: shorter than its shard; remove this copy, and it is fetched again")
+            raise StreamError(f"{path}: shorter than its manifest says; {INDEX_AGAIN}")
         return data
+
+    def _unreadable(self, error: OSError, path: Path) -> str:
+        """Only a shard that is gone from a folder that is there is a matter of the index."""
+        if isinstance(error, FileNotFoundError) and path.parent.is_dir() and not path.is_symlink():
+            return f"is not there; bring it back, or {INDEX_AGAIN}"
+        return unreadable(error, path, "see that it can be read")
 
     def _descriptor(self, path: str) -> int:
         """This thread's own open file: no other thread closes it while it is being read."""
@@ -163,7 +176,7 @@ class ShardReader:
                 address,
                 size,
                 self._manifest.hashes[shard],
-                lambda draft: patiently(address, lambda: system.get_file(path, str(draft))),
+                lambda draft: patiently(address, lambda: system.get_file(path, str(draft)), draft),
             )
 
 
@@ -192,10 +205,14 @@ class ShardCache:
         try:
             cache = cls(str(settings["folder"]), float(settings["gigabytes"]))
             cache.folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
+            raise ManifestError(f"data.stream.cache={dict(settings)}: {error}; give gigabytes as a number") from error
+        except OSError as error:
             raise ManifestError(
-                f"data.stream.cache={dict(settings)}: {error}; give a folder on a local disk"
+                f"data.stream.cache.folder={cache.folder}: {unwritable(error, cache.folder)}"
             ) from error
+        if problem := output_problem(cache.folder):
+            raise ManifestError(f"data.stream.cache.folder={cache.folder}: {problem}")
         return cache
 
     def find(self, address: str, size: int) -> Path | None:
@@ -222,7 +239,7 @@ class ShardCache:
                 get(draft)
                 with draft.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                        raise StreamError(f"{address}: not the shard that the manifest lists; index the shards again")
+                        raise StreamError(f"{address}: not the shard that the manifest lists; {INDEX_AGAIN}")
                 draft.replace(path)
             finally:
                 draft.unlink(missing_ok=True)
@@ -244,8 +261,11 @@ class ShardCache:
                     path.unlink()
 
 
-def patiently(address: str, action: Callable[[], Found]) -> Found:
+def patiently(address: str, action: Callable[[], Found], copy: Path | None = None) -> Found:
     """Do something over a network, again after growing pauses where it fails.
+
+    Args:
+        copy: the file that is written on the way; what this machine's disk says is not said again.
 
     Raises:
         StreamError: it failed every time, or what is asked for is not there.
@@ -253,10 +273,15 @@ def patiently(address: str, action: Callable[[], Found]) -> Found:
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except (FileNotFoundError, PermissionError) as error:
-            raise StreamError(f"{address}: {type(error).__name__}; see that the shards lie there") from error
+        except FileNotFoundError as error:
+            raise StreamError(f"{address}: is not there; see that the shards lie there") from error
+        except PermissionError as error:
+            raise StreamError(f"{address}: access is refused; see that its server lets this machine in") from error
         except Exception as error:
             # Every file system of fsspec brings exceptions of its own.
+            if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
+                place = Path("." if copy is None else copy)
+                raise StreamError(f"{address}: its copy {place} {unwritable(error, place)}") from error
             if attempt == ATTEMPTS - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise StreamError(f"{address}: {reason}, {ATTEMPTS} times; see that it can be reached") from error

@@ -23,7 +23,7 @@ from vdtrain.data.decode import DecodeError, decode_into
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import Manifest, ManifestError, ShardRows
 from vdtrain.data.order import Integers, Order, Places, uniform
-from vdtrain.data.shards import ShardCache, ShardReader, StreamError
+from vdtrain.data.shards import INDEX_AGAIN, ShardCache, ShardReader, StreamError
 
 __all__ = ["PairStream", "StreamError"]
 
@@ -34,6 +34,8 @@ KEPT_ROWS = 4_000_000
 # Samples that a thread decodes in one go, at most; fewer where a batch would not keep all threads busy twice.
 CHUNK = 32
 CENTRE = (0.5, 0.5)
+DECODE = "index the shards again with `python -m data_pipeline index data.index.decode=true`"
+FETCH = "remove the shard, whose disk may have changed it, and download it again: `python -m data_pipeline download`"
 
 
 class PairStream:
@@ -131,9 +133,12 @@ class PairStream:
             self.replaced.update(batch.replaced)
             bad = sum(self.replaced.values())
             if bad > BAD_ALLOWANCE + self.bad_share * self._delivered:
+                remedy = f"raise data.stream.bad_share, or {DECODE}"
+                if self.manifest.decoded():
+                    remedy = f"all were decoded when they were indexed: raise data.stream.bad_share, or {FETCH}"
                 raise StreamError(
                     f"{bad} of {self._delivered} samples were bad ({dict(self.replaced)}), above "
-                    f"data.stream.bad_share={self.bad_share:g}; index the shards again with data.index.decode=true"
+                    f"data.stream.bad_share={self.bad_share:g}; {remedy}"
                 )
             yield batch
 
@@ -216,9 +221,15 @@ class PairStream:
             loading.captions[place] = rows.captions[row].as_py()
             return
         raise StreamError(
-            f"{self.manifest.shards[shard]}: {BAD_ALLOWANCE} samples in a row from number {sample} are bad; index the "
-            "shards again with data.index.decode=true"
+            f"{self.manifest.shards[shard]}: {BAD_ALLOWANCE} samples in a row from number {sample} are bad; "
+            f"{self._bad_remedy(shard)}"
         )
+
+    def _bad_remedy(self, shard: int) -> str:
+        """What to do about a shard of bad samples: an index passes over what it has seen as it is."""
+        if self.manifest.changed(shard):
+            return f"it was written to after it was indexed: {INDEX_AGAIN}"
+        return f"all of it was decoded when it was indexed: {FETCH}" if self.manifest.decoded(shard) else DECODE
 
     def _samples(self, shard: int) -> tuple[ShardRows, Integers]:
         """A shard's rows in the manifest, and int64 numbers of those that take part."""

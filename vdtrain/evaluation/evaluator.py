@@ -32,7 +32,7 @@ from vdtrain.evaluation.progress import SampleProgress
 from vdtrain.evaluation.report import log_to_wandb, print_table, write_metrics, write_sheet
 from vdtrain.evaluation.subject import Subject
 from vdtrain.evaluation_config import EvaluateConfig
-from vdtrain.files import FileRecord
+from vdtrain.files import FileRecord, check_output, write_text, written_whole
 from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import locate
 from vdtrain.pipeline import VersatileDiffusion
@@ -53,6 +53,7 @@ class Evaluator:
 
     def __init__(self, config: EvaluateConfig) -> None:
         _check(config)
+        check_output(Path(config.output_dir), f"output_dir={config.output_dir}")
         self.config = config
         self.subject = Subject.find(config.checkpoint, config.weights)
         flows = self.subject.flows(config.flows)
@@ -199,7 +200,8 @@ class Evaluator:
                 sheets.append(folder / f"{flow.name}.png")
                 write_sheet(sheets[-1], pairs.shown[flow.context], kept.shown[flow.output], flow.name)
             for texts in kept.captions.values():
-                (folder / f"{flow.name}.txt").write_text("".join(f"{' '.join(text.split())}\n" for text in texts))
+                with written_whole(folder / f"{flow.name}.txt", f"output_dir={folder}", overwrite=True) as draft:
+                    write_text(draft, "".join(f"{' '.join(text.split())}\n" for text in texts))
         written = write_metrics(folder, result)
         print_table(result)
         for path in (written, *sheets):
@@ -248,4 +250,9 @@ def _inception_file(config: EvaluateConfig) -> FileRecord | None:
 
 def _reference(config: EvaluateConfig) -> Statistics | None:
     path = None if config.fid.reference is None else Path(config.fid.reference)
-    return read_reference(path, WIDTH) if path is not None and path.exists() else None
+    if path is None:
+        return None
+    if path.exists():
+        return read_reference(path, WIDTH)
+    check_output(path.parent, f"fid.reference={path}")
+    return None

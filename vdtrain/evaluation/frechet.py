@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.files import written_whole
+from vdtrain.system_errors import unreadable
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def read_reference(path: Path, width: int) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{place}: {unreadable(error, path)}") from error
+    except (ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{place}: no npz file with mu and sigma ({reason}); remove it to have it made") from error
     if mean.shape != (width,) or covariance.shape != (width, width):

@@ -17,6 +17,7 @@ from vdtrain.data.stream import StreamError
 from vdtrain.evaluation.parts import Part
 from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.instantiate import find_target, instantiate
+from vdtrain.training.phase_stream import data_problem
 
 # What `data.stream` says for training and means otherwise here, where a stream takes it: every picture once, as it is.
 ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
@@ -54,7 +55,7 @@ class Pairs:
         try:
             batch = next(iter(stream))
         except (StreamError, ManifestError, OSError) as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(data_problem(error, self.config.data.manifest)) from error
         finally:
             stream.close()
         order = torch.argsort(batch.positions)
@@ -78,7 +79,7 @@ class Pairs:
                 workers=config.loader_workers,
             )
         except (ManifestError, StreamError, OSError) as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(data_problem(error, config.data.manifest)) from error
         return stream
 
 

@@ -9,6 +9,7 @@ A part is the same whichever process makes it, and on whatever number of them.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from vdtrain.compose import ConfigError
 from vdtrain.files import write_text, written_whole
+from vdtrain.system_errors import system_error, unreadable
 
 SETTINGS_FILE, FOLDER = "settings.json", "parts"
 PAIRS = "pairs"
@@ -73,13 +75,17 @@ class Parts:
         place, path = f"output_dir={self.folder}", self.folder / SETTINGS_FILE
         now = json.loads(json.dumps(settings))
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             with written_whole(path, place) as draft:
                 write_text(draft, json.dumps(now, indent=2) + "\n")
             return
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{place}: {SETTINGS_FILE} cannot be read ({error}); give another folder") from error
+        except OSError as error:
+            raise ConfigError(f"{place}: {SETTINGS_FILE} {unreadable(error, path, 'give another folder')}") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{place}: {SETTINGS_FILE} is damaged ({error}); give another folder, or remove {self.folder}"
+            ) from error
         for name in now:
             if before.get(name) != now[name]:
                 raise ConfigError(
@@ -132,8 +138,11 @@ class Parts:
                         captions.setdefault(key, []).extend(texts[: len(part)])
                     if part.number == 0:
                         shown |= {key.removeprefix("shown/"): file.get_tensor(key) for key in _shown(file)}
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ConfigError(f"{path}: cannot be read ({error}); remove it, and evaluate again") from error
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                found = system_error(error)
+                if found is not None and found.errno not in (None, errno.ENOENT):
+                    raise ConfigError(f"{path}: {unreadable(found, path, 'see that it can be read')}") from error
+                raise ConfigError(f"{path}: is gone or damaged ({error}); remove it, and evaluate again") from error
         shown |= {key: texts[:SHOWN] for key, texts in captions.items()}
         return Kept({feature: torch.cat(gathered) for feature, gathered in rows.items()}, captions, shown)
 

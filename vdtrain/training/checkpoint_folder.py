@@ -57,7 +57,7 @@ def candidates(folder: Path) -> list[Path]:
     found = [match for entry in folder.iterdir() if (match := pattern.fullmatch(entry.name))]
     found.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
     try:
-        latest = (folder / LATEST_FILE).read_text().strip()
+        latest = (folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         latest = ""
     return sorted((folder / match[0] for match in found), key=lambda path: path.name != latest)

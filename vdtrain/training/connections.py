@@ -38,14 +38,14 @@ def connection_problem(error: BaseException) -> str | None:
         return _lost()
     if late := LATE.search(text):
         return (
-            f"another process did not answer within {int(late[1]) / 1000:g} s, though the connection stands; see in its "
-            "log where it stands still, then run the same command again"
+            f"another process did not answer within {int(late[1]) / 1000:g} s, though it has not ended; see in its log "
+            "where it stands still, then run the same command again"
         )
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if absent := ABSENT.search(text):
         return (
-            f"MASTER_ADDR={address}, MASTER_PORT={port}: {absent[2]} of {absent[3]} processes came within {absent[1]} s; "
-            "start all of them with this address"
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: {absent[2]} of {absent[3]} processes came within {absent[1]} "
+            "s; start all of them with this address"
         )
     if TAKEN.search(text):
         return f"MASTER_PORT={port}: another program listens there; give another one, with `--master-port` for torchrun"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import socket
 import sys
 from dataclasses import dataclass

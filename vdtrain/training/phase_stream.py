@@ -7,6 +7,7 @@ from pathlib import Path
 from vdtrain.config import TrainConfig
 from vdtrain.data.batch import BatchStream
 from vdtrain.instantiate import instantiate
+from vdtrain.system_errors import said
 
 
 def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, step: int = 0) -> BatchStream:
@@ -35,3 +36,10 @@ def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, 
         **cached,
     )
     return stream
+
+
+def data_problem(error: Exception, manifest: str) -> str:
+    """What an error of `open_stream`, or of its batches, says in a line."""
+    if isinstance(error, OSError):
+        return f"data.manifest={manifest}: {said(error)}"
+    return " ".join(str(error).split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -147,8 +146,6 @@ def room(config: TrainConfig, start: Start, step: int) -> Finding:
     size = checkpoint_size(config, start)
     run_dir = Path(config.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return Finding(ERROR, f"run_dir={config.run_dir}: {place} cannot be written; choose another folder")
     free, number = shutil.disk_usage(place).free, _checkpoints_to_come(config, step, config.checkpoint.keep)
     sizes = f"{number} checkpoints of {size / GB:.2f} GB"
     if number * size <= free:
@@ -208,13 +205,13 @@ def tracking(config: TrainConfig) -> Finding:
 def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
     """A line on each phase whose stream cannot be opened; no sample is read."""
     from vdtrain.data.stream import StreamError
-    from vdtrain.training.phase_stream import open_stream
+    from vdtrain.training.phase_stream import data_problem, open_stream
 
     for index in range(len(config.stage.phases)):
         try:
             stream = open_stream(config, index, rank=0, world_size=ranks)
         except (ManifestError, StreamError, ConfigError, OSError) as error:
-            yield Finding(ERROR, f"stage.phases.{index}: {' '.join(str(error).split())}")
+            yield Finding(ERROR, f"stage.phases.{index}: {data_problem(error, config.data.manifest)}")
         else:
             stream.close()
 

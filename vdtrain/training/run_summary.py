@@ -160,7 +160,7 @@ def _tracked(folder: Path, tracking: TrackingConfig | None) -> str | None:
             else "offline: nothing written yet"
         )
     try:
-        return (folder / WANDB_URL_FILE).read_text().strip()
+        return (folder / WANDB_URL_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return f"online: project {tracking.project}"
 

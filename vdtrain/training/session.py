@@ -17,7 +17,7 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.system_errors import unwritable
+from vdtrain.system_errors import said, unwritable
 from vdtrain.training import distributed
 from vdtrain.training.checkpoints import CheckpointError
 from vdtrain.training.connections import connection_problem
@@ -157,5 +157,5 @@ def _line(error: Exception, rank: int) -> str | None:
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):
         return f"process {rank}: {text}"
-    problem = connection_problem(error)
+    problem = said(error) if isinstance(error, OSError) else connection_problem(error)
     return None if problem is None else f"process {rank}: {problem}"

@@ -112,7 +112,7 @@ class Tracker:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records of a run; lines cut short by a kill are left out."""
     path = run_dir / METRICS_FILE
-    return _records(path.read_text().splitlines() if path.exists() else [])
+    return _records(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [])
 
 
 def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:

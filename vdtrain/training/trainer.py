@@ -36,7 +36,7 @@ from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine, StepReport
 from vdtrain.training.frozen_record import frozen_contents
 from vdtrain.training.meters import Interval
-from vdtrain.training.phase_stream import open_stream
+from vdtrain.training.phase_stream import data_problem, open_stream
 from vdtrain.training.preemption import StopSignal
 from vdtrain.training.prefetch import Prefetcher
 from vdtrain.training.reporter import Reporter
@@ -188,7 +188,7 @@ class Trainer:
                 step=self.state.phase_step,
             )
         except (ManifestError, StreamError, OSError) as error:
-            failure = str(error)
+            failure = data_problem(error, config.data.manifest)
         distributed.raise_if_any(failure)
         assert stream is not None
         identity = getattr(stream, "identity", "")
