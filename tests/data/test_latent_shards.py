@@ -182,7 +182,7 @@ def test_a_file_of_another_shard_is_not_read(written: tuple[Manifest, Path, list
     with pytest.raises(StreamError, match="not the latents of its shard"):
         LatentShards(folder, found, RESOLUTION).is_bad(1, 1)
     files[2].unlink()
-    with pytest.raises(ManifestError, match=r"lacks the latents of 1 of 3 shards; make them with python -m data_pip"):
+    with pytest.raises(ManifestError, match=r"lacks the latents of 1 of 3 shards; make them with `python -m data_pip"):
         LatentShards(folder, found, RESOLUTION)
 
 

@@ -1,0 +1,643 @@
+"""Every remedy that an error names is tried: its cause is made, the command names it, the remedy is done, and it works.
+
+A row of the table is a command, what is done to its surroundings, what it then says, and what the message asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_pipeline.__main__ import main as data_pipeline_main
+from tests.evaluation.test_evaluate import write_checkpoint
+from tests.pairs import write_shard
+from vdtrain.cli import main as vdtrain_main
+from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
+from vdtrain.data.stream import PairStream, StreamError
+from vdtrain.flows import all_flows
+from vdtrain.run_folder import main as run_folder_main
+from vdtrain.training.restarts import main as restarts_main
+
+MAINS: dict[str, Callable[[list[str]], int]] = {
+    "vdtrain": vdtrain_main,
+    "data_pipeline": data_pipeline_main,
+    "vdtrain.run_folder": run_folder_main,
+    "vdtrain.training.restarts": restarts_main,
+}
+ROOT = Path(__file__).parents[1]
+IDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class World:
+    """A folder with data, a checkpoint and pictures, in which commands are typed."""
+
+    folder: Path
+    mounts: list[Path] = field(default_factory=list)
+    protected: list[Path] = field(default_factory=list)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def type(self, *words: str) -> tuple[int, str]:
+        """Run a command as typed; its exit status and what it said on standard error."""
+        program, *rest = words[2:] if words[:2] == ("python", "-m") else words
+        said = io.StringIO()
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            status = MAINS[program]([word.replace("FOLDER", str(self.folder)) for word in rest])
+        return status, said.getvalue()
+
+    def shell(self, command: str) -> None:
+        done = subprocess.run(["bash", "-c", command], cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def mount(self, folder: Path, options: str) -> None:
+        """A disk of its own, for a test that fills it or forbids to write it."""
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode != 0:
+            pytest.skip("no right to mount a file system here")
+        self.mounts.append(folder)
+
+    def protect(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        if subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode != 0:
+            pytest.skip("this file system cannot protect a folder")
+        self.protected.append(folder)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("origin")
+    for source in ("laion2b_en", "coyo700m"):
+        (folder / "shards" / source).mkdir(parents=True)
+        write_shard(folder / "shards" / source / "00000.tar", 16, seed=len(source))
+    assert data_pipeline_main(["index", "data=shapes", f"data.root={folder}"]) == 0
+    write_checkpoint(folder / "model", all_flows(["image", "text"]))
+    Image.new("RGB", (32, 32), "red").save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture
+def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in IDS]:
+        monkeypatch.delenv(name)
+    shutil.copytree(origin, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    made = World(tmp_path / "w")
+    yield made
+    for folder in made.protected:
+        subprocess.run(["chattr", "-i", folder], capture_output=True, check=False)
+    for folder in reversed(made.mounts):
+        subprocess.run(["umount", folder], check=True)
+
+
+def one_line(said: str) -> str:
+    """The error that a command said, of which there is exactly one, in exactly one line."""
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, said
+    assert re.match(r"error: |not requeued: ", lines[0]), said
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+def quoted(line: str) -> list[str]:
+    """The commands that a line names."""
+    return re.findall(r"`([^`]+)`", line)
+
+
+# --- folders for results ---------------------------------------------------------------------------------------------
+
+SAMPLER = ["checkpoint=FOLDER/model", "resolution=32", "steps=1", "threads=1"]
+DATA = ["data=shapes", "data.root=FOLDER"]
+TRAIN = ["stage.init_from=null", "model=tiny", *DATA, "hardware=cpu", "tracking=none"]
+PICTURES = ["data.shapes.pictures=12", "data.shapes.pixels=32"]
+# Every command that writes, with OUT as the folder.
+WRITERS: dict[str, list[str]] = {
+    "sample": ["vdtrain", "sample", *SAMPLER, "flow=text-to-image", "inputs=[a]", "output_dir=OUT"],
+    "blend": ["vdtrain", "blend", *SAMPLER, "contexts=[{text: a}]", "output_dir=OUT"],
+    "edit": ["vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a", "output_dir=OUT"],
+    "evaluate": [
+        *["vdtrain", "evaluate", *SAMPLER, *DATA, "flows=[text-to-text]", "samples=2", "part_samples=2"],
+        *["loader_workers=1", "output_dir=OUT"],
+    ],
+    "export": ["vdtrain", "weights", "export", "safetensors", "OUT/weights", "checkpoint=FOLDER/model"],
+    "preflight": [*["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN], "run_dir=OUT"],
+    "shapes": ["python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES, "data.shapes.folder=OUT"],
+    "select": ["python", "-m", "data_pipeline", "select", *DATA, "data.select.scratch=OUT"],
+    "selected": ["python", "-m", "data_pipeline", "select", *DATA, "data.sources.coyo700m.selected=OUT"],
+    "index": ["python", "-m", "data_pipeline", "index", *DATA, "data.manifest=OUT"],
+    "latents": [
+        *["python", "-m", "data_pipeline", "latents", *DATA, "model=tiny", "hardware=cpu"],
+        *["data.latent_cache.resolutions=[32]", "data.latent_cache.folder=OUT"],
+    ],
+    "inspect": ["python", "-m", "data_pipeline", "inspect", *DATA, "data.inspect.output=OUT/sheet.png"],
+}
+FOLDER_CAUSES = ("is a file", "lies below a file")
+
+
+def with_output(name: str, folder: str) -> list[str]:
+    return [word.replace("OUT", folder) for word in WRITERS[name]]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_output_that_is_a_file_or_below_one_is_said_before_work(world: World, name: str) -> None:
+    if name in ("select", "selected"):
+        assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
+    (world / "in the way").write_text("mine")
+    before = sorted(world.folder.rglob("*"))
+    for place in ("FOLDER/in the way", "FOLDER/in the way/deeper"):
+        status, said = world.type(*with_output(name, place))
+        line = one_line(said)
+        assert status == 2, line
+        assert f"{world / 'in the way'} is a file, not a folder); move {world / 'in the way'} away, or choose " in line
+        assert sorted(world.folder.rglob("*")) == before
+    assert (world / "in the way").read_text() == "mine"
+    (world / "in the way").rename(world / "away")
+    status, said = world.type(*with_output(name, "FOLDER/in the way/deeper"))
+    assert status == 0, said
+
+
+def full(world: World) -> str:
+    world.mount(world / "disk", "size=16k")
+    (world / "disk" / "fill").write_bytes(bytes(12 << 10))
+    with pytest.raises(OSError, match="No space"), (world / "disk" / "more").open("wb") as file:
+        file.write(bytes(1 << 20))
+    return "No space left on device); make room, or choose another place"
+
+
+def make_room(world: World, line: str) -> None:
+    world.shell(f"mount -o remount,size=1g '{world / 'disk'}'")
+
+
+def without_inodes(world: World) -> str:
+    world.mount(world / "disk", "size=1g,nr_inodes=3")
+    for name in "ab":
+        (world / "disk" / name).touch()
+    return "no more files fit on its disk, whatever their size); remove files there (`df -i"
+
+
+def remove_files(world: World, line: str) -> None:
+    world.shell(quoted(line)[0])
+    world.shell("rm disk/a disk/b; mount -o remount,nr_inodes=1000 disk")
+
+
+def read_only(world: World) -> str:
+    world.mount(world / "disk", "size=1g,ro")
+    return "its file system is read-only); mount it for writing (`mount -o remount,rw "
+
+
+def protected(world: World) -> str:
+    world.protect(world / "disk")
+    return f"{world / 'disk'} is protected); take the protection away (`lsattr -d {world / 'disk'}`, `chattr -ia "
+
+
+def unmounted(world: World) -> str:
+    (world / "disk").symlink_to(world / "scratch")
+    return f"{world / 'disk'} leads to {world / 'scratch'}, which is not there); mount its disk, or remove the link"
+
+
+def in_a_circle(world: World) -> str:
+    (world / "disk").symlink_to(world / "disk")
+    return "its links lead in a circle); mend the links (`namei -l"
+
+
+def typed(world: World, line: str) -> None:
+    """All commands of the line, as they stand there."""
+    for command in quoted(line):
+        world.shell(command)
+
+
+def mend(world: World, line: str) -> None:
+    (world / "disk").unlink()
+
+
+# Cause, and remedy, of a folder called disk.
+FOLDERS: dict[str, tuple[Callable[[World], str], Callable[[World, str], None]]] = {
+    "full": (full, make_room),
+    "no inodes": (without_inodes, remove_files),
+    "read-only": (read_only, typed),
+    "protected": (protected, typed),
+    "unmounted": (unmounted, lambda world, line: (world / "scratch").mkdir()),
+    "circle": (in_a_circle, mend),
+}
+
+
+@pytest.mark.parametrize("cause", FOLDERS)
+@pytest.mark.parametrize("name", ["shapes", "preflight"])
+def test_each_cause_of_a_folder_that_cannot_be_written_has_its_own_remedy(world: World, cause: str, name: str) -> None:
+    make, remedy = FOLDERS[cause]
+    expected = make(world)
+    status, said = world.type(*with_output(name, "FOLDER/disk/out"))
+    line = one_line(said)
+    assert status == 2
+    assert expected in line
+    assert ("make room" in line) == (cause == "full")
+    remedy(world, line)
+    status, said = world.type(*with_output(name, "FOLDER/disk/out"))
+    assert status == 0, said
+
+
+def test_another_place_and_a_shorter_name_are_remedies(world: World) -> None:
+    status, said = world.type(*with_output("shapes", "FOLDER/" + "n" * 300))
+    assert status == 2
+    assert "cannot be written (the name is too long); choose a shorter name, or choose another place" in one_line(said)
+    assert world.type(*with_output("shapes", "FOLDER/" + "n" * 30))[0] == 0
+
+
+def test_a_disk_that_fills_while_results_are_written_is_one_line_and_leaves_nothing(world: World) -> None:
+    world.mount(world / "disk", "size=200k")
+    words = ["vdtrain", "weights", "export", "safetensors", "FOLDER/disk/out", "checkpoint=FOLDER/model"]
+    status, said = world.type(*words)
+    assert status == 2
+    assert "output=" in one_line(said)
+    assert "No space left on device); make room, or choose another place" in said
+    assert list((world / "disk").iterdir()) == []
+    make_room(world, said)
+    assert world.type(*words)[0] == 0
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+LATENTS = [word.replace("OUT", "FOLDER/latents") for word in WRITERS["latents"]]
+INDEX = ["python", "-m", "data_pipeline", "index", *DATA]
+
+
+def shard(world: World) -> Path:
+    return world / "shards/laion2b_en/00000.tar"
+
+
+def remove_shard(world: World) -> None:
+    shard(world).rename(world / "moved.tar")
+
+
+def bring_back(world: World, line: str) -> None:
+    (world / "moved.tar").rename(shard(world))
+
+
+def index_again(world: World, line: str) -> None:
+    assert "python -m data_pipeline index" in quoted(line)
+    assert world.type(*INDEX)[0] == 0
+
+
+def unmount_shards(world: World) -> None:
+    (world / "shards").rename(world / "elsewhere")
+
+
+def mount_shards(world: World, line: str) -> None:
+    (world / "elsewhere").rename(world / "shards")
+
+
+def shorten_shard(world: World) -> None:
+    with tarfile.open(shard(world)) as tar:
+        members = [(each, tar.extractfile(each)) for each in tar.getmembers()[:6]]
+        with tarfile.open(world / "short.tar", "w") as short:
+            for member, content in members:
+                short.addfile(member, content)
+    (world / "short.tar").replace(shard(world))
+    (world / "shards/laion2b_en/00000_stats.json").write_text('{"status_dict": {"success": 2}}')
+
+
+def make_manifest_anew(world: World, line: str) -> None:
+    assert f"remove the folder {world / 'manifest'} and make it anew" in line
+    shutil.rmtree(world / "manifest")
+    index_again(world, line)
+
+
+def cut_manifest(world: World) -> None:
+    file = world / "manifest" / SHARDS_FILE
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def older_manifest(world: World) -> None:
+    table = read_shards(world / "manifest").drop_columns(["sides"])
+    pq.write_table(table, world / "manifest" / SHARDS_FILE)
+
+
+def lose_samples(world: World) -> None:
+    next((world / "manifest").glob("samples-*.parquet")).unlink()
+
+
+def make_latents(world: World) -> Path:
+    assert world.type(*LATENTS)[0] == 0
+    return next((world / "latents/32").glob("*.safetensors"))
+
+
+def damage_description(world: World) -> None:
+    make_latents(world)
+    (world / "latents/32/latents.json").write_text("{")
+
+
+def remove_latents(world: World, line: str) -> None:
+    assert f"remove {world / 'latents/32'}" in line
+    shutil.rmtree(world / "latents/32")
+
+
+MANIFEST = "data.manifest=FOLDER/manifest: "
+DATA_CASES: dict[str, tuple[Callable[[World], object], str, Callable[[World, str], None]]] = {
+    "a shard is gone, and comes back": (
+        remove_shard,
+        "00000.tar: is not there; bring it back, or index the shards again",
+        bring_back,
+    ),
+    "a shard is gone": (remove_shard, "00000.tar: is not there; bring it back, or index the shards again", index_again),
+    "the shards' disk is not mounted": (
+        unmount_shards,
+        "there is no folder FOLDER/shards); mount its disk, or bring the folder back",
+        mount_shards,
+    ),
+    "a shard was made anew, shorter": (
+        shorten_shard,
+        "00000.tar: shorter than its manifest says; index the shards again",
+        index_again,
+    ),
+    "there is no manifest": (
+        lambda world: shutil.rmtree(world / "manifest"),
+        f"{MANIFEST}shards.parquet is not there; make it with `python -m data_pipeline index`",
+        index_again,
+    ),
+    "the manifest is damaged": (cut_manifest, f"{MANIFEST}shards.parquet cannot be read", make_manifest_anew),
+    "the manifest is of another layout": (
+        older_manifest,
+        f"{MANIFEST}shards.parquet is of another",
+        make_manifest_anew,
+    ),
+    "a file of samples is gone": (lose_samples, f"{MANIFEST}samples-00000.parquet is not there; run `", index_again),
+    "latents are of nobody knows what": (
+        damage_description,
+        "latents.json cannot be used",
+        remove_latents,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA_CASES)
+def test_the_index_is_the_remedy_only_where_shards_changed(world: World, name: str) -> None:
+    cause, expected, remedy = DATA_CASES[name]
+    cause(world)
+    status, said = world.type(*LATENTS)
+    line = one_line(said)
+    assert status == 2
+    assert expected.replace("FOLDER", str(world.folder)) in line
+    remedy(world, line)
+    status, said = world.type(*LATENTS)
+    assert status == 0, said
+
+
+def test_a_manifest_that_is_a_file_is_asked_for_as_a_folder(world: World) -> None:
+    words = ["vdtrain", "evaluate", *SAMPLER, *DATA, "samples=2", "part_samples=2", "flows=[text-to-text]"]
+    words.append("loader_workers=1")
+    status, said = world.type(*words, "data.manifest=FOLDER/manifest/shards.parquet")
+    assert status == 2
+    assert one_line(said).endswith("shards.parquet: is a file; give the folder that holds shards.parquet")
+    assert world.type(*words, "data.manifest=FOLDER/manifest")[0] == 0
+
+
+def test_too_many_open_files_is_no_matter_of_the_index(world: World) -> None:
+    def opened() -> PairStream:
+        stream = PairStream(world / "manifest", seed=0, resolution=32, global_batch_size=4, workers=1)
+        stream.rows_at(np.arange(32))
+        return stream
+
+    stream = opened()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    spare = [os.dup(0) for _ in range(highest)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+    try:
+        with pytest.raises(StreamError) as failure:
+            next(iter(stream))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in spare:
+            os.close(descriptor)
+        stream.close()
+    line = str(failure.value)
+    assert re.search(r"00000\.tar: cannot be read \(too many open files, the limit is \d+\); raise the limit", line)
+    (command,) = quoted(line)
+    assert "index" not in line
+    world.shell(f"{command} && exec 50</dev/null")
+    again = opened()
+    assert len(next(iter(again)).positions) == 4
+    again.close()
+
+
+def overwrite_pictures(world: World, keep_time: bool) -> None:
+    """Zeros where the pictures of a shard were, as a disk leaves them."""
+    found = Manifest(world / "manifest")
+    number = found.paths.index(next(path for path in found.paths if "laion2b_en" in path))
+    rows, status = found.rows(number), shard(world).stat()
+    with shard(world).open("r+b") as file:
+        for offset, size in zip(rows.offset.tolist(), rows.size.tolist(), strict=True):
+            file.seek(offset)
+            file.write(bytes(size))
+    if keep_time:
+        os.utime(shard(world), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+EVALUATE = ["vdtrain", "evaluate", *SAMPLER, *DATA, "samples=24", "part_samples=24", "flows=[text-to-text]"]
+
+
+@pytest.mark.parametrize("kind", ["written since", "not decoded", "decoded"])
+def test_pictures_that_cannot_be_decoded_name_the_index_only_where_it_looks_again(world: World, kind: str) -> None:
+    words = [*EVALUATE, "loader_workers=1", "output_dir=FOLDER/out"]
+    good = shard(world).read_bytes()
+    if kind == "decoded":
+        assert world.type(*INDEX, "data.index.decode=true")[0] == 0
+    overwrite_pictures(world, keep_time=kind != "written since")
+    status, said = world.type(*words)
+    line = one_line(said)
+    assert status == 1
+    assert "10 samples in a row" in line
+    if kind == "written since":
+        assert "it was written to after it was indexed: index the shards again" in line
+        # The headers are gone too, so that the index sees what has become of the shard.
+        index_again(world, line)
+    elif kind == "not decoded":
+        assert quoted(line) == ["python -m data_pipeline index data.index.decode=true"]
+        assert world.type(*INDEX, "data.index.decode=true")[0] == 0
+    else:
+        # An index would pass over what it has seen and decoded.
+        assert world.type(*INDEX, "data.index.decode=true")[0] == 0
+        assert one_line(world.type(*words)[1]) == line
+        assert "remove the shard, whose disk may have changed it, and download it again" in line
+        shard(world).unlink()
+        shard(world).write_bytes(good)
+        assert world.type(*INDEX)[0] == 0
+    status, said = world.type(*words, "samples=16", "part_samples=16", "output_dir=FOLDER/other")
+    assert status == 0, said
+
+
+# --- texts that are not UTF-8, numbers that are none -----------------------------------------------------------------
+
+
+def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:
+    assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
+    (world / "blocked urls.txt").write_bytes("http://café.example/1\n".encode("cp1252"))
+    words = [*with_output("select", "FOLDER/scratch"), "data.select.block_lists.url=['FOLDER/blocked urls.txt']"]
+    status, said = world.type(*words)
+    assert status == 2
+    assert "data.select.block_lists.url: " in said
+    assert "is not UTF-8 (byte 0xe9)" in said
+    typed(world, one_line(said))
+    assert (world / "blocked urls.txt").read_text(encoding="utf-8") == "http://café.example/1\n"
+    assert world.type(*words)[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"name: caf\xe9\n", b"name: [tiny\nb: 1\n"], ids=["latin-1", "no YAML"])
+def test_a_configuration_of_ones_own_that_cannot_be_read_is_named(world: World, content: bytes) -> None:
+    (world / "conf/tracking").mkdir(parents=True)
+    own = world / "conf/tracking/own.yaml"
+    own.write_bytes(content)
+    words = ["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN, "tracking=own"]
+    words.append("hydra.searchpath=[FOLDER/conf]")
+    status, said = world.type(*words)
+    line = one_line(said)
+    assert status == 2
+    assert str(own) in line
+    if b"\xe9" in content:
+        typed(world, line)
+        assert own.read_text(encoding="utf-8") == "name: café\n"
+    else:
+        assert f"{own}, line 2: is no YAML" in line
+    own.write_text((ROOT / "conf/tracking/none.yaml").read_text())
+    status, said = world.type(*words)
+    assert status == 0, said
+
+
+def test_records_with_bytes_that_are_no_text_are_passed_over(world: World) -> None:
+    run = world / "run"
+    run.mkdir()
+    for name in ("metrics.jsonl", "restarts.jsonl", "wandb_url"):
+        (run / name).write_bytes(b'\xff\xfe\x00{"step"\n')
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_bytes(b"\xff")
+    assert world.type("vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN, "run_dir=FOLDER/run")[0] == 0
+    status, said = world.type("python", "-m", "vdtrain.training.restarts", str(run))
+    assert status == 3
+    assert "the trainer has not begun there" in one_line(said)
+
+
+ENVIRONMENTS = [
+    {"RANK": "abc"},
+    {"LOCAL_RANK": "-1"},
+    {"WORLD_SIZE": "0"},
+    {"MASTER_PORT": "29500/tcp"},
+    {"SLURM_STEP_ID": "batch"},
+    {"SLURM_PROCID": "x"},
+    {"SLURM_LOCALID": "²"},
+    {"SLURM_NTASKS": "2(x3)"},
+    {"SLURM_JOB_ID": "4711_1"},
+    {"SLURM_RESTART_COUNT": "x"},
+]
+VERBS_ON_RANKS = (["vdtrain", "train"], ["vdtrain", "evaluate"], ["python", "-m", "data_pipeline", "latents"])
+
+
+@pytest.mark.parametrize("variables", ENVIRONMENTS, ids=str)
+def test_ids_that_are_no_numbers_are_said_before_work(
+    world: World, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((name, value),) = variables.items()
+    for words in VERBS_ON_RANKS:
+        monkeypatch.setenv(name, value)
+        status, said = world.type(*words, "--cfg", "job")
+        line = one_line(said)
+        assert status == 2
+        assert line.startswith(f"error: launcher: {name}={value}: not a number from ")
+        assert quoted(line) == [f"unset {name}"]
+        monkeypatch.delenv(name)
+        assert world.type(*words, "--cfg", "job")[0] == 0
+
+
+def test_a_rank_beyond_the_number_of_processes_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(IDS, ("2", "0", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert "RANK=2: 2 processes count from 0" in one_line(world.type("vdtrain", "train", "--cfg", "job")[1])
+    monkeypatch.setenv("RANK", "1")
+    assert world.type("vdtrain", "train", "--cfg", "job")[0] == 0
+
+
+def test_a_requeueing_is_refused_in_a_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world / "run").write_text("no folder")
+    status, said = world.type("python", "-m", "vdtrain.training.restarts", "FOLDER/run")
+    assert status == 3
+    one_line(said)
+
+
+def test_a_picture_that_is_a_folder_or_text_is_asked_for_as_a_picture(world: World) -> None:
+    (world / "notes.png").write_text("no picture")
+    for file, reason in (
+        ("model", "is a folder, not a file"),
+        ("notes.png", "cannot identify"),
+        ("none.png", "No such"),
+    ):
+        status, said = world.type("vdtrain", "edit", *SAMPLER, f"inputs=[{file}]", "add=a")
+        assert status == 2
+        assert reason in one_line(said)
+    assert world.type("vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a")[0] == 0
+    assert np.asarray(Image.open(world / "samples/0000.png")).shape == (32, 32, 3)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+SHORT = ["stage=stage1_single_flow", "stage.global_batch_size=2", "hardware.micro_batch_size={32:1,64:1}"]
+SHORT += ["stage.phases=[{resolution:32,samples:4}]", "checkpoint.every_steps=1", "log_every_steps=1"]
+
+
+def start(world: World, *words: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """`vdtrain train` in a process of its own."""
+    given = [word.replace("FOLDER", str(world.folder)) for word in (*SHORT, *TRAIN, *words)]
+    environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vdtrain.train", *given]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_run_whose_disk_is_full_asks_for_room_and_goes_on_with_it(world: World) -> None:
+    world.mount(world / "disk", "size=10m")
+    first = start(world, "run_dir=FOLDER/disk/run")
+    said = first.communicate()[1]
+    assert first.returncode == 1
+    line = one_line(said)
+    assert "the checkpoint of step 2 was not saved: process 0: cannot be written (No space left on device)" in line
+    assert line.endswith("; make room, then run the same command again")
+    make_room(world, line)
+    second = start(world, "run_dir=FOLDER/disk/run")
+    assert second.wait() == 0, second.communicate()[1]
+
+
+def test_a_port_that_is_taken_is_named_and_another_one_is_the_remedy(world: World) -> None:
+    def launch(rank: int, port: int) -> subprocess.Popen[str]:
+        place = ("RANK", str(rank)), ("LOCAL_RANK", str(rank)), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")
+        return start(world, "run_dir=FOLDER/run", variables={**dict(place), "MASTER_PORT": str(port)})
+
+    with socket.socket() as taken, socket.socket() as free:
+        taken.bind(("", 0))
+        taken.listen()
+        free.bind(("127.0.0.1", 0))
+        other = free.getsockname()[1]
+        first = launch(0, taken.getsockname()[1])
+        said = first.communicate()[1]
+        assert first.returncode == 1
+        expected = f"error: process 0: MASTER_PORT={taken.getsockname()[1]}: another program listens there; give another"
+        assert one_line(said).startswith(expected)
+        assert "lost" not in said
+    both = [launch(rank, other) for rank in range(2)]
+    assert [each.communicate()[1] for each in both] == ["", ""]
+    assert [each.returncode for each in both] == [0, 0]
