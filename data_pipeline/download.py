@@ -114,14 +114,16 @@ def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> di
         selection = read_selection(folder)
         if selection is None:
             raise ConfigError(
-                f"data.sources.{name}.selected={folder}: no selection.json there; run python -m data_pipeline select"
+                f"data.sources.{name}.selected={folder}: no selection.json there; run `python -m data_pipeline select`"
             )
         parts[name] = []
         for number, file in enumerate(selection.files(folder)):
             wanted = config.parts is None or number in config.parts
             if wanted and place % config.tasks == config.task:
                 if not file.exists():
-                    raise ConfigError(f"data.sources.{name}.selected: {file} is missing; run select again")
+                    raise ConfigError(
+                        f"data.sources.{name}.selected: {file} is missing; run `python -m data_pipeline select` again"
+                    )
                 parts[name].append(Part.of(name, file, Path(source.shards), config.samples_per_shard))
             known.add(number)
             place += 1

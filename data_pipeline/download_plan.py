@@ -81,7 +81,12 @@ class Record:
                 raise ConfigError(f"{part.folder}: shards without {self.file.name}; remove them to download anew")
             self._write()
             return
-        earlier = json.loads(self.file.read_text(encoding="utf-8"))
+        try:
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.file}: is damaged ({error}); remove it and {part.folder} to download anew"
+            ) from error
         changed = [
             f"data.sources.{part.source}.selected" if key == "selected" else f"data.download.{key}"
             for key in self.plan

@@ -142,7 +142,7 @@ def _check_found(
     if not tasks:
         places = ", ".join(map(str, sources.values()))
         reason = f"none of {unfinished:,} .tar has finished its download" if unfinished else "no .tar"
-        raise ShardError(f"data.sources: {reason} in {places}; run the download first")
+        raise ShardError(f"data.sources: {reason} in {places}; run `python -m data_pipeline download` first")
     listed = Counter(before["source"].to_pylist())
     for source, folder in sources.items():
         # A disk that is not mounted looks like shards that were removed.

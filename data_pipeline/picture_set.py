@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -73,9 +74,11 @@ def write_picture_set(config: ShapesConfig) -> None:
     folder = Path(config.folder)
     settings = {"pictures": config.pictures, "pixels": config.pixels, "seed": config.seed, "port": config.port}
     marker = folder / COMPLETE_FILE
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
-        print(f"{folder}: complete")
-        return
+    # A damaged one is none.
+    with suppress(ValueError):
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
+            print(f"{folder}: complete")
+            return
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(config.seed)

@@ -35,7 +35,9 @@ def prepare(
     plan = {"plans": {name: fingerprint(each) for name, each in planned.items()}, "unit_rows": unit_rows}
     earlier: dict[str, Any] = {"plan": {}, "folders": [], "cleared": False}
     if record.exists():
-        earlier = json.loads(record.read_text(encoding="utf-8"))
+        # A damaged one is none.
+        with suppress(ValueError):
+            earlier = json.loads(record.read_text(encoding="utf-8"))
     begun = {str(folder) for folder in folders.values()}
     if earlier["plan"] == plan and earlier["cleared"] and begun <= {*earlier["folders"]}:
         return

@@ -103,11 +103,12 @@ def _outdated(
     wanted = []
     for name, source in data.sources.items():
         selection = earlier[name]
-        if selection is not None and selection.fingerprint == fingerprint(planned[name]):
+        same = selection is not None and selection.fingerprint == fingerprint(planned[name])
+        if same and selection is not None and all(file.exists() for file in selection.files(Path(source.selected))):
             continue
         wanted.append(name)
         shards = Path(source.shards)
-        if selection is not None and shards.is_dir() and any(shards.iterdir()):
+        if selection is not None and not same and shards.is_dir() and any(shards.iterdir()):
             changed = ", ".join(changed_settings(selection.plan, planned[name]))
             raise ConfigError(
                 f"{changed}: changed since shards were made of what was selected; change it back, or remove {shards} "

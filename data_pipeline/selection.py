@@ -76,7 +76,10 @@ def read_selection(folder: Path) -> Selection | None:
     except OSError as error:
         raise ConfigError(f"{file}: {unreadable(error, file)}") from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); remove it and run select again") from error
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); remove the folder {folder} and run `python -m data_pipeline select` "
+            "again"
+        ) from error
 
 
 def write_selection(folder: Path, selection: Selection) -> None:

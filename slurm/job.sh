@@ -13,7 +13,10 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 : "${SLURM_GPUS_PER_NODE:?is not set: submit with --gpus-per-node=N}"
 # A name in arithmetic would be read as a variable's.
 for variable in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_CPUS_ON_NODE SLURM_RESTART_COUNT; do
-    [[ ${!variable:-0} =~ ^[0-9]+$ ]] || { echo "error: $variable=${!variable}: not a number; submit with sbatch" >&2; exit 2; }
+    [[ ${!variable:-0} =~ ^[0-9]+$ ]] || {
+        echo "error: $variable=${!variable}: not a number; submit with sbatch" >&2
+        exit 2
+    }
 done
 ranks_per_node=0
 for gpus in ${SLURM_GPUS_PER_NODE//,/ }; do

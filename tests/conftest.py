@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from tests.tiny_runs import TinyRuns
+    from tests.world import World
 
 torch.set_num_threads(1)
 # A script's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
@@ -26,3 +31,28 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     from tests.tiny_runs import make_tiny_runs
 
     return make_tiny_runs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that every `world` is a copy of."""
+    from tests.world import make_origin
+
+    return make_origin(tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture
+def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A folder of one's own to type commands in; what was mounted or protected there is let go."""
+    from tests.world import IDS, World
+
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in IDS]:
+        monkeypatch.delenv(name)
+    shutil.copytree(origin, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    made = World(tmp_path / "w")
+    yield made
+    for folder in made.protected:
+        subprocess.run(["chattr", "-i", folder], capture_output=True, check=False)
+    for folder in reversed(made.mounts):
+        subprocess.run(["umount", folder], check=True)

@@ -1,160 +1,31 @@
 """Every remedy that an error names is tried: its cause is made, the command names it, the remedy is done, and it works.
 
-A row of the table is a command, what is done to its surroundings, what it then says, and what the message asks for.
+A row of the table is a cause, what the command then says, and what its message asks for.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import resource
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from data_pipeline.__main__ import main as data_pipeline_main
-from tests.evaluation.test_evaluate import write_checkpoint
-from tests.pairs import write_shard
-from vdtrain.cli import main as vdtrain_main
+from tests.world import DATA, INDEX, LATENTS, PICTURES, SAMPLER, TRAIN, WRITERS, World, one_line, quoted, with_output
 from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
 from vdtrain.data.stream import PairStream, StreamError
-from vdtrain.flows import all_flows
-from vdtrain.run_folder import main as run_folder_main
-from vdtrain.training.restarts import main as restarts_main
-
-MAINS: dict[str, Callable[[list[str]], int]] = {
-    "vdtrain": vdtrain_main,
-    "data_pipeline": data_pipeline_main,
-    "vdtrain.run_folder": run_folder_main,
-    "vdtrain.training.restarts": restarts_main,
-}
-ROOT = Path(__file__).parents[1]
-IDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass
-class World:
-    """A folder with data, a checkpoint and pictures, in which commands are typed."""
-
-    folder: Path
-    mounts: list[Path] = field(default_factory=list)
-    protected: list[Path] = field(default_factory=list)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.folder / name
-
-    def type(self, *words: str) -> tuple[int, str]:
-        """Run a command as typed; its exit status and what it said on standard error."""
-        program, *rest = words[2:] if words[:2] == ("python", "-m") else words
-        said = io.StringIO()
-        with redirect_stderr(said), redirect_stdout(io.StringIO()):
-            status = MAINS[program]([word.replace("FOLDER", str(self.folder)) for word in rest])
-        return status, said.getvalue()
-
-    def shell(self, command: str) -> None:
-        done = subprocess.run(["bash", "-c", command], cwd=self.folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def mount(self, folder: Path, options: str) -> None:
-        """A disk of its own, for a test that fills it or forbids to write it."""
-        folder.mkdir(exist_ok=True)
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
-        )
-        if done.returncode != 0:
-            pytest.skip("no right to mount a file system here")
-        self.mounts.append(folder)
-
-    def protect(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        if subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode != 0:
-            pytest.skip("this file system cannot protect a folder")
-        self.protected.append(folder)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("origin")
-    for source in ("laion2b_en", "coyo700m"):
-        (folder / "shards" / source).mkdir(parents=True)
-        write_shard(folder / "shards" / source / "00000.tar", 16, seed=len(source))
-    assert data_pipeline_main(["index", "data=shapes", f"data.root={folder}"]) == 0
-    write_checkpoint(folder / "model", all_flows(["image", "text"]))
-    Image.new("RGB", (32, 32), "red").save(folder / "picture.png")
-    return folder
-
-
-@pytest.fixture
-def world(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in IDS]:
-        monkeypatch.delenv(name)
-    shutil.copytree(origin, tmp_path / "w")
-    monkeypatch.chdir(tmp_path / "w")
-    made = World(tmp_path / "w")
-    yield made
-    for folder in made.protected:
-        subprocess.run(["chattr", "-i", folder], capture_output=True, check=False)
-    for folder in reversed(made.mounts):
-        subprocess.run(["umount", folder], check=True)
-
-
-def one_line(said: str) -> str:
-    """The error that a command said, of which there is exactly one, in exactly one line."""
-    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1, said
-    assert re.match(r"error: |not requeued: ", lines[0]), said
-    assert "Traceback" not in lines[0]
-    return lines[0]
-
-
-def quoted(line: str) -> list[str]:
-    """The commands that a line names."""
-    return re.findall(r"`([^`]+)`", line)
-
 
 # --- folders for results ---------------------------------------------------------------------------------------------
-
-SAMPLER = ["checkpoint=FOLDER/model", "resolution=32", "steps=1", "threads=1"]
-DATA = ["data=shapes", "data.root=FOLDER"]
-TRAIN = ["stage.init_from=null", "model=tiny", *DATA, "hardware=cpu", "tracking=none"]
-PICTURES = ["data.shapes.pictures=12", "data.shapes.pixels=32"]
-# Every command that writes, with OUT as the folder.
-WRITERS: dict[str, list[str]] = {
-    "sample": ["vdtrain", "sample", *SAMPLER, "flow=text-to-image", "inputs=[a]", "output_dir=OUT"],
-    "blend": ["vdtrain", "blend", *SAMPLER, "contexts=[{text: a}]", "output_dir=OUT"],
-    "edit": ["vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a", "output_dir=OUT"],
-    "evaluate": [
-        *["vdtrain", "evaluate", *SAMPLER, *DATA, "flows=[text-to-text]", "samples=2", "part_samples=2"],
-        *["loader_workers=1", "output_dir=OUT"],
-    ],
-    "export": ["vdtrain", "weights", "export", "safetensors", "OUT/weights", "checkpoint=FOLDER/model"],
-    "preflight": [*["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN], "run_dir=OUT"],
-    "shapes": ["python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES, "data.shapes.folder=OUT"],
-    "select": ["python", "-m", "data_pipeline", "select", *DATA, "data.select.scratch=OUT"],
-    "selected": ["python", "-m", "data_pipeline", "select", *DATA, "data.sources.coyo700m.selected=OUT"],
-    "index": ["python", "-m", "data_pipeline", "index", *DATA, "data.manifest=OUT"],
-    "latents": [
-        *["python", "-m", "data_pipeline", "latents", *DATA, "model=tiny", "hardware=cpu"],
-        *["data.latent_cache.resolutions=[32]", "data.latent_cache.folder=OUT"],
-    ],
-    "inspect": ["python", "-m", "data_pipeline", "inspect", *DATA, "data.inspect.output=OUT/sheet.png"],
-}
-FOLDER_CAUSES = ("is a file", "lies below a file")
-
-
-def with_output(name: str, folder: str) -> list[str]:
-    return [word.replace("OUT", folder) for word in WRITERS[name]]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -220,9 +91,7 @@ def in_a_circle(world: World) -> str:
 
 
 def typed(world: World, line: str) -> None:
-    """All commands of the line, as they stand there."""
-    for command in quoted(line):
-        world.shell(command)
+    world.type_all(line)
 
 
 def mend(world: World, line: str) -> None:
@@ -255,6 +124,34 @@ def test_each_cause_of_a_folder_that_cannot_be_written_has_its_own_remedy(world:
     assert status == 0, said
 
 
+def test_a_folder_of_another_user_asks_for_access(world: World) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("permissions are another user's only where this one can become it")
+    with tempfile.TemporaryDirectory() as folder:
+        # Where nobody may look, all the way down from /tmp.
+        place = Path(folder) / "private"
+        place.mkdir(mode=0o755)
+        Path(folder).chmod(0o755)
+        words = [*with_output("shapes", f"{place}/out"), f"data.root={place}"]
+        os.seteuid(65534)
+        try:
+            status, said = world.type(*words)
+            line = one_line(said)
+        finally:
+            os.seteuid(0)
+        assert status == 2
+        assert re.search(r"permission denied to user \w+\); give that user access \(`ls -ld ", line)
+        assert "make room" not in line
+        typed(world, line)
+        place.chmod(0o777)
+        os.seteuid(65534)
+        try:
+            status, said = world.type(*words)
+        finally:
+            os.seteuid(0)
+        assert status == 0, said
+
+
 def test_another_place_and_a_shorter_name_are_remedies(world: World) -> None:
     status, said = world.type(*with_output("shapes", "FOLDER/" + "n" * 300))
     assert status == 2
@@ -275,9 +172,6 @@ def test_a_disk_that_fills_while_results_are_written_is_one_line_and_leaves_noth
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
-
-LATENTS = [word.replace("OUT", "FOLDER/latents") for word in WRITERS["latents"]]
-INDEX = ["python", "-m", "data_pipeline", "index", *DATA]
 
 
 def shard(world: World) -> Path:
@@ -485,114 +379,75 @@ def test_pictures_that_cannot_be_decoded_name_the_index_only_where_it_looks_agai
     assert status == 0, said
 
 
-# --- texts that are not UTF-8, numbers that are none -----------------------------------------------------------------
+SELECT = ["python", "-m", "data_pipeline", "select", *DATA]
+DOWNLOAD = ["python", "-m", "data_pipeline", "download", *DATA, "data.download.parts=[]"]
 
 
-def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:
+def lose_part(world: World) -> None:
+    (world / "selected/coyo700m/00000.parquet").unlink()
+
+
+def damage_record(world: World) -> None:
+    (world / "selected/coyo700m/selection.json").write_bytes(b"\xff{")
+
+
+def lose_record(world: World) -> None:
+    shutil.rmtree(world / "selected")
+
+
+def select_again(world: World, line: str) -> None:
+    if "remove the folder" in line:
+        shutil.rmtree(world / "selected/coyo700m")
+    assert "python -m data_pipeline select" in quoted(line)
+    assert world.type(*SELECT)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (lose_record, "no selection.json there; run `"),
+        (lose_part, "00000.parquet is missing; run `"),
+        (damage_record, "selection.json: cannot be read"),
+    ],
+)
+def test_what_is_lost_of_a_selection_is_selected_again(
+    world: World, cause: Callable[[World], None], expected: str
+) -> None:
     assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
-    (world / "blocked urls.txt").write_bytes("http://café.example/1\n".encode("cp1252"))
-    words = [*with_output("select", "FOLDER/scratch"), "data.select.block_lists.url=['FOLDER/blocked urls.txt']"]
-    status, said = world.type(*words)
+    assert world.type(*SELECT)[0] == 0
+    before = {file.name: file.read_bytes() for file in (world / "selected/coyo700m").glob("*.parquet")}
+    cause(world)
+    words = [word for word in DOWNLOAD if "parts" not in word] if cause is lose_part else DOWNLOAD
+    status, said = world.type(*words, "data.download.python=/bin/true")
     assert status == 2
-    assert "data.select.block_lists.url: " in said
-    assert "is not UTF-8 (byte 0xe9)" in said
-    typed(world, one_line(said))
-    assert (world / "blocked urls.txt").read_text(encoding="utf-8") == "http://café.example/1\n"
-    assert world.type(*words)[0] == 0
-
-
-@pytest.mark.parametrize("content", [b"name: caf\xe9\n", b"name: [tiny\nb: 1\n"], ids=["latin-1", "no YAML"])
-def test_a_configuration_of_ones_own_that_cannot_be_read_is_named(world: World, content: bytes) -> None:
-    (world / "conf/tracking").mkdir(parents=True)
-    own = world / "conf/tracking/own.yaml"
-    own.write_bytes(content)
-    words = ["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN, "tracking=own"]
-    words.append("hydra.searchpath=[FOLDER/conf]")
-    status, said = world.type(*words)
     line = one_line(said)
-    assert status == 2
-    assert str(own) in line
-    if b"\xe9" in content:
-        typed(world, line)
-        assert own.read_text(encoding="utf-8") == "name: café\n"
-    else:
-        assert f"{own}, line 2: is no YAML" in line
-    own.write_text((ROOT / "conf/tracking/none.yaml").read_text())
-    status, said = world.type(*words)
+    assert expected in line
+    select_again(world, line)
+    # What was selected is as it was, so that shards that were made of it stay good.
+    assert {file.name: file.read_bytes() for file in (world / "selected/coyo700m").glob("*.parquet")} == before
+    status, said = world.type(*DOWNLOAD)
     assert status == 0, said
 
 
-def test_records_with_bytes_that_are_no_text_are_passed_over(world: World) -> None:
-    run = world / "run"
-    run.mkdir()
-    for name in ("metrics.jsonl", "restarts.jsonl", "wandb_url"):
-        (run / name).write_bytes(b'\xff\xfe\x00{"step"\n')
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "latest").write_bytes(b"\xff")
-    assert world.type("vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN, "run_dir=FOLDER/run")[0] == 0
-    status, said = world.type("python", "-m", "vdtrain.training.restarts", str(run))
-    assert status == 3
-    assert "the trainer has not begun there" in one_line(said)
+def test_where_no_shards_are_the_download_comes_first(world: World) -> None:
+    (world / "shards").rename(world / "made")
+    shutil.rmtree(world / "manifest")
+    status, said = world.type(*INDEX)
+    assert status == 2
+    assert quoted(one_line(said)) == ["python -m data_pipeline download"]
+    (world / "made").rename(world / "shards")
+    assert world.type(*INDEX)[0] == 0
 
 
-ENVIRONMENTS = [
-    {"RANK": "abc"},
-    {"LOCAL_RANK": "-1"},
-    {"WORLD_SIZE": "0"},
-    {"MASTER_PORT": "29500/tcp"},
-    {"SLURM_STEP_ID": "batch"},
-    {"SLURM_PROCID": "x"},
-    {"SLURM_LOCALID": "²"},
-    {"SLURM_NTASKS": "2(x3)"},
-    {"SLURM_JOB_ID": "4711_1"},
-    {"SLURM_RESTART_COUNT": "x"},
-]
-VERBS_ON_RANKS = (["vdtrain", "train"], ["vdtrain", "evaluate"], ["python", "-m", "data_pipeline", "latents"])
-
-
-@pytest.mark.parametrize("variables", ENVIRONMENTS, ids=str)
-def test_ids_that_are_no_numbers_are_said_before_work(
-    world: World, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ((name, value),) = variables.items()
-    for words in VERBS_ON_RANKS:
-        monkeypatch.setenv(name, value)
-        status, said = world.type(*words, "--cfg", "job")
-        line = one_line(said)
-        assert status == 2
-        assert line.startswith(f"error: launcher: {name}={value}: not a number from ")
-        assert quoted(line) == [f"unset {name}"]
-        monkeypatch.delenv(name)
-        assert world.type(*words, "--cfg", "job")[0] == 0
-
-
-def test_a_rank_beyond_the_number_of_processes_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(IDS, ("2", "0", "2", "127.0.0.1", "29500"), strict=True):
-        monkeypatch.setenv(name, value)
-    assert "RANK=2: 2 processes count from 0" in one_line(world.type("vdtrain", "train", "--cfg", "job")[1])
-    monkeypatch.setenv("RANK", "1")
-    assert world.type("vdtrain", "train", "--cfg", "job")[0] == 0
-
-
-def test_a_requeueing_is_refused_in_a_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    (world / "run").write_text("no folder")
-    status, said = world.type("python", "-m", "vdtrain.training.restarts", "FOLDER/run")
-    assert status == 3
-    one_line(said)
-
-
-def test_a_picture_that_is_a_folder_or_text_is_asked_for_as_a_picture(world: World) -> None:
-    (world / "notes.png").write_text("no picture")
-    for file, reason in (
-        ("model", "is a folder, not a file"),
-        ("notes.png", "cannot identify"),
-        ("none.png", "No such"),
-    ):
-        status, said = world.type("vdtrain", "edit", *SAMPLER, f"inputs=[{file}]", "add=a")
-        assert status == 2
-        assert reason in one_line(said)
-    assert world.type("vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a")[0] == 0
-    assert np.asarray(Image.open(world / "samples/0000.png")).shape == (32, 32, 3)
+def test_records_of_a_pipeline_that_are_damaged_are_made_again(world: World) -> None:
+    drawing = ["python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES]
+    assert world.type(*drawing)[0] == 0
+    (marker,) = (path for path in (world / "pictures").glob("*.json"))
+    marker.write_bytes(b"\xff")
+    (world / "selected/.scratch").mkdir(parents=True)
+    (world / "selected/.scratch/plan.json").write_text("{")
+    assert world.type(*drawing)[0] == 0
+    assert world.type(*SELECT)[0] == 0
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -635,7 +490,9 @@ def test_a_port_that_is_taken_is_named_and_another_one_is_the_remedy(world: Worl
         first = launch(0, taken.getsockname()[1])
         said = first.communicate()[1]
         assert first.returncode == 1
-        expected = f"error: process 0: MASTER_PORT={taken.getsockname()[1]}: another program listens there; give another"
+        expected = (
+            f"error: process 0: MASTER_PORT={taken.getsockname()[1]}: another program listens there; give another"
+        )
         assert one_line(said).startswith(expected)
         assert "lost" not in said
     both = [launch(rank, other) for rank in range(2)]

@@ -397,6 +397,6 @@ def test_parts_of_tasks(tmp_path: Path) -> None:
         mine(parts=[3])
     Path(sources["b"].selected, "selection.json").unlink()
     with pytest.raises(
-        ConfigError, match=r"data\.sources\.b\.selected=.*no selection.json there; run python -m data_p"
+        ConfigError, match=r"data\.sources\.b\.selected=.*no selection.json there; run `python -m data_p"
     ):
         mine()

@@ -246,7 +246,7 @@ def test_downloads_that_run_are_passed_over_in_one_line(tmp_path: Path, caplog: 
 
 
 def test_what_cannot_be_indexed_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"no \.tar in .* run the download first"):
+    with pytest.raises(ShardError, match=r"no \.tar in .* run `python -m data_pipeline download` first"):
         index({"drawn": tmp_path}, tmp_path / "manifest")
     shards = write_shards(tmp_path, range(1))
     with pytest.raises(ShardError, match=r"data\.sources\.part\.shards=.*lies in data\.sources\.drawn\.shards="):

@@ -37,6 +37,16 @@ TINY = [
 ]
 
 
+# A folder that no shell script finds its way to by reading YAML.
+DISTURBED = """runs/lr=1e-4, it's ~50% "dïsturbed" #1: x"""
+
+
+def quoted(value: str) -> str:
+    """As a value on Hydra's command line."""
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 @dataclass(frozen=True)
 class Runs:
     """What the jobs left.
@@ -92,7 +102,7 @@ def runs(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
         assert cluster.job(jobs[stage])["Dependency"].startswith(f"afterok:{jobs[before]}(")
     ends = {stage: cluster.wait(job) for stage, job in jobs.items()}
 
-    again = ["run_dir=runs/disturbed", f"+data.stream.attempts={{{STAGES[2]}:2}}", "--partition=low"]
+    again = [f"run_dir={quoted(DISTURBED)}", f"+data.stream.attempts={{{STAGES[2]}:2}}", "--partition=low"]
     disturbed = submit(cluster, checkout, "stage3_four_flow.sh", *SIZE, *settings, *again)
     for rank in range(2):
         cluster.wait_for_file(gate / f"{STAGES[2]}-0-{rank}", disturbed)
@@ -126,12 +136,13 @@ def test_a_finished_stage_says_what_comes_next(runs: Runs) -> None:
 def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undisturbed_one(runs: Runs) -> None:
     assert runs.restarts["disturbed"] == 2
     output = runs.output("disturbed")
-    starts = [int(step) for step in re.findall(r"continues from runs/disturbed/checkpoints/step-(\d+)", output)]
+    begun = rf"continues from {re.escape(DISTURBED)}/checkpoints/step-(\d+)"
+    starts = [int(step) for step in re.findall(begun, output)]
     assert HOLD <= starts[0] <= HOLD + 2
     # Saved every two steps; the newest save may have been under way.
     assert starts[0] < starts[1] <= starts[0] + HOLD
     assert re.findall(r"attempt (\d): 2 ranks", output) == ["1", "2", "3"]
-    losses = runs.losses("runs/disturbed")
+    losses = runs.losses(DISTURBED)
     assert len(losses) == STEPS
     assert losses == runs.losses(f"runs/{STAGES[2]}")
 

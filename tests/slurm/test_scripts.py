@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from data_pipeline.__main__ import main as data_pipeline_main
 from vdtrain.cli import main as vdtrain_main
+from vdtrain.run_folder import main as run_folder_main
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -111,3 +113,68 @@ def test_the_paths_that_a_site_may_set_are_settings(capsys: pytest.CaptureFixtur
 
 def test_the_documents_submit() -> None:
     assert len(submissions()) >= 6
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "j", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8"}
+
+
+def source_job(**variables: str) -> subprocess.CompletedProcess[str]:
+    """What job.sh makes of a job's variables."""
+    environment = {"PATH": "/usr/bin:/bin", **JOB, "SLURM_GPUS_PER_NODE": "2", **variables}
+    code = "set -euo pipefail; source slurm/job.sh; echo $ranks_per_node $ranks $attempt"
+    return subprocess.run(["bash", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        ({"SLURM_GPUS_PER_NODE": "8"}, "8 16 1"),
+        ({"SLURM_GPUS_PER_NODE": "a100:8"}, "8 16 1"),
+        ({"SLURM_GPUS_PER_NODE": "a100:2,h100:1"}, "3 6 1"),
+        ({"SLURM_RESTART_COUNT": "4"}, "2 4 5"),
+    ],
+    ids=str,
+)
+def test_the_size_of_a_job_is_read_from_its_variables(variables: dict[str, str], answer: str) -> None:
+    assert source_job(**variables).stdout == f"{answer}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("SLURM_GPUS_PER_NODE", "a100", "submit with --gpus-per-node=[TYPE:]N"),
+        ("SLURM_JOB_ID", "4711_1", "submit with sbatch"),
+        ("SLURM_JOB_NUM_NODES", "two", "submit with sbatch"),
+        ("SLURM_CPUS_ON_NODE", "8(x2)", "submit with sbatch"),
+        ("SLURM_RESTART_COUNT", "x", "submit with sbatch"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_one_line(name: str, value: str, remedy: str) -> None:
+    done = source_job(**{name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {name}={value}: no")
+    assert line.endswith(remedy)
+
+
+@pytest.mark.parametrize("folder", ["""it's "lr=1e-4", ~a: b #ünï/図 100% [c]{d}""", "--flag"])
+def test_the_run_folder_comes_as_one_line_whatever_its_name(folder: str) -> None:
+    """And the record of restarts, to which the batch script hands it, takes it."""
+    escaped = folder.replace("'", "\\'")
+    code = """run_dir=$("$PYTHON" -m vdtrain.run_folder "$1") && printf '<%s>' "$run_dir"
+        "$PYTHON" -m vdtrain.training.restarts -- "$run_dir" """
+    command = ["bash", "-c", code, "bash", f"run_dir='{escaped}'"]
+    environment = {**os.environ, "PYTHON": sys.executable, "LC_ALL": "C"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout == f"<{folder}>"
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith(f"not requeued: {folder}: the trainer has not begun there")
+
+
+def test_a_run_folder_that_cannot_be_said_in_a_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_folder_main(['run_dir="a\nb"']) == 2
+    assert run_folder_main(["run_dir=''"]) == 2
+    assert run_folder_main(["stage=none"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line[:12] for line in shown.err.splitlines()] == ["error: run_d", "error: run_d", "error: stage"]

@@ -105,7 +105,9 @@ def test_a_start_that_fails_says_what_of_the_address_is_wrong(monkeypatch: pytes
     said = str(connection_problem(meet("127.0.0.1", True)))
     assert said.startswith(f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: 1 of 2 processes came within")
     said = str(connection_problem(meet("127.0.0.1", False)))
-    assert said == f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: nothing answers there; start rank 0, or give its address"
+    assert (
+        said == f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: nothing answers there; start rank 0, or give its address"
+    )
     said = str(connection_problem(meet("no-such-host.invalid", False)))
     assert said.startswith("MASTER_ADDR=no-such-host.invalid: no host of that name is known here")
     # The remedy: all are started, with this address.
@@ -117,6 +119,8 @@ def test_a_start_that_fails_says_what_of_the_address_is_wrong(monkeypatch: pytes
 def test_an_error_of_something_else_is_not_taken_for_one() -> None:
     for error in (RuntimeError("Connection reset by peer"), ConnectionResetError(104, "reset"), ValueError("gloo")):
         assert connection_problem(error) is None
-    nccl = dist.DistBackendError("NCCL error in: x.cpp:1, ncclInvalidUsage: bad usage.\nLast error:\nDuplicate GPU detected")
+    nccl = dist.DistBackendError(
+        "NCCL error in: x.cpp:1, ncclInvalidUsage: bad usage.\nLast error:\nDuplicate GPU detected"
+    )
     said = str(connection_problem(nccl))
     assert said == "NCCL failed (Duplicate GPU detected); run again with NCCL_DEBUG=INFO, which names the cause"
