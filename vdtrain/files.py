@@ -135,6 +135,32 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def append_line(path: Path, line: str, durable: bool = False) -> None:
+    """Append a line to a text file; a last line that a kill cut short is ended first.
+
+    Args:
+        durable: see it onto the disk.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left in the file.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab+") as file:
+            torn = False
+            if size:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write(b"\n" * torn + line.encode() + b"\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
 def sync(path: Path) -> None:
     """See a file, or a folder's list of names, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)

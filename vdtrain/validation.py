@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig, PhaseConfig, SamplingConfig, TrainConfig
+from vdtrain.config import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
 from vdtrain.instantiate import find_target
 from vdtrain.system_errors import output_problem
+
+TRACKING_MODES = ("online", "offline", "disabled")
 
 
 def stage_flows(config: TrainConfig) -> list[Flow]:
@@ -123,6 +126,17 @@ def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
         )
 
 
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Refuse a mode that is none, from the settings or from W&B's own variable.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    if tracking.mode not in TRACKING_MODES:
+        setting = "WANDB_MODE" if tracking.mode == os.environ.get("WANDB_MODE") else "tracking.mode"
+        raise ConfigError(f"{setting}={tracking.mode}: choose one of {', '.join(TRACKING_MODES)}")
+
+
 def check(config: TrainConfig, world_size: int) -> None:
     """Refuse a configuration that cannot work, or names files that are not there.
 
@@ -212,11 +226,11 @@ def _choice_problems(config: TrainConfig) -> Iterator[str]:
         ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
         ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
         ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
-        ("tracking.mode", config.tracking.mode, ("online", "offline", "disabled")),
         ("data.latents", config.data.latents, ("inline", "cached")),
     ):
         if value not in choices:
             yield f"{setting}={value}: choose one of {', '.join(map(str, choices))}"
+    yield from problem_of(lambda: check_tracking(config.tracking))
     if hardware.device == "cpu" and hardware.attention == "xformers":
         yield "hardware.attention=xformers: has no CPU kernels; choose sdpa"
     if config.optimizer.gradient_clip < 0:

@@ -37,7 +37,7 @@ from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import locate
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.sampler import DTYPES, SAMPLING, check_sampler
-from vdtrain.validation import check_sampling
+from vdtrain.validation import check_sampling, check_tracking
 
 FEW_SAMPLES = 10_000
 # Settings that do not change what is made.
@@ -236,8 +236,7 @@ def _check(config: EvaluateConfig) -> None:
             f"height={config.height}, width={config.width}: pictures are compared with real ones cropped to squares; "
             "set resolution alone"
         )
-    if config.tracking.mode not in ("online", "offline", "disabled"):
-        raise ConfigError(f"tracking.mode={config.tracking.mode}: choose one of online, offline, disabled")
+    check_tracking(config.tracking)
 
 
 def _inception_file(config: EvaluateConfig) -> FileRecord | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdtrain.config import TrackingConfig
 from vdtrain.files import write_text, written_whole
+from vdtrain.training.wandb_access import open_run, reason
 
 METRICS_FILE = "metrics.json"
 FIGURES = {"fid": "FID", "clip_distance": "CLIP distance", "clip_score": "CLIP score"}
@@ -83,24 +84,21 @@ def _cell(figure: Any) -> str:
 
 
 def log_to_wandb(folder: Path, tracking: TrackingConfig, result: Mapping[str, Any], sheets: list[Path]) -> None:
-    """Log figures and sheets as a run of their own."""
+    """Log figures and sheets as a run of their own; where W&B does not take it, a line on standard error says so."""
     if tracking.mode == "disabled":
         return
-    import wandb
-
-    run = wandb.init(
-        project=tracking.project,
-        entity=tracking.entity,
-        mode=tracking.mode,  # type: ignore[arg-type]
-        dir=str(folder),
-        name=folder.name,
-        job_type="evaluate",
-        config={name: result[name] for name in ("checkpoint", "settings", "samples")},
-        settings=wandb.Settings(silent=True, console="off"),
-    )
     figures: dict[str, Any] = {"pairs/clip_score": result["pairs"]["clip_score"]["mean"]} if result["pairs"] else {}
     for flow, found in result["flows"].items():
         for name, value in found.items():
             figures[f"{flow}/{name}"] = value["mean"] if isinstance(value, Mapping) else value
-    run.log(figures | {f"{sheet.stem}/samples": wandb.Image(str(sheet)) for sheet in sheets})
-    run.finish()
+    kept = {name: result[name] for name in ("checkpoint", "settings", "samples")}
+    try:
+        run = open_run(tracking, dir=str(folder), name=folder.name, job_type="evaluate", config=kept)
+        import wandb
+
+        run.log(figures | {f"{sheet.stem}/samples": wandb.Image(str(sheet)) for sheet in sheets})
+        run.finish()
+    # The figures are written; W&B is not to make an evaluation of hours a failed one.
+    except Exception as error:
+        line = f"tracking.mode={tracking.mode}: W&B does not take this evaluation ({reason(error)}); its figures are in"
+        print(f"warning: {line} {folder / METRICS_FILE}", file=sys.stderr, flush=True)

@@ -190,10 +190,15 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
 
 
 def tracking(config: TrainConfig) -> Finding:
-    """Can the run be tracked, or how will it be?"""
+    """Can the run be tracked, or how will it be? A run that is under way does not wait for W&B."""
     problem, mode = wandb_problem(config.tracking), f"tracking.mode={config.tracking.mode}"
     if problem is not None:
-        return Finding(ERROR, problem)
+        if latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)[0] is None:
+            return Finding(ERROR, problem)
+        metrics = f"{config.run_dir}/metrics.jsonl"
+        return Finding(
+            WARNING, f"{problem}; or let the run go on: its figures are in {metrics}, for a later start to send"
+        )
     texts = {
         "online": "W&B is reached, and takes the credentials here",
         "offline": f"send the run to W&B by `wandb sync {shell([config.run_dir])}/wandb/offline-run-*`",

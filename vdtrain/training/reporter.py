@@ -12,8 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vdtrain.config import TrainConfig
 from vdtrain.training.meters import log_line
-from vdtrain.training.tracking import Tracker, TrackerError
+from vdtrain.training.tracking import Tracker
+from vdtrain.training.wandb_access import INIT_SECONDS
 from vdtrain.validation import phase_steps
+
+# Share of the watchdog's limit that W&B may take at the start: it is to end a run that stands still, and no outage.
+WANDB_OF_WATCHDOG = 0.25
 
 
 class Reporter:
@@ -27,10 +31,12 @@ class Reporter:
     def __init__(self, config: TrainConfig, document: Any, step: int, rank: int) -> None:
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
+        self.console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
         if rank != 0:
             return
-        self.console = Console(soft_wrap=True, highlight=False)
-        self.tracker = Tracker(Path(config.run_dir), config.tracking, document, step)
+        limit = config.watchdog_seconds
+        seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
+        self.tracker = Tracker(Path(config.run_dir), config.tracking, document, step, self.warn, seconds)
         if self.console.is_terminal:
             batch = config.stage.global_batch_size
             total = sum(phase_steps(config, phase) for phase in config.stage.phases) * batch
@@ -40,21 +46,15 @@ class Reporter:
             self.progress.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Print a record and send it to the tracker. A disk that takes neither does not end the run."""
+        """Print a record and send it to the tracker."""
         if self.tracker is None:
             return
         self._say(log_line(record))
-        try:
-            self.tracker.log(record)
-        except OSError as error:
-            self.warn(f"{self.tracker.path}: the figures of step {record['step']} were not written ({error.strerror})")
-        except TrackerError as error:
-            self.warn(str(error))
+        self.tracker.log(record)
 
     def warn(self, line: str) -> None:
         """Print what a person should see to; training goes on."""
-        if self.tracker is not None:
-            self._say(f"warning: {line}")
+        self._say(f"warning: {line}")
 
     def _say(self, line: str) -> None:
         # Standard output may be a file on the disk that is full.
@@ -70,7 +70,4 @@ class Reporter:
         if self.progress is not None:
             self.progress.stop()
         if self.tracker is not None:
-            try:
-                self.tracker.close()
-            except TrackerError as error:
-                self.warn(str(error))
+            self.tracker.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.compose import ConfigError
-from vdtrain.files import sync
+from vdtrain.files import append_line, sync
 from vdtrain.launch import number
 from vdtrain.system_errors import unreadable, unwritable
 from vdtrain.training.checkpoint_folder import CHECKPOINTS, latest_by_sizes
@@ -148,14 +148,7 @@ def note_requeue(run_dir: Path) -> None:
 def _append(run_dir: Path, event: Event) -> None:
     path = run_dir / RECORD_FILE
     new = not path.exists()
-    with path.open("ab+") as file:
-        torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(asdict(event)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, json.dumps(asdict(event)), durable=True)
     if new:
         sync(run_dir)
 

@@ -13,7 +13,8 @@ from vdtrain.command_line import shell
 from vdtrain.config import StageConfig, TrackingConfig, TrainConfig
 from vdtrain.training.checkpoint_folder import CHECKPOINTS, CheckpointSummary, latest_by_sizes
 from vdtrain.training.restarts import RECORD_FILE, START, Event, read_events
-from vdtrain.training.tracking import METRICS_FILE, WANDB_URL_FILE, last_metrics
+from vdtrain.training.tracking import METRICS_FILE, last_metrics
+from vdtrain.training.wandb_run import WANDB_URL_FILE
 from vdtrain.validation import phase_steps
 
 CONFIG_FILE = "config.yaml"

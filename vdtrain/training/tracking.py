@@ -2,121 +2,86 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vdtrain.config import TrackingConfig
+from vdtrain.files import INCOMPLETE, append_line, write_text
+from vdtrain.training.wandb_access import INIT_SECONDS
+from vdtrain.training.wandb_run import start_run
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_id"
-WANDB_URL_FILE = "wandb_url"
 # Enough for some hundred records.
 TAIL_BYTES = 1 << 17
 
 
-class TrackerError(RuntimeError):
-    """W&B is gone; the run goes on without it."""
-
-
 class Tracker:
-    """Writes one record per log interval. Only rank 0 has one.
+    """Writes one record per log interval. Only rank 0 has one. Nothing that befalls it ends a run.
 
     Args:
         run_dir: holds metrics.jsonl, the W&B run id and the offline W&B files.
         step: the step that the run continues from; later records, of work that was lost, are dropped.
+        warn: says a line on figures that could not be written or sent.
+        wandb_seconds: how long W&B may take to open the run.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, run_config: Mapping[str, Any], step: int) -> None:
-        self.path = run_dir / METRICS_FILE
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        run_config: Mapping[str, Any],
+        step: int,
+        warn: Callable[[str], None] = print,
+        wandb_seconds: float = INIT_SECONDS,
+    ) -> None:
+        self.path, self._warn = run_dir / METRICS_FILE, warn
         kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self.path)
+        try:
+            self._keep(kept)
+        except OSError as error:
+            warn(f"{self.path}: cannot be written ({error.strerror}); figures of lost steps may stay in it")
         self._wandb = None
         if config.mode != "disabled":
-            self._wandb = self._start_wandb(run_dir, config, run_config)
-
-    @staticmethod
-    def _start_wandb(run_dir: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> Any:
-        import wandb
-
-        id_file = run_dir / WANDB_ID_FILE
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            mode=config.mode,  # type: ignore[arg-type]
-            dir=str(run_dir),
-            id=id_file.read_text().strip(),
-            name=run_dir.name,
-            resume="allow",
-            config=dict(run_config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        if config.mode == "online" and run.url:
-            (run_dir / WANDB_URL_FILE).write_text(run.url + "\n")
-        return run
+            self._wandb = start_run(run_dir, self.path, config, run_config, kept, warn, wandb_seconds)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record with at least "step" and "loss", and the time of day.
-
-        Raises:
-            OSError: it cannot be written; nothing of it is left in the file.
-            TrackerError: W&B did not take it; it is in the file, and W&B gets no more.
-        """
-        size = self.path.stat().st_size
+        """Append a record with at least "step" and "loss", and the time of day."""
+        record = {**record, "time": round(time.time(), 3)}
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-        except OSError:
-            os.truncate(self.path, size)
-            raise
+            append_line(self.path, json.dumps(record))
+        except OSError as error:
+            self._warn(f"{self.path}: the figures of step {record['step']} were not written ({error.strerror})")
         if self._wandb is not None:
-            flat = {f"loss/{name}": value for name, value in record["loss"].items()}
-            flat |= {key: value for key, value in record.items() if key != "loss"}
-            with self._wandb_may_be_gone():
-                self._wandb.log(flat, step=record["step"])
+            self._wandb.send([record])
 
     def close(self) -> None:
-        """End the W&B run.
-
-        Raises:
-            TrackerError: it could not be ended in order.
-        """
+        """End the W&B run."""
         if self._wandb is not None:
-            with self._wandb_may_be_gone():
-                self._wandb.finish()
+            self._wandb.close()
 
-    @contextlib.contextmanager
-    def _wandb_may_be_gone(self) -> Iterator[None]:
-        """W&B's own process ends at a SIGTERM to all processes of a job, amid the last steps of a run that saves."""
-        import wandb
-
-        try:
-            yield
-        except Exception as error:
-            self._wandb = None
-            # It would try again, and say so, when this process ends.
-            with contextlib.suppress(Exception):
-                wandb.teardown()
-            raise TrackerError(f"W&B takes no more of this run ({error}); its figures are in {self.path}") from error
+    def _keep(self, records: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            draft = self.path.with_name(self.path.name + INCOMPLETE)
+            write_text(draft, text)
+            os.replace(draft, self.path)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records of a run; lines cut short by a kill are left out."""
+    """All whole records of a run, by step; see `last_metrics`."""
     path = run_dir / METRICS_FILE
     return _records(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [])
 
 
 def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
-    """The last whole records of a run, oldest first, without reading all of them."""
+    """The last whole records of a run, oldest first, without reading all of them.
+
+    Lines that a kill cut short are left out, and so are records of steps that the run did again.
+    """
     path = run_dir / METRICS_FILE
     if not path.exists():
         return []
@@ -128,8 +93,15 @@ def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _records(lines: list[str]) -> list[dict[str, Any]]:
-    records = []
+    records: list[dict[str, Any]] = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "loss" not in record:
+            continue
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
     return records

@@ -87,6 +87,7 @@ class Trainer:
         if start.resume is not None:
             self._resume(start.resume)
         self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
+        self.watchdog.beat("starting the tracker")
         self.reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), self.state.step, place.rank)
 
     def run(self, stop: StopSignal | None = None) -> bool:

@@ -1,0 +1,180 @@
+"""A run on Weights & Biases over all its starts. Whatever befalls it there is a line, and training goes on.
+
+W&B drops records of a step that is not above its own. A run that goes on from an earlier checkpoint repeats steps, so
+that W&B counts records by itself, and "step" is a figure like others, which is the axis of all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vdtrain.config import TrackingConfig
+from vdtrain.files import INCOMPLETE, write_text
+from vdtrain.training.wandb_access import FINISH_SECONDS, WandbError, end_wandb, open_run, reason
+
+WANDB_ID_FILE = "wandb_id"
+WANDB_URL_FILE = "wandb_url"
+# W&B takes no slashes and the like in an id.
+WANDB_ID = re.compile(r"[^\s/\\#?%:]{1,64}")
+# What W&B answers where a run of that id was deleted in its web page; the id is then of no use any more.
+DELETED = re.compile(r"previously created and deleted", re.IGNORECASE)
+
+Warn = Callable[[str], None]
+Record = Mapping[str, Any]
+
+
+class WandbRun:
+    """Sends records, and says by `warn` where that comes to an end; then it does nothing.
+
+    Args:
+        run: of the wandb package; None where W&B did not take it.
+        file: where all figures are, whatever W&B has of them.
+    """
+
+    def __init__(self, run: Any, file: Path, warn: Warn) -> None:
+        self._run, self._file, self._warn = run, file, warn
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Send records, oldest first."""
+        for record in records:
+            if self._run is None:
+                return
+            try:
+                self._run.log(_flat(record))
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """End the run, and give what is not sent yet a little time."""
+        if self._run is None:
+            end_wandb()
+            return
+        folder = self._run.settings.sync_dir
+        try:
+            self._run.finish()
+        except TimeoutError:
+            self._warn(
+                f"W&B did not take the last figures within {FINISH_SECONDS:.0f} s; they are in {self._file}, and "
+                f"`wandb sync {folder}` sends them"
+            )
+        except Exception as error:
+            self._give_up(error)
+        self._run = None
+        end_wandb()
+
+    def _give_up(self, error: Exception) -> None:
+        """W&B's own process ends at a SIGTERM to all processes of a job, amid the last steps of a run that saves."""
+        self._run = None
+        # It would try again, and say so, when this process ends.
+        end_wandb()
+        self._warn(f"W&B takes no more of this run ({reason(error)}); its figures are in {self._file}")
+
+
+def start_run(
+    run_dir: Path,
+    file: Path,
+    tracking: TrackingConfig,
+    run_config: Mapping[str, Any],
+    records: Sequence[Record],
+    warn: Warn,
+    seconds: float,
+) -> WandbRun:
+    """Open the run that a folder has on W&B, or a new one; where W&B does not take it, a line says so.
+
+    Args:
+        file: where all figures are.
+        records: of the run so far; those that W&B does not have are sent.
+        seconds: how long W&B may take.
+    """
+    try:
+        run, new = _open(run_dir, tracking, run_config, warn, seconds)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        newest = -1 if new else _newest_step(run, tracking)
+        if run.url and tracking.mode == "online":
+            _write(run_dir / WANDB_URL_FILE, run.url + "\n")
+    except Exception as error:
+        warn(
+            f"tracking.mode={tracking.mode}: W&B does not take this run ({reason(error)}); its figures go to {file}, "
+            "and the next start tries again"
+        )
+        return WandbRun(None, file, warn)
+    opened = WandbRun(run, file, warn)
+    if newest is not None:
+        opened.send([record for record in records if record["step"] > newest])
+    return opened
+
+
+def _newest_step(run: Any, tracking: TrackingConfig) -> float | None:
+    """The step of the newest record that W&B has; None where nobody can know before the offline folders are sent."""
+    newest = run.summary.get("step")
+    known = newest if isinstance(newest, int | float) else -1
+    return known if tracking.mode == "online" else None
+
+
+def _open(
+    run_dir: Path, tracking: TrackingConfig, run_config: Mapping[str, Any], warn: Warn, seconds: float
+) -> tuple[Any, bool]:
+    """The run of the wandb package, and whether it is a new one."""
+
+    def opened(number: str) -> Any:
+        return open_run(
+            tracking,
+            seconds,
+            dir=str(run_dir),
+            id=number,
+            name=run_dir.name,
+            resume="allow" if tracking.mode == "online" else None,
+            config=dict(run_config),
+        )
+
+    path = run_dir / WANDB_ID_FILE
+    number, new = _run_id(path, warn)
+    try:
+        return opened(number), new
+    except WandbError as error:
+        if not DELETED.search(str(error)):
+            raise
+    fresh = _new_id(path)
+    warn(f"W&B: run {number} was deleted there, and W&B takes no id twice; it goes on as {fresh}, with all its figures")
+    return opened(fresh), True
+
+
+def _run_id(path: Path, warn: Warn) -> tuple[str, bool]:
+    """The id that the run folder holds, or a new one, which it holds from now on; and whether it is new.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    if not path.exists():
+        return _new_id(path), True
+    text = path.read_text(errors="replace").strip()
+    if WANDB_ID.fullmatch(text) and text.isascii():
+        return text, False
+    fresh = _new_id(path)
+    warn(f"{path}: held no id of a W&B run; the run goes on there as {fresh}, with all its figures")
+    return fresh, True
+
+
+def _new_id(path: Path) -> str:
+    number = uuid.uuid4().hex[:8]
+    _write(path, number)
+    return number
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + INCOMPLETE)
+    write_text(draft, text)
+    os.replace(draft, path)
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    flat = {f"loss/{name}": value for name, value in record["loss"].items()}
+    flat |= {key: value for key, value in record.items() if key not in ("loss", "time")}
+    # Records that are sent later keep their time.
+    return flat | ({"_timestamp": record["time"]} if "time" in record else {})
