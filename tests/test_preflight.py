@@ -75,6 +75,19 @@ def test_a_run_that_goes_on(tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[s
     assert good[-1].startswith("ok: tracking.mode=disabled: ")
 
 
+def test_a_run_that_goes_on_does_not_wait_for_wandb(tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a new one, the same is a mistake that is seen to before weeks are spent."""
+    overrides = [each for each in tiny_runs.overrides if not each.startswith("tracking=")]
+    status, good, bad = found(capsys, f"stage={STAGES[1]}", *overrides, "tracking=wandb")
+    assert (status, bad) == (0, [])
+    assert good[-1].startswith("warning: tracking.mode=online: no API key for ")
+    assert f"its figures are in {tiny_runs.run(2)}/metrics.jsonl, and a later start sends them" in good[-1]
+    new = ["tracking=wandb", f"run_dir={tiny_runs.folder}/new"]
+    status, _, bad = found(capsys, f"stage={STAGES[1]}", *overrides, *new)
+    assert (status, len(bad)) == (2, 1)
+    assert bad[0].startswith("error: tracking.mode=online: no API key for ")
+
+
 def test_a_stage_that_starts_from_an_unfinished_one(tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     status, good, bad = found(capsys, f"stage={STAGES[2]}", *tiny_runs.overrides)
     assert (status, bad) == (0, [])

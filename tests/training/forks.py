@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,10 +39,16 @@ class Ending:
     logs: list[str]
 
 
-def run_cases(folder: Path, cases: list[Case]) -> list[Ending]:
-    """Run cases one after another; what they have in common is on disk."""
+def run_cases(folder: Path, cases: list[Case], before: Callable[[int], None] | None = None) -> list[Ending]:
+    """Run cases one after another; what they have in common is on disk.
+
+    Args:
+        before: called with the number of a case when all before it have ended, and it has not begun.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps([{**asdict(case), "port": _free_port()} for case in cases]))
+    waits = before is not None
+    described = [{**asdict(case), "port": _free_port(), "waits": waits} for case in cases]
+    (folder / "cases.json").write_text(json.dumps(described))
     ranks = max(case.ranks for case in cases)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__)), str(folder)]
@@ -49,6 +56,14 @@ def run_cases(folder: Path, cases: list[Case]) -> list[Ending]:
         subprocess.Popen([*command, str(rank)], env=environment, start_new_session=True) for rank in range(ranks)
     ]
     try:
+        for number, case in enumerate(cases if before is not None else ()):
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            while not all((folder / f"{number}-{rank}.ready").exists() for rank in range(case.ranks)):
+                assert all(server.poll() in (None, 0) for server in servers)
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            before(number)
+            (folder / f"{number}.go").touch()
         for server in servers:
             assert server.wait(TIMEOUT_SECONDS) == 0
     finally:
@@ -89,7 +104,7 @@ def serve(folder: Path, rank: int) -> None:
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         if rank >= case["ranks"]:
             continue
-        _meet(folder, number, rank, case["ranks"])
+        _meet(folder, number, rank, case["ranks"], case["waits"])
         child = os.fork()
         if child == 0:
             _be_rank(folder / f"{number}-{rank}.log", rank, case)
@@ -97,10 +112,11 @@ def serve(folder: Path, rank: int) -> None:
         (folder / f"{number}-{rank}.exit").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
-def _meet(folder: Path, number: int, rank: int, ranks: int) -> None:
-    """Wait for the case's other ranks, some of which may still be at an earlier case."""
+def _meet(folder: Path, number: int, rank: int, ranks: int, waits: bool) -> None:
+    """Wait for the case's other ranks, some of which may still be at an earlier case, and for what comes before it."""
     (folder / f"{number}-{rank}.ready").touch()
-    while not all((folder / f"{number}-{other}.ready").exists() for other in range(ranks)):
+    awaited = [folder / f"{number}-{other}.ready" for other in range(ranks)] + [folder / f"{number}.go"] * waits
+    while not all(path.exists() for path in awaited):
         time.sleep(0.05)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,14 @@ import pytest
 
 from vdtrain.config import TrackingConfig
 from vdtrain.training.meters import log_line
-from vdtrain.training.tracking import METRICS_FILE, Tracker, read_metrics
+from vdtrain.training.tracking import METRICS_FILE, Tracker, last_metrics, read_metrics
 
 # A run whose W&B process gets the SIGTERM that Slurm sends to all processes of a job.
 WITHOUT_WANDB = """
 import os, signal, sys
 from pathlib import Path
 from vdtrain.config import TrackingConfig
-from vdtrain.training.tracking import Tracker, TrackerError
+from vdtrain.training.tracking import Tracker
 
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig(name="offline", mode="offline", project="test", entity=None), {}, 0)
 states = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
@@ -25,10 +26,7 @@ states = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]
 os.kill(service, signal.SIGTERM)
 os.waitid(os.P_PID, service, os.WEXITED | os.WNOWAIT)
 for step in (1, 2, 3, None):
-    try:
-        tracker.close() if step is None else tracker.log({"step": step, "loss": {"text-to-image": 1.0}})
-    except TrackerError as error:
-        print(error)
+    tracker.close() if step is None else tracker.log({"step": step, "loss": {"text-to-image": 1.0}})
 """
 
 
@@ -53,6 +51,38 @@ def test_a_resumed_run_drops_the_records_of_lost_steps(tmp_path: Path) -> None:
 def test_a_line_cut_short_is_not_read(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text(json.dumps(record(10)) + "\n" + json.dumps(record(20))[:15])
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [10]
+
+
+def test_lines_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    """And so are records of lost steps, where a full disk kept them from being taken away."""
+    lines = [json.dumps(record(step)) for step in (10, 20, 30, 20)]
+    lines[1:1] = ["[]", '"word"', '{"loss": {}}', '{"step": 3}', "", '{"step": 20, "lo']
+    (tmp_path / METRICS_FILE).write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [10, 20]
+    assert [entry["step"] for entry in last_metrics(tmp_path, 5)] == [10, 20]
+
+
+def test_a_disk_that_takes_no_figures_is_a_line(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, tracking("disabled"), {}, step=0)
+    tracker.log(record(10))
+    (tmp_path / METRICS_FILE).write_text((tmp_path / METRICS_FILE).read_text() + '{"step": 20, "lo')
+    with (tmp_path / METRICS_FILE).open("a") as torn:
+        size = torn.tell()
+    lines: list[str] = []
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limit[1]))
+    try:
+        tracker = Tracker(tmp_path, tracking("disabled"), {}, 10, lines.append)
+        tracker.log(record(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [line.partition(": ")[0] for line in lines] == [str(tmp_path / METRICS_FILE)] * 2
+    assert lines[0].endswith("cannot be written (File too large); figures of lost steps may stay in it")
+    assert lines[1].endswith("the figures of step 30 were not written (File too large)")
+    assert (tmp_path / METRICS_FILE).stat().st_size == size
+    # The line that was cut short is ended before the next one.
+    tracker.log(record(40))
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [10, 40]
 
 
 def test_offline_wandb_keeps_one_run_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,10 +195,8 @@ def tracking(config: TrainConfig) -> Finding:
     if problem is not None:
         if latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)[0] is None:
             return Finding(ERROR, problem)
-        metrics = f"{config.run_dir}/metrics.jsonl"
-        return Finding(
-            WARNING, f"{problem}; or let the run go on: its figures are in {metrics}, for a later start to send"
-        )
+        kept = f"{config.run_dir}/metrics.jsonl"
+        return Finding(WARNING, f"{problem}; training goes on: its figures are in {kept}, and a later start sends them")
     texts = {
         "online": "W&B is reached, and takes the credentials here",
         "offline": f"send the run to W&B by `wandb sync {shell([config.run_dir])}/wandb/offline-run-*`",

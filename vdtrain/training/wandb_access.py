@@ -14,6 +14,7 @@ from typing import Any
 from vdtrain.config import TrackingConfig
 
 PROBE_SECONDS = 8.0
+OUT_OF_ORDER = (500, 502, 503, 504)
 # All processes wait for the one that opens the run: an outage may hold them this long, and no longer.
 INIT_SECONDS = 20.0
 # A scheduler that has asked a job to stop does not wait for uploads.
@@ -131,6 +132,6 @@ def _unreachable(address: str) -> str | None:
         with urllib.request.urlopen(address, timeout=PROBE_SECONDS):
             return None
     except urllib.error.HTTPError as error:
-        return f"HTTP status {error.code}" if error.code >= 500 else None
+        return f"HTTP status {error.code}" if error.code in OUT_OF_ORDER else None
     except OSError as error:
         return " ".join(str(getattr(error, "reason", error)).split())

@@ -19,8 +19,7 @@ from vdtrain.training.wandb_access import FINISH_SECONDS, WandbError, end_wandb,
 
 WANDB_ID_FILE = "wandb_id"
 WANDB_URL_FILE = "wandb_url"
-# W&B takes no slashes and the like in an id.
-WANDB_ID = re.compile(r"[^\s/\\#?%:]{1,64}")
+WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # What W&B answers where a run of that id was deleted in its web page; the id is then of no use any more.
 DELETED = re.compile(r"previously created and deleted", re.IGNORECASE)
 
@@ -154,7 +153,7 @@ def _run_id(path: Path, warn: Warn) -> tuple[str, bool]:
     if not path.exists():
         return _new_id(path), True
     text = path.read_text(errors="replace").strip()
-    if WANDB_ID.fullmatch(text) and text.isascii():
+    if WANDB_ID.fullmatch(text):
         return text, False
     fresh = _new_id(path)
     warn(f"{path}: held no id of a W&B run; the run goes on there as {fresh}, with all its figures")
