@@ -42,6 +42,17 @@ def test_full_size_numbers_are_the_default(name: str) -> None:
     assert (config.model.schedule.beta_start, config.model.schedule.beta_end) == (0.00085, 0.012)
 
 
+def test_noise_schedules_by_name() -> None:
+    """The released code's is the default; numbers of one's own still count, over a name before them too."""
+    assert load("model.schedule=released").model.schedule == load().model.schedule
+    for model in ("versatile_diffusion", "tiny"):
+        paper = load(f"model={model}", "model.schedule=paper").model.schedule
+        assert (paper.steps, paper.beta_start, paper.beta_end) == (1000, 0.000085, 0.012)
+    own = load("model.schedule=paper", "model.schedule.beta_end=0.02").model.schedule
+    assert (own.beta_start, own.beta_end) == (0.000085, 0.02)
+    assert load("model.schedule={beta_start: 0.001}").model.schedule.beta_start == 0.001
+
+
 def test_each_stage_starts_from_the_one_before() -> None:
     starts = [load(f"stage={name}", "runs_dir=r").stage.init_from for name in STAGES]
     assert starts == ["weights/stable_diffusion_v1", "r/stage1_single_flow", "r/stage2_dual_flow"]
@@ -100,6 +111,12 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),
         ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
         ("ema.decay=1", ["ema.decay=1"]),
+        ("ema.length=0.6", ["ema.length=0.6", "0.1 its last tenth"]),
+        ("model.schedule=papre", ["model.schedule=papre", "choose one of paper, released"]),
+        (
+            "model.schedule.beta_start=0.5",
+            ["model.schedule=ScheduleConfig(steps=1000, beta_start=0.5", "choose released"],
+        ),
         ("data.manifest=nowhere", ["data.manifest=nowhere", "data_pipeline index"]),
         ("stage=stage2_dual_flow", ["stage.init_from=", "stage1_single_flow", "train that stage first"]),
         ("stage.init_from=weights.safetensors", ["stage.init_from=weights.safetensors", "vdtrain weights import"]),

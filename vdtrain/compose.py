@@ -55,6 +55,8 @@ SCHEMAS: dict[str, type] = {
     "data_pipeline": DataPipelineConfig,
     "latents": LatentsConfig,
 }
+# The one setting with values by name: a noise schedule.
+SCHEDULE = "model.schedule"
 
 
 SEARCH_PATH = "hydra.searchpath"
@@ -136,6 +138,7 @@ def _choice_word(override: Override, config_name: str) -> str:
 
 def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
     try:
+        overrides = [each for override in overrides for each in _by_name(override)]
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())), warnings.catch_warnings():
             warnings.filterwarnings("error", message="provider=hydra.searchpath")
             return hydra_compose(config_name, overrides=words)
@@ -191,6 +194,22 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
 def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> ConfigError:
     names = [Path(name).stem for name in known or options(group)]
     return ConfigError(f"{group}={option}: no such option; choose one of {', '.join(names)}")
+
+
+def _by_name(override: str) -> list[str]:
+    """`model.schedule=NAME` as the settings that `conf/schedule/NAME.yaml` has; any other override as it is.
+
+    Raises:
+        ConfigError: no such schedule.
+    """
+    key, _, name = override.partition("=")
+    if key != SCHEDULE or name.startswith("{"):
+        return [override]
+    names = options("schedule")
+    if name not in names:
+        raise ConfigError(f"{SCHEDULE}={name}: choose one of {', '.join(names)}, or set its beta_start and beta_end")
+    document = OmegaConf.load(config_folder() / "schedule" / f"{name}.yaml")
+    return [f"{SCHEDULE}.{setting!s}={value}" for setting, value in document.items()]
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:

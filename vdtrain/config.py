@@ -134,8 +134,11 @@ class ObjectiveConfig:
 
 @dataclass
 class EmaConfig:
+    """Average of the weights, started anew in every phase (docs/choices.md)."""
+
     enabled: bool = MISSING
-    decay: float = MISSING
+    length: float = MISSING  # how far it looks back, as a share of the phase so far
+    decay: float | None = MISSING  # upper limit of what an update keeps; null for none
 
 
 @dataclass

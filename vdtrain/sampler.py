@@ -14,6 +14,7 @@ from rich.progress import track
 
 from vdtrain.compose import ConfigError
 from vdtrain.config import SamplerConfig
+from vdtrain.diffusion.solvers import make_solver, spacing_note
 from vdtrain.files import check_output
 from vdtrain.media import MEDIA, Medium
 from vdtrain.pipeline import VersatileDiffusion
@@ -47,6 +48,10 @@ class Sampler:
         self.model = VersatileDiffusion.from_checkpoint(
             config.checkpoint, config.weights, config.device, DTYPES[config.precision]
         )
+        solver = make_solver(config.solver, self.model.schedule, config.steps, config.eta)
+        self.steps_taken = len(solver.timesteps)
+        if note := spacing_note(config.solver, self.model.schedule, config.steps):
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
     def read(self, modality: str, inputs: Sequence[str], size: tuple[int, int] | None = None) -> Any:
         """Inputs of a command line as a batch; pictures as squares, or of `size`."""
@@ -63,6 +68,8 @@ class Sampler:
         settings = OmegaConf.to_container(self.document, resolve=True)
         assert isinstance(settings, Mapping)
         kept = {str(key): value for key, value in settings.items() if key not in LOCAL}
+        if self.steps_taken != self.config.steps:
+            kept["steps_taken"] = self.steps_taken
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = medium(modality).write(samples, folder, kept)

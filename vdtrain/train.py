@@ -37,9 +37,10 @@ Examples:
 Settings (the whole list: --cfg job):
   stage.learning_rate, stage.global_batch_size, stage.flows, stage.init_from
   stage.gradient_scales.global, .data.image, .context.text ...   factor on a layer group's step
-  stage.samples_scale                                           0.01 trains one per cent of every phase
+  stage.samples_scale              0.01 trains one per cent of every phase, and warms up in one per cent of the samples
+  model.schedule=released|paper    noise schedule of the released code, or with the betas that the paper prints
   hardware.micro_batch_size, hardware.zero_stage, hardware.precision
-  run_dir, seed, log_every_steps, ema.enabled, ema.decay
+  run_dir, seed, log_every_steps, ema.enabled, ema.length, ema.decay
   checkpoint.every_steps, checkpoint.keep, checkpoint.keep_every_steps, watchdog_seconds
   hydra.searchpath=[FOLDER]                                     finds FOLDER/model/NAME.yaml as model=NAME, and so on
 """

@@ -77,6 +77,11 @@ def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
     return int(phase.samples * config.stage.samples_scale) // config.stage.global_batch_size
 
 
+def warmup_samples(config: TrainConfig) -> float:
+    """Samples over which the learning rate rises. A pilot run's are as small a share of a whole run's as all else."""
+    return config.optimizer.warmup_samples * min(1.0, config.stage.samples_scale)
+
+
 def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
     """Micro-batches per process and step.
 
@@ -240,8 +245,13 @@ def _choice_problems(config: TrainConfig) -> Iterator[str]:
     for name in config.objective.flow_weights:
         if name not in stage.flows:
             yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
-    if not 0 <= config.ema.decay < 1:
-        yield f"ema.decay={config.ema.decay}: not in [0, 1)"
+    schedule = config.model.schedule
+    if schedule.steps < 1 or not 0 < schedule.beta_start <= schedule.beta_end < 1:
+        yield f"model.schedule={schedule}: betas rise in (0, 1), over at least one step; choose released or paper"
+    if not 0 < config.ema.length <= 0.5:
+        yield f"ema.length={config.ema.length}: not in (0, 0.5]; 0.5 averages a whole phase alike, 0.1 its last tenth"
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        yield f"ema.decay={config.ema.decay}: not in [0, 1); null sets no limit"
     checkpoint = config.checkpoint
     for setting, number in (
         ("checkpoint.every_steps", checkpoint.every_steps),

@@ -1,5 +1,7 @@
 """Solvers against a perfect predictor: whatever the way, it leads to the clean latents."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import ScheduleConfig
 from vdtrain.diffusion.sampling import denoise
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import SOLVERS, ddim_timesteps, make_solver
+from vdtrain.diffusion.solvers import SOLVERS, ddim_timesteps, make_solver, spacing_note
 
 SCHEDULE = Schedule(ScheduleConfig())
 
@@ -32,6 +34,21 @@ def test_timesteps_fall_within_the_schedule(steps: int) -> None:
     assert timesteps == sorted(set(timesteps), reverse=True)
     assert timesteps[0] < SCHEDULE.steps
     assert len(timesteps) >= min(steps, SCHEDULE.steps - 1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_what_a_number_of_steps_becomes_is_said(name: str) -> None:
+    for steps in [*range(1, 60), 300, 500, 501, 999, 1000]:
+        taken = len(make_solver(name, SCHEDULE, steps).timesteps)
+        note = spacing_note(name, SCHEDULE, steps)
+        assert (note is None) == (name != "ddim" or (SCHEDULE.steps % steps == 0 and taken == steps))
+        if note is None:
+            assert taken == steps
+            continue
+        assert f"takes {taken} steps" in note
+        # The remedy holds.
+        for other in re.findall(r"\d+", note.rpartition("; ")[2]):
+            assert spacing_note(name, SCHEDULE, int(other)) is None
 
 
 @pytest.mark.parametrize(

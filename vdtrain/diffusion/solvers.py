@@ -39,6 +39,30 @@ def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
     return list(range(1, schedule.steps, schedule.steps // steps))[::-1]
 
 
+def spacing_note(name: str, schedule: Schedule, steps: int) -> str | None:
+    """A line on what a number of steps becomes; None where it is taken as it is.
+
+    Args:
+        name, steps: of a solver that `make_solver` takes. Those of diffusers take any number as it is.
+    """
+    if name != "ddim":
+        return None
+    total, timesteps = schedule.steps, ddim_timesteps(schedule, steps)
+    if total % steps == 0 and len(timesteps) == steps:
+        return None
+    why = f"does not divide {total}" if total % steps else f"its first timestep would lie beyond {total - 1}"
+    divisors = [each for each in range(1, total) if total % each == 0]
+    below, above = (
+        max(each for each in divisors if each <= steps),
+        min((each for each in divisors if each > steps), default=None),
+    )
+    others = f"steps={below}" + (f" or {above}" if above else "")
+    return (
+        f"steps={steps}: {why}; solver=ddim takes {len(timesteps)} steps, at timesteps "
+        f"{', '.join(map(str, timesteps[:2]))} ... {timesteps[-1]}; {others} is taken as it is"
+    )
+
+
 class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), at the original's timesteps.
 

@@ -11,7 +11,7 @@ import torch
 
 from vdtrain.compose import ConfigError
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import make_solver
+from vdtrain.diffusion.solvers import make_solver, spacing_note
 from vdtrain.evaluation.clip_score import ClipJudge, check_clip, clip_scores
 from vdtrain.evaluation.frechet import Statistics, read_reference, write_reference
 from vdtrain.evaluation.inception import PUBLISHED, SOURCE, WIDTH, InceptionFeatures
@@ -107,6 +107,8 @@ class Evaluator:
                 f"samples={config.samples}: below {FEW_SAMPLES:,} Fréchet distances are too large, the more so the "
                 "fewer; compare equal numbers alone"
             )
+        if note := spacing_note(config.solver, Schedule(self.subject.model.schedule), config.steps):
+            lines.append(note)
         for flow in self.left_out:
             lines.append(f"flows: {flow} is left out: no figure is known for the modality {flow.output!r}")
         return lines

@@ -9,21 +9,32 @@ from vdtrain.training.engine import Engine
 from vdtrain.training.partitions import EMA, RowReader
 
 
-class ShardEMA:
-    """Exponential moving average of the master weights.
+def kept_share(number: Tensor, length: float, decay: float | None = None) -> Tensor:
+    """What an average keeps of itself at updates `number`, counted from 1: float64, of the same shape.
 
-    After update number n the average keeps min(decay, (1 + n) / (10 + n)) of itself, so that the first weights, far
-    from where training leads, are soon forgotten.
+    Args:
+        length: mean age of what is in the average after many updates, as a share of their number; in (0, 0.5].
+        decay: upper limit, from which on the average looks back over 1 / (1 - decay) updates; None for none.
+    """
+    keep = (1 + number) / (1 / length + number)
+    return keep if decay is None else torch.clamp(keep, max=decay)
+
+
+class ShardEMA:
+    """Moving average of the master weights, whose memory grows with the number of updates since it started.
+
+    See `kept_share`. After many updates its profile is a power of their number, with the exponent 1 / length - 2, as
+    Karras et al. 2024 propose (arXiv 2312.02696).
 
     Args:
         engine: whose pieces are averaged; the average starts at their present values.
-        decay: share of the old average that an update keeps, in [0, 1).
+        length, decay: see `kept_share`.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema.decay: {decay} is not in [0, 1)")
-        self.decay = decay
+    def __init__(self, engine: Engine, decay: float | None = None, length: float = 0.1) -> None:
+        if not 0.0 < length <= 0.5 or (decay is not None and not 0.0 <= decay < 1.0):
+            raise ValueError(f"ema.length={length} is not in (0, 0.5], or ema.decay={decay} not in [0, 1)")
+        self.decay, self.length = decay, length
         self._partitions = engine.partitions()
         self.rows: list[Tensor] = [partition.master.clone() for partition in self._partitions]
         # On the device, for there it is decided whether a step counts.
@@ -45,8 +56,7 @@ class ShardEMA:
         """
         counts = self._always if applied is None else applied
         number = self._updates + 1
-        keep = torch.clamp((1 + number) / (10 + number), max=self.decay)
-        share = torch.where(counts, 1 - keep, 0.0).float()
+        share = torch.where(counts, 1 - kept_share(number, self.length, self.decay), 0.0).float()
         for row, partition in zip(self.rows, self._partitions, strict=True):
             row.lerp_(partition.master, share)
         self._updates += counts

@@ -158,15 +158,20 @@ class Engine:
         divisor = torch.ones_like(report.gradient_norm)
         if clip > 0:
             divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
-        by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
-        rates = [learning_rate * (scale if by_rate else 1.0) for scale in self._scales]
-        self._optimizer.update(gradients, rates, divisor, report.applied)
+        self._optimizer.update(gradients, list(self.rates(learning_rate).values()), divisor, report.applied)
         del gradients
         self._exchange.forget_gradients()
         self._exchange.spread()
         self._losses.zero_()
         self._gradients_complete = False
         return report
+
+    def rates(self, learning_rate: float) -> dict[str, float]:
+        """What a step at `learning_rate` applies to each layer group."""
+        by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
+        groups = [partition.layout.group for partition in self._partitions]
+        scales = self._scales if by_rate else [1.0] * len(groups)
+        return {group: learning_rate * scale for group, scale in zip(groups, scales, strict=True)}
 
     def partitions(self) -> list[Partition]:
         """This process's piece of every layer group, in the order of the groups. Writing to them changes the optimiser;

@@ -37,7 +37,8 @@ class Interval:
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
-            "gradient_norm": sum(self.gradient_norms) / max(len(self.gradient_norms), 1),
+            # None where all steps of the interval were left out.
+            "gradient_norm": sum(self.gradient_norms) / len(self.gradient_norms) if self.gradient_norms else None,
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
             "memory_gb": memory_gb(device),
@@ -54,11 +55,12 @@ def memory_gb(device: torch.device) -> float:
 
 def log_line(record: Mapping[str, Any]) -> str:
     """One record as the line that a person reads."""
-    losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items())
+    losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items()) or "no step counted"
+    norm = "-" if record["gradient_norm"] is None else f"{record['gradient_norm']:.3f}"
     return (
         f"step {record['step']} | {record['resolution']} px | "
         f"samples {record['samples']:,}/{record['total_samples']:,} | "
-        f"{losses} | grad {record['gradient_norm']:.3f} | lr {record['learning_rate']:.2e} | "
+        f"{losses} | grad {norm} | lr {record['learning_rate']:.2e} | "
         f"{record['pairs_per_second']:.1f} pairs/s | data wait {record['data_wait']:.0%} | {record['memory_gb']:.2f} GB"
         + (f" | skipped {record['skipped']}" if record["skipped"] else "")
         + (f" | bad samples {record['replaced']}" if record["replaced"] else "")

@@ -25,7 +25,7 @@ from vdtrain.training.checkpoint_folder import (
 )
 from vdtrain.training.run_lock import RunLock
 from vdtrain.training.wandb_access import wandb_problem
-from vdtrain.validation import phase_steps, problems, stage_flows
+from vdtrain.validation import phase_steps, problems, stage_flows, warmup_samples
 
 if TYPE_CHECKING:
     from vdtrain.training.curriculum import Start
@@ -56,11 +56,23 @@ def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[
         mistakes.add(line)
     if not mistakes:
         yield Finding(OK, _extent(config, ranks))
+        yield from warm_up(config)
     if Path(config.data.manifest).exists():
         yield from data(config, ranks, settled=not mistakes)
     yield from in_use(config)
     yield from start_and_room(config, document, settled=not mistakes)
     yield tracking(config)
+
+
+def warm_up(config: TrainConfig) -> Iterator[Finding]:
+    """Does the stage come to its learning rate?"""
+    total = sum(phase_steps(config, phase) for phase in config.stage.phases) * config.stage.global_batch_size
+    if warmup_samples(config) > total:
+        yield Finding(
+            WARNING,
+            f"optimizer.warmup_samples={config.optimizer.warmup_samples}: the stage has {total:,} samples, and ends "
+            "before it comes to its learning rate; set a smaller number",
+        )
 
 
 def data(config: TrainConfig, ranks: int, settled: bool = True) -> Iterator[Finding]:

@@ -42,7 +42,7 @@ from vdtrain.training.prefetch import Prefetcher
 from vdtrain.training.reporter import Reporter
 from vdtrain.training.state import TrainState
 from vdtrain.training.watchdog import DUMPS, Watchdog
-from vdtrain.validation import micro_batches, phase_steps, stage_flows
+from vdtrain.validation import micro_batches, phase_steps, stage_flows, warmup_samples
 
 
 class Trainer:
@@ -79,7 +79,7 @@ class Trainer:
         self.frozen_contents = frozen_contents(config.model)
         frozen = build_frozen(config.model).to(place.device, self.engine.compute_dtype)
         self.objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
-        self.ema = ShardEMA(self.engine, config.ema.decay) if config.ema.enabled else None
+        self.ema = ShardEMA(self.engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
         keep = config.checkpoint
         store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps)
         self.saver = BackgroundSaver(store, config.watchdog_seconds and config.watchdog_seconds / 2)
@@ -128,6 +128,8 @@ class Trainer:
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
+        if self.ema is not None and self.state.phase_step == 0:
+            self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
         consensus, bad_steps = (
             StepConsensus(self.flow_names, self.place.device),
@@ -213,7 +215,7 @@ class Trainer:
             self.engine.backward(self.objective.total(losses) / count, last=index == count - 1)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / count
-        report = self.engine.step(self._learning_rate())
+        report = self.engine.step(self._learning_rate(self.state.step + 1))
         if self.ema is not None:
             self.ema.update(report.applied)
         self.state.step += 1
@@ -239,22 +241,25 @@ class Trainer:
     def _draw_seed(self) -> str:
         return f"{self.config.seed}/{self.config.stage.name}/{self.state.phase}"
 
-    def _learning_rate(self) -> float:
-        """Linear warm-up over samples, then constant."""
+    def _learning_rate(self, step: int) -> float:
+        """Of a step, counted from 1: linear warm-up over samples, then constant."""
         optimizer, stage = self.config.optimizer, self.config.stage
-        seen = (self.state.step + 1) * stage.global_batch_size
-        warm = min(1.0, seen / optimizer.warmup_samples) if optimizer.warmup_samples > 0 else 1.0
+        rise = warmup_samples(self.config)
+        warm = min(1.0, step * stage.global_batch_size / rise) if rise > 0 else 1.0
         return stage.learning_rate * optimizer.learning_rate_scale * warm
 
     def _record(self, phase: PhaseConfig, interval: Interval) -> dict[str, Any]:
         batch_size = self.config.stage.global_batch_size
+        learning_rate = self._learning_rate(self.state.step)
         return {
             "step": self.state.step,
             "phase": self.state.phase,
             "resolution": phase.resolution,
             "samples": self.state.step * batch_size,
             "total_samples": self.total_steps * batch_size,
-            "learning_rate": self._learning_rate(),
+            # Of this step; a group's is that times its scale.
+            "learning_rate": learning_rate,
+            "learning_rates": self.engine.rates(learning_rate),
             "skipped": self.state.skipped,
             "replaced": self.state.replaced,
             "failed_saves": self.saver.failed,

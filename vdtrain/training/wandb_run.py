@@ -173,7 +173,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    flat = {f"loss/{name}": value for name, value in record["loss"].items()}
-    flat |= {key: value for key, value in record.items() if key not in ("loss", "time")}
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            # "learning_rates" would stand beside its groups.
+            flat |= {f"{key.removesuffix('s') if key != 'loss' else key}/{name}": each for name, each in value.items()}
+        elif key != "time":
+            flat[key] = value
     # Records that are sent later keep their time.
     return flat | ({"_timestamp": record["time"]} if "time" in record else {})

@@ -1,0 +1,149 @@
+"""The figures that a run reports are those that it worked with: learning rates, averages, steps left out, samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.pairs import write_pairs
+from vdtrain.preflight import main as preflight
+from vdtrain.sample import main as sample
+from vdtrain.train import main as train
+from vdtrain.training.checkpoint_format import Index
+from vdtrain.training.consensus import StepOutcome
+from vdtrain.training.engine import Engine, StepReport
+from vdtrain.training.engine_optimizer import GuardedAdamW
+from vdtrain.training.meters import Interval, log_line
+from vdtrain.training.tracking import read_metrics
+
+BATCH, LOW, HIGH = 4, 6, 4
+# Half of every phase; the rate rises over 32 samples of a whole run, and so over four steps here.
+SETTINGS = [
+    "stage=stage1_single_flow",
+    "model=tiny",
+    "data=shapes",
+    "hardware=cpu",
+    "tracking=none",
+    "stage.init_from=null",
+    f"stage.global_batch_size={BATCH}",
+    "hardware.micro_batch_size={32:4,64:4}",
+    f"stage.phases=[{{resolution:32,samples:{2 * LOW * BATCH}}},{{resolution:64,samples:{2 * HIGH * BATCH}}}]",
+    "stage.samples_scale=0.5",
+    "optimizer.warmup_samples=32",
+    "stage.gradient_scales={global:0.1,data:{image:0.5},context:{image:1.0}}",
+    "log_every_steps=1",
+    "checkpoint.every_steps=1000",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("figures")
+
+
+@pytest.fixture(scope="module")
+def applied(folder: Path) -> list[tuple[float, list[float]]]:
+    """What every step of a run was told, and what its optimiser then took for each layer group."""
+    manifest = write_pairs(folder / "data")
+    told: list[float] = []
+    taken: list[list[float]] = []
+    step, update = Engine.step, GuardedAdamW.update
+
+    def watched_step(engine: Engine, learning_rate: float) -> StepReport:
+        told.append(learning_rate)
+        return step(engine, learning_rate)
+
+    def watched_update(optimizer: GuardedAdamW, gradients: Any, rates: Any, *rest: Any) -> None:
+        taken.append(list(rates))
+        update(optimizer, gradients, rates, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Engine, "step", watched_step)
+        patched.setattr(GuardedAdamW, "update", watched_update)
+        assert train([*SETTINGS, f"data.manifest={manifest}", f"run_dir={folder}/run"]) == 0
+    return list(zip(told, taken, strict=True))
+
+
+def test_the_learning_rate_of_a_step_is_the_one_that_it_applied(
+    folder: Path, applied: list[tuple[float, list[float]]]
+) -> None:
+    records = read_metrics(folder / "run")
+    assert [record["step"] for record in records] == list(range(1, LOW + HIGH + 1))
+    assert [record["learning_rate"] for record in records] == [rate for rate, _ in applied]
+    assert [list(record["learning_rates"].values()) for record in records] == [rates for _, rates in applied]
+    scales = {"global": 0.1, "data.image": 0.5, "context.image": 1.0}
+    assert records[-1]["learning_rates"] == pytest.approx({name: 2e-3 * scale for name, scale in scales.items()})
+
+
+def test_a_pilot_run_comes_to_its_learning_rate(folder: Path, applied: list[tuple[float, list[float]]]) -> None:
+    """After as small a share of its samples as a whole run."""
+    assert [rate / 2e-3 for rate, _ in applied] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * (LOW + HIGH - 3))
+
+
+def test_every_phase_has_an_average_of_its_own(folder: Path, applied: list[tuple[float, list[float]]]) -> None:
+    updates = {
+        step: Index.read(folder / "run" / "checkpoints" / f"step-{step:09d}").ema_updates for step in (LOW, LOW + HIGH)
+    }
+    assert updates == {LOW: LOW, LOW + HIGH: HIGH}
+
+
+def test_a_stage_that_never_comes_to_its_learning_rate_is_warned_of(
+    folder: Path, applied: list[tuple[float, list[float]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*SETTINGS, f"data.manifest={folder}/data/manifest", f"run_dir={folder}/new", "ranks=1"]
+    assert preflight([*own, "optimizer.warmup_samples=79"]) == 0
+    assert "warmup_samples" not in capsys.readouterr().out
+    assert preflight([*own, "optimizer.warmup_samples=81"]) == 0
+    line = (
+        "warning: optimizer.warmup_samples=81: the stage has 40 samples, and ends before it comes to its learning rate"
+    )
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "note", "taken"),
+    [
+        (["steps=3"], "steps=3: does not divide 1000; solver=ddim takes 3 steps, at timesteps 667, 334 ... 1; ", None),
+        (["steps=7"], "steps=7: does not divide 1000; solver=ddim takes 8 steps, at timesteps 995, 853 ... 1; ", 8),
+        (["steps=4"], None, None),
+        (["steps=7", "solver=unipc"], None, None),
+    ],
+)
+def test_a_number_of_steps_that_becomes_another_is_said(
+    folder: Path,
+    applied: list[tuple[float, list[float]]],
+    settings: list[str],
+    note: str | None,
+    taken: int | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    own = [f"checkpoint={folder}/run", "flow=image-to-image", f"inputs=[{folder}/red.png]", "resolution=32"]
+    assert sample([*own, f"output_dir={folder}/samples", *settings]) == 0
+    printed = capsys.readouterr()
+    (written,) = printed.out.split()
+    lines = [line for line in printed.err.splitlines() if line.startswith("note: ")]
+    if note is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(f"note: {note}steps=")
+    kept = " ".join(str(value) for value in Image.open(written).info.values())
+    assert (f'"steps_taken": {taken}' in kept) == (taken is not None)
+
+
+def test_an_interval_whose_steps_were_all_left_out_has_no_norm() -> None:
+    """0 would be the norm of a run that has stopped to learn."""
+    interval = Interval()
+    interval.add(StepOutcome(1, {"text-to-image": float("nan")}, float("inf"), applied=False, stop=False))
+    summary = interval.summary(torch.device("cpu"))
+    assert (summary["loss"], summary["gradient_norm"]) == ({}, None)
+    places = {"step": 1, "resolution": 32, "samples": 4, "total_samples": 8, "learning_rate": 1e-4}
+    line = log_line({**places, **summary, "skipped": 1, "replaced": 0})
+    assert "no step counted | grad - |" in line
+    json.dumps(summary, allow_nan=False)
