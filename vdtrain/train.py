@@ -40,6 +40,7 @@ Settings (the whole list: --cfg job):
   stage.samples_scale              0.01 trains one per cent of every phase, and warms up in one per cent of the samples
   model.schedule=released|paper    noise schedule of the released code, or with the betas that the paper prints
   hardware.micro_batch_size, hardware.zero_stage, hardware.precision
+  tracking.mode, .project, .entity  of W&B; without them WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY
   run_dir, seed, log_every_steps, ema.enabled, ema.length, ema.decay
   checkpoint.every_steps, checkpoint.keep, checkpoint.keep_every_steps, watchdog_seconds
   hydra.searchpath=[FOLDER]                                     finds FOLDER/model/NAME.yaml as model=NAME, and so on
