@@ -253,7 +253,7 @@ MISTAKES = [
     ("train", "ema.decay=nan", "must be a finite number"),
     ("train", "ema.enabled=maybe", "must be true or false"),
     ("train", "watchdog_seconds=soon", "must be a number, or null"),
-    ("train", "ema=3", "must be a table {enabled: ..., decay: ...}"),
+    ("train", "ema=3", "must be a table {enabled: ..., length: ..., decay: ...}"),
     (
         "train",
         "stage.phases=[{resolution:",

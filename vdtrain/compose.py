@@ -56,9 +56,7 @@ SCHEMAS: dict[str, type] = {
     "latents": LatentsConfig,
 }
 # The one setting with values by name: a noise schedule.
-SCHEDULE = "model.schedule"
-
-
+SCHEDULE, SCHEDULES = "model.schedule", "model/schedule"
 SEARCH_PATH = "hydra.searchpath"
 
 
@@ -86,7 +84,8 @@ def compose(config_name: str, overrides: Sequence[str | Override]) -> DictConfig
         store.store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
     schema = SCHEMAS[config_name]
-    words = [each if isinstance(each, Override) else parsed(each) for each in overrides]
+    given = [each if isinstance(each, Override) else parsed(each) for each in overrides]
+    words = [each for override in given for each in _by_name(override)]
     choices = [each for each in words if is_choice(each)]
     config = _composed(config_name, [_choice_word(each, config_name) for each in choices], schema)
     for override in words:
@@ -138,7 +137,6 @@ def _choice_word(override: Override, config_name: str) -> str:
 
 def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
     try:
-        overrides = [each for override in overrides for each in _by_name(override)]
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())), warnings.catch_warnings():
             warnings.filterwarnings("error", message="provider=hydra.searchpath")
             return hydra_compose(config_name, overrides=words)
@@ -196,20 +194,20 @@ def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> C
     return ConfigError(f"{group}={option}: no such option; choose one of {', '.join(names)}")
 
 
-def _by_name(override: str) -> list[str]:
-    """`model.schedule=NAME` as the settings that `conf/schedule/NAME.yaml` has; any other override as it is.
+def _by_name(override: Override) -> list[Override]:
+    """`model.schedule=NAME` as the settings that `conf/model/schedule/NAME.yaml` has; any other override as it is.
 
     Raises:
         ConfigError: no such schedule.
     """
-    key, _, name = override.partition("=")
-    if key != SCHEDULE or name.startswith("{"):
+    name = (override.text or "").strip()
+    if override.key != SCHEDULE or override.sign or name.startswith("{"):
         return [override]
-    names = options("schedule")
+    names = options(SCHEDULES)
     if name not in names:
-        raise ConfigError(f"{SCHEDULE}={name}: choose one of {', '.join(names)}, or set its beta_start and beta_end")
-    document = OmegaConf.load(config_folder() / "schedule" / f"{name}.yaml")
-    return [f"{SCHEDULE}.{setting!s}={value}" for setting, value in document.items()]
+        raise ConfigError(f"{override.shown}: choose one of {', '.join(names)}, or set its beta_start and beta_end")
+    document = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
+    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in document.items()]
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
