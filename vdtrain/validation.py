@@ -12,7 +12,6 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups
 from vdtrain.instantiate import find_target
-from vdtrain.system_errors import output_problem
 
 TRACKING_MODES = ("online", "offline", "disabled")
 
@@ -168,8 +167,6 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     for name, modality in config.model.modalities.items():
         for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
             yield from _file_problems(f"model.modalities.{name}.{part}", arguments)
-    if problem := output_problem(Path(config.run_dir)):
-        yield f"run_dir={config.run_dir}: {problem}"
     if not Path(config.data.manifest).exists():
         yield (
             f"data.manifest={config.data.manifest}: does not exist; make it with "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from vdtrain.training import distributed
 from vdtrain.training.connections import connection_problem
+from vdtrain.training.run_lock import machine, process_start
 
 SOON = timedelta(seconds=2)
 
@@ -61,14 +62,17 @@ def late() -> BaseException:
 
 @pytest.fixture
 def own() -> list[object]:
-    return [socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, os.getpid()]
+    return [machine(), os.getpid(), process_start(os.getpid())]
 
 
 def test_a_process_that_has_ended_is_named(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    child = subprocess.Popen(["true"])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    peer = [machine(), child.pid, process_start(child.pid)]
+    assert child.stdin is not None
+    child.stdin.close()
     # Not yet asked for its status, it keeps its number and has ended all the same.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    monkeypatch.setattr(distributed, "_peers", [own, [*own[:2], child.pid]])
+    monkeypatch.setattr(distributed, "_peers", [own, peer])
     expected = "lost the connection to process 1, which has ended; see its log, then run the same command again"
     assert connection_problem(lost()) == expected
     child.wait()
@@ -78,14 +82,14 @@ def test_a_process_that_has_ended_is_named(own: list[object], monkeypatch: pytes
 def test_where_all_run_or_nobody_knows_no_end_is_claimed(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     error = lost()
     monkeypatch.setattr("vdtrain.training.connections.PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(distributed, "_peers", [own, [*own[:2], os.getppid()]])
+    monkeypatch.setattr(distributed, "_peers", [own, [machine(), os.getppid(), process_start(os.getppid())]])
     assert "another process (all of them run)" in str(connection_problem(error))
-    monkeypatch.setattr(distributed, "_peers", [own, ["node2", *own[1:]]])
+    monkeypatch.setattr(distributed, "_peers", [own, [["node2", "", ""], *own[1:]]])
     said = str(connection_problem(error))
     assert "(it has ended, or the network between" in said
     assert "node2" in said
     # The same number in another container is another process.
-    monkeypatch.setattr(distributed, "_peers", [own, [own[0], 1, 2**22 - 1]])
+    monkeypatch.setattr(distributed, "_peers", [own, [[*machine()[:2], "another"], 2**22 - 1, "7"]])
     assert "it has ended, or the network" in str(connection_problem(error))
 
 

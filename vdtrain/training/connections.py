@@ -6,11 +6,11 @@ import os
 import re
 import socket
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 
 from vdtrain.training import distributed
+from vdtrain.training.run_lock import process_start
 
 # How gloo and NCCL word it that nothing comes from the other end any more.
 LOST = re.compile(r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE)
@@ -60,12 +60,12 @@ def connection_problem(error: BaseException) -> str | None:
 def _lost() -> str:
     then = "see its log, then run the same command again"
     peers = distributed.peers()
-    own = peers[distributed.rank()] if peers else [None] * 3
-    here = {rank: int(pid) for rank, (*where, pid) in enumerate(peers) if where == own[:2] and pid != own[2]}
+    own = peers[distributed.rank()] if peers else [[], 0, ""]
+    here = {rank: (pid, started) for rank, (where, pid, started) in enumerate(peers) if where == own[0]}
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (ended := [str(rank) for rank, pid in here.items() if not _runs(pid)]):
+    while not (ended := [str(rank) for rank, (pid, started) in here.items() if process_start(pid) != started]):
         if not here or time.monotonic() > deadline:
-            return f"lost the connection to another process ({_unproven(len(here) + 1)}); {then}"
+            return f"lost the connection to another process ({_unproven(len(here))}); {then}"
         time.sleep(0.1)
     which = f"process {ended[0]}" if len(ended) == 1 else f"processes {', '.join(ended[:NAMED])}"
     return f"lost the connection to {which}, which {'has' if len(ended) == 1 else 'have'} ended; {then}"
@@ -75,17 +75,8 @@ def _unproven(processes_here: int) -> str:
     peers = distributed.peers()
     if processes_here >= len(peers):
         return "all of them run"
-    hosts = sorted({str(host) for host, *_ in peers})
+    hosts = sorted({str(machine[0]) for machine, *_ in peers})
     return f"it has ended, or the network between {', '.join(hosts[:NAMED])} failed"
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is there and has not ended: one that nobody asked about yet keeps its number."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
 
 
 def _unreached(address: str, port: str) -> str:

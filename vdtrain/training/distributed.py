@@ -20,11 +20,12 @@ from torch._C._distributed_c10d import HashStore
 
 from vdtrain.launch import launch_variables
 from vdtrain.training.deepspeed_import import import_deepspeed
+from vdtrain.training.run_lock import machine, process_start
 
 TIMEOUT_SECONDS = 1800.0
 
 
-# Host, namespace of process numbers, and process number of every process, by rank.
+# Machine, process number and its start of every process, by rank, as `vdtrain.training.run_lock` tells them.
 _peers: list[list[Any]] = []
 # Variables of the launcher as they were before `start`; None for those that were not set.
 _replaced_variables: dict[str, str | None] = {}
@@ -78,7 +79,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, words_alone: bo
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
-    _peers[:] = gather_json([socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, os.getpid()])
+    _peers[:] = gather_json([machine(), os.getpid(), process_start(os.getpid())])
     return place
 
 
@@ -113,7 +114,7 @@ def world_size() -> int:
 
 
 def peers() -> list[list[Any]]:
-    """Host, namespace of process numbers, and process number of every process, by rank, as they were at the start."""
+    """Machine, of which the host comes first, process number and its start of every process, by rank."""
     return _peers
 
 

@@ -16,6 +16,7 @@ from vdtrain.compose import ConfigError
 from vdtrain.config import TrainConfig
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.flows import active_groups
+from vdtrain.system_errors import output_problem, unreadable
 from vdtrain.training.checkpoint_folder import (
     CHECKPOINTS,
     CheckpointError,
@@ -142,7 +143,9 @@ def in_use(config: TrainConfig) -> Iterator[Finding]:
     try:
         held = RunLock(Path(config.run_dir)).held()
     except OSError as error:
-        held = f"run_dir={config.run_dir}: cannot be read ({error.strerror}); choose another folder"
+        # What cannot be written either, `room` says.
+        run_dir = Path(config.run_dir)
+        held = None if output_problem(run_dir) else f"run_dir={run_dir}: {unreadable(error, run_dir)}"
     if held is not None:
         yield Finding(ERROR, held)
 
@@ -155,6 +158,8 @@ def room(config: TrainConfig, start: Start, step: int) -> Finding:
     Raises:
         ConfigError, CheckpointError: the weights that the stage starts from are of another model, or damaged.
     """
+    if problem := output_problem(Path(config.run_dir)):
+        return Finding(ERROR, f"run_dir={config.run_dir}: {problem}")
     size = checkpoint_size(config, start)
     run_dir = Path(config.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())

@@ -5,6 +5,7 @@ The checkpoints of a run are often on another disk than its folder, by a link. N
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -66,9 +67,12 @@ def lost_checkpoints(run_dir: Path, every_steps: int) -> str | None:
 def _saved(run_dir: Path) -> int:
     try:
         return int(json.loads((run_dir / SAVED_FILE).read_text(encoding="utf-8"))["step"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # There is no folder behind a link to itself.
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return 0
         # It was written once; of which step does not matter.
         return 1
 

@@ -128,7 +128,7 @@ def _begin(
 ) -> None:
     """Note the start in the run folder and say what it is."""
     step = 0 if start.position is None else start.position.step
-    hosts = [str(host) for host, *_ in distributed.peers()]
+    hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
     distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
