@@ -147,7 +147,7 @@ def test_a_moved_vae_file_resumes_and_another_one_does_not(drill: Drill) -> None
     moved = drill.endings["with its VAE elsewhere"]
     assert moved.statuses == [0], moved
     warnings = [line for line in moved.logs[0].splitlines() if line.startswith("warning: ")]
-    assert "warning: ema.decay=0.99: 0.999 until here" in warnings
+    assert "warning: ema.decay=0.99: null until here" in warnings
     assert not any("vae" in line for line in warnings)
 
 
@@ -190,6 +190,8 @@ def test_the_same_path_with_other_contents_is_refused_by_preflight(
         (phases((32, LOW), (32, 1), (64, HIGH)), "stage.phases.1.resolution=32: 64 in run_dir=RUN"),
         (phases((32, LOW)), "stage.phases: 1 of them, and 2 are trained in run_dir=RUN"),
         ("model.schedule.beta_end=0.02", "model.schedule.beta_end=0.02: 0.012 in run_dir=RUN"),
+        ("model.schedule=paper", "model.schedule.beta_start=8.5e-05: 0.00085 in run_dir=RUN"),
+        ("stage.flows=[text-to-image]", "stage.flows=[text-to-image]: [image-to-image] in run_dir=RUN"),
         ("model.schedule.steps=500", "model.schedule.steps=500: 1000 in run_dir=RUN"),
         ("model.diffuser.heads=2", "model.diffuser.heads=2: 4 in run_dir=RUN"),
         ("+model.modalities.image.vae.latent_scale=0.5", "model.modalities.image.vae.latent_scale=0.5: unset in run_d"),
@@ -231,7 +233,7 @@ def test_what_comes_after_the_position_may_change(
             "data.stream.name=unset: SIGUSR1 until here",
             "data.stream.at=unset: 2 until here",
             "hardware.precision=bf16: fp32 until here",
-            "ema.enabled=False: True until here",
+            "ema.enabled=false: true until here",
             "objective.flow_weights.text-to-image=2.0: unset until here",
             f"stage.phases.0.samples={(LOW + 1) * BATCH}: {LOW * BATCH} until here",
             "stage.phases.1.resolution=32: 64 until here",

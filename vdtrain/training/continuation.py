@@ -89,7 +89,8 @@ def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig
         if _within(setting, FIXED):
             # The weights go with their model alone.
             remedy = "give another run_dir" if setting.startswith("model.") else other_run
-            raise ConfigError(f"{setting}={becomes}: {was} in run_dir={run_dir}; put it back, or {remedy}")
+            earlier = f"{_shown(was)} in run_dir={run_dir}"
+            raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; put it back, or {remedy}")
         if not _within(setting, SAID) or _within(setting, UNSAID):
             continue
         note = ""
@@ -100,7 +101,7 @@ def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig
             note = "; without effect, for the run has weights of its own"
         elif mid_epoch and setting.split(".")[:2] == ["data", "stream"] and setting.split(".")[2] in ORDER:
             note = "; in this epoch some samples come again, and others do not come"
-        lines.append(f"{setting}={becomes}: {was} until here{note}")
+        lines.append(f"{setting}={_shown(becomes)}: {_shown(was)} until here{note}")
     return lines
 
 
@@ -182,6 +183,13 @@ def _text(document: DictConfig, setting: str) -> Any:
     for name in setting.split("."):
         value = value[name]
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _within(setting: str, groups: Sequence[str]) -> bool:
