@@ -28,7 +28,7 @@ NUMBERS = {
     "RANK": 0,
     "LOCAL_RANK": 0,
     "WORLD_SIZE": 1,
-    "MASTER_PORT": 1,
+    "MASTER_PORT": 0,
     "SLURM_JOB_ID": 0,
     "SLURM_STEP_ID": 0,
     "SLURM_PROCID": 0,
