@@ -28,7 +28,7 @@ from toy import (
 )
 
 from vdtrain.training import checkpoints, distributed
-from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, shard_name
+from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, Index, shard_name
 from vdtrain.training.checkpoints import CheckpointError, CheckpointStore, read_trainer_state, read_weights
 from vdtrain.training.ema import ShardEMA
 from vdtrain.training.engine import Engine
@@ -414,3 +414,11 @@ def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
 def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.keep"):
         CheckpointStore(tmp_path, keep=0)
+
+
+def test_an_index_is_whole_whatever_the_order_of_its_numbers(tmp_path: Path) -> None:
+    """Settings by resolution: as text, 256 sorts before 64."""
+    settings = {"hardware": {"micro_batch_size": {64: 8, 256: 4, 1024: 1}}}
+    trainer = {"config": settings, "state": {}}
+    Index(1, 1, 1, "fp32", 1, 1, trainer, groups=(), files={}).write(tmp_path)
+    assert Index.read(tmp_path).trainer["config"]["hardware"]["micro_batch_size"] == {"64": 8, "256": 4, "1024": 1}

@@ -119,4 +119,7 @@ def file_records(content: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def index_checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Checksum of an index before it is written, and of the same index read back."""
+    # JSON turns numbers that are keys into text, which sorts in another order: 64 before 256, but "256" before "64".
+    written = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
