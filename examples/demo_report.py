@@ -1,6 +1,6 @@
 """What the demo's model has learnt: losses.png, samples.png and a table, from the run folders of the three stages.
 
-python examples/demo_report.py demo/runs demo/report
+python examples/demo_report.py demo/runs-short 64
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ Exit status: 0 done, 75 stopped by SIGTERM or SIGUSR1, 1 an error, 2 a mistake i
 Examples:
   vdtrain evaluate runs/stage3_four_flow data.manifest=data/coco/manifest fid.weights=weights/inception.pth
   vdtrain evaluate weights/versatile_diffusion data.manifest=data/coco/manifest 'flows=[image-to-text]'
-  vdtrain evaluate demo/runs/stage3_four_flow data=shapes resolution=64 steps=25 guidance_scale=3 samples=200
+  vdtrain evaluate demo/runs-long/stage3_four_flow data=shapes resolution=64 steps=25 guidance_scale=3 samples=200
 
 Settings:
   checkpoint          the same as CHECKPOINT: run folder (its latest checkpoint), checkpoint folder, or weights folder
