@@ -1,0 +1,167 @@
+"""What a user has before the first command, at tiny size: weights as published, a hub with them, metadata, pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from data_pipeline.picture_set import write_picture_set
+from data_pipeline.shapes import Scene, draw
+from tests.pairs import write_pairs
+from tests.weights.published import compvis_whole, write_diffusers
+from tests.weights.small import weights
+from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus, whole
+from tests.weights.test_tokenizer_files import asset
+from vdtrain.data_config import ShapesConfig
+from vdtrain.evaluation.inception import InceptionFeatures
+from vdtrain.weights.catalogue import SOURCES
+from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.weights.hub import ADDRESS
+from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+PICTURES, PIXELS = 20, 256
+
+
+def write_hub(folder: Path) -> None:
+    """Repositories as `folder`/ORG/REPO, with the files that the built-in addresses name."""
+    released = folder / "shi-labs" / "versatile-diffusion"
+    (released / "pretrained_pth").mkdir(parents=True)
+    torch.save(four_flow(torch.float32), released / "pretrained_pth" / "vd-four-flow-v1-0.pth")
+    torch.save(compvis(image_vae()), released / "pretrained_pth" / "kl-f8.pth")
+    torch.save(optimus(), released / "pretrained_pth" / "optimus-vae.pth")
+    (released / "vae").mkdir()
+    save_file(to_diffusers(image_vae()), released / "vae" / "diffusion_pytorch_model.safetensors")
+    write_diffusers(folder / "CompVis" / "stable-diffusion-v1-4")
+    large = folder / "openai" / "clip-vit-large-patch14"
+    large.mkdir(parents=True)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in to_hugging_face(clip()).items()}, large / "model.safetensors"
+    )
+    for name, repository in (("bert", "google-bert/bert-base-cased"), ("gpt2", "openai-community/gpt2")):
+        (folder / repository).mkdir(parents=True)
+        shutil.copy(asset(name), folder / repository / "tokenizer.json")
+
+
+def four_flow(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The release of 2023: the diffuser alone."""
+    return {to_released(name): tensor for name, tensor in weights(dtype).items()}
+
+
+def write_downloads(folder: Path) -> None:
+    """The same weights, and other layouts of them, as files that were downloaded by hand."""
+    folder.mkdir()
+    torch.save({"state_dict": compvis_whole(), "global_step": 470_000}, folder / "sd-v1-4.ckpt")
+    torch.save(compvis(image_vae()), folder / "kl-f8.pth")
+    torch.save(optimus(), folder / "optimus-vae.pth")
+    save_file({key: tensor.contiguous() for key, tensor in clip().items()}, folder / "open_clip_model.safetensors")
+    torch.save(four_flow(torch.float16), folder / "vd-four-flow-v1-0-fp16.pth")
+    torch.save(whole(2022), folder / "vd-official.pth")
+
+
+def write_judges(folder: Path) -> None:
+    """Inception and another CLIP, with random weights at the sizes that they have."""
+    folder.mkdir()
+    inception = folder / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(InceptionFeatures(None).network.state_dict(), inception)
+    (folder / "inception.pth").hardlink_to(inception)
+    with torch.device("meta"):
+        outline = open_clip.create_model("ViT-B-32-quickgelu", device="meta").state_dict()
+    halves = {name: torch.empty(tensor.shape, dtype=torch.float16).normal_(0, 0.02) for name, tensor in outline.items()}
+    save_file(halves, folder / "clip-vit-b-32.safetensors")
+
+
+def write_data(root: Path, pictures: Path, port: int) -> None:
+    """Metadata of both sets, whose pictures a server at `port` has; lists; pairs for evaluation; pictures to vary."""
+    write_picture_set(ShapesConfig(folder=str(pictures), pictures=PICTURES, pixels=PIXELS, seed=0, port=port))
+    for source in ("laion2b_en", "coyo700m", "mine"):
+        (root / "data" / "metadata" / source).mkdir(parents=True)
+        table = pictures / f"{'laion2b_en' if source == 'mine' else source}.parquet"
+        shutil.copy(table, root / "data" / "metadata" / source / "part-00000.parquet")
+    (root / "lists").mkdir()
+    (root / "lists" / "takedowns.txt").write_text("http://example.org/a.jpg\n")
+    (root / "lists" / "hotline.txt").write_text("0123456789abcdef0123456789abcdef\n")
+    write_pairs(root / "data" / "coco")
+    for name, shape in (("star", "star"), ("circle", "circle"), ("square", "square"), ("picture", "circle")):
+        Image.fromarray(draw(Scene(shape, "red"), 64)).save(root / f"{name}.png")
+    for copy in ("a", "b", "my (1)"):
+        shutil.copy(root / "star.png", root / f"{copy}.png")
+    mask = Image.linear_gradient("L").point(lambda value: 255 * (value > 127))
+    mask.save(root / "lower-half.png")
+    mask.rotate(90).save(root / "left.png")
+
+
+class Server:
+    """Serves `folder`/hub as Hugging Face's hub does, every repository at the commit that is built in, and pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder))
+        self.port = int(self._server.server_port)
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _commits() -> dict[str, str]:
+    matches = [ADDRESS.fullmatch(source.address) for source in SOURCES.values() if source.address]
+    return {match[1]: match[3] for match in matches if match}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.folder = folder
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/images/") and (file := self.folder / "pictures" / path[1:]).is_file():
+            return self.answer(200, file.read_bytes(), {"Content-Type": "image/jpeg"})
+        for repository, commit in _commits().items():
+            root = self.folder / "hub" / repository
+            if match := re.fullmatch(rf"/{repository}/resolve/{commit}/(.+)", path):
+                if not (root / match[1]).is_file():
+                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+                content = (root / match[1]).read_bytes()
+                tag = hashlib.sha256(content).hexdigest()
+                return self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
+            files = [str(file.relative_to(root)) for file in sorted(root.rglob("*")) if file.is_file()]
+            if path.startswith(f"/api/models/{repository}/revision/{commit}"):
+                found = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+                return self.answer(200, json.dumps(found).encode(), {})
+            if path.startswith(f"/api/models/{repository}/tree/{commit}"):
+                entries = [
+                    {"type": "file", "path": name, "size": (root / name).stat().st_size, "oid": "0" * 40}
+                    for name in files
+                ]
+                return self.answer(200, json.dumps(entries).encode(), {})
+        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass

@@ -1,0 +1,99 @@
+"""README, docs and helps: every command that they show is typed here, in a clone where all is small. Two minutes.
+
+Each of these is a failure: a command that fails, a new one of which it is not known what the user gets, one that needs
+what it does not say, and one that says so and needs nothing. `tests/documents/walk.py` knows the forms of commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.__main__ import LATENTS
+from data_pipeline.__main__ import VERBS as DATA_VERBS
+from tests.documents.commands import PAGES, ROOT, Command, of_page
+from tests.documents.walk import (
+    GETS,
+    SAYS,
+    Walk,
+    commands,
+    elsewhere,
+    needs,
+    out_of_reach,
+    runs_here,
+)
+from vdtrain.cli import VERBS
+
+COMMANDS = commands()
+SHOWN = [command for page in PAGES for command in of_page(page)]
+HERE, ELSEWHERE = [list(filter(which, COMMANDS)) for which in (runs_here, elsewhere)]
+
+
+def name(command: Command) -> str:
+    return f"{command.page}:{command.line}"
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
+    with contextlib.ExitStack() as stack:
+        # The path of a socket is short.
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir="/tmp")))
+        yield Walk(tmp_path_factory.mktemp("walk"), sockets / "programs", stack)
+
+
+@pytest.mark.parametrize("command", HERE, ids=name)
+def test_a_command_does_what_it_is_there_for(command: Command, walk: Walk) -> None:
+    known = [form for form in (*GETS, *SAYS) if re.fullmatch(form, command.text, re.DOTALL)]
+    assert known, f"{command}\nsay in GETS or SAYS of tests/documents/walk.py what the user gets"
+    outcome = walk.outcome(command)
+    assert outcome.status == 0, f"{command}\n{outcome.output}"
+    assert not outcome.missing, f"{command}\nmissing: {', '.join(outcome.missing)}\n{outcome.output}"
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=name)
+def test_what_a_command_needs_is_said_beside_it(command: Command) -> None:
+    """And nothing is said of what could run as it stands."""
+    if command.mention or (elsewhere(command) and command.needs is None):
+        return
+    wanted = needs(command)
+    hint = "`# needs 8 GPUs` at its end, or (needs a cluster) behind it in a sentence"
+    assert wanted is None or command.needs is not None, f"{command}\nneeds {wanted}, and does not say so: {hint}"
+    assert wanted is not None or command.needs is None, f"{command}\nneeds nothing; the mark is wrong"
+    assert wanted is None or wanted in str(command.needs), f"{command}\nneeds {wanted}, its mark says {command.needs}"
+
+
+@pytest.mark.parametrize("command", ELSEWHERE, ids=name)
+def test_a_command_that_another_test_runs_is_run_there(command: Command) -> None:
+    file, _, test = str(elsewhere(command)).partition("::")
+    text = (ROOT / file).read_text()
+    assert f"def {test}(" in text if test else re.search(rf"^{re.escape(command.text)}$", text, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", [command for command in SHOWN if command.mention], ids=name)
+def test_a_verb_that_is_named_exists(command: Command) -> None:
+    match = re.match(r"(vdtrain|python -m data_pipeline) ([a-z]+)", command.text)
+    known = {"vdtrain": VERBS, "python -m data_pipeline": {*DATA_VERBS, LATENTS}}
+    assert match is None or match[2] in known[match[1]], command
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(HERE) >= 60
+    assert {command.page for command in HERE} >= {"README.md", "docs/data.md", "docs/weights.md", "vdtrain.sample"}
+    assert len([command for command in SHOWN if out_of_reach(command)]) >= 2
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*.sh")]), ids=lambda path: path.name
+)
+def test_the_head_of_a_script_says_how_that_script_is_called(script: Path) -> None:
+    path = str(script.relative_to(ROOT))
+    typed = r"^# +(?:bash |sbatch (?:\[SBATCH OPTIONS\] )?)?((?:slurm|examples)/\w+\.sh)\b"
+    called = re.findall(typed, script.read_text(), re.MULTILINE)
+    # Those that only others source, and the demo, which make calls.
+    assert called or path in ("slurm/env.sh", "slurm/job.sh", "examples/demo.sh")
+    assert set(called) <= {path}

@@ -1,0 +1,332 @@
+"""Every documented command typed into a shell, one after another, in a clone where all is small.
+
+What a command stands for is found here by its form: what is put in its place where this machine cannot do it
+(`STAND_INS`), what runs in another test (`ELSEWHERE`), what cannot run at all (`OUT_OF_REACH`), and what the user gets
+(`GETS`, `SAYS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.documents.checkout import make_checkout
+from tests.documents.commands import PAGES, Command, of_helps, of_page, yaml_of_page
+from tests.documents.programs import Programs, install
+from tests.documents.published import Server, write_data, write_downloads, write_hub, write_judges
+
+SECONDS = 300
+# Data come first, as for a user.
+ORDER = ("docs/data.md", "README.md", *(page for page in PAGES if page not in ("docs/data.md", "README.md")))
+SCRIPTS = (Command("examples/gallery.sh", 1, "bash examples/gallery.sh"),)
+GPU = "GPU"
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Something else in a command, and what the mark of such a command must name."""
+
+    pattern: str
+    instead: str
+    needs: str | None = None
+
+
+STAND_INS = (
+    StandIn(r"\bdevice=cuda\b", "device=cpu", GPU),
+    StandIn(r"--device cuda\b", "--device cpu", GPU),
+    StandIn(r"--nproc-per-node=8\b", "--nproc-per-node=2", GPU),
+    # Sizes.
+    StandIn(r"\bsamples=200\b", "samples=4"),
+    StandIn(r"\bsteps=25\b", "steps=2"),
+    StandIn(r"\b(ranks|gpus)=\d+", r"\1=2"),
+    StandIn(r"\bprocesses=32\b", "processes=2"),
+    # A file system of the site's; an end that is a Ctrl-C.
+    StandIn(r"(?<![\w.])/scratch/", "scratch/"),
+    StandIn(r"^tail -f ", "tail "),
+)
+
+JOBS = "tests/slurm/test_jobs.py::"
+CURRICULUM = f"{JOBS}test_the_curriculum_runs_to_its_end"
+# Form of a command -> the test that runs it.
+ELSEWHERE = {
+    r"make test": ".ci/run",
+    r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,
+    r"sbatch .*slurm/download_shards\.sh.*": f"{JOBS}test_an_array_downloads_every_part_once",
+    r"sbatch .*slurm/(evaluate|precompute_latents)\.sh.*": f"{JOBS}test_latents_and_measures_are_made_on_every_node",
+    r"(scontrol update|scancel) .*": f"{JOBS}test_a_job_out_of_the_queues_hands_saves_and_stays_ended",
+    r"vdtrain status .*watch=\d+": "tests/test_status.py::test_watching_looks_again_until_interrupted",
+    r"class SoundStream\(PairStream\):[\s\S]*": "tests/training/test_third_modality.py::"
+    "test_the_page_shows_the_example_as_it_is",
+}
+
+# What a mark may say a command needs -> the form that such a command has. It is not run.
+OUT_OF_REACH = {
+    "the internet": r"https?://|\buv (venv|pip)\b",
+    "a cluster": r"cluster=\S+:\d+",
+    "root": r"^apt-get ",
+}
+
+# Form of a command -> the files that the user gets. {NAME} is the setting of that name, with these defaults.
+DEFAULTS = {
+    "stage": "stage1_single_flow",
+    "output_dir": "",
+    "output": "",
+    "runs_dir": "runs",
+    "run_dir": "{runs_dir}/{stage}",
+}
+GETS: Mapping[str, tuple[str, ...]] = {
+    r"make demo( DEMO_LENGTH=short)?": ("demo/runs-short/losses.png", "demo/runs-short/samples.png"),
+    r"make demo DEMO_LENGTH=long": ("demo/runs-long/losses.png", "demo/runs-long/samples.png"),
+    r"bash examples/gallery\.sh": tuple(
+        f"demo/gallery/{name}"
+        for name in ("edit/2/0000.png", "image-to-text/captions.txt", "multi-context/0003.png", "focus/1/0000.png")
+    ),
+    r".*data_pipeline select .*data=mine.*": ("data/selected/mine/selection.json",),
+    r".*data_pipeline select.*": ("data/selected/laion2b_en/00000.parquet", "data/selected/coyo700m/selection.json"),
+    r".*data_pipeline download.*": ("data/shards/laion2b_en/00000/*.tar", "data/shards/coyo700m/00000.plan.json"),
+    r".*data_pipeline index data=shapes": ("demo/data/manifest/shards.parquet",),
+    r".*data_pipeline index.*": ("data/manifest/shards.parquet", "data/manifest/samples-00000.parquet"),
+    r".*data_pipeline inspect.*": ("data/inspect.png",),
+    r".*data_pipeline latents .*data=shapes.*": ("demo/data/latents/64/latents.json",),
+    r".*data_pipeline latents .*latent_cache\.folder=.*": ("{data.latent_cache.folder}/256/latents.json",),
+    r".*data_pipeline latents.*": ("data/latents/256/latents.json", "data/latents/256/*.safetensors"),
+    r"python benchmarks/latents\.py.*": ("benchmarks/results/latents*.json",),
+    r"(vdtrain sample|vdtrain blend) .*(to-text|output=text)\b.*": ("{output_dir}/captions.txt",),
+    r"(vdtrain sample|vdtrain blend|vdtrain edit) .*": ("{output_dir}/0000.png",),
+    r".*vdtrain evaluate.*": ("{output_dir}/metrics.json",),
+    r"(torchrun .*-m vdtrain\.train|vdtrain train) (?!.*--cfg).*": (
+        "{run_dir}/checkpoints/latest",
+        "{run_dir}/*.jsonl",
+    ),
+    r"vdtrain weights import stable_diffusion.*": ("weights/stable_diffusion_v1/weights.json",),
+    r"vdtrain weights import image_vae.*": ("weights/kl-f8.safetensors",),
+    r"vdtrain weights import text_vae.*": ("weights/optimus-vae.safetensors",),
+    r"vdtrain weights import clip.*": ("weights/clip-vit-l-14.safetensors",),
+    r"vdtrain weights import bert_tokenizer.*": ("weights/bert-base-cased.json",),
+    r"vdtrain weights import gpt2_tokenizer.*": ("weights/gpt2.json",),
+    r"vdtrain weights import versatile_diffusion.*output=.*": ("{output}/weights.json",),
+    r"vdtrain weights import versatile_diffusion.*": ("weights/versatile_diffusion/weights.json",),
+    r"vdtrain weights export versatile_diffusion .*": ("{made}",),
+    r"vdtrain weights export safetensors .*": ("{made}/weights.json",),
+    r"vdtrain weights export diffusers .*": ("{made}/model_index.json",),
+}
+
+# Form of a command -> what it prints.
+SAYS = {
+    r"vdtrain (train|latents) .*--cfg job": r"^stage:\n",
+    r"vdtrain plan .*format=json": r"^\s*[\[{]",
+    r"vdtrain plan.*": r"micro.batch",
+    r"vdtrain preflight.*": r"(?m)^ok|can be trained|ready",
+    r"vdtrain status.*": r"stage1_single_flow|stage3_four_flow",
+    r"tail .*": r"started",
+    r"vdtrain weights --help": r"hf:",
+    r"(vdtrain|python -m data_pipeline) --help": r"Verbs:",
+    r"(export )?\w+=.*": r"^$",
+    r"from vdtrain[\s\S]*": r"^$",
+}
+# Form of a help's example -> what other pages made, and it does not go on from.
+ASIDE = {
+    r"python -m data_pipeline select .*filters.*": ("data/shards", "data/selected"),
+    r".* model=tiny data=shapes .*": ("runs",),
+}
+ASSIGNMENT = re.compile(r"(export )?\w+=(\"[^\"]*\"|\S*)$")
+
+
+FIRST_IMPORTS = re.compile(r"vdtrain weights import \w+$")
+
+
+def setting_words(text: str) -> dict[str, str]:
+    """Settings of a command line, with the defaults of those that `GETS` uses."""
+    found = {**DEFAULTS, **dict(re.findall(r"(?<![\w.])([\w.]+)=([^\s'\"]+)", text))}
+    found["run_dir"] = found["run_dir"].format(**found)
+    found["output_dir"] = found["output_dir"] or ("evaluation" if "evaluate" in text else "samples")
+    if made := re.match(r"vdtrain weights export \w+ (\S+)", text):
+        found["made"] = made[1]
+    return found
+
+
+def expected_files(command: Command, words: Mapping[str, str]) -> tuple[str, ...]:
+    """Patterns of files that a command leaves; the first form that fits counts."""
+    patterns = next((files for form, files in GETS.items() if re.fullmatch(form, command.text, re.DOTALL)), ())
+    filled = (re.sub(r"\{([\w.]+)\}", lambda match: words[match[1]], pattern) for pattern in patterns)
+    # A shell's variable in a path is every value that it takes.
+    return tuple(re.sub(r"\$\w+", "*", pattern) for pattern in filled)
+
+
+def with_stand_ins(command: Command) -> str:
+    """What is typed here in a command's place."""
+    text = command.text
+    for stand_in in STAND_INS:
+        text = re.sub(stand_in.pattern, stand_in.instead, text)
+    return text
+
+
+def elsewhere(command: Command) -> str | None:
+    """The test that runs it, or the file that does."""
+    return next((test for form, test in ELSEWHERE.items() if re.fullmatch(form, command.text, re.DOTALL)), None)
+
+
+def out_of_reach(command: Command) -> str | None:
+    """What a command needs that no test can have."""
+    return next((what for what, form in OUT_OF_REACH.items() if re.search(form, command.text)), None)
+
+
+def needs(command: Command) -> str | None:
+    """What a command needs that not every machine has, whoever runs it here."""
+    if (beyond := out_of_reach(command)) is not None:
+        return beyond
+    if any(stand_in.needs and re.search(stand_in.pattern, command.text) for stand_in in STAND_INS):
+        return GPU
+    trains = re.search(r"vdtrain[. ]train\b|data_pipeline latents", command.text)
+    return GPU if trains and not re.search(r"hardware=cpu|--cfg", command.text) else None
+
+
+def runs_here(command: Command) -> bool:
+    return elsewhere(command) is None and out_of_reach(command) is None
+
+
+def commands() -> list[Command]:
+    """All of them once, in the order in which they are walked."""
+    shown = [*(command for page in ORDER for command in of_page(page) if not command.mention), *SCRIPTS, *of_helps()]
+    first: dict[str, Command] = {}
+    for command in shown:
+        first.setdefault(command.text, command)
+    return list(first.values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and what it left missing."""
+
+    status: int
+    output: str
+    missing: tuple[str, ...]
+    seconds: float
+
+
+class Walk:
+    """A clone in which commands are run, each once, after all that stand before it.
+
+    Args:
+        folder: for everything.
+        address: a short path for a socket.
+    """
+
+    def __init__(self, folder: Path, address: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self.root = folder, folder / "clone"
+        server = stack.enter_context(Server(folder))
+        make_checkout(self.root, server.port)
+        write_hub(folder / "hub")
+        write_downloads(self.root / "downloads")
+        for file in (self.root / "downloads").iterdir():
+            (self.root / file.name).hardlink_to(file)
+        write_judges(folder / "judges")
+        write_data(self.root, folder / "pictures", server.port)
+        (self.root / "my/conf/data").mkdir(parents=True)
+        (options,) = yaml_of_page("docs/data.md")
+        (self.root / "my/conf/data/mine.yaml").write_text(options)
+        install(self.root / ".venv" / "bin", address)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")},
+            "PATH": f"{self.root}/.venv/bin{os.pathsep}{os.environ['PATH']}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.port}",
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+            # A command with two threads does not spin where other tests have the cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "WANDB_MODE": "offline",
+        }
+        stack.enter_context(Programs(self.root, address, self.environment))
+        self._all = commands()
+        self._done: dict[str, Outcome] = {}
+        self._page = ""
+        self._kept: list[str] = []
+
+    def outcome(self, command: Command) -> Outcome:
+        """How it ended; those before it are run first."""
+        for earlier in self._all:
+            if command.text in self._done:
+                break
+            if runs_here(earlier) and earlier.text not in self._done:
+                self._done[earlier.text] = self._run(earlier)
+        return self._done[command.text]
+
+    def _run(self, command: Command) -> Outcome:
+        # Examples of a help are alternatives.
+        if command.page != self._page or not command.page.endswith(".md"):
+            self._page, self._kept = command.page, []
+            self.prepare(command.page)
+        text = with_stand_ins(command)
+        words = setting_words(text)
+        files = expected_files(command, words)
+        if re.match(r"vdtrain (sample|blend|edit|weights) ", text):
+            self._remove(*files)
+        began = time.monotonic()
+        if command.language == "python":
+            typed = [str(self.root / ".venv/bin/python"), "-c", text]
+        else:
+            typed = ["bash", "-c", "\n".join(["set -e", *self._kept, text])]
+        with self._aside(command):
+            done = subprocess.run(
+                typed, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=SECONDS
+            )
+            missing = tuple(pattern for pattern in files if not any(self.root.glob(pattern)))
+        if ASSIGNMENT.match(text):
+            self._kept.append(text)
+        said = next((says for form, says in SAYS.items() if re.fullmatch(form, command.text)), None)
+        if said is not None and not re.search(said, done.stdout):
+            missing = (*missing, f"in what it prints: {said}")
+        return Outcome(done.returncode, done.stdout + done.stderr, missing, time.monotonic() - began)
+
+    def prepare(self, page: str) -> None:
+        """What the reader of a page has, and what an earlier page left that this one makes anew."""
+        weights = self.root / "weights"
+        shutil.rmtree(self.root / "evaluation", ignore_errors=True)
+        if page == "docs/data.md":
+            # README says that these are imported first; docs/weights.md, whose commands they are, does it again.
+            imports = [command.text for command in of_page("docs/weights.md") if FIRST_IMPORTS.match(command.text)]
+            done = subprocess.run(
+                ["bash", "-c", "\n".join(["set -e", *imports[:6]])],
+                cwd=self.root,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        if page == "docs/settings.md":
+            shutil.copytree(self.root / "runs" / "stage1_single_flow", self.root / "runs" / "lr=1e-4")
+        if page == "docs/weights.md":
+            for made in ("weights", "runs/stage1_single_flow", "runs/stage3_four_flow"):
+                shutil.rmtree(self.root / made)
+        else:
+            for file in (self.folder / "judges").iterdir():
+                (weights / file.name).unlink(missing_ok=True)
+                (weights / file.name).hardlink_to(file)
+
+    def _remove(self, *patterns: str) -> None:
+        """Take away what a command makes, the whole folder that a pattern's first file is in if it is a model's."""
+        for path in [path for pattern in patterns for path in self.root.glob(pattern)]:
+            if path.name in ("weights.json", "model_index.json"):
+                shutil.rmtree(path.parent)
+            else:
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _aside(self, command: Command) -> Iterator[None]:
+        """Put away what another page made, where a help begins with nothing."""
+        forms = () if command.page.endswith(".md") else ASIDE.items()
+        folders = [self.root / name for form, names in forms if re.fullmatch(form, command.text) for name in names]
+        for folder in folders:
+            folder.rename(folder.with_name(f"{folder.name}.aside"))
+        yield
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_name(f"{folder.name}.aside").rename(folder)
