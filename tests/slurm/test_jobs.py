@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
+from tests.documents.commands import of_page
 from tests.pairs import write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -243,6 +245,24 @@ def test_a_signal_to_the_batch_script_alone_reaches_every_rank(
     assert [line for line in lines if "error: of every rank" in line] == ["error: of every rank", other]
     assert lines[-1] == "status 75"
     assert (logs / job / "attempt-1" / "rank-1.out").read_text().startswith("rank 1 has saved")
+
+
+def test_a_job_out_of_the_queues_hands_saves_and_stays_ended(
+    cluster: Cluster, checkout: Path, settings: list[str]
+) -> None:
+    """By the very commands of docs/slurm.md."""
+    commands = [command.text for command in of_page("docs/slurm.md") if "1234" in command.text]
+    attempts = f"+data.stream.attempts={{{STAGES[0]}:1}}"
+    job = submit(cluster, checkout, f"{STAGES[0]}.sh", *SIZE, *settings, "run_dir=runs/stopped", attempts)
+    for rank in range(2):
+        cluster.wait_for_file(checkout / "gate" / f"{STAGES[0]}-0-{rank}", job)
+    for program in ("scontrol", "scancel"):
+        (command,) = [text for text in commands if text.startswith(f"{program} ")]
+        cluster.command(*shlex.split(command.replace("1234", job)))
+    assert cluster.wait(job)["ExitCode"] == "75:0"
+    output = (checkout / "logs" / STAGES[0] / f"{job}.out").read_text()
+    assert "not requeued: the job has requeue=0" in output
+    assert (checkout / "runs" / "stopped" / "checkpoints" / "latest").exists()
 
 
 def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
