@@ -317,9 +317,9 @@ def test_offline_folders_are_sent_as_one_run(here: Path, server: WandbServer) ->
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         assert started(here, "offline", first, *steps) == []
     program = Path(sys.executable).with_name("wandb")
-    subprocess.run(
-        f"{program} sync {here}/wandb/offline-run-*", shell=True, check=True, capture_output=True, timeout=120
-    )
+    command = f"{program} sync {here}/wandb/offline-run-*"
+    # It leaves logs where it is called.
+    subprocess.run(command, shell=True, check=True, capture_output=True, timeout=120, cwd=here)
     assert server.runs[(here / WANDB_ID_FILE).read_text()].steps == [1, 2, 3, 3, 4]
 
 
