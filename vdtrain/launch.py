@@ -37,8 +37,13 @@ NUMBERS = {
     "SLURM_STEP_NUM_TASKS": 1,
     "SLURM_RESTART_COUNT": 0,
 }
+OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 # Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
 FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
+
+
+class OwnNumberError(ConfigError):
+    """A number of this process alone is wrong, of which no other process knows."""
 
 
 def launch_variables() -> dict[str, str]:
@@ -56,7 +61,7 @@ def launch_variables() -> dict[str, str]:
             raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
         rank, processes = number(environment, "RANK"), number(environment, "WORLD_SIZE")
         if rank >= processes:
-            raise ConfigError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
+            raise OwnNumberError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
     # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
     in_step = bool(environment.get("SLURM_STEP_ID")) and number(environment, "SLURM_STEP_ID") < FIRST_STEP_WITHOUT_SRUN
@@ -85,7 +90,8 @@ def number(environment: Mapping[str, str], name: str) -> int:
         return least
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
         launcher = "srun sets it in a job of Slurm" if name.startswith("SLURM_") else "torchrun and srun set it"
-        raise ConfigError(f"launcher: {name}={value}: not a number from {least} on; {launcher}, or `unset {name}`")
+        kind = OwnNumberError if name in OWN_NUMBERS else ConfigError
+        raise kind(f"launcher: {name}={value}: not a number from {least} on; {launcher}, or `unset {name}`")
     return int(value)
 
 
@@ -105,7 +111,8 @@ def run_verb_on_ranks(
         launch = launch_variables()
     except ConfigError as error:
         ranks = ("RANK", *FOREIGN_LAUNCHERS.values())
-        if next((os.environ[name] for name in ranks if name in os.environ), "0") == "0":
+        first = next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+        if first or isinstance(error, OwnNumberError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 
