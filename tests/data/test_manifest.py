@@ -161,6 +161,6 @@ def test_a_manifest_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> 
     write(tmp_path)
     pq.write_table(read_shards(tmp_path).drop_columns(["sides", "decoded"]), tmp_path / SHARDS_FILE)
     for reading in (Manifest, read_shards):
-        with pytest.raises(ManifestError, match="remove the folder .* and make it anew") as raised:
+        with pytest.raises(ManifestError, match=r"remove the folder .* and make it anew") as raised:
             reading(tmp_path)
         assert "\n" not in str(raised.value)
