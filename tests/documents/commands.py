@@ -55,7 +55,12 @@ class Command:
 @cache
 def of_page(page: str) -> tuple[Command, ...]:
     """Commands of a document, in its order."""
-    return tuple(_found(page, MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())))
+    return tuple(commands_in(page, (ROOT / page).read_text()))
+
+
+def commands_in(page: str, text: str) -> Iterator[Command]:
+    """Commands of a Markdown text."""
+    yield from _found(page, MarkdownIt("commonmark").enable("table").parse(text))
 
 
 def _found(page: str, tokens: list[Token]) -> Iterator[Command]:

@@ -16,9 +16,10 @@ import pytest
 
 from data_pipeline.__main__ import LATENTS
 from data_pipeline.__main__ import VERBS as DATA_VERBS
-from tests.documents.commands import PAGES, ROOT, Command, of_page
+from tests.documents.commands import PAGES, ROOT, Command, commands_in, of_page
 from tests.documents.walk import (
     GETS,
+    GPU,
     SAYS,
     Walk,
     commands,
@@ -46,10 +47,55 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
         yield Walk(tmp_path_factory.mktemp("walk"), sockets / "programs", stack)
 
 
+PAGE = """\
+Run `vdtrain train stage=x` (needs 2 GPUs), or `vdtrain plan`; `tail -f JOB` shows it.
+
+* In a list:
+
+  ```sh
+  for scale in 2 4; do  # needs patience
+    vdtrain sample "a red circle" \\
+      steps=$scale
+  done
+  make demo    # in minutes
+  ```
+
+```python
+print(1)
+```
+"""
+
+
+def test_commands_are_found_with_what_they_need() -> None:
+    train, plan, tail, loop, demo, program = commands_in("page", PAGE)
+    assert (train.text, train.needs, train.mention) == ("vdtrain train stage=x", "2 GPUs", False)
+    assert plan.mention
+    assert tail.mention
+    assert loop.text == 'for scale in 2 4; do\n  vdtrain sample "a red circle" \\\n    steps=$scale\ndone'
+    assert (demo.text, demo.line, demo.needs) == ("make demo", 10, None)
+    assert (program.language, program.text) == ("python", "print(1)\n")
+    with pytest.raises(AssertionError, match="stands in a block of its own"):
+        list(commands_in("page", "```\nvdtrain plan\n```"))
+
+
+def test_a_command_of_an_unknown_form_is_not_passed_over() -> None:
+    """It would be run, and then it is not known what to look for."""
+    command = Command("page", 1, "vdtrain dance runs/stage1")
+    assert runs_here(command)
+    assert known(command) == []
+    assert needs(Command("page", 1, "vdtrain sample runs/x it device=cuda")) == GPU
+    assert needs(Command("page", 1, "vdtrain train stage=x hardware=cpu")) is None
+    assert needs(Command("page", 1, "curl https://example.org/x")) == "the internet"
+
+
+def known(command: Command) -> list[str]:
+    """Forms of commands of which it is known what the user gets."""
+    return [form for form in (*GETS, *SAYS) if re.fullmatch(form, command.text, re.DOTALL)]
+
+
 @pytest.mark.parametrize("command", HERE, ids=name)
 def test_a_command_does_what_it_is_there_for(command: Command, walk: Walk) -> None:
-    known = [form for form in (*GETS, *SAYS) if re.fullmatch(form, command.text, re.DOTALL)]
-    assert known, f"{command}\nsay in GETS or SAYS of tests/documents/walk.py what the user gets"
+    assert known(command), f"{command}\nsay in GETS or SAYS of tests/documents/walk.py what the user gets"
     outcome = walk.outcome(command)
     assert outcome.status == 0, f"{command}\n{outcome.output}"
     assert not outcome.missing, f"{command}\nmissing: {', '.join(outcome.missing)}\n{outcome.output}"
@@ -77,8 +123,8 @@ def test_a_command_that_another_test_runs_is_run_there(command: Command) -> None
 @pytest.mark.parametrize("command", [command for command in SHOWN if command.mention], ids=name)
 def test_a_verb_that_is_named_exists(command: Command) -> None:
     match = re.match(r"(vdtrain|python -m data_pipeline) ([a-z]+)", command.text)
-    known = {"vdtrain": VERBS, "python -m data_pipeline": {*DATA_VERBS, LATENTS}}
-    assert match is None or match[2] in known[match[1]], command
+    verbs = {"vdtrain": VERBS, "python -m data_pipeline": {*DATA_VERBS, LATENTS}}
+    assert match is None or match[2] in verbs[match[1]], command
 
 
 def test_the_documents_show_commands() -> None:
