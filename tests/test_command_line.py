@@ -221,6 +221,7 @@ def test_what_hydra_takes_is_still_taken(tmp_path: Path, capsys: pytest.CaptureF
         "+objective.flow_weights.image-to-image=2",
         "stage={learning_rate: 0.5}",
         "ema.enabled=no",
+        "model.modalities.image.vae.weights=null",
         "++data.stream.cache={folder: ~/x, gigabytes: 3}",
         "data.stream.shard_root=https://example.org/a=b?c=d,e",
         "stage.flows=[image-to-image]",
@@ -237,6 +238,7 @@ def test_what_hydra_takes_is_still_taken(tmp_path: Path, capsys: pytest.CaptureF
     assert config["data"]["stream"]["cache"] == {"folder": os.path.expanduser("~/x"), "gigabytes": 3}
     assert config["data"]["stream"]["shard_root"] == "https://example.org/a=b?c=d,e"
     assert config["ema"]["enabled"] is False
+    assert config["model"]["modalities"]["image"]["vae"]["weights"] is None
 
 
 MISTAKES = [

@@ -42,7 +42,7 @@ class SettingType:
     @classmethod
     def of(cls, hint: Any, mark: Mark | None = None) -> SettingType:
         """From a type hint; `mark` is that of the table or list which holds the setting."""
-        optional = False
+        optional = hint is Any
         while True:
             if get_origin(hint) is Annotated:
                 mark = next((each for each in hint.__metadata__ if isinstance(each, Mark)), mark)
