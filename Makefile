@@ -3,13 +3,16 @@ UV := $(or $(shell command -v uv),.tools/bin/uv)
 SCRIPTS := $(wildcard examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo test lint golden frozen help
+.PHONY: demo rehearsal test lint golden frozen help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: .venv/.complete  ## the whole curriculum in miniature (DEMO_LENGTH=long for an hour's training)
 	@$(RUN) bash examples/demo.sh
+
+rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than an hour (docs/rehearsal.md)
+	@$(RUN) python benchmarks/rehearsal.py
 
 test: .venv/.distributed  ## all tests
 	@$(RUN) python -m pytest

@@ -17,42 +17,27 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from published_weights import diffuser
+from watched import GB, Watched
 
 from vdtrain.compose import compose, to_object
 from vdtrain.config import WeightsConfig
-from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.diffuser import Diffuser
 from vdtrain.weights.folder import open_weights_folder
-from vdtrain.weights.tensor_files import Entry, LazyTensors
+from vdtrain.weights.tensor_files import LazyTensors
 from vdtrain.weights.torch_file import write_torch
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-POLL_SECONDS = 0.02
 
 
 def random_weights(precision: str) -> LazyTensors:
     """The full-size diffuser by our names; a tensor is drawn when it is read, the same each time."""
-    model = to_object(compose("weights", []), WeightsConfig).model
-    with torch.device("meta"):
-        outline = Diffuser(model, active_groups(all_flows(model.modalities))).state_dict()
-    dtype = DTYPES[precision]
-
-    def entry(number: int, shape: torch.Size) -> Entry:
-        def draw() -> Tensor:
-            generator = torch.Generator().manual_seed(number)
-            return torch.empty(shape).uniform_(-1, 1, generator=generator).to(dtype)
-
-        return Entry(shape, dtype, draw)
-
-    return LazyTensors({name: entry(number, tensor.shape) for number, (name, tensor) in enumerate(outline.items())})
+    return diffuser(to_object(compose("weights", []), WeightsConfig).model).cast(DTYPES[precision])
 
 
 def write(precision: str, path: Path) -> None:
@@ -73,31 +58,17 @@ def compare(precision: str, folder: Path) -> None:
 
 def watched(name: str, command: list[str]) -> dict[str, Any]:
     """Run a step; its seconds and peak memory in GB."""
-    start, peak, anonymous = time.monotonic(), 0, 0
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        peak = max(peak, _kilobytes(fields.get("VmHWM")))
-        anonymous = max(anonymous, _kilobytes(fields.get("RssAnon")))
-        time.sleep(POLL_SECONDS)
-    _, errors = process.communicate()
+    with Watched() as watch:
+        process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if process.returncode:
-        raise SystemExit(f"{name} failed:\n{errors}")
+        raise SystemExit(f"{name} failed:\n{process.stderr}")
     found = {
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_resident_GB": round(peak / 1e6, 2),
-        "peak_anonymous_GB": round(anonymous / 1e6, 2),
+        "seconds": round(watch.seconds, 1),
+        "peak_resident_GB": round(watch.resident / GB, 2),
+        "peak_anonymous_GB": round(watch.own / GB, 2),
     }
     print(name, found, flush=True)
     return found
-
-
-def _kilobytes(field: str | None) -> int:
-    return int(field.split()[0]) if field else 0
 
 
 def main() -> None:
