@@ -57,6 +57,8 @@ CURRICULUM = f"{JOBS}test_the_curriculum_runs_to_its_end"
 # Form of a command -> the test that runs it.
 ELSEWHERE = {
     r"make test": ".ci/run",
+    r"make rehearsal|python benchmarks/rehearsal\.py .*": "tests/test_rehearsal.py::"
+    "test_the_whole_road_with_the_tiny_model",
     r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,
     r"sbatch .*slurm/download_shards\.sh.*": f"{JOBS}test_an_array_downloads_every_part_once",
     r"sbatch .*slurm/(evaluate|precompute_latents)\.sh.*": f"{JOBS}test_latents_and_measures_are_made_on_every_node",
