@@ -43,7 +43,7 @@ class Command:
     @property
     def mention(self) -> bool:
         """Whether only a program or a verb is named, or a form with gaps, and nothing is there to be typed."""
-        named = rf"(?:{PROGRAMS})|vdtrain \w+(?: import| export)?|python -m data_pipeline \w+|scontrol [\w ]+|scancel"
+        named = rf"(?:{PROGRAMS})|vdtrain \w+(?: import| export)?|python -m [\w.]+(?: \w+)?|scontrol [\w ]+|scancel"
         return self.inline and bool(
             re.fullmatch(named, self.text) or re.search(r"\.\.\.|\b[A-Z]{2,}\b(?!=)", self.text)
         )

@@ -7,6 +7,7 @@ what it does not say, and one that says so and needs nothing. `tests/documents/w
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import tempfile
 from collections.abc import Iterator
@@ -125,6 +126,8 @@ def test_a_verb_that_is_named_exists(command: Command) -> None:
     match = re.match(r"(vdtrain|python -m data_pipeline) ([a-z]+)", command.text)
     verbs = {"vdtrain": VERBS, "python -m data_pipeline": {*DATA_VERBS, LATENTS}}
     assert match is None or match[2] in verbs[match[1]], command
+    module = re.match(r"python -m (\S+)", command.text)
+    assert module is None or importlib.util.find_spec(module[1]) is not None, command
 
 
 def test_the_documents_show_commands() -> None:

@@ -23,8 +23,9 @@ from tests.documents.programs import Programs, install
 from tests.documents.published import Server, write_data, write_downloads, write_hub, write_judges
 
 SECONDS = 300
-# Data come first, as for a user.
-ORDER = ("docs/data.md", "README.md", *(page for page in PAGES if page not in ("docs/data.md", "README.md")))
+# Data come first, as for a user, and the log repeats what the others show.
+FIRST, LAST = ("docs/data.md", "README.md"), ("docs/log.md",)
+ORDER = (*FIRST, *(page for page in PAGES if page not in (*FIRST, *LAST)), *LAST)
 SCRIPTS = (Command("examples/gallery.sh", 1, "bash examples/gallery.sh"),)
 GPU = "GPU"
 
