@@ -19,6 +19,7 @@ from vdtrain.training.checkpoint_folder import CHECKPOINTS, latest_by_sizes
 from vdtrain.training.curriculum import Start
 from vdtrain.training.readiness import checkpoint_size
 from vdtrain.training.wandb_access import _unreachable
+from vdtrain.weights.command import main as weights
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +230,24 @@ def test_a_server_that_answers_is_told_from_one_that_does_not(server: http.serve
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         assert "refused" in str(_unreachable(f"http://127.0.0.1:{nobody.getsockname()[1]}"))
+
+
+def test_each_file_that_is_missing_has_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The full-size configuration in an empty folder, as somebody has it who begins."""
+    monkeypatch.chdir(tmp_path)
+    status, _, bad = found(capsys, f"stage={STAGES[0]}", "hardware=h100", "ranks=8", "tracking=none")
+    assert status == 2
+    for file, source in (
+        ("weights/kl-f8.safetensors", "image_vae"),
+        ("weights/optimus-vae.safetensors", "text_vae"),
+        ("weights/clip-vit-l-14.safetensors", "clip"),
+        ("weights/bert-base-cased.json", "bert_tokenizer"),
+        ("weights/gpt2.json", "gpt2_tokenizer"),
+        ("weights/stable_diffusion_v1", "stable_diffusion"),
+    ):
+        lines = [line for line in bad if f"={file}: " in line]
+        assert lines
+        assert all(f"`vdtrain weights import {source}`" in line for line in lines)
+        assert weights(["import", source, "--cfg", "job"]) == 0

@@ -166,7 +166,7 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     yield from setting_problems(config, world_size)
     for name, modality in config.model.modalities.items():
         for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
-            yield from _file_problems(f"model.modalities.{name}.{part}", arguments)
+            yield from _file_problems(f"model.modalities.{name}.{part}", arguments, config.model)
     if not Path(config.data.manifest).exists():
         yield (
             f"data.manifest={config.data.manifest}: does not exist; make it with "
@@ -306,15 +306,27 @@ def _latent_problems(config: TrainConfig) -> Iterator[str]:
             yield " ".join(str(error).split())
 
 
-def _file_problems(setting: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
     """Every argument that names a weights or tokenizer file must name one that exists."""
     for key, value in arguments.items():
         if isinstance(value, Mapping):
-            yield from _file_problems(f"{setting}.{key}", value)
+            yield from _file_problems(f"{setting}.{key}", value, model)
         elif (
             isinstance(value, str)
             and not value.startswith("asset:")
             and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt")
             and not Path(value).exists()
         ):
-            yield f"{setting}.{key}={value}: no such file; `vdtrain weights import` makes it, or give another path"
+            yield f"{setting}.{key}={value}: no such file; {_origin(value, model)}give another path"
+
+
+def _origin(file: str, model: ModelConfig) -> str:
+    """The command that makes a file of a frozen part, where there is one."""
+    from vdtrain.weights.advice import DEFAULT_MODEL
+    from vdtrain.weights.sources import source_of
+
+    source = source_of(file, model)
+    if source is None:
+        return ""
+    option = "" if model.name == DEFAULT_MODEL else f" model={model.name}"
+    return f"`vdtrain weights import {source}{option}` makes it, or "

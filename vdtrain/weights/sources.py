@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,15 @@ def products(name: str, path: str, request: Request) -> list[Product]:
     for product in found:
         refuse_existing(product.path, product.place, request.overwrite)
     return found
+
+
+def source_of(file: str, model: ModelConfig) -> str | None:
+    """The source whose import makes a file that the model's configuration names; None if there is none."""
+    for name, reader in READERS.items():
+        with contextlib.suppress(WeightsError):
+            if any(target.path == Path(file).expanduser() for target in reader.targets(model)):
+                return name
+    return None
 
 
 def _no_targets(model: ModelConfig) -> list[Target]:
