@@ -52,17 +52,18 @@ LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 WORD_START = "Ġ"
 
 
-def drawn(outline: Mapping[str, Tensor]) -> LazyTensors:
+def drawn(outline: Mapping[str, Tensor], variance: float = 1.0) -> LazyTensors:
     """Values for a state dict that has none: a tensor is drawn when it is read, the same each time.
 
-    Matrices and kernels are normal with a variance of one over their inputs; scales and variances are 1; the rest is 0.
+    Matrices and kernels are normal, of `variance` over the number of their inputs; scales are 1, and the rest is 0.
     """
 
     def entry(name: str, like: Tensor) -> Entry:
         def draw() -> Tensor:
             if like.ndim > 1 and like.is_floating_point():
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                return torch.randn(like.shape, generator=generator).mul_(like[0].numel() ** -0.5).to(like.dtype)
+                deviation = (variance / like[0].numel()) ** 0.5
+                return torch.randn(like.shape, generator=generator).mul_(deviation).to(like.dtype)
             fill = torch.ones if name.endswith(("weight", "running_var")) else torch.zeros
             return fill(like.shape, dtype=like.dtype)
 
@@ -129,12 +130,16 @@ def unet(model: ModelConfig) -> LazyTensors:
 
 def image_vae(model: ModelConfig) -> LazyTensors:
     """kl-f8 under CompVis' names, without their prefix."""
-    state = drawn(_outline(model, IMAGE_VAE).autoencoder.state_dict())
+    return compvis_vae(drawn(_outline(model, IMAGE_VAE).autoencoder.state_dict()))
+
+
+def compvis_vae(state: LazyTensors) -> LazyTensors:
+    """diffusers' AutoencoderKL under CompVis' names, by trying every name that could be one of them."""
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
-    return LazyTensors({compvis_name(key, levels): _as_kernel(key, state.entries[key]) for key in state})
+    return LazyTensors({_compvis_name(key, levels): _as_kernel(key, state.entries[key]) for key in state})
 
 
-def compvis_name(key: str, levels: int) -> str:
+def _compvis_name(key: str, levels: int) -> str:
     """CompVis' name of a tensor of diffusers' AutoencoderKL."""
     name = re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key)
     name = re.sub(r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample.", name)
@@ -186,7 +191,8 @@ def inception() -> dict[str, Tensor]:
     """The network that FID is defined by, with the classifier that nothing asks."""
     with torch.device("meta"):
         state = InceptionFeatures(None).network.state_dict()
-    return {**drawn(state), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    # Without norms of their own in this state, its many rectifiers would halve the variance each.
+    return {**drawn(state, variance=2.0), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
 
 def bert_vocabulary(model: ModelConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,19 @@ from tests.weights.small import PLAN, same, weights
 from vdtrain.cli import main
 from vdtrain.weights.clip_names import to_hugging_face
 from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.tensor_files import LazyTensors
 from vdtrain.weights.versatile_diffusion_2022 import to_2022
 from vdtrain.weights.versatile_diffusion_v1 import to_released
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from published_weights import compvis_vae
 
 HEAD, WORDS = "decoder.lm_head.weight", "decoder.transformer.wte.weight"
 
 
 def compvis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' image VAE under CompVis' names, by trying every name that could be one of them."""
-    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
-    found = {}
-    for key, tensor in state.items():
-        name = re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key)
-        name = re.sub(r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample.", name)
-        name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
-        name = name.replace(".resnets.", ".block.").replace("upsamplers.0", "upsample")
-        name = name.replace("mid_block.block.0", "mid.block_1").replace("mid_block.block.1", "mid.block_2")
-        name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-        for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")
-        pixel = "attn_1" in name and name.endswith("weight") and tensor.ndim == 2
-        found[name] = tensor[:, :, None, None].contiguous() if pixel else tensor
-    return found
+    """diffusers' image VAE under CompVis' names."""
+    return dict(compvis_vae(LazyTensors.of(state)))
 
 
 def optimus() -> dict[str, Tensor]:
