@@ -125,7 +125,10 @@ def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
         ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give each"),
         ({"weights": {"drawn": -1.0}}, r"data\.stream: weights=\[-1\.0\]: each must be above 0"),
         ({"cache": {"folder": "x"}}, r"data\.stream\.cache=\{'folder': 'x'\}: give \{folder: \.\.\., gigabytes"),
-        ({"cache": {"folder": "/dev/null/x", "gigabytes": 1}}, r"data\.stream\.cache\.folder=.*: cannot be written \(/dev/null is a file"),
+        (
+            {"cache": {"folder": "/dev/null/x", "gigabytes": 1}},
+            r"data\.stream\.cache\.folder=.*: cannot be written",
+        ),
     ],
 )
 def test_impossible_settings_are_named(manifest: Path, settings: dict[str, object], line: str) -> None:
