@@ -34,7 +34,6 @@ class Size:
         narrow: settings of the model that is trained, whose frozen parts are the same.
         plan, preflight: settings of these verbs for a stage of `model`.
         train: settings of every stage, beside its phases of `steps` steps at each of `resolutions`.
-        pairs_of_processes: whether two processes train stages 1 and 2; at full size they take more than 20 GB.
         threads: of a stage that one process trains alone.
         download: settings of the drawn set's way into shards, of `pictures` of `pixels` on a side.
         fid: whether FID is among the figures: half a minute, whatever the model.
@@ -46,7 +45,6 @@ class Size:
     plan: str
     preflight: str
     train: str
-    pairs_of_processes: bool
     threads: int
     resolutions: tuple[int, int]
     steps: int
@@ -64,7 +62,7 @@ class Size:
         return f"'stage.phases=[{phases}]' stage.global_batch_size={BATCH}"
 
 
-# A pair to each of two processes.
+# Two processes, a pair each.
 BATCH = 2
 TINY_MODEL = " ".join(
     (
@@ -85,7 +83,6 @@ SIZES = {
         plan="hardware=h100 gpus=8",
         preflight="hardware=h100 hardware.loader_workers=1 ranks=2 stage.samples_scale=0.001 tracking=offline",
         train="hardware=cpu '+hardware.micro_batch_size={256:1,512:1}' tracking=offline",
-        pairs_of_processes=False,
         threads=2,
         resolutions=(256, 512),
         steps=2,
@@ -102,7 +99,6 @@ SIZES = {
         plan="hardware=cpu gpus=2 'stage.phases=[{resolution: 32, samples: 640}]'",
         preflight="hardware=cpu ranks=2 tracking=offline",
         train="hardware=cpu 'hardware.micro_batch_size={32:1,64:1}' tracking=none",
-        pairs_of_processes=True,
         threads=1,
         resolutions=(32, 64),
         steps=5,
@@ -212,17 +208,17 @@ def _curriculum(size: Size) -> Iterator[Part]:
         START,
         START[:1],
     )
-    alone = ("vdtrain train", 1, f"hardware.threads={size.threads}")
-    together = ("torchrun --standalone --nproc-per-node=2 -m vdtrain.train", 2, "")
-    first = together if size.pairs_of_processes else alone
-    # Stopped in the first phase, at its end, and as a single process.
-    starts = ((first, 1, signal.SIGUSR1), (first, size.steps, signal.SIGUSR1), (alone, 1, signal.SIGTERM))
-    for number, (stage, (launch, step, stop)) in enumerate(zip(STAGES, starts, strict=True), start=1):
-        start, ranks, threads = launch
+    # Stopped in the first phase, in the second one, and as a single process.
+    starts = (
+        ("torchrun --standalone --nproc-per-node=2 -m vdtrain.train", 1, signal.SIGUSR1, ""),
+        ("torchrun --standalone --nproc-per-node=2 -m vdtrain.train", size.steps, signal.SIGUSR1, ""),
+        ("vdtrain train", 1, signal.SIGTERM, f"hardware.threads={size.threads}"),
+    )
+    for number, (stage, (start, step, stop, threads)) in enumerate(zip(STAGES, starts, strict=True), start=1):
         settings = f"stage={stage} {size.train} {size.phases} {size.narrow}"
         command = f"{start} {settings} {threads} log_every_steps=1 watchdog_seconds=1800"
         run = f"runs/{stage}"
-        yield Part(f"stage {number}: preflight", (f"vdtrain preflight {settings} ranks={ranks}",))
+        yield Part(f"stage {number}: preflight", (f"vdtrain preflight {settings} ranks={BATCH}",))
         stopped = Interruption(run, step, stop)
         yield Part(f"stage {number}: train, {stop.name} after a step", (command,), (run,), interruption=stopped)
         yield Part(

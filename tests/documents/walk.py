@@ -305,7 +305,7 @@ class Walk:
             )
             assert done.returncode == 0, done.stdout + done.stderr
         if page == "docs/settings.md":
-            shutil.copytree(self.root / "runs" / "stage1_single_flow", self.root / "runs" / "lr=1e-4")
+            shutil.copytree(self.root / "runs" / "stage1_single_flow", self.root / "runs" / "lr=1e-4", symlinks=True)
         if page == "docs/weights.md":
             for made in ("weights", "runs/stage1_single_flow", "runs/stage3_four_flow"):
                 shutil.rmtree(self.root / made)
