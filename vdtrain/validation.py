@@ -328,5 +328,6 @@ def _origin(file: str, model: ModelConfig) -> str:
     source = source_of(file, model)
     if source is None:
         return ""
-    option = "" if model.name == DEFAULT_MODEL else f" model={model.name}"
-    return f"`vdtrain weights import {source}{option}` makes it, or "
+    if model.name != DEFAULT_MODEL:
+        source += f" model={model.name}"
+    return f"`vdtrain weights import {source}` makes it, or "
