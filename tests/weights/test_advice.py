@@ -18,7 +18,7 @@ from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus
 from vdtrain.cli import main
 from vdtrain.weights.diffusers_folder import write_pipeline
 from vdtrain.weights.folder import is_weights_folder, write_weights_folder
-from vdtrain.weights.versatile_diffusion_2022 import to_2022
+from tests.weights.layout_2022 import to_2022
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 

@@ -20,7 +20,7 @@ from vdtrain.cli import main
 from vdtrain.weights.clip_names import to_hugging_face
 from vdtrain.weights.image_vae_names import to_diffusers
 from vdtrain.weights.tensor_files import LazyTensors
-from vdtrain.weights.versatile_diffusion_2022 import to_2022
+from tests.weights.layout_2022 import to_2022
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -16,7 +16,8 @@ from vdtrain.config import ScheduleConfig
 from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
 from vdtrain.weights.schedule_buffers import schedule_buffers
 from vdtrain.weights.tensor_files import open_tensors
-from vdtrain.weights.versatile_diffusion_2022 import from_2022, to_2022
+from tests.weights.layout_2022 import to_2022
+from vdtrain.weights.versatile_diffusion_2022 import from_2022
 from vdtrain.weights.versatile_diffusion_v1 import to_released
 
 DTYPES = [torch.float32, torch.float16]

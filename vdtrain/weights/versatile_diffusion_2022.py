@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 
 from vdtrain.models.layer_plan import LayerPlan
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, compvis_key, own_names
+from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, own_names
 
 UNET = re.compile(re.escape(UNET_PREFIX) + r"unet_([^.]+)\.(.+)")
-OWN_LAYER = re.compile(r"(?:data|context)_layers\.([^.]+)\.")
 
 
 def from_2022(plan: LayerPlan, key: str) -> str | None:
@@ -26,9 +25,3 @@ def from_2022(plan: LayerPlan, key: str) -> str | None:
     modality, tail = match.groups()
     names = own_names(plan, tail, modality, [modality])
     return names[0] if names and not names[0].startswith("global_layers.") else None
-
-
-def to_2022(plan: LayerPlan, name: str) -> str:
-    """The key of one of our parameter names."""
-    match = OWN_LAYER.match(name)
-    return f"{UNET_PREFIX}{f'unet_{match[1]}.' if match else ''}{compvis_key(plan, name)}"
