@@ -29,7 +29,7 @@ golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/
 	@$(RUN) python -m tests.golden_losses.record
 
 frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/assets/tiny)
-	@$(RUN) python -m data_pipeline.frozen_parts
+	@$(RUN) python -m miniature.frozen
 
 .venv/.complete: pyproject.toml uv.lock | $(UV)
 	@$(UV) sync --locked --quiet --inexact

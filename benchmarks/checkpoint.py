@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from vdtrain.training.background_save import BackgroundSaver
-from vdtrain.training.checkpoints import CheckpointStore
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.partitions import GroupLayout, ParameterSlot, Partition
+from vdtrain.checkpoint.saver import BackgroundSaver
+from vdtrain.checkpoint.store import CheckpointStore
+from vdtrain.engine.engine import ShardEMA
+from vdtrain.engine.partitions import GroupLayout, ParameterSlot, Partition
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")

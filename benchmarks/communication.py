@@ -25,18 +25,16 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.engine.engine import Engine, EngineSettings
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
-from vdtrain.models.frozen import FrozenParts
-from vdtrain.models.versatile_diffusion import build_frozen
-from vdtrain.training import distributed
-from vdtrain.training.engine import Engine, EngineSettings
-from vdtrain.validation import stage_flows
+from vdtrain.models.frozen import FrozenParts, build_frozen
+from vdtrain.run import distributed
 
 RESULT = Path(__file__).parent / "results" / "communication.json"
 PROCESSES, MICRO_BATCHES, ROWS, RESOLUTION = 2, 3, 2, 32

@@ -20,8 +20,8 @@ import torch
 from timing import seconds_of
 from torch import Tensor
 
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.partitions import GroupLayout, ParameterSlot, Partition
+from vdtrain.engine.engine import ShardEMA
+from vdtrain.engine.partitions import GroupLayout, ParameterSlot, Partition
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.frozen_corpus import draw_pictures, sample_scenes, write_captions
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from miniature.corpus import draw_pictures, sample_scenes, write_captions
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
-from vdtrain.models.versatile_diffusion import build_frozen
-from vdtrain.validation import stage_flows
+from vdtrain.models.frozen import build_frozen
 
 RESULT = Path(__file__).parent / "results" / "gradient_scales.json"
 SCALED_GROUP, SCALE = "data.image", 0.1

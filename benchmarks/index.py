@@ -28,8 +28,8 @@ import numpy as np
 import webdataset
 from PIL import Image, ImageFilter
 
-from data_pipeline.index import index
-from data_pipeline.shard_reading import read_shard
+from data_pipeline.index.index import index
+from data_pipeline.index.shard_reading import read_shard
 
 RESULTS = Path(__file__).parent / "results"
 PIECE = 1 << 20

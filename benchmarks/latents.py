@@ -20,10 +20,9 @@ import diffusers
 import torch
 from timing import seconds_of
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import LatentsConfig
-from vdtrain.models.frozen import FrozenParts
-from vdtrain.models.versatile_diffusion import build_frozen
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import LatentsConfig
+from vdtrain.models.frozen import FrozenParts, build_frozen
 
 RESULTS = Path(__file__).parent / "results"
 CAPTION = "a large photograph of a small red boat on a blue lake, with mountains behind it"

@@ -49,10 +49,9 @@ def fast_tokenizer(folder: Path) -> Callable[[str], torch.Tensor]:
 
 def vdtrain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
     """The trainer's own stream, its captions tokenised beside it as training does."""
+    from vdtrain.data.loading import Prefetcher
     from vdtrain.data.stream import PairStream
-    from vdtrain.models.caption_tokenizers import EncoderTokenizer
-    from vdtrain.models.clip_tokenizer import ClipTokenizer
-    from vdtrain.training.prefetch import Prefetcher
+    from vdtrain.models.tokenizers import ClipTokenizer, EncoderTokenizer
 
     tokenizers: dict[str, Callable[[list[str]], torch.Tensor]] = {"clip": ClipTokenizer(None, LENGTH)}
     if task.get("bert"):

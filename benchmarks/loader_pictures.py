@@ -21,9 +21,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from data_pipeline.index import index
-from vdtrain.models.caption_tokenizers import ENCODER_SPECIALS
-from vdtrain.models.clip_tokenizer import MERGES, VOCABULARY_FILE, released_tokenizer
+from data_pipeline.index.index import index
+from vdtrain.models.tokenizers import ENCODER_SPECIALS, MERGES, VOCABULARY_FILE, released_tokenizer
 
 SHORTEST = 512
 ASPECTS = ((1, 1), (1, 1), (4, 3), (4, 3), (3, 2), (16, 9), (3, 4), (2, 3))

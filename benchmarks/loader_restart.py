@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from loader_pictures import caption, vocabulary, write_shard
 
-from data_pipeline.index import index
+from data_pipeline.index.index import index
 from vdtrain.data.manifest import SAMPLE_SCHEMA, SHARD_SCHEMA, Manifest, SamplesWriter, write_shards
 from vdtrain.data.stream import PairStream
 

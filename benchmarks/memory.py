@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.attention import use_kernel
+from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded
-from vdtrain.models.recompute import recompute_activations
-from vdtrain.training.memory import tensor_bytes
-from vdtrain.training.outline import Outline
-from vdtrain.validation import stage_flows
+from vdtrain.planning.dry_run import Outline
+from vdtrain.planning.memory import tensor_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 DEFAULTS = ("stage=stage3_four_flow", "hardware=h100")

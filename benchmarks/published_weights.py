@@ -28,23 +28,30 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from data_pipeline.shapes import vocabulary
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, WeightsConfig
+from miniature.shapes import vocabulary
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig, WeightsConfig
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.instantiate import instantiate
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.clip_names import to_hugging_face
-from vdtrain.weights.frozen_sources import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
+from vdtrain.weights.exports import write_torch
+from vdtrain.weights.frozen_names import to_hugging_face
+from vdtrain.weights.frozen_sources import (
+    CLIP,
+    END_OF_TEXT,
+    IMAGE_VAE,
+    RELEASED_ENCODER,
+    RELEASED_ENCODER_SIZE,
+    TEXT_VAE,
+    FrozenPart,
+)
 from vdtrain.weights.schedule_buffers import schedule_buffers
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
 from vdtrain.weights.tensor_files import Entry, LazyTensors
-from vdtrain.weights.tokenizer_files import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
-from vdtrain.weights.torch_file import write_torch
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 VAE_PREFIX, CLIP_TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."
 MASK, HEAD, WORDS = "decoder.transformer.h.{}.attn.bias", "decoder.lm_head.weight", "decoder.transformer.wte.weight"

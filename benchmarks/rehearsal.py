@@ -30,7 +30,7 @@ import psutil
 from rehearsal_road import SIZES, Interruption, Part, Size, road
 from watched import GB, Watched, disk_bytes
 
-from vdtrain.training.tracking import read_metrics
+from vdtrain.run.tracking import read_metrics
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "rehearsal.json", HERE.parent / "docs" / "rehearsal.md"
@@ -157,7 +157,7 @@ def _interrupt(interruption: Interruption, process: subprocess.Popen[bytes], fol
 def training_processes(pid: int) -> list[psutil.Process]:
     """The children of torchrun, or else the process itself, without those that W&B has."""
     started = psutil.Process(pid)
-    ranks = [child for child in started.children() if "vdtrain.train" in child.cmdline()]
+    ranks = [child for child in started.children() if " -m vdtrain train " in " ".join(child.cmdline())]
     return ranks or [started]
 
 

@@ -154,7 +154,7 @@ def road(size: Size, port: int) -> list[Part]:
 def _data(size: Size, port: int) -> Iterator[Part]:
     drawn = f"data=shapes data.shapes.folder=pictures data.shapes.port={port}"
     few = f"data.shapes.pictures={size.pictures} data.shapes.pixels={size.pixels}"
-    yield Part("draw pictures and their metadata", (f"python -m data_pipeline shapes {drawn} {few}",), ("pictures",))
+    yield Part("draw pictures and their metadata", (f"python -m miniature draw {drawn} {few}",), ("pictures",))
     tables = " ".join(f"data.sources.{name}.metadata=pictures/{name}.parquet" for name in ("laion2b_en", "coyo700m"))
     yield Part(
         "select, download, index, inspect",
@@ -165,7 +165,7 @@ def _data(size: Size, port: int) -> Iterator[Part]:
             "python -m data_pipeline inspect data.inspect.pictures=8",
         ),
         makes=("data",),
-        server=(f"python -m data_pipeline serve {drawn}", port),
+        server=(f"python -m miniature serve {drawn}", port),
     )
 
 
@@ -210,8 +210,8 @@ def _curriculum(size: Size) -> Iterator[Part]:
     )
     # Stopped in the first phase, in the second one, and as a single process.
     starts = (
-        ("torchrun --standalone --nproc-per-node=2 -m vdtrain.train", 1, signal.SIGUSR1, ""),
-        ("torchrun --standalone --nproc-per-node=2 -m vdtrain.train", size.steps, signal.SIGUSR1, ""),
+        ("torchrun --standalone --nproc-per-node=2 -m vdtrain train", 1, signal.SIGUSR1, ""),
+        ("torchrun --standalone --nproc-per-node=2 -m vdtrain train", size.steps, signal.SIGUSR1, ""),
         ("vdtrain train", 1, signal.SIGTERM, f"hardware.threads={size.threads}"),
     )
     for number, (stage, (start, step, stop, threads)) in enumerate(zip(STAGES, starts, strict=True), start=1):

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.selection import read_selection
+from data_pipeline.select.selection import read_selection
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]

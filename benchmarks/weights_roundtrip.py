@@ -24,12 +24,12 @@ import torch
 from published_weights import diffuser
 from watched import GB, Watched
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import WeightsConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import WeightsConfig
+from vdtrain.weights.exports import write_torch
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors
-from vdtrain.weights.torch_file import write_torch
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

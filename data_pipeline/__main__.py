@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vdtrain.command_line import PlainArguments
-from vdtrain.compose import ConfigError, run_verb
-from vdtrain.config import DataPipelineConfig
-from vdtrain.data_config import DataConfig, ShapesConfig
+from vdtrain.config.command_line import PlainArguments
+from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.data_schema import DataConfig
+from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.files import check_output
 
 USAGE = """\
@@ -26,8 +24,6 @@ Verbs:
   index      check the shards and write the manifest that training streams from
   latents    encode the pictures with the image VAE, once (also by torchrun or srun: latents --help)
   inspect    say what a manifest holds, and draw some of its pairs on a contact sheet: inspect [MANIFEST]
-  shapes     draw the demo's picture set and its metadata (data=shapes)
-  serve      serve that set on this machine, for the download (data=shapes; stop with Ctrl-C)
 
 Every verb takes up what an earlier, interrupted run left complete.
 
@@ -42,12 +38,6 @@ Examples:
 """
 
 
-def _shapes(data: DataConfig) -> ShapesConfig:
-    if data.shapes is None:
-        raise ConfigError(f"data={data.name}: has no drawn picture set; use data=shapes")
-    return data.shapes
-
-
 def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
     """Refuse folders that cannot be written, before any work.
 
@@ -60,7 +50,7 @@ def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
 
 
 def _select(data: DataConfig) -> None:
-    from data_pipeline.select import select
+    from data_pipeline.select.select import select
 
     _outputs({"data.select.scratch": data.select.scratch}, beside=True)
     _outputs({f"data.sources.{name}.selected": source.selected for name, source in data.sources.items()})
@@ -68,7 +58,7 @@ def _select(data: DataConfig) -> None:
 
 
 def _download(data: DataConfig) -> None:
-    from data_pipeline.download import DownloadError, download
+    from data_pipeline.download.download import DownloadError, download
 
     _outputs({f"data.sources.{name}.shards": source.shards for name, source in data.sources.items()})
     try:
@@ -78,8 +68,8 @@ def _download(data: DataConfig) -> None:
 
 
 def _index(data: DataConfig) -> None:
-    from data_pipeline.index import index
-    from data_pipeline.shard_reading import ShardError
+    from data_pipeline.index.index import index
+    from data_pipeline.index.shard_reading import ShardError
     from vdtrain.data.manifest import ManifestError
 
     settings = data.index
@@ -94,7 +84,7 @@ def _index(data: DataConfig) -> None:
 
 
 def _inspect(data: DataConfig) -> None:
-    from data_pipeline.inspection import inspect
+    from data_pipeline.inspect.inspection import inspect
     from vdtrain.data.manifest import ManifestError
 
     try:
@@ -103,37 +93,15 @@ def _inspect(data: DataConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _draw(data: DataConfig) -> None:
-    from data_pipeline.picture_set import write_picture_set
-
-    shapes = _shapes(data)
-    _outputs({"data.shapes.folder": shapes.folder})
-    write_picture_set(shapes)
-
-
-def _serve(data: DataConfig) -> None:
-    from data_pipeline.picture_set import serve
-
-    shapes = _shapes(data)
-    # Stopped by `kill` as by Ctrl-C: this is how it ends, and no failure.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with suppress(KeyboardInterrupt):
-            serve(shapes)
-    except OSError as error:
-        raise ConfigError(
-            f"data.shapes.port={shapes.port}: {error.strerror or error}; give another port, or end what listens there"
-        ) from error
-
-
 VERBS: dict[str, Callable[[DataConfig], None]] = {
     "select": _select,
     "download": _download,
     "index": _index,
     "inspect": _inspect,
-    "shapes": _draw,
-    "serve": _serve,
 }
+
+# Commands of 0.1 that are now the miniature's.
+MOVED = {"shapes": "draw data=shapes", "serve": "serve data=shapes"}
 
 # The one verb with settings of a model and of hardware beside those of data.
 LATENTS = "latents"
@@ -146,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("--help", "-h"):
         print(USAGE, end="")
         return 0 if arguments else 2
+    if verb in MOVED:
+        print(f"error: {verb}: now `python -m miniature {MOVED[verb]}`", file=sys.stderr)
+        return 2
     if verb not in (*VERBS, LATENTS):
         print(f"error: {verb!r} is no verb; choose one of {', '.join((*VERBS, LATENTS))}", file=sys.stderr)
         return 2
@@ -157,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if verb == LATENTS:
-            from data_pipeline.latents import main as latents
+            from data_pipeline.latents.latents import main as latents
 
             return latents(arguments[1:])
         plain = PlainArguments(("data.manifest",)) if verb == "inspect" else None

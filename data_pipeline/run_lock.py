@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vdtrain.compose import ConfigError
-from vdtrain.system_errors import unlockable
+from vdtrain.config.compose import ConfigError
+from vdtrain.errors import unlockable
 
 # How long a run waits for the processes of one that was killed to be gone.
 LOCK_SECONDS = 10.0

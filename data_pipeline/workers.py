@@ -20,7 +20,7 @@ from typing import IO, Protocol, TypeVar
 import pyarrow as pa
 
 from data_pipeline.progress import track
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

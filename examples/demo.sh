@@ -17,11 +17,11 @@ esac
 phases() { echo "stage.phases=[{resolution:32,samples:$1},{resolution:64,samples:$2}]"; }
 
 # 1. Draw the pictures and their metadata, one table in LAION-2B-en's schema and one in COYO-700M's.
-python -m data_pipeline shapes data=shapes
+python -m miniature draw data=shapes
 
 # 2. Serve the pictures on this machine. Select rows of the metadata, download their pictures with img2dataset into tar
 #    shards, check and index the shards, and look at what they hold.
-python -m data_pipeline serve data=shapes &
+python -m miniature serve data=shapes &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 python -m data_pipeline select data=shapes
@@ -31,7 +31,7 @@ kill $server
 
 # 3. Train the three stages, each on two processes under ZeRO, each from the checkpoint of the one before.
 train() {
-    torchrun --standalone --nproc-per-node=2 -m vdtrain.train \
+    torchrun --standalone --nproc-per-node=2 -m vdtrain train \
         model=tiny data=shapes hardware=cpu tracking=offline runs_dir="$runs" "$@"
 }
 train stage=stage1_single_flow "$(phases ${pairs[0]})"

@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.shapes import COLOURS, SHAPES, Scene, caption, draw, sample_scene
-from data_pipeline.shapes_detector import caption_attributes, detect
+from miniature.detector import caption_attributes, detect
+from miniature.shapes import COLOURS, SHAPES, Scene, caption, draw, sample_scene
 from vdtrain.pipeline import VersatileDiffusion
-from vdtrain.training.tracking import read_metrics
+from vdtrain.run.tracking import read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")

@@ -18,5 +18,5 @@ cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 [ -f slurm/job.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }
 source slurm/job.sh
 
-on_all_ranks vdtrain.evaluate device=cuda "${DATA_OVERRIDES[@]}" "$@"
+on_all_ranks vdtrain evaluate device=cuda "${DATA_OVERRIDES[@]}" "$@"
 exit "$status"

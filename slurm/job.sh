@@ -76,7 +76,7 @@ requeue() {
         echo "left to Slurm, which has ended the job or put it back by itself" >&2
     elif [[ $job == *" Requeue=0 "* ]]; then
         echo "not requeued: the job has requeue=0" >&2
-    elif python -m vdtrain.training.restarts -- "$run_dir"; then
+    elif python -m vdtrain.run.restarts -- "$run_dir"; then
         echo "goes back into the queue after attempt $attempt"
         scontrol requeue "$number"
     fi
@@ -89,10 +89,10 @@ train_stage() {
         echo "error: $(command -v python || echo python): not an environment with vdtrain; name one in slurm/env.sh" >&2
         exit 2
     }
-    run_dir=$(python -m vdtrain.run_folder "${overrides[@]}")
+    run_dir=$(python -m vdtrain.commands.run_folder "${overrides[@]}")
     echo "$1, attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, run folder $run_dir, ranks' logs $rank_logs"
     vdtrain preflight "${overrides[@]}" ranks="$ranks"
-    on_all_ranks vdtrain.train "${overrides[@]}"
+    on_all_ranks vdtrain train "${overrides[@]}"
     # 0 is a stage that is complete, 2 a mistake in the settings.
     [ "$status" = 0 ] || [ "$status" = 2 ] || requeue "$run_dir" || true
     exit "$status"

@@ -10,8 +10,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipeline.index import index
-from data_pipeline.shapes import caption, draw, sample_scene
+from data_pipeline.index.index import index
+from miniature.shapes import caption, draw, sample_scene
 
 
 def write_shard(path: Path, count: int, seed: int, pixels: int = 64) -> None:

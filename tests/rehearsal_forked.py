@@ -24,27 +24,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rehearsal
 
-from vdtrain.training.deepspeed_import import import_deepspeed
+from vdtrain.engine.deepspeed import import_deepspeed
 
 # What commands import late.
 MODULES = (
     "data_pipeline.__main__",
-    "data_pipeline.contact_sheet",
-    "data_pipeline.download",
-    "data_pipeline.index",
-    "data_pipeline.inspection",
-    "data_pipeline.picture_set",
-    "data_pipeline.select",
+    "data_pipeline.inspect.contact_sheet",
+    "data_pipeline.download.download",
+    "data_pipeline.index.index",
+    "data_pipeline.inspect.inspection",
+    "miniature.image_set",
+    "data_pipeline.select.select",
     "pandas",
     "published_weights",
     "vdtrain.cli",
-    "vdtrain.editing",
+    "vdtrain.diffusion.editing",
     "vdtrain.evaluation.processes",
-    "vdtrain.sampler",
-    "vdtrain.training.session",
+    "vdtrain.commands.sampler",
+    "vdtrain.run.session",
     "vdtrain.weights.diffusers_frozen",
     "vdtrain.weights.exports",
-    "vdtrain.weights.sources",
+    "vdtrain.weights.imports",
     "wandb",
 )
 
@@ -122,7 +122,7 @@ def launch(count: int, arguments: list[str]) -> int:
         def body() -> int | None:
             os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            return importlib.import_module("vdtrain.train").main(arguments)
+            return importlib.import_module("vdtrain.commands.train").main(arguments)
 
         return body
 

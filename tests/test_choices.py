@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdtrain.compose import compose, options, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import compose, options, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import phase_steps
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.training.ema import kept_share
-from vdtrain.validation import phase_steps
+from vdtrain.engine.engine import kept_share
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,11 +22,10 @@ from data_pipeline.__main__ import main as data_pipeline
 from tests.pairs import write_pairs
 from tests.weights.small import weights
 from vdtrain.cli import VERBS, main
-from vdtrain.command_line import plain_path, shell
-from vdtrain.compose import SCHEMAS, compose, groups
+from vdtrain.config.command_line import plain_path, shell
+from vdtrain.config.compose import SCHEMAS, compose, groups
+from vdtrain.config.overrides import QUOTED, Mark, escaped, keys, look_up, unquoted, word_for
 from vdtrain.errors import printable
-from vdtrain.overrides import QUOTED, escaped, unquoted, word_for
-from vdtrain.setting_types import Mark, keys, look_up
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +91,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compose_model():
-    from vdtrain.compose import to_object
-    from vdtrain.config import WeightsConfig
+    from vdtrain.config.compose import to_object
+    from vdtrain.config.schema import WeightsConfig
 
     return to_object(compose("weights", ["model=tiny"]), WeightsConfig).model
 

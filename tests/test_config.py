@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vdtrain.compose import ConfigError, compose, options, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.train import main
-from vdtrain.validation import check, gradient_scales
+from vdtrain.commands.train import main
+from vdtrain.config.compose import ConfigError, compose, options, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import check, gradient_scales
 
 MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
 STAGES = {
@@ -140,7 +140,7 @@ def test_a_mistake_is_one_line_that_names_setting_and_remedy(
 
 def test_mistakes_are_said_before_a_process_group_starts() -> None:
     script = (
-        "import sys; from vdtrain.train import main; status = main(sys.argv[1:]); "
+        "import sys; from vdtrain.commands.train import main; status = main(sys.argv[1:]); "
         "print(status, sorted({'deepspeed', 'diffusers', 'wandb'} & set(sys.modules)))"
     )
     arguments = [*MINIATURE, "stage.global_batch_size=33"]
@@ -169,7 +169,7 @@ def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_misspelt_part_is_a_configuration_error() -> None:
-    from vdtrain.instantiate import instantiate
+    from vdtrain.config.instantiate import instantiate
 
     with pytest.raises(ConfigError, match=r"model.x.*latent_chanels"):
         instantiate(

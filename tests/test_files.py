@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.files import FileRecord, damage, written_whole
 
 

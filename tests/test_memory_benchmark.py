@@ -9,10 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.training.live_memory import LiveMemory
-from vdtrain.training.outline import Outline
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.planning.dry_run import LiveMemory, Outline
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vdtrain.blend import main as blend
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.solvers import SOLVERS
-from vdtrain.edit import main as edit_verb
-from vdtrain.editing import changed, edit
+from vdtrain.commands.blend import main as blend
+from vdtrain.commands.edit import main as edit_verb
+from vdtrain.commands.sample import main as sample
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.diffusion.editing import changed, edit
+from vdtrain.diffusion.sampling import SOLVERS
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.pipeline import Ingredient, VersatileDiffusion
-from vdtrain.sample import main as sample
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_runs import STAGES, STEPS, TinyRuns
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.preflight import main, rank_count
-from vdtrain.training.checkpoint_folder import CHECKPOINTS, latest_by_sizes
-from vdtrain.training.curriculum import Start
+from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
+from vdtrain.commands.preflight import main, rank_count
+from vdtrain.commands.weights import main as weights
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.run.wandb_run import _unreachable
 from vdtrain.training.readiness import checkpoint_size
-from vdtrain.training.wandb_access import _unreachable
-from vdtrain.weights.command import main as weights
+from vdtrain.training.start import Start
 
 
 @pytest.fixture(autouse=True)

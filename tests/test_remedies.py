@@ -31,7 +31,7 @@ from vdtrain.data.stream import PairStream, StreamError
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_output_that_is_a_file_or_below_one_is_said_before_work(world: World, name: str) -> None:
     if name in ("select", "selected"):
-        assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
+        assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
     (world / "in the way").write_text("mine")
     before = sorted(world.folder.rglob("*"))
     for place in ("FOLDER/in the way", "FOLDER/in the way/deeper"):
@@ -418,7 +418,7 @@ def select_again(world: World, line: str) -> None:
 def test_what_is_lost_of_a_selection_is_selected_again(
     world: World, cause: Callable[[World], None], expected: str
 ) -> None:
-    assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
+    assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
     assert world.type(*SELECT)[0] == 0
     before = {file.name: file.read_bytes() for file in (world / "selected/coyo700m").glob("*.parquet")}
     cause(world)
@@ -445,7 +445,7 @@ def test_where_no_shards_are_the_download_comes_first(world: World) -> None:
 
 
 def test_records_of_a_pipeline_that_are_damaged_are_made_again(world: World) -> None:
-    drawing = ["python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES]
+    drawing = ["python", "-m", "miniature", "draw", *DATA, *PICTURES]
     assert world.type(*drawing)[0] == 0
     (marker,) = (path for path in (world / "pictures").glob("*.json"))
     marker.write_bytes(b"\xff")
@@ -465,7 +465,7 @@ def start(world: World, *words: str, variables: dict[str, str] | None = None) ->
     """`vdtrain train` in a process of its own."""
     given = [word.replace("FOLDER", str(world.folder)) for word in (*SHORT, *TRAIN, *words)]
     environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vdtrain.train", *given]
+    command = [sys.executable, "-m", "vdtrain", "train", *given]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

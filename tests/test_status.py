@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_runs import BATCH, JOB, LOW, STEPS, TinyRuns
-from vdtrain.status import main
-from vdtrain.training.restarts import RECORD_FILE
-from vdtrain.training.run_summary import CONFIG_FILE, age, summarise
-from vdtrain.training.tracking import METRICS_FILE, last_metrics, read_metrics
-from vdtrain.training.wandb_run import WANDB_URL_FILE
+from vdtrain.commands.status import main
+from vdtrain.run.restarts import RECORD_FILE
+from vdtrain.run.summary import CONFIG_FILE, age, summarise
+from vdtrain.run.tracking import METRICS_FILE, last_metrics, read_metrics
+from vdtrain.run.wandb_run import WANDB_URL_FILE
 
 
 @pytest.fixture

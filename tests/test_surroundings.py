@@ -21,7 +21,7 @@ from vdtrain.weights.catalogue import SOURCES
 
 
 def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:
-    assert world.type("python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES)[0] == 0
+    assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
     (world / "blocked urls.txt").write_bytes("http://café.example/1\n".encode("cp1252"))
     words = [*with_output("select", "FOLDER/scratch"), "data.select.block_lists.url=['FOLDER/blocked urls.txt']"]
     status, said = world.type(*words)
@@ -62,7 +62,7 @@ def test_records_with_bytes_that_are_no_text_are_passed_over(world: World) -> No
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "latest").write_bytes(b"\xff")
     assert world.type("vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN, "run_dir=FOLDER/run")[0] == 0
-    status, said = world.type("python", "-m", "vdtrain.training.restarts", str(run))
+    status, said = world.type("python", "-m", "vdtrain.run.restarts", str(run))
     assert status == 3
     assert "the trainer has not begun there" in one_line(said)
 
@@ -108,7 +108,7 @@ def test_a_rank_beyond_the_number_of_processes_is_refused(world: World, monkeypa
 
 def test_a_requeueing_is_refused_in_a_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     (world / "run").write_text("no folder")
-    status, said = world.type("python", "-m", "vdtrain.training.restarts", "FOLDER/run")
+    status, said = world.type("python", "-m", "vdtrain.run.restarts", "FOLDER/run")
     assert status == 3
     one_line(said)
 

@@ -14,18 +14,20 @@ import pytest
 from PIL import Image
 
 from data_pipeline.__main__ import main as data_pipeline_main
+from miniature.__main__ import main as miniature_main
 from tests.evaluation.test_evaluate import write_checkpoint
 from tests.pairs import write_shard
 from vdtrain.cli import main as vdtrain_main
+from vdtrain.commands.run_folder import main as run_folder_main
 from vdtrain.flows import all_flows
-from vdtrain.run_folder import main as run_folder_main
-from vdtrain.training.restarts import main as restarts_main
+from vdtrain.run.restarts import main as restarts_main
 
 MAINS: dict[str, Callable[[list[str]], int]] = {
     "vdtrain": vdtrain_main,
+    "miniature": miniature_main,
     "data_pipeline": data_pipeline_main,
-    "vdtrain.run_folder": run_folder_main,
-    "vdtrain.training.restarts": restarts_main,
+    "vdtrain.commands.run_folder": run_folder_main,
+    "vdtrain.run.restarts": restarts_main,
 }
 ROOT = Path(__file__).parents[1]
 IDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -116,7 +118,7 @@ WRITERS: dict[str, list[str]] = {
     ],
     "export": ["vdtrain", "weights", "export", "safetensors", "OUT/weights", "checkpoint=FOLDER/model"],
     "preflight": [*["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN], "run_dir=OUT"],
-    "shapes": ["python", "-m", "data_pipeline", "shapes", *DATA, *PICTURES, "data.shapes.folder=OUT"],
+    "shapes": ["python", "-m", "miniature", "draw", *DATA, *PICTURES, "data.shapes.folder=OUT"],
     "select": ["python", "-m", "data_pipeline", "select", *DATA, "data.select.scratch=OUT"],
     "selected": ["python", "-m", "data_pipeline", "select", *DATA, "data.sources.coyo700m.selected=OUT"],
     "index": ["python", "-m", "data_pipeline", "index", *DATA, "data.manifest=OUT"],

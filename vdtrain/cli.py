@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 # Verb -> its module, and what it does.
 VERBS = {
-    "train": ("vdtrain.train", "train one stage of the curriculum"),
-    "plan": ("vdtrain.plan", "say what training one will take of memory, disk and steps"),
-    "preflight": ("vdtrain.preflight", "look, before the GPUs are used, whether a stage can be trained"),
-    "status": ("vdtrain.status", "say how a run stands, from its files"),
-    "sample": ("vdtrain.sample", "make pictures and captions with a trained model"),
-    "blend": ("vdtrain.blend", "make them from several captions and pictures at once"),
-    "edit": ("vdtrain.edit", "change pictures by words"),
-    "evaluate": ("vdtrain.evaluate", "measure a trained model: FID and CLIP scores"),
-    "weights": ("vdtrain.weights.command", "bring published weights in, and trained ones out"),
+    "train": ("vdtrain.commands.train", "train one stage of the curriculum"),
+    "plan": ("vdtrain.commands.plan", "say what training one will take of memory, disk and steps"),
+    "preflight": ("vdtrain.commands.preflight", "look, before the GPUs are used, whether a stage can be trained"),
+    "status": ("vdtrain.commands.status", "say how a run stands, from its files"),
+    "sample": ("vdtrain.commands.sample", "make pictures and captions with a trained model"),
+    "blend": ("vdtrain.commands.blend", "make them from several captions and pictures at once"),
+    "edit": ("vdtrain.commands.edit", "change pictures by words"),
+    "evaluate": ("vdtrain.commands.evaluate", "measure a trained model: FID and CLIP scores"),
+    "weights": ("vdtrain.commands.weights", "bring published weights in, and trained ones out"),
 }
 
 USAGE = """\

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pwd
+import re
+import resource
+import shlex
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: the setting, its value and the remedy."""
@@ -12,3 +22,220 @@ def printable(text: str) -> str:
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
+
+
+# How libraries in Rust and Arrow word the number of an error that they wrap.
+WRAPPED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+PROBE_BYTES = 4096
+
+DISK = {errno.EIO, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV, errno.EUCLEAN, errno.EBADMSG}
+SERVER = {
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ECONNREFUSED,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+}
+# What another place does not change.
+OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A cause, and a remedy that is true for it; the remedy is empty where none is known."""
+
+    cause: str
+    remedy: str
+    elsewhere: bool = True
+
+    @classmethod
+    def of(cls, error: OSError, path: Path) -> Trouble:
+        """The trouble that an action on `path` met."""
+        number = error.errno
+        if number is None:
+            return cls(" ".join(str(error).split()) or type(error).__name__, "")
+        cause, remedy = _described(number, path)
+        return cls(cause or os.strerror(number), remedy, number not in OF_THE_PROCESS)
+
+
+def unwritable(error: OSError, path: Path, another: str = "choose another place") -> str:
+    """ "cannot be written (CAUSE); REMEDY", for a message that names the setting or the file before it.
+
+    Args:
+        path: what was to be written.
+        another: what helps wherever the place itself is at fault; empty where nothing else does.
+    """
+    found = Trouble.of(error, path)
+    remedies = [remedy for remedy in (found.remedy, another if found.elsewhere else "") if remedy]
+    return f"cannot be written ({found.cause}); {', or '.join(remedies) or f'see to {path}'}"
+
+
+def unreadable(error: OSError, path: Path, another: str = "give another file") -> str:
+    """ "cannot be read (CAUSE); REMEDY", as `unwritable`.
+
+    Args:
+        another: what helps where no remedy for the cause is known.
+    """
+    found = Trouble.of(error, path)
+    return f"cannot be read ({found.cause}); {found.remedy or another}"
+
+
+def said(error: OSError) -> str:
+    """ "FILE: CAUSE; REMEDY" of an error that nobody has put into words."""
+    path = Path(str(error.filename)) if isinstance(error.filename, str | os.PathLike) else None
+    found = Trouble.of(error, path or Path())
+    return f"{f'{path}: ' if path else ''}{found.cause}; {found.remedy or 'see that it can be read and written'}"
+
+
+def unlockable(error: OSError, path: Path) -> str:
+    """ "cannot be locked (CAUSE); REMEDY", as `unwritable`."""
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        return f"cannot be locked ({os.strerror(error.errno)}); choose a file system with locks"
+    return unwritable(error, path).replace("written", "locked", 1)
+
+
+def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
+    """ "is not UTF-8 ...; REMEDY" of a text file: many are in the code page of the program that wrote them."""
+    quoted, draft = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+    return (
+        f"is not UTF-8 (byte {error.object[error.start]:#04x}); convert it, e.g. from Windows' code page by "
+        f"`iconv -f WINDOWS-1252 -t UTF-8 {quoted} -o {draft} && mv {draft} {quoted}`"
+    )
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that an exception is, or that a library put into the words of its own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    # A ValueError is a message of our own, which may quote such a text.
+    wrapped = None if isinstance(error, ValueError) else WRAPPED.search(str(error))
+    if wrapped is None:
+        return error if isinstance(error, OSError) else None
+    number = int(wrapped[1] or wrapped[2])
+    return OSError(number, os.strerror(number))
+
+
+def output_problem(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that may not be there yet, as `unwritable` says it; None if it can be.
+
+    A file without a name is written into the nearest folder that there is, and is gone again.
+    """
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.stat()
+        except FileNotFoundError as error:
+            if place.is_symlink():
+                return unwritable(error, place)
+            continue
+        except OSError as error:
+            return unwritable(error, folder)
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(bytes(PROBE_BYTES))
+        except OSError as error:
+            return unwritable(error, place)
+        break
+    return None
+
+
+def _described(number: int, path: Path) -> tuple[str, str]:
+    """Cause and remedy; an empty cause is worded by the operating system."""
+    quoted = shlex.quote(str(path))
+    if number == errno.ENOSPC:
+        return _full(path)
+    if number == errno.EDQUOT:
+        return "", "remove files of yours, or have the quota raised"
+    if number == errno.EFBIG:
+        return "", "raise the limit (`ulimit -f unlimited`)"
+    if number == errno.EACCES:
+        return f"permission denied to {_user()}", f"give that user access (`ls -ld {shlex.quote(str(_nearest(path)))}`)"
+    if number == errno.EPERM:
+        place = shlex.quote(str(_nearest(path)))
+        return f"{_nearest(path)} is protected", f"take the protection away (`lsattr -d {place}`, `chattr -ia {place}`)"
+    if number == errno.EROFS:
+        mounted = shlex.quote(str(_mount_point(path)))
+        return "its file system is read-only", f"mount it for writing (`mount -o remount,rw {mounted}`)"
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        file = next((each for each in (path, *path.absolute().parents) if _is_file(each)), None)
+        if file is not None:
+            return f"{file} is a file, not a folder", f"move {file} away"
+    if number in (errno.ENOENT, errno.EEXIST):
+        return _absent(path)
+    if number == errno.EISDIR:
+        return f"{path} is a folder, not a file", f"move {path} away"
+    if number == errno.ENAMETOOLONG:
+        return "the name is too long", "choose a shorter name"
+    if number == errno.ELOOP:
+        return "its links lead in a circle", f"mend the links (`namei -l {quoted}`)"
+    if number in DISK:
+        return f"{os.strerror(number)}, its disk fails", "see to the disk (`dmesg` tells of it)"
+    if number in SERVER:
+        return f"{os.strerror(number)}, its file server does not answer", "see to the server, or mount it again"
+    if number == errno.EMFILE:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files, the limit is {soft}", f"raise the limit (`ulimit -n {hard}`)"
+    if number == errno.ENFILE:
+        return "too many open files on this machine", "raise the limit (`sysctl fs.file-max`)"
+    if number == errno.ENOMEM:
+        return "", "free memory on this machine"
+    if number in (errno.EBUSY, errno.ETXTBSY):
+        return "", f"end what uses it (`fuser -v {quoted}`)"
+    return "", ""
+
+
+def _full(path: Path) -> tuple[str, str]:
+    place = _nearest(path)
+    try:
+        disk = os.statvfs(place)
+    except OSError:
+        return "", "make room"
+    if disk.f_files and disk.f_favail == 0 and disk.f_bavail:
+        return "no more files fit on its disk, whatever their size", f"remove files there (`df -i {place}`)"
+    return "", "make room"
+
+
+def _absent(path: Path) -> tuple[str, str]:
+    link = next((each for each in (path, *path.absolute().parents) if each.is_symlink() and not each.exists()), None)
+    if link is not None:
+        return f"{link} leads to {os.readlink(link)}, which is not there", "mount its disk, or remove the link"
+    nearest = _nearest(path)
+    if path.is_absolute() and nearest in (path.parent, path):
+        return "", ""
+    first = next((each for each in (path, *path.absolute().parents) if each.parent == nearest), path)
+    if first == path:
+        return "", ""
+    return f"there is no folder {first}", "mount its disk, or bring the folder back"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:
+        return False
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest of the folders above it that is there."""
+    for place in (path, *path.absolute().parents):
+        try:
+            if place.exists():
+                return place
+        except OSError:
+            continue
+    return Path("/")
+
+
+def _mount_point(path: Path) -> Path:
+    place = _nearest(path).absolute()
+    return next((each for each in (place, *place.parents) if each.is_mount()), Path("/"))
+
+
+def _user() -> str:
+    try:
+        return f"user {pwd.getpwuid(os.geteuid()).pw_name}"
+    except KeyError:
+        return f"user {os.geteuid()}"

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdtrain.compose import ConfigError
-from vdtrain.system_errors import output_problem, system_error, unreadable, unwritable
+from vdtrain.config.compose import ConfigError
+from vdtrain.errors import output_problem, system_error, unreadable, unwritable
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"

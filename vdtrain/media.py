@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.data.decode import PICTURE_ERRORS
-from vdtrain.system_errors import unreadable
+from vdtrain.errors import unreadable
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
-from vdtrain.config import ModelConfig, SamplingConfig
-from vdtrain.diffusion.context_mixing import joined_by_modality, make_mixing, normalised
-from vdtrain.diffusion.focus import focus as focused
-from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import ModelConfig, SamplingConfig
+from vdtrain.config.validation import check_sampling
+from vdtrain.diffusion.contexts import focus as focused
+from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalised
+from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import make_solver
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, layer_group
-from vdtrain.models.frozen import FrozenParts
+from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.models.frozen_weights import compare
-from vdtrain.models.versatile_diffusion import build_frozen
-from vdtrain.training.curriculum import open_weights
-from vdtrain.validation import check_sampling
+from vdtrain.training.start import open_weights
 from vdtrain.weights.tensor_files import LazyTensors
 
 

@@ -16,15 +16,21 @@ from torch import Tensor
 
 from data_pipeline.__main__ import main
 from tests.pairs import write_pairs
-from vdtrain.compose import compose, to_object
-from vdtrain.config import LatentsConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import LatentsConfig
 from vdtrain.data import latents as latents_module
-from vdtrain.data.latent_file import LatentDescription, LatentFileWriter, file_name
-from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
+from vdtrain.data.latents import (
+    DESCRIPTION_FILE,
+    LatentDescription,
+    LatentFileWriter,
+    LatentFolder,
+    LatentShards,
+    file_name,
+)
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.shards import StreamError
 from vdtrain.data.stream import PairStream
-from vdtrain.instantiate import instantiate
 from vdtrain.models.frozen_weights import fingerprint
 from vdtrain.models.image_vae import ImageVAE
 

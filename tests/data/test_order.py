@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.index import index
+from data_pipeline.index.index import index
 from tests.pairs import write_shard
 from vdtrain.data.order import Order, pattern, uniform
 from vdtrain.data.stream import PairStream

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.index import index
+from data_pipeline.index.index import index
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
 

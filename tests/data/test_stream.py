@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset
 
-from data_pipeline.index import index
+from data_pipeline.index.index import index
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest, ManifestError

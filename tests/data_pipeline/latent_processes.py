@@ -50,12 +50,12 @@ def serve(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from vdtrain.compose import compose, to_object
-    from vdtrain.config import TrainConfig
-    from vdtrain.models.versatile_diffusion import build_frozen
+    from vdtrain.config.compose import compose, to_object
+    from vdtrain.config.schema import TrainConfig
+    from vdtrain.models.frozen import build_frozen
 
     # For what they import when they are first used, as the following does.
-    for name in ("data_pipeline.latents", "data_pipeline.latent_encoding", "vdtrain.training.distributed"):
+    for name in ("data_pipeline.latents.latents", "data_pipeline.latents.encoding", "vdtrain.run.distributed"):
         importlib.import_module(name)
     build_frozen(to_object(compose("train", ["model=tiny", "data=shapes"]), TrainConfig).model)
     endings = []

@@ -25,14 +25,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline import download_part
-from data_pipeline.download import DownloadError, check, check_environment, download, own_parts
-from data_pipeline.download_plan import Part
-from data_pipeline.selection import Selection, part_file, write_selection
+from data_pipeline.download import part as download_part
+from data_pipeline.download.download import DownloadError, check, check_environment, download, own_parts
+from data_pipeline.download.plan import Part
+from data_pipeline.select.selection import Selection, part_file, write_selection
 from data_pipeline.shards import finished
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
-from vdtrain.compose import ConfigError
-from vdtrain.data_config import DownloadConfig, SourceConfig
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 
 CONFIG = DownloadConfig(
     distributor="multiprocessing",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.fetch import Limits, RefusedError, fetch, fetch_row, opt_out
+from data_pipeline.download.fetch import Limits, RefusedError, fetch, fetch_row, opt_out
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
 
 LIMITS = Limits(

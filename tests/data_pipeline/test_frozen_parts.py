@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline import frozen_parts
-from data_pipeline.frozen_corpus import caption_facts, sample_scenes, scene_facts, write_captions
-from data_pipeline.frozen_training import standardise_images, standardise_text
-from data_pipeline.shapes import HELD_OUT
+from miniature import frozen as frozen_parts
+from miniature.corpus import caption_facts, sample_scenes, scene_facts, write_captions
+from miniature.shapes import HELD_OUT
+from miniature.training import standardise_images, standardise_text
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
 

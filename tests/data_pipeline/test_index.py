@@ -14,10 +14,10 @@ import pytest
 
 import data_pipeline.index
 from data_pipeline.__main__ import main
-from data_pipeline.index import index
-from data_pipeline.index_progress import IndexProgress
+from data_pipeline.index.index import index
+from data_pipeline.index.progress import IndexProgress
+from data_pipeline.index.shard_reading import ShardError, read_shard
 from data_pipeline.run_lock import run_lock
-from data_pipeline.shard_reading import ShardError, read_shard
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
 

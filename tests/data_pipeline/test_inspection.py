@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from data_pipeline.__main__ import main
-from data_pipeline.contact_sheet import ELLIPSIS, MARGIN, Pair, draw_pairs, wrap, write_contact_sheet
-from data_pipeline.index import index
+from data_pipeline.index.index import index
+from data_pipeline.inspect.contact_sheet import ELLIPSIS, MARGIN, Pair, draw_pairs, wrap, write_contact_sheet
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import Manifest
 

@@ -17,15 +17,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from data_pipeline.__main__ import main
-from data_pipeline.index import index
-from data_pipeline.latent_encoding import DRAFTS, STALE_SECONDS
-from data_pipeline.latent_progress import LatentProgress
+from data_pipeline.index.index import index
+from data_pipeline.latents.encoding import DRAFTS, STALE_SECONDS
+from data_pipeline.latents.progress import LatentProgress
 from tests.pairs import write_shard
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import ModalityConfig, TrainConfig
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import ModalityConfig, TrainConfig
+from vdtrain.config.validation import check, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
 from vdtrain.data.manifest import Manifest
-from vdtrain.validation import check, latent_encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from latent_processes import Case, Ending, run_cases
@@ -127,7 +127,7 @@ def test_what_a_killed_process_leaves_another_makes(data: Path, endings: dict[st
 def test_drafts_of_other_machines_are_respected_until_they_are_old(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.latent_encoding.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("data_pipeline.latents.encoding.POLL_SECONDS", 0.0)
     found, folder = Manifest(data / "manifest"), LatentFolder(tmp_path, 32)
     (folder.path / DRAFTS).mkdir(parents=True)
     names = [folder.path_of(found, shard).name for shard in range(2)]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.repeated import repeated_uids
+from data_pipeline.index.repeated import repeated_uids
 from vdtrain.data.manifest import SAMPLE_SCHEMA, SHARD_SCHEMA, Manifest, SamplesWriter, write_shards
 
 

@@ -20,17 +20,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data_pipeline.parts
+import data_pipeline.select.selection
 from data_pipeline.__main__ import main
-from data_pipeline.filters import RowFilter
-from data_pipeline.select import select
-from data_pipeline.selection import read_selection
-from data_pipeline.url_policy import url_problem
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import DataPipelineConfig
+from data_pipeline.select.filters import RowFilter
+from data_pipeline.select.select import select
+from data_pipeline.select.selection import read_selection
+from data_pipeline.select.url_policy import url_problem
+from miniature.__main__ import main as miniature
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.data_schema import DataConfig, SourceConfig
+from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.data.captions import clean_caption
-from vdtrain.data.identity import pair_uid
-from vdtrain.data_config import DataConfig, SourceConfig
+from vdtrain.data.manifest import pair_uid
 
 OFF = [
     *(
@@ -286,7 +287,7 @@ def test_columns_uid_and_cleaned_captions(tmp_path: Path) -> None:
 
 def test_the_drawn_set_keeps_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["data=shapes", f"data.root={tmp_path}", "data.shapes.pictures=50", "data.shapes.pixels=32"]
-    assert main(["shapes", *settings]) == 0
+    assert miniature(["draw", *settings]) == 0
     assert main(["select", *settings]) == 0
     printed = capsys.readouterr().out
     assert "laion2b_en: 30 of 30 rows kept (100.0%), in 1 parts" in printed
@@ -366,7 +367,7 @@ def write_sources(folder: Path) -> tuple[DataConfig, list[tuple[str, list[dict[s
 
 
 def test_against_plain_python_over_files_sources_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.duplicates.BUCKET_ROWS", 100)
+    monkeypatch.setattr("data_pipeline.select.duplicates.BUCKET_ROWS", 100)
     data, tables = write_sources(tmp_path)
     select(data, batch_rows=37, unit_rows=100)
     expected = oracle(tables)
@@ -393,7 +394,7 @@ def test_the_parts_do_not_depend_on_processes_batches_or_units(tmp_path: Path, m
 
 
 def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_pipeline.parts, "GROUP_ROWS", 16)
+    monkeypatch.setattr(data_pipeline.select.selection, "GROUP_ROWS", 16)
     write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100)], group=9)
     data = own(tmp_path, "data.select.rows_per_part=50")
     for batch_rows in (7, 1000):
@@ -452,7 +453,9 @@ def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int, monke
     if process.returncode != 0:
         assert read_selection(folder) is None
     filters = []
-    monkeypatch.setattr("data_pipeline.units.RowFilter", lambda *given: filters.append(given) or RowFilter(*given))
+    monkeypatch.setattr(
+        "data_pipeline.select.units.RowFilter", lambda *given: filters.append(given) or RowFilter(*given)
+    )
     select(data)
     assert len(filters) == (8 - units if process.returncode != 0 else 0)
     assert contents(tmp_path / "selected") == whole

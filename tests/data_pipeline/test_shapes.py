@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.picture_set import COYO_SCHEMA, LAION_SCHEMA, write_picture_set
-from data_pipeline.shapes import (
+from miniature.detector import caption_attributes, detect
+from miniature.image_set import COYO_SCHEMA, LAION_SCHEMA, write_picture_set
+from miniature.shapes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
@@ -24,8 +25,7 @@ from data_pipeline.shapes import (
     sample_scene,
     vocabulary,
 )
-from data_pipeline.shapes_detector import caption_attributes, detect
-from vdtrain.data_config import ShapesConfig
+from vdtrain.config.data_schema import ShapesConfig
 
 
 def test_held_out_pairs_are_never_drawn_for_training() -> None:

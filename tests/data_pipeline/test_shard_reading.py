@@ -15,9 +15,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.shard_reading import ORIENTATIONS, ShardError, read_shard
+from data_pipeline.index.shard_reading import ORIENTATIONS, ShardError, read_shard
 from tests.pairs import write_shard
-from vdtrain.data.identity import pair_uid
+from vdtrain.data.manifest import pair_uid
 
 PLACES = (
     "at a member's boundary",
@@ -223,7 +223,7 @@ def test_repeated_keys_links_and_large_members_are_left_out(
     tmp_path: Path, good: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "odd.tar"
-    monkeypatch.setattr("data_pipeline.tar_members.CONTENT_BYTES", len(good["jpg"]))
+    monkeypatch.setattr("data_pipeline.index.tar_members.CONTENT_BYTES", len(good["jpg"]))
     members = [(f"{key}.{suffix}", content) for key in ("one", "two", "one") for suffix, content in good.items()]
     members += [("three.jpg", good["jpg"]), *((f"three.{suffix}", content) for suffix, content in good.items())]
     members += [(f"four.{suffix}", content) for suffix, content in {**good, "jpg": good["jpg"] * 2}.items()]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import shards
-from data_pipeline.download_progress import DownloadProgress
+from data_pipeline.download.progress import DownloadProgress
 from data_pipeline.failures import Tally, reason
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.sources import SCHEMAS, FileColumns, find_columns, metadata_files, read_columns
-from vdtrain.compose import ConfigError
+from data_pipeline.select.sources import SCHEMAS, FileColumns, find_columns, metadata_files, read_columns
+from vdtrain.config.compose import ConfigError
 
 LAION = {"URL": pa.string(), "TEXT": pa.string(), "similarity": pa.float64()}
 LAION_VARIANTS: dict[str, dict[str, pa.DataType]] = {

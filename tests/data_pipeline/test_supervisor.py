@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import supervisor
+from data_pipeline.download import supervisor
 
 SUPERVISE = [sys.executable, "-I", "-S", supervisor.__file__]
 

@@ -1,6 +1,6 @@
 import torch
 
-from vdtrain.diffusion.draws import StepDraws
+from vdtrain.diffusion.objective import StepDraws
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vdtrain.diffusion.focus import factors_of, focus
+from vdtrain.diffusion.contexts import factors_of, focus
 
 
 def tokens() -> torch.Tensor:

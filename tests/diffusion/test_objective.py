@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ObjectiveConfig, TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ObjectiveConfig, TrainConfig
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput

@@ -5,11 +5,10 @@ import re
 import pytest
 import torch
 
-from vdtrain.compose import ConfigError
-from vdtrain.config import ScheduleConfig
-from vdtrain.diffusion.sampling import denoise
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import ScheduleConfig
+from vdtrain.diffusion.sampling import SOLVERS, ddim_timesteps, denoise, make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import SOLVERS, ddim_timesteps, make_solver, spacing_note
 
 SCHEDULE = Schedule(ScheduleConfig())
 

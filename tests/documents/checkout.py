@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.documents.commands import ROOT
 
-FOLDERS = ("vdtrain", "data_pipeline", "conf", "examples", "slurm", "logs", "tests/third_modality", "benchmarks")
+PACKAGES = ("vdtrain", "data_pipeline", "miniature")
+FOLDERS = (*PACKAGES, "conf", "examples", "slurm", "logs", "tests/third_modality", "benchmarks")
 FILES = ("Makefile", "pyproject.toml", "uv.lock", "tests/__init__.py")
 BATCH = 4
 PHASES = [{"resolution": 32, "samples": BATCH}, {"resolution": 64, "samples": BATCH}]

@@ -114,7 +114,7 @@ def of_helps() -> list[Command]:
     """Examples that `--help` prints, of every verb."""
     from vdtrain.cli import VERBS
 
-    modules = ["data_pipeline.__main__", "data_pipeline.latents", *(module for module, _ in VERBS.values())]
+    modules = ["data_pipeline.__main__", "data_pipeline.latents.latents", *(module for module, _ in VERBS.values())]
     return [
         Command(module, number, *rest)
         for module in modules

@@ -42,24 +42,24 @@ WARM = (
     "matplotlib.pyplot",
     "pandas",
     "wandb",
-    "data_pipeline.latents",
-    "data_pipeline.select",
-    "data_pipeline.download",
-    "data_pipeline.index",
-    "data_pipeline.inspection",
+    "data_pipeline.latents.latents",
+    "data_pipeline.select.select",
+    "data_pipeline.download.download",
+    "data_pipeline.index.index",
+    "data_pipeline.inspect.inspection",
     "vdtrain.cli",
-    "vdtrain.editing",
+    "vdtrain.diffusion.editing",
     "vdtrain.evaluation.processes",
-    "vdtrain.plan",
-    "vdtrain.preflight",
-    "vdtrain.sampler",
-    "vdtrain.status",
-    "vdtrain.training.curriculum",
-    "vdtrain.training.outline",
-    "vdtrain.training.session",
-    "vdtrain.weights.command",
+    "vdtrain.commands.plan",
+    "vdtrain.commands.preflight",
+    "vdtrain.commands.sampler",
+    "vdtrain.commands.status",
+    "vdtrain.training.start",
+    "vdtrain.planning.dry_run",
+    "vdtrain.run.session",
+    "vdtrain.commands.weights",
     "vdtrain.weights.exports",
-    "vdtrain.weights.sources",
+    "vdtrain.weights.imports",
     "diffusers",
     "huggingface_hub",
 )
@@ -160,16 +160,16 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from vdtrain.training.deepspeed_import import import_deepspeed
+    from vdtrain.engine.deepspeed import import_deepspeed
 
     import_deepspeed("cpu")
     for module in WARM:
         importlib.import_module(module)
     from diffusers import VersatileDiffusionPipeline  # noqa: F401
 
-    from vdtrain.compose import compose, to_object
-    from vdtrain.config import TrainConfig
-    from vdtrain.models.versatile_diffusion import build_frozen
+    from vdtrain.config.compose import compose, to_object
+    from vdtrain.config.schema import TrainConfig
+    from vdtrain.models.frozen import build_frozen
 
     build_frozen(to_object(compose("train", ["model=tiny", "data=shapes"]), TrainConfig).model)
 

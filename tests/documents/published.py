@@ -16,20 +16,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_pipeline.picture_set import write_picture_set
-from data_pipeline.shapes import Scene, draw
+from miniature.image_set import write_picture_set
+from miniature.shapes import Scene, draw
 from tests.pairs import write_pairs
 from tests.weights.published import compvis_whole, write_diffusers
 from tests.weights.small import weights
 from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus, whole
 from tests.weights.test_tokenizer_files import asset
-from vdtrain.data_config import ShapesConfig
+from vdtrain.config.data_schema import ShapesConfig
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.weights.catalogue import SOURCES
-from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.hub import ADDRESS
-from vdtrain.weights.image_vae_names import to_diffusers
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 PICTURES, PIXELS = 20, 256
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import vdtrain.evaluation.processes  # noqa: F401
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.evaluate import main
+from vdtrain.commands.evaluate import main
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.evaluation.parts import Parts
-from vdtrain.models.versatile_diffusion import build_frozen
+from vdtrain.models.frozen import build_frozen
 
 
 def be_rank(rank: int, ranks: int, port: int, log: Path, arguments: list[str], stopped: bool) -> None:

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.shapes import caption, draw, sample_scene
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
-from vdtrain.evaluation.clip_score import ClipJudge, check_clip, clip_scores
-from vdtrain.evaluation_config import ClipConfig
-from vdtrain.models.versatile_diffusion import build_frozen
+from miniature.shapes import caption, draw, sample_scene
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import ClipConfig, ModelConfig, TrainConfig
+from vdtrain.evaluation.scores import ClipJudge, check_clip, clip_scores
+from vdtrain.models.frozen import build_frozen
 
 OWN = ClipConfig(None, None, None)
 WEIGHTS = "asset:tiny/clip.safetensors"

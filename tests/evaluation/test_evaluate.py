@@ -14,18 +14,17 @@ import torch
 from PIL import Image
 
 from tests.pairs import write_pairs
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.commands.evaluate import main as evaluate
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import EvaluateConfig, TrainConfig
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream
-from vdtrain.evaluate import main as evaluate
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.pairs import Pairs
 from vdtrain.evaluation.parts import Parts
-from vdtrain.evaluation_config import EvaluateConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.training.run_lock import RunLock
+from vdtrain.run.lock import RunLock
 from vdtrain.weights.folder import write_weights_folder
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.evaluation.frechet import Statistics, frechet_distance, read_reference, write_reference
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.inception import InceptionA
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.evaluation.inception import InceptionFeatures, _average, _with_pool, resize_like_tensorflow
 
 

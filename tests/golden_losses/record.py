@@ -36,8 +36,8 @@ Curves = dict[str, list[float]]
 def record(folder: Path, *overrides: str) -> dict[str, Curves]:
     """Train in `folder`, each stage from the one before; the losses by stage."""
     from tests.pairs import write_pairs
-    from vdtrain.train import main
-    from vdtrain.training.tracking import read_metrics
+    from vdtrain.commands.train import main
+    from vdtrain.run.tracking import read_metrics
 
     manifest = write_pairs(folder / "data")
     curves: dict[str, Curves] = {}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.golden_losses.record import STAGES, STEPS, read
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 # Four times what other threads and processors were seen to do, and a tenth of what 1 % of learning rate does.

@@ -15,8 +15,8 @@ import regex
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
-from vdtrain.weights.tokenizer_files import bert_tokenizer, gpt2_tokenizer
+from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
+from vdtrain.weights.frozen_sources import bert_tokenizer, gpt2_tokenizer
 
 PAGES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
 CAPTIONS = [

@@ -12,11 +12,11 @@ from tiny import arguments, fresh, tiny
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from data_pipeline.frozen_corpus import scene_facts
-from data_pipeline.shapes import COLOURS, SHAPES
+from miniature.corpus import scene_facts
+from miniature.shapes import COLOURS, SHAPES
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
-from vdtrain.models.clip_tokenizer import ClipTokenizer, released_tokenizer
 from vdtrain.models.frozen_weights import WeightsError, shared_loading
+from vdtrain.models.tokenizers import ClipTokenizer, released_tokenizer
 
 WHOLE, ONE_BY_ONE = released_tokenizer(), ClipTokenizer(None, 40)
 COUNT, TRAINED = 1200, 800

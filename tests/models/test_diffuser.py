@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, parameters_by_group
 

@@ -8,11 +8,10 @@ import torch
 from tiny import fresh, normal, tiny
 from torch import Tensor, nn
 
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.flows import Flow
-from vdtrain.models.frozen import FrozenParts, Prepared
-from vdtrain.models.versatile_diffusion import build_frozen
+from vdtrain.models.frozen import FrozenParts, Prepared, build_frozen
 
 
 class CountingVAE(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import arguments, caption_accuracy, fresh, normal, tiny
 
-from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.optimus import Optimus
+from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 
 ENCODER, DECODER = "asset:tiny/encoder_tokenizer.json", "asset:tiny/decoder_tokenizer.json"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.flows import active_groups, all_flows
+from vdtrain.models.activation_checkpointing import recompute_activations
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
-from vdtrain.models.recompute import recompute_activations
 
 MODALITIES = ["image", "text"]
 LATENT_SHAPES = {"image": (4, 8, 8), "text": (64,)}

@@ -8,11 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data_pipeline.frozen_corpus import draw_pictures, sample_scenes, write_captions
-from data_pipeline.shapes import Scene
-from data_pipeline.shapes_detector import caption_attributes, detect
-from vdtrain.compose import config_folder
-from vdtrain.instantiate import instantiate
+from miniature.corpus import draw_pictures, sample_scenes, write_captions
+from miniature.detector import caption_attributes, detect
+from miniature.shapes import Scene
+from vdtrain.config.compose import config_folder
+from vdtrain.config.instantiate import instantiate
 
 FRESH_SEED = 20_221_115
 """Not the seed of any training."""

@@ -11,7 +11,7 @@ from diffusers.models import DualTransformer2DModel
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
 from torch import Tensor, nn
 
-from vdtrain.config import DiffuserConfig, ModalityConfig, ModelConfig
+from vdtrain.config.schema import DiffuserConfig, ModalityConfig, ModelConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan

@@ -35,7 +35,7 @@ from tests.parity.networks import (
     randomise,
     unet_state,
 )
-from vdtrain.diffusion.context_mixing import mixed
+from vdtrain.diffusion.contexts import mixed
 from vdtrain.flows import Flow, all_flows
 from vdtrain.models.context_layers import ContextLayer
 from vdtrain.models.diffuser import Context, Diffuser, by_rows, timestep_sinusoid

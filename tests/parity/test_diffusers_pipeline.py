@@ -20,16 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from tests.parity.networks import NETWORK_TOLERANCE, accept_mask, assert_close, draw, randomise
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
-from vdtrain.diffusion.context_mixing import mixed
-from vdtrain.diffusion.sampling import Mixing, alone, denoise, guided
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
+from vdtrain.diffusion.contexts import mixed
+from vdtrain.diffusion.sampling import DDIM, Mixing, alone, denoise, guided
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import DDIM
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser
-from vdtrain.models.frozen import FrozenParts
-from vdtrain.models.versatile_diffusion import build_frozen
+from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.weights.diffusers_folder import write_pipeline
 
 MODEL: ModelConfig = to_object(compose("train", ["model=tiny"]), TrainConfig).model

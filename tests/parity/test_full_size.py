@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.instantiate import instantiate
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 

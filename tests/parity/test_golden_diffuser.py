@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdtrain.config import DiffuserConfig, ModalityConfig, ModelConfig, ScheduleConfig
-from vdtrain.diffusion.context_mixing import by_layer, mixed
-from vdtrain.diffusion.sampling import denoise, guided
+from vdtrain.config.schema import DiffuserConfig, ModalityConfig, ModelConfig, ScheduleConfig
+from vdtrain.diffusion.contexts import by_layer, mixed
+from vdtrain.diffusion.sampling import DDIM, ddim_timesteps, denoise, guided
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.diffusion.solvers import DDIM, ddim_timesteps
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, timestep_sinusoid
-from vdtrain.weights.versatile_diffusion_v1 import from_released, to_released
+from vdtrain.weights.versatile_diffusion import from_released, to_released
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 SCHEDULE = Schedule(ScheduleConfig())

@@ -13,7 +13,7 @@ from vdtrain.models.clip import ClipImageContext, build_clip
 from vdtrain.models.clip import ClipTextContext as TextContext
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
-from vdtrain.weights.clip_names import to_open_clip
+from vdtrain.weights.frozen_names import to_open_clip
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 TOLERANCE = 1e-4

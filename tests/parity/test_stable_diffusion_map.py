@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, own_names
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, own_names
+from vdtrain.weights.versatile_diffusion import to_released
 
 GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 MAP = GOLDEN / "sd_v1_to_vd_map.tsv"

@@ -48,7 +48,7 @@ def _own_number(stack: contextlib.ExitStack) -> int:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a fresh clone, so that jobs leave nothing in this one."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("slurm", "vdtrain", "data_pipeline", "conf", "tests"):
+    for name in ("slurm", "vdtrain", "data_pipeline", "miniature", "conf", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     for kept in ROOT.glob("logs/*/.gitignore"):

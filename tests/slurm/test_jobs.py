@@ -267,10 +267,10 @@ def test_a_job_out_of_the_queues_hands_saves_and_stays_ended(
 
 def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
     settings = ["data=shapes", "data.root=drawn", "data.shapes.pictures=60"]
-    for verb in ("shapes", "select"):
-        cluster.command(sys.executable, "-m", "data_pipeline", verb, *settings, cwd=checkout)
+    for command in (["miniature", "draw"], ["data_pipeline", "select"]):
+        cluster.command(sys.executable, "-m", *command, *settings, cwd=checkout)
     shared = ["--nodelist=n1", "--cpus-per-task=1", "--mem=1000"]
-    serve = f"--wrap={sys.executable} -m data_pipeline serve {' '.join(settings)}"
+    serve = f"--wrap={sys.executable} -m miniature serve {' '.join(settings)}"
     server = cluster.command("sbatch", "--parsable", *shared, "--output=/dev/null", serve, cwd=checkout)
     cluster.wait_for_port("n1", 8765)
     job = submit(cluster, checkout, "download_shards.sh", *shared, "--array=0-1", *settings)

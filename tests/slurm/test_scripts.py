@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.__main__ import main as data_pipeline_main
 from vdtrain.cli import main as vdtrain_main
-from vdtrain.run_folder import main as run_folder_main
+from vdtrain.commands.run_folder import main as run_folder_main
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -161,8 +161,8 @@ def test_a_variable_that_is_no_number_is_one_line(name: str, value: str, remedy:
 def test_the_run_folder_comes_as_one_line_whatever_its_name(folder: str) -> None:
     """And the record of restarts, to which the batch script hands it, takes it."""
     escaped = folder.replace("'", "\\'")
-    code = """run_dir=$("$PYTHON" -m vdtrain.run_folder "$1") && printf '<%s>' "$run_dir"
-        "$PYTHON" -m vdtrain.training.restarts -- "$run_dir" """
+    code = """run_dir=$("$PYTHON" -m vdtrain.commands.run_folder "$1") && printf '<%s>' "$run_dir"
+        "$PYTHON" -m vdtrain.run.restarts -- "$run_dir" """
     command = ["bash", "-c", code, "bash", f"run_dir='{escaped}'"]
     environment = {**os.environ, "PYTHON": sys.executable, "LC_ALL": "C"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")

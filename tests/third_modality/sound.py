@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.shapes import COLOURS, SHAPES
+from miniature.shapes import COLOURS, SHAPES
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
 from vdtrain.media import MEDIA, Medium

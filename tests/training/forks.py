@@ -89,14 +89,14 @@ def _free_port() -> int:
 def serve(folder: Path, rank: int) -> None:
     import torch
 
-    from vdtrain.training.deepspeed_import import import_deepspeed
+    from vdtrain.engine.deepspeed import import_deepspeed
 
     torch.set_num_threads(1)
     import_deepspeed("cpu")
-    import vdtrain.training.session  # noqa: F401
-    from vdtrain.compose import compose, to_object
-    from vdtrain.config import TrainConfig
-    from vdtrain.models.versatile_diffusion import build_frozen
+    import vdtrain.run.session  # noqa: F401
+    from vdtrain.config.compose import compose, to_object
+    from vdtrain.config.schema import TrainConfig
+    from vdtrain.models.frozen import build_frozen
 
     # For what they import when they are first used.
     importlib.import_module("pandas")
@@ -130,7 +130,7 @@ def _be_rank(log: Path, rank: int, case: dict[str, object]) -> None:
         os.dup2(descriptor, 2)
         import trouble
 
-        from vdtrain.train import main
+        from vdtrain.commands.train import main
 
         if case["trouble"]:
             trouble.prepare(rank, case["trouble"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vdtrain.training import distributed
+from vdtrain.run import distributed
 
 TIMEOUT_SECONDS = 60.0
 

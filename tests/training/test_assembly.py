@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.training.assembly import starting_diffuser
-from vdtrain.training.curriculum import Start
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.training.start import Start, starting_diffuser
 
 
 @pytest.mark.parametrize(("mode", "data", "context"), [("none", 0, 0), ("context", 0, 1), ("blocks", 1, 1)])

@@ -12,9 +12,10 @@ import pytest
 from test_checkpoints import Run, build, trained_part
 from toy import RunOnRanks, same_bits
 
-from vdtrain.training import checkpoints, distributed
-from vdtrain.training.background_save import BackgroundSaver
-from vdtrain.training.checkpoints import CheckpointStore, read_weights
+from vdtrain.checkpoint import store as checkpoints
+from vdtrain.checkpoint.saver import BackgroundSaver
+from vdtrain.checkpoint.store import CheckpointStore, read_weights
+from vdtrain.run import distributed
 
 
 def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:

@@ -27,12 +27,18 @@ from toy import (
     train_step,
 )
 
-from vdtrain.training import checkpoints, distributed
-from vdtrain.training.checkpoint_format import INDEX_FILE, PASSENGERS_FILE, Index, shard_name
-from vdtrain.training.checkpoints import CheckpointError, CheckpointStore, read_trainer_state, read_weights
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine
-from vdtrain.training.snapshot import HostMemory, Snapshot
+from vdtrain.checkpoint import store as checkpoints
+from vdtrain.checkpoint.format import INDEX_FILE, PASSENGERS_FILE, Index, shard_name
+from vdtrain.checkpoint.store import (
+    CheckpointError,
+    CheckpointStore,
+    HostMemory,
+    Snapshot,
+    read_trainer_state,
+    read_weights,
+)
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.run import distributed
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.pairs import write_pairs
 from tests.tiny_runs import BATCH, HIGH, LOW, STAGES, STEPS, TinyRuns, overrides
+from vdtrain.checkpoint.folder import CHECKPOINTS, INDEX_FILE, index_checksum, latest_by_sizes
+from vdtrain.commands.preflight import main as preflight
+from vdtrain.commands.train import main as train
 from vdtrain.models.frozen_weights import ASSETS
-from vdtrain.preflight import main as preflight
-from vdtrain.train import main as train
-from vdtrain.training.checkpoint_folder import CHECKPOINTS, INDEX_FILE, index_checksum, latest_by_sizes
+from vdtrain.run.tracking import read_metrics
 from vdtrain.training.state import TrainState
-from vdtrain.training.tracking import read_metrics
 
 LONGER = 5
 VAE = "model.modalities.image.vae.weights"

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vdtrain import launch
-from vdtrain.training import distributed
+from vdtrain.run import distributed, launch
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM_STEP = {

@@ -22,9 +22,8 @@ from toy import (
     train_step,
 )
 
-from vdtrain.training import distributed
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.run import distributed
 
 STAGES = (0, 1, 2)
 TRAINED = ("global", "data.image", "context.text")

@@ -12,25 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.commands.plan import main
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS, ZERO_STAGES
+from vdtrain.engine.engine import Engine, EngineSettings, ShardEMA
+from vdtrain.engine.partitions import GroupLayout
 from vdtrain.flows import active_groups
+from vdtrain.models.activation_checkpointing import recompute_activations
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
-from vdtrain.models.recompute import recompute_activations
-from vdtrain.models.versatile_diffusion import build_frozen
-from vdtrain.plan import main
-from vdtrain.training import distributed
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine, EngineSettings
-from vdtrain.training.engine_settings import BUCKET_ELEMENTS, PRECISIONS, ZERO_STAGES
-from vdtrain.training.live_memory import LiveMemory
-from vdtrain.training.memory import checkpoint_bytes, standing_memory, update_bytes
-from vdtrain.training.outline import Outline
-from vdtrain.training.partitions import GroupLayout
-from vdtrain.validation import stage_flows
+from vdtrain.models.frozen import build_frozen
+from vdtrain.planning.dry_run import LiveMemory, Outline
+from vdtrain.planning.memory import checkpoint_bytes, standing_memory, update_bytes
+from vdtrain.run import distributed
 
 TINY = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none", "stage=stage3_four_flow"]
 # Counters, sums of losses and the like.

@@ -10,9 +10,9 @@ import pytest
 
 from tests.tiny_runs import ROOT, STAGES, TinyRuns
 from vdtrain.cli import main
-from vdtrain.compose import compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.training.next_stage import next_command, next_stage
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.run.summary import next_command, next_stage
 
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT)}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}
@@ -50,10 +50,10 @@ def test_a_finished_stage_says_what_comes_next(tiny_runs: TinyRuns, capsys: pyte
     ("environment", "beginning"),
     [
         ({}, "vdtrain train stage=stage2_dual_flow"),
-        (TORCHRUN, "torchrun --standalone --nproc-per-node=8 -m vdtrain.train stage=stage2_dual_flow"),
+        (TORCHRUN, "torchrun --standalone --nproc-per-node=8 -m vdtrain train stage=stage2_dual_flow"),
         (
             {**TORCHRUN, "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
-            "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1 --nproc-per-node=8 -m vdtrain.train "
+            "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=n1 --nproc-per-node=8 -m vdtrain train "
             "stage=stage2_dual_flow",
         ),
         ({"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/nowhere"}, "srun vdtrain train stage=stage2_dual_flow"),

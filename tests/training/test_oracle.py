@@ -28,9 +28,9 @@ from toy import (
     train_step,
 )
 
-from vdtrain.training import distributed
-from vdtrain.training.engine import Engine
-from vdtrain.training.partitions import FIRST_MOMENT
+from vdtrain.engine.engine import Engine
+from vdtrain.engine.partitions import FIRST_MOMENT
+from vdtrain.run import distributed
 
 STAGES = (0, 1, 2)
 MODES = ("learning_rate", "gradient")

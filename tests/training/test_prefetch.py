@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vdtrain.data.batch import Batch
+from vdtrain.data.loading import Prefetcher
 from vdtrain.data.stream import StreamError
-from vdtrain.training.prefetch import Prefetcher
 
 
 class Numbers:

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 
 from tests.pairs import write_pairs
-from vdtrain.preflight import main as preflight
-from vdtrain.sample import main as sample
-from vdtrain.train import main as train
-from vdtrain.training.checkpoint_format import Index
-from vdtrain.training.consensus import StepOutcome
-from vdtrain.training.engine import Engine, StepReport
-from vdtrain.training.engine_optimizer import GuardedAdamW
-from vdtrain.training.meters import Interval, log_line
-from vdtrain.training.tracking import read_metrics
+from vdtrain.checkpoint.format import Index
+from vdtrain.commands.preflight import main as preflight
+from vdtrain.commands.sample import main as sample
+from vdtrain.commands.train import main as train
+from vdtrain.engine.engine import Engine, GuardedAdamW, StepReport
+from vdtrain.run.reporting import Interval, log_line
+from vdtrain.run.tracking import read_metrics
+from vdtrain.training.trainer import StepOutcome
 
 BATCH, LOW, HIGH = 4, 6, 4
 # Half of every phase; the rate rises over 32 samples of a whole run, and so over four steps here.

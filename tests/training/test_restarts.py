@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_runs import JOB, STEPS, TinyRuns
-from vdtrain.training.checkpoint_folder import CHECKPOINTS, latest_by_sizes
-from vdtrain.training.restarts import RECORD_FILE, REQUEUE, START, main, read_events, record_start, refusal
+from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
+from vdtrain.run.restarts import RECORD_FILE, REQUEUE, START, main, read_events, record_start, refusal
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +115,12 @@ def test_a_line_cut_short_is_passed_over(stopped: Path) -> None:
 
 def test_the_command_needs_no_pytorch(stopped: Path) -> None:
     script = (
-        "import sys; from vdtrain.training.restarts import main; status = main(sys.argv[1:]); "
+        "import sys; from vdtrain.run.restarts import main; status = main(sys.argv[1:]); "
         "print(status, sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(stopped)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "0 []\n", done.stderr
-    command = [sys.executable, "-m", "vdtrain.training.restarts", str(stopped), "--limit", "0"]
+    command = [sys.executable, "-m", "vdtrain.run.restarts", str(stopped), "--limit", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert done.stdout == ""

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pairs import write_pairs
-from vdtrain.training.checkpoint_format import Index, PieceReader
-from vdtrain.training.tracking import read_metrics
+from vdtrain.checkpoint.format import Index, PieceReader
+from vdtrain.run.tracking import read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 # Two phases, of another resolution and another number of micro-batches; epochs of five steps.

@@ -18,11 +18,11 @@ import pytest
 
 from tests.pairs import write_pairs
 from tests.tiny_runs import BATCH, STAGES, overrides
-from vdtrain.preflight import main as preflight
-from vdtrain.training import run_lock
-from vdtrain.training.restarts import read_events
-from vdtrain.training.run_lock import LOCK_FILE, HeldError, Holder, RunLock, process_start
-from vdtrain.training.tracking import last_metrics, read_metrics
+from vdtrain.commands.preflight import main as preflight
+from vdtrain.run import lock as run_lock
+from vdtrain.run.lock import LOCK_FILE, HeldError, Holder, RunLock, process_start
+from vdtrain.run.restarts import read_events
+from vdtrain.run.tracking import last_metrics, read_metrics
 
 ELSEWHERE = ["n7", "another boot", "pid:[1]"]
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -278,7 +278,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], after: float, t
 
 def seen_from_another_machine(run_dir: Path) -> str | None:
     """What a process with a host name and process numbers of its own makes of the lock; None where none can be had."""
-    imports = "from pathlib import Path; from vdtrain.training.run_lock import RunLock"
+    imports = "from pathlib import Path; from vdtrain.run.lock import RunLock"
     script = f"{imports}; print(RunLock(Path({str(run_dir)!r})).held())"
     prefix = ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
     try:

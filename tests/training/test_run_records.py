@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_runs import STAGES, STEPS, TinyRuns
-from vdtrain.config import TrackingConfig
-from vdtrain.preflight import main as preflight
-from vdtrain.train import main as train
-from vdtrain.training.checkpoint_folder import CHECKPOINTS, LATEST_FILE, candidates
-from vdtrain.training.restarts import RECORD_FILE
-from vdtrain.training.run_records import SAVED_FILE, lost_checkpoints, note_saved
-from vdtrain.training.tracking import METRICS_FILE, Tracker, read_metrics
+from vdtrain.checkpoint.folder import CHECKPOINTS, LATEST_FILE, candidates
+from vdtrain.commands.preflight import main as preflight
+from vdtrain.commands.train import main as train
+from vdtrain.config.schema import TrackingConfig
+from vdtrain.run.records import SAVED_FILE, lost_checkpoints, note_saved
+from vdtrain.run.restarts import RECORD_FILE
+from vdtrain.run.tracking import METRICS_FILE, Tracker, read_metrics
 
 
 @pytest.fixture(autouse=True)

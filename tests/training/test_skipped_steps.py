@@ -26,13 +26,12 @@ from toy import (
     train_step,
 )
 
-from vdtrain.training import distributed
-from vdtrain.training.consensus import BadSteps, StepConsensus, StepOutcome
-from vdtrain.training.distributed import SharedError
-from vdtrain.training.ema import ShardEMA
-from vdtrain.training.engine import Engine, StepReport
-from vdtrain.training.meters import Interval
-from vdtrain.training.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from vdtrain.engine.engine import Engine, ShardEMA, StepReport
+from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from vdtrain.run import distributed
+from vdtrain.run.distributed import SharedError
+from vdtrain.run.reporting import Interval
+from vdtrain.training.trainer import BadSteps, StepConsensus, StepOutcome
 
 STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16")
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)

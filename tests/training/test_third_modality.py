@@ -20,20 +20,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.checkpoint.store import read_weights
+from vdtrain.commands.sample import main as sample
+from vdtrain.commands.train import main as train
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import TrainConfig
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.flows import Flow, active_groups, all_flows
-from vdtrain.instantiate import instantiate
 from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import Ingredient, VersatileDiffusion
-from vdtrain.sample import main as sample
-from vdtrain.train import main as train
-from vdtrain.training import distributed
-from vdtrain.training.checkpoints import read_weights
-from vdtrain.training.curriculum import find_start
-from vdtrain.training.tracking import read_metrics
+from vdtrain.run import distributed
+from vdtrain.run.tracking import read_metrics
+from vdtrain.training.start import find_start
 from vdtrain.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vdtrain.config import TrackingConfig
-from vdtrain.training.meters import log_line
-from vdtrain.training.tracking import METRICS_FILE, Tracker, last_metrics, read_metrics
+from vdtrain.config.schema import TrackingConfig
+from vdtrain.run.reporting import log_line
+from vdtrain.run.tracking import METRICS_FILE, Tracker, last_metrics, read_metrics
 
 # A run whose W&B process gets the SIGTERM that Slurm sends to all processes of a job.
 WITHOUT_WANDB = """

@@ -17,17 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy import gather
 
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
-from vdtrain.diffusion.draws import StepDraws
-from vdtrain.diffusion.objective import Objective
+from vdtrain.checkpoint.store import read_trainer_state, read_weights
+from vdtrain.commands.sample import main as sample
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser, layer_group
-from vdtrain.sample import main as sample
-from vdtrain.training import distributed
-from vdtrain.training.checkpoints import read_trainer_state, read_weights
-from vdtrain.training.curriculum import find_start
-from vdtrain.training.tracking import read_metrics
+from vdtrain.run import distributed
+from vdtrain.run.tracking import read_metrics
+from vdtrain.training.start import find_start
 from vdtrain.training.trainer import Trainer
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")

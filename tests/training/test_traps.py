@@ -30,11 +30,12 @@ from toy import (
     train_step,
 )
 
-from vdtrain.training import distributed, engine_zero
-from vdtrain.training.consensus import StepConsensus
-from vdtrain.training.engine import Engine, StepReport
-from vdtrain.training.engine_settings import deepspeed_configuration
-from vdtrain.training.partitions import FIRST_MOMENT, SECOND_MOMENT
+from vdtrain.engine import strategies as engine_zero
+from vdtrain.engine.deepspeed import deepspeed_configuration
+from vdtrain.engine.engine import Engine, StepReport
+from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
+from vdtrain.run import distributed
+from vdtrain.training.trainer import StepConsensus
 
 STAGES = (0, 1, 2)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "communication.py"

@@ -20,14 +20,15 @@ from forks import Case, Ending, run_cases
 from wandb_server import WandbServer
 
 from tests.pairs import write_pairs
-from vdtrain.compose import compose
-from vdtrain.config import TrackingConfig
+from vdtrain.checkpoint.folder import checkpoint_name
+from vdtrain.commands.preflight import main as preflight
+from vdtrain.config.compose import compose
+from vdtrain.config.schema import TrackingConfig
 from vdtrain.evaluation.report import log_to_wandb
-from vdtrain.preflight import main as preflight
-from vdtrain.training import wandb_access, wandb_run
-from vdtrain.training.checkpoint_folder import checkpoint_name
-from vdtrain.training.tracking import METRICS_FILE, Tracker, read_metrics
-from vdtrain.training.wandb_run import WANDB_ID_FILE, WANDB_URL_FILE
+from vdtrain.run import wandb_run
+from vdtrain.run import wandb_run as wandb_access
+from vdtrain.run.tracking import METRICS_FILE, Tracker, read_metrics
+from vdtrain.run.wandb_run import WANDB_ID_FILE, WANDB_URL_FILE
 
 BATCH, STEPS, EVERY = 4, 18, 4
 MINIATURE = [

@@ -11,8 +11,8 @@ import pytest
 from forks import Case, Ending, run_cases
 
 from tests.pairs import write_pairs
-from vdtrain.training.tracking import read_metrics
-from vdtrain.training.watchdog import EXIT_STATUS, Watchdog
+from vdtrain.run.tracking import read_metrics
+from vdtrain.run.watchdog import EXIT_STATUS, Watchdog
 
 MINIATURE = [
     "stage=stage1_single_flow",
@@ -181,7 +181,7 @@ def test_a_hang_with_pythons_lock_right_at_the_start_ends_too(tmp_path: Path) ->
     """Before the watching thread had its first turn."""
     program = (
         "import ctypes, pathlib, sys\n"
-        "from vdtrain.training.watchdog import Watchdog\n"
+        "from vdtrain.run.watchdog import Watchdog\n"
         "Watchdog(2.0, pathlib.Path(sys.argv[1]), rank=0)\n"
         "ctypes.PyDLL(None).sleep(3600)\n"
     )

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vdtrain.training import distributed
-from vdtrain.training.engine import Engine, EngineSettings, StepReport
-from vdtrain.training.partitions import FIRST_MOMENT, MASTER, GroupLayout
+from vdtrain.engine.engine import Engine, EngineSettings, StepReport
+from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, GroupLayout
+from vdtrain.run import distributed
 
 MODALITIES = ("image", "text")
 # (output, context)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vdtrain.checkpoint import store as checkpoints
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream, StreamError
-from vdtrain.training import checkpoints
 
 SMALL_DISK_BYTES = 100_000
 

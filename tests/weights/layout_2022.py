@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vdtrain.models.layer_plan import LayerPlan
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, compvis_key
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_key
 
 LAYER = re.compile(r"(?:data|context)_layers\.([^.]+)\.")
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.weights.small import MODEL, PLAN, weights
-from vdtrain.config import ScheduleConfig
+from vdtrain.config.schema import ScheduleConfig
 from vdtrain.weights.diffusers_names import UnetNames
 from vdtrain.weights.schedule_buffers import schedule_buffers
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, layer_names
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
 
 NAMES = UnetNames(PLAN, "image", "image", "image")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan

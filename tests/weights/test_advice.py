@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny_runs import overrides
+from tests.weights.layout_2022 import to_2022
 from tests.weights.published import compvis_whole, diffusers_unet, write_diffusers
 from tests.weights.small import MODEL, PLAN, weights
 from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus
 from vdtrain.cli import main
 from vdtrain.weights.diffusers_folder import write_pipeline
 from vdtrain.weights.folder import is_weights_folder, write_weights_folder
-from tests.weights.layout_2022 import to_2022
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 
 def vd_2023(folder: Path) -> Path:

@@ -11,18 +11,18 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.weights.small import MODEL, same, weights
+from vdtrain.checkpoint import format as form
 from vdtrain.cli import main
-from vdtrain.compose import compose
+from vdtrain.config.compose import compose
+from vdtrain.engine.partitions import EMA, MASTER, GroupLayout
 from vdtrain.models.diffuser import layer_group
-from vdtrain.training import checkpoint_format as form
-from vdtrain.training.curriculum import open_weights
-from vdtrain.training.partitions import EMA, MASTER, GroupLayout
+from vdtrain.training.start import open_weights
 from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
 from vdtrain.weights.exports import DTYPES, WRITERS
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 from vdtrain.weights.hub import ADDRESS, COMMIT
-from vdtrain.weights.sources import READERS
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.imports import READERS
+from vdtrain.weights.versatile_diffusion import to_released
 
 CARRIED = "context.text"
 

@@ -14,12 +14,13 @@ from diffusers import VersatileDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import GLOBAL_GROUP, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights import diffusers_folder, diffusers_frozen, shards
+from vdtrain.weights import diffusers_folder, diffusers_frozen
+from vdtrain.weights import folder as shards
 from vdtrain.weights.diffusers_folder import open_pipeline, write_pipeline
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
-from vdtrain.models.clip_tokenizer import ClipTokenizer
 from vdtrain.models.frozen_weights import WeightsError, untied
+from vdtrain.models.tokenizers import ClipTokenizer
 from vdtrain.weights.diffusers_frozen import _write_tokenizer, write_image_encoder, write_text_encoder, write_vae
 
 CAPTIONS = ["a red circle", "It's 12 o'clock; ÜNÏCODE ☃ & <tags>", "", "two\n\tlines", "word " * 100]

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
 
-from vdtrain.compose import compose, to_object
-from vdtrain.config import ModelConfig, TrainConfig
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.diffusers_names import Kind, UnetNames

@@ -12,14 +12,13 @@ import torch
 from safetensors import safe_open
 
 from tests.weights.small import MODEL, same, weights
-from vdtrain.compose import ConfigError, compose, to_object
-from vdtrain.config import TrainConfig
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.files import written_whole
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.training.assembly import load_weights
-from vdtrain.training.curriculum import Start, find_start, initial_weights, open_weights
-from vdtrain.weights import shards
+from vdtrain.training.start import Start, find_start, initial_weights, load_weights, open_weights
+from vdtrain.weights import folder as shards
 from vdtrain.weights.folder import (
     is_weights_folder,
     open_weights_folder,

@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.models.tiny import arguments, tiny
+from tests.weights.layout_2022 import to_2022
 from tests.weights.small import PLAN, same, weights
 from vdtrain.cli import main
-from vdtrain.weights.clip_names import to_hugging_face
-from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
-from tests.weights.layout_2022 import to_2022
-from vdtrain.weights.versatile_diffusion_v1 import to_released
+from vdtrain.weights.versatile_diffusion import to_released
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from published_weights import compvis_vae

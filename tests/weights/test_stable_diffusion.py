@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from tests.weights.published import compvis_unet
 from tests.weights.small import GROUPS, MODEL, PLAN, weights
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.training.assembly import load_weights
+from vdtrain.training.start import load_weights
 from vdtrain.weights.diffuser_sources import stable_diffusion
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX
+from vdtrain.weights.stable_diffusion import UNET_PREFIX
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.weights.test_torch_reading import packages, training_state
 from vdtrain.cli import main
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.layouts import averaged_name
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX
+from vdtrain.weights.stable_diffusion import UNET_PREFIX
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from forks import Case, run_cases

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights.shards import write_safetensors
+from vdtrain.weights.exports import write_torch
+from vdtrain.weights.folder import write_safetensors
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
-from vdtrain.weights.torch_file import write_torch
 
 TENSORS = {
     "a.weight": torch.arange(6.0).view(2, 3),

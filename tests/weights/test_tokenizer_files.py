@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from vdtrain.cli import main
-from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.models.frozen_weights import ASSETS
+from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 
 CAPTIONS = ["A red circle.", "the Blue star, on a white background!"]
 SETTINGS = {"bert": "encoder_tokenizer", "gpt2": "decoder_tokenizer"}

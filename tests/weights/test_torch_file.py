@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
+from vdtrain.weights.exports import STORAGES, write_torch
 from vdtrain.weights.tensor_files import LazyTensors
-from vdtrain.weights.torch_file import STORAGES, write_torch
 
 TENSORS = {f"of.{dtype}": torch.arange(6).view(2, 3).to(dtype) for dtype in STORAGES} | {
     "scalar": torch.tensor(2.5),

@@ -1,1 +1,4 @@
-"""From tar shards to batches of image-text pairs; knows no model."""
+"""From indexed tar shards to batches: order, decoding, captions, cached latents.
+
+Start at `stream.py`; `batch.py` names what the trainer asks of any stream.
+"""

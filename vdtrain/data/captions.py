@@ -12,7 +12,7 @@ import html
 import re
 import unicodedata
 
-# Captions that match none of this are clean: a pattern of RE2's syntax too, for whole columns (data_pipeline.filters).
+# Captions that do not match are clean. The pattern is RE2 syntax too, for whole columns (data_pipeline.select.filters).
 # It errs towards cleaning once too often.
 UNCLEAN = (
     r"""[^ -~]|[<>&\[\]{}_"`@*#|~^\\]|  |^[ ,;:]|[ ,;:]$| [,;:.!?]|//|[Ww]{3}\.|\.[A-Za-z]{3,4}[^A-Za-z0-9]*$"""

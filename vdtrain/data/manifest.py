@@ -21,15 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vdtrain.errors import system_error, unreadable
 from vdtrain.files import sync
-from vdtrain.system_errors import system_error, unreadable
+
+
+def pair_uid(source: str, url: str, caption: str) -> str:
+    """32 hexadecimal digits: BLAKE2b-128 of the source's name, the URL and the cleaned caption."""
+    identity = "\n".join((source, url, caption))
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
 
 SHARDS_FILE = "shards.parquet"
 SAMPLES_FILES = "samples-*.parquet"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
-        pa.field("uid", pa.string()),  # vdtrain.data.identity.pair_uid
+        pa.field("uid", pa.string()),  # vdtrain.data.manifest.pair_uid
         pa.field("shard", pa.string()),  # as in shards.parquet
         pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image file's bytes in the tar

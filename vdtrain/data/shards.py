@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from vdtrain.data.manifest import INDEX, Manifest, ManifestError
-from vdtrain.system_errors import output_problem, unreadable, unwritable
+from vdtrain.errors import output_problem, unreadable, unwritable
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5

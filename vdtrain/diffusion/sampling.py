@@ -3,12 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vdtrain.diffusion.solvers import Solver
+from vdtrain.config.compose import ConfigError
+from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.diffuser import Context, ContextRoute, Diffuser, by_rows
+
+# Unit normal noise for a step, counted from 0, in the shape of the latents.
+StepNoise = Callable[[int], Tensor]
+
+
+class Solver(Protocol):
+    """Turns predictions of noise into ever cleaner latents; made anew for every batch.
+
+    Attributes:
+        timesteps: those at which the noise is predicted, falling.
+    """
+
+    timesteps: list[int]
+
+    def begin(self, index: int) -> None:
+        """Start at `timesteps[index]` rather than at the first."""
+
+    def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Latents [B, ...] after `timesteps[index]`, from those before it and the noise predicted in them."""
+
+
+def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """Uniform timesteps, falling, offset by one: 981, ..., 21, 1 for 50 steps of 1000.
+
+    As in the original, a number that does not divide the schedule gives a few more than were asked for. A first one
+    that would lie beyond the schedule, where the original fails, is left out.
+    """
+    return list(range(1, schedule.steps, schedule.steps // steps))[::-1]
+
+
+def spacing_note(name: str, schedule: Schedule, steps: int) -> str | None:
+    """A line on what a number of steps becomes; None where it is taken as it is.
+
+    Args:
+        name, steps: of a solver that `make_solver` takes. Those of diffusers take any number as it is.
+    """
+    if name != "ddim":
+        return None
+    total, timesteps = schedule.steps, ddim_timesteps(schedule, steps)
+    if total % steps == 0 and len(timesteps) == steps:
+        return None
+    why = f"does not divide {total}" if total % steps else f"its first timestep would lie beyond {total - 1}"
+    divisors = [each for each in range(1, total) if total % each == 0]
+    below, above = (
+        max(each for each in divisors if each <= steps),
+        min((each for each in divisors if each > steps), default=None),
+    )
+    others = f"steps={below}" + (f" or {above}" if above else "")
+    return (
+        f"steps={steps}: {why}; solver=ddim takes {len(timesteps)} steps, at timesteps "
+        f"{', '.join(map(str, timesteps[:2]))} ... {timesteps[-1]}; {others} is taken as it is"
+    )
+
+
+class DDIM:
+    """Denoising diffusion implicit models (Song et al. 2021, equation 12), at the original's timesteps.
+
+    Args:
+        eta: 0 is deterministic; above it, `step_noise` gives the unit noise of each step.
+    """
+
+    def __init__(self, schedule: Schedule, steps: int, eta: float = 0.0, step_noise: StepNoise | None = None) -> None:
+        self.timesteps = ddim_timesteps(schedule, steps)
+        self.schedule, self.eta, self.step_noise = schedule, eta, step_noise
+
+    def begin(self, index: int) -> None:
+        """Every step stands on its own."""
+
+    def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """See `Solver`."""
+        kept = self.schedule.alphas_cumprod.to(latents.device)
+        # The last step lands on the first training timestep's variance, not on a noiseless one, as in the original.
+        following = [*self.timesteps[1:], 0]
+        now, after = kept[self.timesteps[index]], kept[following[index]]
+        sigma = self.eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
+        clean = (latents - (1 - now).sqrt() * noise) / now.sqrt()
+        latents = after.sqrt() * clean + (1 - after - sigma**2).sqrt() * noise
+        return latents if self.step_noise is None else latents + sigma * self.step_noise(index)
+
+
+class DiffusersSolver:
+    """A scheduler of the diffusers package."""
+
+    def __init__(self, scheduler: Any, schedule: Schedule, steps: int, **settings: Any) -> None:
+        self.scheduler = scheduler(
+            num_train_timesteps=schedule.steps,
+            beta_start=schedule.beta_start,
+            beta_end=schedule.beta_end,
+            beta_schedule="scaled_linear",
+            # Small steps at the end: where the way is known exactly this divides the error by ten (docs/log.md).
+            use_karras_sigmas=True,
+            **settings,
+        )
+        self.scheduler.set_timesteps(steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+
+    def begin(self, index: int) -> None:
+        """See `Solver`."""
+        self.scheduler.set_begin_index(index)
+
+    def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """See `Solver`."""
+        out: Tensor = self.scheduler.step(noise, self.timesteps[index], latents, return_dict=False)[0]
+        return out
+
+
+def _dpm_solver(schedule: Schedule, steps: int) -> Solver:
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DiffusersSolver(DPMSolverMultistepScheduler, schedule, steps, algorithm_type="dpmsolver++")
+
+
+def _unipc(schedule: Schedule, steps: int) -> Solver:
+    from diffusers import UniPCMultistepScheduler
+
+    return DiffusersSolver(UniPCMultistepScheduler, schedule, steps)
+
+
+# diffusers' solvers: Lu et al. 2022 (DPM-Solver++, second order) and Zhao et al. 2023 (UniPC).
+FAST_SOLVERS: dict[str, Callable[[Schedule, int], Solver]] = {"dpm-solver++": _dpm_solver, "unipc": _unipc}
+SOLVERS = ("ddim", *FAST_SOLVERS)
+
+
+def make_solver(
+    name: str, schedule: Schedule, steps: int, eta: float = 0.0, step_noise: StepNoise | None = None
+) -> Solver:
+    """A solver by name, "ddim", "dpm-solver++" or "unipc".
+
+    Raises:
+        ConfigError: no such solver, a number of steps that it cannot take, or `eta` where it has no meaning.
+    """
+    if name not in SOLVERS:
+        raise ConfigError(f"solver={name}: choose one of {', '.join(SOLVERS)}")
+    if not 1 <= steps <= schedule.steps:
+        raise ConfigError(f"steps={steps}: choose 1 to {schedule.steps}")
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta={eta}: not in 0 (deterministic) to 1")
+    if name == "ddim":
+        return DDIM(schedule, steps, eta, step_noise if eta > 0 else None)
+    if eta > 0:
+        raise ConfigError(f"eta={eta}: only solver=ddim has it; set eta=0 or solver=ddim")
+    return FAST_SOLVERS[name](schedule, steps)
+
 
 # Predicts the noise in latents [B, ...] at one timestep.
 NoisePredictor = Callable[[Tensor, int], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdtrain.config import ScheduleConfig
+from vdtrain.config.schema import ScheduleConfig
 
 
 class Schedule:

@@ -1,1 +1,4 @@
-"""How good a checkpoint's samples are: Fréchet distances and CLIP scores."""
+"""Evaluation of a trained model: samples, FID, CLIP scores, reports.
+
+Start at `evaluator.py`.
+"""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
+from vdtrain.errors import unreadable
 from vdtrain.files import written_whole
-from vdtrain.system_errors import unreadable
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
+from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.store import read_weights
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.instantiate import find_target, instantiate
+from vdtrain.config.schema import EvaluateConfig, ModelConfig
 from vdtrain.data.batch import BatchStream
+from vdtrain.data.loading import data_problem
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.evaluation.parts import Part
-from vdtrain.evaluation_config import EvaluateConfig
-from vdtrain.instantiate import find_target, instantiate
-from vdtrain.training.phase_stream import data_problem
+from vdtrain.files import FileRecord
+from vdtrain.flows import Flow
+from vdtrain.models.diffuser import layer_group
+from vdtrain.training.start import model_config, resolve_weights
+from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
+from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 
 # What `data.stream` says for training and means otherwise here, where a stream takes it: every picture once, as it is.
 ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
@@ -85,3 +94,63 @@ class Pairs:
 
 def _rows(samples: Any, order: Tensor) -> Any:
     return samples[order] if isinstance(samples, Tensor) else [samples[row] for row in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint.
+
+    Attributes:
+        path: of its folder.
+        sha256: of its record, which holds the checksums of all its files.
+        weights: "ema" or "model".
+    """
+
+    path: Path
+    sha256: str
+    weights: str
+    model: ModelConfig
+    groups: frozenset[str]
+
+    @classmethod
+    def find(cls, checkpoint: str, weights: str) -> Subject:
+        """By a run folder, whose latest checkpoint it is, a checkpoint folder or a weights folder; nothing is loaded.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        folder = resolve_weights("checkpoint", checkpoint, thorough=False)
+        try:
+            if is_weights_folder(folder):
+                model = weights_folder_model(folder)
+                tensors: Mapping[str, Tensor] = open_weights_folder(folder, hashed=False)
+            else:
+                model, tensors = model_config(folder), read_weights(folder, weights, verify=False)
+        except CheckpointError as error:
+            raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+        record = folder / (WEIGHTS_FILE if is_weights_folder(folder) else INDEX_FILE)
+        groups = frozenset(layer_group(name) for name in tensors)
+        return cls(folder, FileRecord.of(record).sha256, weights, model, groups)
+
+    def flows(self, names: list[str]) -> list[Flow]:
+        """Flows by name.
+
+        Raises:
+            ConfigError: none, one named twice, or one that there are no layers for.
+        """
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"flows={names}: name at least one flow, and each once, e.g. [text-to-image]")
+        flows = []
+        for name in names:
+            try:
+                flow = Flow.parse(name)
+            except ValueError as error:
+                raise ConfigError(f"flows: {error}") from error
+            if absent := [group for group in flow.groups if group not in self.groups]:
+                raise ConfigError(f"flows: {name}: {self.path} has no layers {absent[0]}; leave it out")
+            flows.append(flow)
+        return flows
+
+    def described(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return {"path": str(self.path), "sha256": self.sha256, "weights": self.weights, "model": self.model.name}

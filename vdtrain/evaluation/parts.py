@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
+from vdtrain.errors import system_error, unreadable
 from vdtrain.files import write_text, written_whole
-from vdtrain.system_errors import system_error, unreadable
 
 SETTINGS_FILE, FOLDER = "settings.json", "parts"
 PAIRS = "pairs"

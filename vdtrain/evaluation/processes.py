@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import EvaluateConfig
 from vdtrain.evaluation.evaluator import Evaluator
-from vdtrain.evaluation_config import EvaluateConfig
-from vdtrain.training import distributed
-from vdtrain.training.connections import connection_problem
-from vdtrain.training.distributed import Place
-from vdtrain.training.preemption import SCHEDULER_SIGNALS
-from vdtrain.training.run_lock import RunLock, take_together
+from vdtrain.run import distributed
+from vdtrain.run.connections import connection_problem
+from vdtrain.run.distributed import Place
+from vdtrain.run.lock import RunLock, take_together
+from vdtrain.run.signals import SCHEDULER_SIGNALS
 
 FAILED, INTERRUPTED = 1, 130
 # Shares may take hours, and some longer than others.

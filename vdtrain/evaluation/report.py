@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vdtrain.config import TrackingConfig
+from vdtrain.config.schema import TrackingConfig
 from vdtrain.files import write_text, written_whole
-from vdtrain.training.wandb_access import open_run, reason
+from vdtrain.run.wandb_run import open_run, reason
 
 METRICS_FILE = "metrics.json"
 FIGURES = {"fid": "FID", "clip_distance": "CLIP distance", "clip_score": "CLIP score"}

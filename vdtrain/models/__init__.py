@@ -1,4 +1,7 @@
-"""The diffuser (trained) and the frozen parts around it: image VAE, text VAE, CLIP contexts."""
+"""The network and the frozen parts around it: layers by group, image VAE, text VAE and CLIP contexts.
+
+Start at `diffuser.py`; `frozen.py` turns pairs into latents and contexts.
+"""
 
 import logging
 

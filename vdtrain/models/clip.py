@@ -20,8 +20,8 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as image_functional  # type: ignore[import-untyped]
 
-from vdtrain.models.clip_tokenizer import ClipTokenizer
 from vdtrain.models.frozen_weights import device_and_dtype, load_weights, shared_module
+from vdtrain.models.tokenizers import ClipTokenizer
 
 Blank = Literal["zeros", "black", "grey"]
 BLANK_LEVELS = {"black": 0, "grey": 127}

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vdtrain.config import ModelConfig
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import GLOBAL_GROUP
-from vdtrain.instantiate import instantiate
 from vdtrain.models.layer_plan import ContextStep, DataStep, make_plan
 
 # Applies a context position to the state: (context layers by modality, position, state) -> state.

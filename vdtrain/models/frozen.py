@@ -9,9 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import Flow
-from vdtrain.models.frozen_weights import freeze
+from vdtrain.models.frozen_weights import freeze, shared_loading
 
 
 class VAE(Protocol):
@@ -212,3 +214,21 @@ def _named(modules: nn.ModuleDict, modality: str) -> Any:
     if modality not in modules:
         raise ValueError(f"modality {modality!r} has no frozen parts; the model has {', '.join(modules)}")
     return modules[modality]
+
+
+def build_frozen(config: ModelConfig) -> FrozenParts:
+    """VAE and context encoder of every modality, with their weights, in float32 on the CPU.
+
+    Raises:
+        ConfigError: a `_target_` or an argument that does not exist.
+    """
+    with shared_loading():
+        return FrozenParts(
+            {
+                name: (
+                    instantiate(modality.vae, f"model.modalities.{name}.vae"),
+                    instantiate(modality.context_encoder, f"model.modalities.{name}.context_encoder"),
+                )
+                for name, modality in config.modalities.items()
+            }
+        )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from vdtrain.compose import ConfigError
+from vdtrain.config.compose import ConfigError
 from vdtrain.files import FileRecord
 
 ASSET = "asset:"

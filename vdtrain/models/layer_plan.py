@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from vdtrain.config import DiffuserConfig
+from vdtrain.config.schema import DiffuserConfig
 
 NORM_EPSILON = 1e-5
 

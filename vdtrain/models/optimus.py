@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from vdtrain.models.caption_tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.models.frozen_weights import device_and_dtype, load_weights
+from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 
 FreeBits = Literal["none", "mask", "deterministic"]
 

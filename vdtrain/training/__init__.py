@@ -1,1 +1,4 @@
-"""Training: the ZeRO engine, checkpoints, averaged weights, and the loop that uses them."""
+"""The training loop, and how a run starts: from a checkpoint, from weights or from nothing.
+
+Start at `trainer.py`; `start.py` decides where a run begins.
+"""

@@ -11,25 +11,19 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from vdtrain.command_line import shell
-from vdtrain.compose import ConfigError
-from vdtrain.config import TrainConfig
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, candidates, latest_by_sizes, summary
+from vdtrain.config.command_line import shell
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import phase_steps, problems, stage_flows, warmup_samples
 from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.errors import output_problem, unreadable
 from vdtrain.flows import active_groups
-from vdtrain.system_errors import output_problem, unreadable
-from vdtrain.training.checkpoint_folder import (
-    CHECKPOINTS,
-    CheckpointError,
-    candidates,
-    latest_by_sizes,
-    summary,
-)
-from vdtrain.training.run_lock import RunLock
-from vdtrain.training.wandb_access import wandb_problem
-from vdtrain.validation import phase_steps, problems, stage_flows, warmup_samples
+from vdtrain.run.lock import RunLock
+from vdtrain.run.wandb_run import wandb_problem
 
 if TYPE_CHECKING:
-    from vdtrain.training.curriculum import Start
+    from vdtrain.training.start import Start
 
 GB, FLOAT32 = 10**9, 4
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -113,8 +107,8 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
         settled: False where the settings are mistaken, and nothing can be built from them.
     """
     # Late, for they import PyTorch.
-    from vdtrain.training.curriculum import check_frozen, find_start
-    from vdtrain.training.distributed import SharedError
+    from vdtrain.run.distributed import SharedError
+    from vdtrain.training.start import check_frozen, find_start
 
     own, damages = latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)
     if own is None and config.stage.init_from is not None:
@@ -187,11 +181,10 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     """
     import torch
 
+    from vdtrain.engine.partitions import GroupLayout
     from vdtrain.models.diffuser import Diffuser, parameters_by_group
-    from vdtrain.training.assembly import check_weights, layer_groups
-    from vdtrain.training.curriculum import initial_weights
-    from vdtrain.training.memory import checkpoint_bytes, tensor_bytes
-    from vdtrain.training.partitions import GroupLayout
+    from vdtrain.planning.memory import checkpoint_bytes, tensor_bytes
+    from vdtrain.training.start import check_weights, initial_weights, layer_groups
 
     if start.resume is not None:
         return summary(start.resume).bytes
@@ -224,8 +217,8 @@ def tracking(config: TrainConfig) -> Finding:
 
 def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
     """A line on each phase whose stream cannot be opened; no sample is read."""
+    from vdtrain.data.loading import data_problem, open_stream
     from vdtrain.data.stream import StreamError
-    from vdtrain.training.phase_stream import data_problem, open_stream
 
     for index in range(len(config.stage.phases)):
         try:

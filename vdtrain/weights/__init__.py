@@ -1,1 +1,4 @@
-"""Key maps between published weight layouts and the diffuser's own names."""
+"""Published weights in, trained weights out: each layout's names, files and checks.
+
+Start at `imports.py` for imports, at `exports.py` for exports.
+"""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdtrain.config import ModelConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError, compare
@@ -19,10 +19,9 @@ from vdtrain.weights.folder import is_weights_folder, open_weights_folder
 from vdtrain.weights.frozen_sources import CLIP, IMAGE_VAE, TEXT_VAE, Convert, FrozenPart, clip, image_vae, text_vae
 from vdtrain.weights.layouts import VD_2022, VD_2023, below, contents
 from vdtrain.weights.schedule_buffers import check_schedule, schedule_buffers
-from vdtrain.weights.stable_diffusion_v1 import UNET_PREFIX, open_stable_diffusion
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, open_stable_diffusion
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
-from vdtrain.weights.versatile_diffusion_2022 import from_2022
-from vdtrain.weights.versatile_diffusion_v1 import from_released
+from vdtrain.weights.versatile_diffusion import from_2022, from_released
 
 # Prefix -> the frozen part whose weights are below it, in files of the whole model. Longer prefixes come first.
 WHOLE_2022: dict[str, tuple[FrozenPart, Convert]] = {

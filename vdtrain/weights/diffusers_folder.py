@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vdtrain.config import ModelConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.files import refuse_existing, written_whole
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
@@ -25,7 +25,7 @@ from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.text_layers import FlatLinear, TextDataLayers
 from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE, UnetNames
-from vdtrain.weights.shards import write_shards
+from vdtrain.weights.folder import write_shards
 from vdtrain.weights.tensor_files import LazyTensors
 
 INDEX_FILE = "model_index.json"

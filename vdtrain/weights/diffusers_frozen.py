@@ -11,15 +11,15 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from vdtrain.config import ModelConfig, ScheduleConfig
-from vdtrain.instantiate import instantiate
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig, ScheduleConfig
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
-from vdtrain.models.clip_tokenizer import released_tokenizer
 from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
 from vdtrain.models.image_vae import ImageVAE
-from vdtrain.weights.clip_names import to_hugging_face
+from vdtrain.models.tokenizers import released_tokenizer
 from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE
-from vdtrain.weights.shards import write_shards
+from vdtrain.weights.folder import write_shards
+from vdtrain.weights.frozen_names import to_hugging_face
 
 ACTIVATIONS: dict[type[nn.Module], str] = {open_clip.transformer.QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 CLIP_PARTS = {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}

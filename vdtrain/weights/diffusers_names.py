@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from vdtrain.config import DiffuserConfig
+from vdtrain.config.schema import DiffuserConfig
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import NORM_EPSILON, ContextStep, LayerPlan, Role
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors

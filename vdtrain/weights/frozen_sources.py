@@ -11,18 +11,116 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordPiece
 from torch import Tensor
 
-from vdtrain.config import ModelConfig
-from vdtrain.instantiate import instantiate
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import ASSET, WeightsError, compare
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
+from vdtrain.models.tokenizers import DECODER_SPECIALS, ENCODER_SPECIALS, special_ids
 from vdtrain.weights import layouts
-from vdtrain.weights.clip_names import to_open_clip
-from vdtrain.weights.image_vae_names import to_diffusers
+from vdtrain.weights.frozen_names import to_diffusers, to_open_clip
 from vdtrain.weights.tensor_files import LazyTensors
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+RELEASED_ENCODER = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102}
+RELEASED_ENCODER_SIZE = 28_996
+
+
+def bert_tokenizer(path: Path, size: int, place: str) -> Tokenizer:
+    """The encoder's tokenizer.
+
+    Args:
+        path: `tokenizer.json` or `vocab.txt` of BERT-base-cased, or a folder with either.
+        size: entries that the model has.
+        place: the setting and its value, for errors.
+
+    Raises:
+        WeightsError: no such tokenizer, or not the model's.
+    """
+    tokenizer = _read(path, ("vocab.txt",), _word_pieces, place)
+    if tokenizer.get_vocab_size() != size:
+        raise WeightsError(
+            f"{place}: {tokenizer.get_vocab_size()} entries, and encoder_vocabulary={size}; the text VAE of Versatile "
+            "Diffusion has BERT-base-cased"
+        )
+    ids = dict(zip(ENCODER_SPECIALS, special_ids(tokenizer, ENCODER_SPECIALS, place), strict=True))
+    if ids["[PAD]"] != 0 or (size == RELEASED_ENCODER_SIZE and ids != RELEASED_ENCODER):
+        raise WeightsError(
+            f"{place}: its special tokens are {ids}, not those of BERT-base-cased; give its tokenizer.json"
+        )
+    return tokenizer
+
+
+def gpt2_tokenizer(path: Path, size: int, place: str) -> Tokenizer:
+    """The decoder's tokenizer: GPT-2's with <PAD>, <BOS> and <EOS> after it.
+
+    Args:
+        path: `tokenizer.json` of GPT-2, or a folder with it or with `vocab.json` and `merges.txt`.
+        size: entries that the model has, the three included.
+        place: the setting and its value, for errors.
+
+    Raises:
+        WeightsError: no such tokenizer, or not the model's.
+    """
+    tokenizer = _read(path, ("vocab.json", "merges.txt"), _byte_pairs, place)
+    tokenizer.add_special_tokens(list(DECODER_SPECIALS))
+    ids = special_ids(tokenizer, DECODER_SPECIALS, place)
+    if tokenizer.get_vocab_size() != size or ids != [size - 3, size - 2, size - 1]:
+        raise WeightsError(
+            f"{place}: {tokenizer.get_vocab_size()} entries with {', '.join(DECODER_SPECIALS)} as {ids}, and "
+            f"decoder_vocabulary={size}, of which they are the last three; the released text VAE has GPT-2"
+        )
+    return tokenizer
+
+
+def _read(path: Path, names: tuple[str, ...], build: Callable[..., Tokenizer], place: str) -> Tokenizer:
+    """Read `tokenizer.json`, else build from the vocabulary files `names`."""
+    if path.is_file():
+        folder, whole = path.parent, path.name not in names
+    else:
+        folder, whole = path, (path / TOKENIZER_FILE).is_file()
+        path = path / TOKENIZER_FILE
+    try:
+        if whole:
+            return Tokenizer.from_file(str(path))
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise WeightsError(
+                f"{place}: no {' and '.join(absent)} there; give {TOKENIZER_FILE} or {' and '.join(names)}"
+            )
+        return build(*(folder / name for name in names))
+    except WeightsError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{place}: no tokenizer ({reason}); give {TOKENIZER_FILE} or {' and '.join(names)}"
+        ) from error
+
+
+def _word_pieces(vocabulary: Path) -> Tokenizer:
+    entries = vocabulary.read_text(encoding="utf-8").splitlines()
+    tokenizer = Tokenizer(WordPiece({entry: index for index, entry in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([entry for entry in entries if entry in (*ENCODER_SPECIALS, "[UNK]", "[MASK]")])
+    return tokenizer
+
+
+def _byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
+    tokenizer = Tokenizer(BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True)])
+    return tokenizer
+
 
 Specification = Mapping[str, Any]
 CAUSAL_MASK = re.compile(r"decoder\.transformer\.h\.\d+\.attn\.bias")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights.file_choice import SUFFIXES, choose
+from vdtrain.weights.tensor_files import SUFFIXES, choose
 
 PREFIX = "hf:"
 ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@(.+)")

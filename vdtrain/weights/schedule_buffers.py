@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.config import ScheduleConfig
+from vdtrain.config.schema import ScheduleConfig
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.tensor_files import LazyTensors

@@ -1,0 +1,172 @@
+"""Pictures of the selected rows into tar shards, by img2dataset: part after part, the sources beside each other.
+
+img2dataset numbers shards by row, counts a shard as done for ever, leaves half-written ones and processes behind when
+it is killed, and can exit well with nothing done. So a plan stands beside each part, whose shards are checked and
+counted as they come, and a supervisor ends its processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from data_pipeline import shards
+from data_pipeline.download.part import PartRun
+from data_pipeline.download.plan import DownloadError, Part, Record
+from data_pipeline.download.progress import DownloadProgress
+from data_pipeline.failures import Tally
+from data_pipeline.select.selection import read_selection
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.data_schema import DownloadConfig, SourceConfig
+
+__all__ = ["DownloadError", "download"]
+
+ENGINES = {"multiprocessing": (), "pyspark": ("pyspark",), "ray": ("ray",)}
+POLL_SECONDS = 0.2
+FIND = "import sys; from importlib.util import find_spec as f; print(*(m for m in sys.argv[1:] if f(m) is None))"
+
+
+def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_loopback: bool) -> None:
+    """Download this task's parts; run again after any interruption, it does what is missing.
+
+    Raises:
+        ConfigError: a setting that cannot work, a source without selected rows, or a plan by which shards were made
+            has changed.
+        DownloadError: another download holds a part, too few pictures come, or shards are missing at the end.
+    """
+    check(config)
+    parts = own_parts(sources, config)
+    check_environment(config)
+    tallies: dict[str, Tally] = {name: Tally() for name in parts}
+    counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
+    with DownloadProgress(sum(part.rows for waiting in parts.values() for part in waiting)) as progress:
+        for running in _steps(parts, config, allow_loopback, tallies):
+            total = Tally()
+            for tally in (*tallies.values(), *(run.tally for run in running)):
+                total.add(tally)
+            progress.update(total)
+    for name, tally in tallies.items():
+        print(f"{name}: {tally} in {counts[name]:,} shards")
+
+
+def check(config: DownloadConfig) -> None:
+    """Raise a ConfigError for a setting that cannot work."""
+    if config.distributor not in ENGINES:
+        raise ConfigError(f"data.download.distributor={config.distributor}: choose one of {', '.join(ENGINES)}")
+    for name in ("processes", "threads", "samples_per_shard", "timeout", "max_bytes", "max_image_pixels", "tasks"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"data.download.{name}={getattr(config, name)}: must be at least 1")
+    for name in ("min_success_share", "retry_below"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"data.download.{name}={getattr(config, name)}: is a share, from 0 to 1")
+    if not 0 <= config.task < config.tasks:
+        raise ConfigError(
+            f"data.download.task={config.task}: tasks count from 0 to {config.tasks - 1}, by data.download.tasks"
+        )
+    if config.cluster is not None and config.distributor == "multiprocessing":
+        raise ConfigError(
+            f"data.download.cluster={config.cluster}: multiprocessing has none; take "
+            "data.download.distributor=pyspark or ray"
+        )
+
+
+def check_environment(config: DownloadConfig) -> None:
+    """Raise a ConfigError where the interpreter or the engine is missing, with which img2dataset does nothing."""
+    python = config.python or sys.executable
+    try:
+        found = subprocess.run(
+            [python, "-c", FIND, "img2dataset", *ENGINES[config.distributor]],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"data.download.python={python}: cannot be run ({error}); give a Python interpreter"
+        ) from error
+    if found.stdout.strip():
+        raise ConfigError(
+            f"data.download.distributor={config.distributor}: {python} lacks {found.stdout.strip()}; install it "
+            "(the extra `distributed` has pyspark and ray), or name another interpreter by data.download.python"
+        )
+    home = os.environ.get("JAVA_HOME")
+    if config.distributor == "pyspark" and not (shutil.which("java") or (home and Path(home, "bin/java").exists())):
+        raise ConfigError("data.download.distributor=pyspark: no java on the path; install a Java runtime, 17 or later")
+
+
+def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> dict[str, list[Part]]:
+    """The parts of each source that this task downloads.
+
+    Raises:
+        ConfigError: select has not finished a source, or there is no such part.
+    """
+    parts: dict[str, list[Part]] = {}
+    place = 0  # over all sources, so that the tasks' shares differ by one part at most
+    known: set[int] = set()
+    for name, source in sources.items():
+        folder = Path(source.selected)
+        selection = read_selection(folder)
+        if selection is None:
+            raise ConfigError(
+                f"data.sources.{name}.selected={folder}: no selection.json there; run `python -m data_pipeline select`"
+            )
+        parts[name] = []
+        for number, file in enumerate(selection.files(folder)):
+            wanted = config.parts is None or number in config.parts
+            if wanted and place % config.tasks == config.task:
+                if not file.exists():
+                    raise ConfigError(
+                        f"data.sources.{name}.selected: {file} is missing; run `python -m data_pipeline select` again"
+                    )
+                parts[name].append(Part.of(name, file, Path(source.shards), config.samples_per_shard))
+            known.add(number)
+            place += 1
+    if config.parts is not None and set(config.parts) - known:
+        raise ConfigError(f"data.download.parts={config.parts}: there are parts 0 to {max(known, default=-1)}")
+    return parts
+
+
+def _steps(
+    parts: Mapping[str, Sequence[Part]], config: DownloadConfig, allow_loopback: bool, tallies: Mapping[str, Tally]
+) -> Iterator[Sequence[PartRun]]:
+    """Work through the parts, one of each source at a time; yields the runs at every look at them.
+
+    Args:
+        tallies: of each source, to which finished parts are added.
+    """
+    waiting = {name: list(own) for name, own in parts.items()}
+    running: dict[str, PartRun] = {}
+    try:
+        while any(waiting.values()) or running:
+            for name, own in waiting.items():
+                while own and name not in running:
+                    part = own.pop(0)
+                    outcome = _outcome(part, config)
+                    if outcome is not None:
+                        tallies[name].add(outcome)
+                    else:
+                        running[name] = PartRun(part, config, allow_loopback)
+            for name, run in list(running.items()):
+                if run.step():
+                    tallies[name].add(run.tally)
+                    run.close()
+                    del running[name]
+            yield list(running.values())
+            time.sleep(POLL_SECONDS)
+    finally:
+        for run in running.values():
+            run.close()
+
+
+def _outcome(part: Part, config: DownloadConfig) -> Tally | None:
+    """What came of a part that is done, or None: it is to be worked on, its shards with it that may be tried again."""
+    if not shards.finished(part.folder):
+        return None
+    record = Record(part, config)
+    return None if record.is_low(record.lowest, config) else record.outcome

@@ -1,0 +1,183 @@
+"""img2dataset at work on one part: started, watched, started again while it makes progress, and ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from data_pipeline import shards
+from data_pipeline.download import supervisor
+from data_pipeline.download.command import img2dataset_command, img2dataset_environment
+from data_pipeline.download.plan import DownloadError, Part, Record, locked
+from data_pipeline.failures import DNS, SUCCESS, Tally
+from vdtrain.config.data_schema import DownloadConfig
+
+STALL_TIMEOUTS = 60  # a part whose shards do not grow for so many times the seconds of a picture is started again
+JUDGED_SHARDS = 3
+FRUITLESS_STARTS = 2  # after so many in a row without a new shard, it is given up
+
+
+class PartRun:
+    """img2dataset on one part, started as often as it makes progress; nothing of it outlives `close`.
+
+    Attributes:
+        tallies: of each shard that is complete and whole.
+    """
+
+    def __init__(self, part: Part, config: DownloadConfig, allow_loopback: bool) -> None:
+        """Take the part, clear away what an interrupted run left, and start what is missing.
+
+        Raises:
+            ConfigError: shards were made by another plan.
+            DownloadError: another download holds the part.
+        """
+        self.part, self._config, self._allow_loopback = part, config, allow_loopback
+        self._process: subprocess.Popen[bytes] | None = None
+        self.tallies: dict[Path, Tally] = {}
+        self._grown, self._size = 0.0, 0
+        self._before = self._fruitless = 0
+        self._stack = ExitStack()
+        try:
+            self._lock = self._stack.enter_context(locked(part))
+            self.record = Record(part, config)
+            part.folder.mkdir(exist_ok=True)
+            part.beside(".log").write_text("")
+            shards.settle(part.folder)
+            shards.remove_unfinished(part.folder)
+            self._take_in(running=False)
+            if self._missing():
+                self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        """Stop whatever runs and give the part back."""
+        self._stop()
+        self._stack.close()
+
+    @property
+    def tally(self) -> Tally:
+        """Over all complete shards."""
+        total = Tally()
+        for each in self.tallies.values():
+            total.add(each)
+        return total
+
+    def step(self) -> bool:
+        """Look after the run; returns whether the part is done.
+
+        Raises:
+            DownloadError: too few pictures come, or no more shards do.
+        """
+        running = self._process is not None and self._process.poll() is None
+        self._take_in(running)
+        self._judge()
+        if running and not self._overdue():
+            return False
+        self._stop()
+        self._take_in(running=False)
+        shards.remove_unfinished(self.part.folder)
+        if self._missing():
+            self._fruitless = 0 if len(self.tallies) > self._before else self._fruitless + 1
+            if self._fruitless >= FRUITLESS_STARTS:
+                raise DownloadError(
+                    f"{self.part.folder}: {self._missing()} of {self.part.planned} shards are missing: "
+                    f"{self._last_words()} (see {self.part.beside('.log')}); run it again"
+                )
+            self._start()
+            return False
+        shards.settle(self.part.folder)
+        self.tallies.clear()
+        self._take_in(running=False)
+        low = [file for file, each in self.tallies.items() if self.record.is_low(each.settled_share, self._config)]
+        if low:
+            self.record.another_round()
+            for file in low:
+                shards.set_aside(file)
+                del self.tallies[file]
+            self._start()
+            return False
+        self.record.finish(self.tallies.values())
+        return True
+
+    def _take_in(self, running: bool) -> None:
+        """Count the shards that have come; remove those that are not whole, unless they may still become so."""
+        for file in shards.finished(self.part.folder):
+            if file in self.tallies:
+                continue
+            problem = shards.problem(file)
+            if problem is None:
+                self.tallies[file] = shards.tally(file)
+            elif not running:
+                print(f"{problem}; it is made again", file=sys.stderr)
+                shards.remove(file)
+
+    def _overdue(self) -> bool:
+        """Whether nothing more is to be expected of what runs: all is there, or nothing grows."""
+        size = sum(file.stat().st_size for file in self.part.folder.glob("*.tar"))
+        if size != self._size:
+            self._grown, self._size = time.monotonic(), size
+        timeouts = STALL_TIMEOUTS if self._missing() else 1
+        return time.monotonic() - self._grown > timeouts * self._config.timeout
+
+    def _judge(self) -> None:
+        """Stop where too few pictures come, and remove the shards that show it: they would count as done for ever."""
+        least, total = self._config.min_success_share, self.tally
+        if (
+            not self.tallies
+            or len(self.tallies) < min(JUDGED_SHARDS, self.part.planned)
+            or total.success_share >= least
+        ):
+            return
+        self._stop()
+        for file, each in self.tallies.items():
+            if each.success_share < least:
+                shards.remove(file)
+        commonest = next((name for name, _ in total.reasons.most_common() if name != SUCCESS), "")
+        if commonest == DNS:
+            remedy = "run a caching resolver on this machine, or take fewer data.download.threads (docs/data.md)"
+        elif total.transient * 2 > total.count:
+            remedy = "see that the addresses can be reached from here, or take fewer data.download.threads"
+        else:
+            remedy = "if the set is no better than that, lower data.download.min_success_share"
+        raise DownloadError(
+            f"{self.part.folder}: {total}, fewer than data.download.min_success_share={least}; {remedy}"
+        )
+
+    def _missing(self) -> int:
+        return self.part.planned - len(self.tallies)
+
+    def _start(self) -> None:
+        self._before = len(self.tallies)
+        self._grown, self._size = time.monotonic(), 0
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            supervisor.__file__,
+            *img2dataset_command(self.part, self._config, self._allow_loopback),
+        ]
+        with self.part.beside(".log").open("a") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **img2dataset_environment(self.part, self._config)},
+                start_new_session=True,
+                pass_fds=[self._lock],  # the part stays locked until the last writer is gone
+            )
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def _last_words(self) -> str:
+        lines = self.part.beside(".log").read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "img2dataset said nothing")

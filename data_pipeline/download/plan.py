@@ -1,0 +1,168 @@
+"""What a download has before it: the parts, the plan that their shards are made by, and the lock on each."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_pipeline import shards
+from data_pipeline.failures import Tally
+from data_pipeline.select.selection import footer_hash
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.data_schema import DownloadConfig
+from vdtrain.errors import unlockable
+from vdtrain.files import write_text
+
+# What decides which picture stands in which shard, and how it is stored.
+PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
+LOCK_SECONDS = 30  # for the processes of a download that was killed to end
+
+
+class DownloadError(RuntimeError):
+    """A download that did not do what was planned; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parquet file of URLs, and the folder of the shards that are made of it."""
+
+    source: str
+    number: int
+    urls: Path
+    folder: Path
+    rows: int
+    planned: int  # shards
+
+    @classmethod
+    def of(cls, source: str, urls: Path, shards: Path, samples_per_shard: int) -> Part:
+        rows = pq.read_metadata(urls).num_rows
+        return cls(source, int(urls.stem), urls, shards / urls.stem, rows, -(-rows // samples_per_shard))
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the folder: img2dataset reads every .json within."""
+        return self.folder.with_name(self.folder.name + suffix)
+
+
+class Record:
+    """`NUMBER.plan.json`: by which plan a part's shards were made, and what came of it.
+
+    Attributes:
+        rounds: how often low shards were attempted again.
+        outcome: of all shards, once they are complete.
+        lowest: smallest share of pictures in a shard that another attempt would not change.
+    """
+
+    def __init__(self, part: Part, config: DownloadConfig) -> None:
+        """Read it, or begin it.
+
+        Raises:
+            ConfigError: shards were made by another plan.
+        """
+        self.file = part.beside(".plan.json")
+        self.rounds = 0
+        self.outcome: Tally | None = None
+        self.lowest = 1.0
+        # img2dataset numbers its shards by row: another plan under the same numbers would mix two sets.
+        self.plan: dict[str, Any] = {setting: getattr(config, setting) for setting in PLAN_SETTINGS}
+        self.plan["selected"] = footer_hash(part.urls)
+        begun = shards.begun(part.folder)
+        if not self.file.exists():
+            if begun:
+                raise ConfigError(f"{part.folder}: shards without {self.file.name}; remove them to download anew")
+            self._write()
+            return
+        try:
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.file}: is damaged ({error}); remove it and {part.folder} to download anew"
+            ) from error
+        changed = [
+            f"data.sources.{part.source}.selected" if key == "selected" else f"data.download.{key}"
+            for key in self.plan
+            if self.plan[key] != earlier["plan"].get(key)
+        ]
+        if changed and begun:
+            raise ConfigError(
+                f"{', '.join(changed)}: changed since the shards in {part.folder} were made; change it back, or remove "
+                "that folder to download anew"
+            )
+        if changed:
+            self._write()
+            return
+        self.rounds, outcome = earlier["rounds"], earlier["outcome"]
+        if outcome and len(shards.finished(part.folder)) == part.planned:
+            self.outcome, self.lowest = Tally.load(outcome), earlier["lowest"]
+
+    def another_round(self) -> None:
+        """Note that low shards are attempted once more."""
+        self.rounds += 1
+        self.outcome = None
+        self._write()
+
+    def finish(self, tallies: Iterable[Tally]) -> None:
+        """Note what came of the part's shards."""
+        self.outcome = Tally()
+        for each in tallies:
+            self.outcome.add(each)
+            self.lowest = min(self.lowest, each.settled_share)
+        self._write()
+
+    def is_low(self, settled_share: float, config: DownloadConfig) -> bool:
+        """Whether a shard is to be attempted again."""
+        return settled_share < config.retry_below and self.rounds < config.retry_rounds
+
+    def _write(self) -> None:
+        document = {
+            "plan": self.plan,
+            "rounds": self.rounds,
+            "outcome": self.outcome and self.outcome.dump(),
+            "lowest": self.lowest,
+        }
+        draft = self.file.with_suffix(".incomplete")
+        write_text(draft, json.dumps(document, indent=1))
+        draft.replace(self.file)
+
+
+@contextmanager
+def locked(part: Part) -> Iterator[int]:
+    """The part's lock, as the descriptor that holds it."""
+    place = part.beside(".lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_SECONDS
+    with place.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip()
+                if _alive(owner) or time.monotonic() > deadline:
+                    raise DownloadError(
+                        f"{part.folder}: another download is writing there (process {owner or 'unknown'}); wait for "
+                        "it or stop it"
+                    ) from error
+                time.sleep(0.1)
+            except OSError as error:
+                raise DownloadError(f"{place}: {unlockable(error, place)}") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield file.fileno()
+
+
+def _alive(owner: str) -> bool:
+    """Whether the process that a lock names is there, as far as can be told from this machine."""
+    process, _, host = owner.partition(" on ")
+    return host != socket.gethostname() or Path("/proc", process).exists()

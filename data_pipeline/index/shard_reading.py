@@ -1,0 +1,242 @@
+"""One tar shard, read once: its whole samples as rows of the manifest, and what is broken by reason."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from data_pipeline.index.tar_members import Member, TarDamageError, TarMembers
+from data_pipeline.shards import STATISTICS
+from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, decode, picture_size
+from vdtrain.data.manifest import SAMPLE_SCHEMA, pair_uid
+from vdtrain.errors import unreadable
+
+PICTURE, CAPTION, METADATA = "jpg", "txt", "json"
+READ_AHEAD = 1 << 20
+UID = re.compile(r"[0-9a-f]{32}")
+# Every byte of a picture is read, whatever the size that is asked for; a small one takes less time.
+DECODED_SIDE = 32
+ORIENTATION_TAG = 0x0112
+# As img2dataset writes the tag into the metadata.
+ORIENTATIONS = {
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+
+
+class ShardError(ValueError):
+    """A shard that is not whole; the message is one line."""
+
+
+class BrokenSampleError(ValueError):
+    """A sample that is left out; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one shard holds.
+
+    Attributes:
+        samples: with the columns of SAMPLE_SCHEMA, in their order in the tar.
+        broken: samples that were left out, by reason.
+    """
+
+    sha256: str
+    bytes: int
+    modified_ns: int
+    samples: pa.Table
+    broken: Mapping[str, int]
+
+
+def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -> Reading:
+    """Read and check one shard whose download has finished.
+
+    Args:
+        source: from which the pairs come.
+        name: of the shard in the manifest.
+        decoded: decode every picture, not its header alone.
+
+    Raises:
+        ShardError: the tar is damaged, does not end as a whole one does, holds fewer or more samples than were
+            downloaded, or was written to meanwhile.
+    """
+    rows: dict[str, list[Any]] = {column: [] for column in SAMPLE_SCHEMA.names}
+    broken: Counter[str] = Counter()
+    keys: set[str] = set()
+    try:
+        with path.open("rb", buffering=READ_AHEAD) as file:
+            status = path.stat()
+            members = TarMembers(file, status.st_size)
+            for key, sample in groupby(_named(members, broken), key=lambda member: member.name.partition(".")[0]):
+                try:
+                    if key in keys:
+                        raise BrokenSampleError("repeated key")
+                    keys.add(key)
+                    row = _row(key, _contents(sample), source, decoded)
+                except BrokenSampleError as error:
+                    broken[str(error)] += 1
+                    continue
+                for column, value in {**row, "shard": name}.items():
+                    rows[column].append(value)
+            after = path.stat()
+        expected = _expected(path)
+    except TarDamageError as error:
+        raise ShardError(_damaged(path, str(error))) from error
+    except OSError as error:
+        raise ShardError(f"{path}: {unreadable(error, path, 'index again')}") from error
+    if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise ShardError(f"{path}: was written to while it was read; index it again once its download has finished")
+    if expected is not None and expected != len(keys):
+        raise ShardError(_damaged(path, f"holds {len(keys)} samples of {expected} that were downloaded"))
+    table = pa.Table.from_pydict(rows, SAMPLE_SCHEMA)
+    return Reading(members.sha256, status.st_size, status.st_mtime_ns, table, dict(broken))
+
+
+def statistics_file(tar: Path) -> Path:
+    """What the download writes beside a tar when it is finished."""
+    return tar.with_name(tar.stem + STATISTICS)
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"{path}: {what}; remove it and {statistics_file(path).name}, and download again"
+
+
+def _expected(path: Path) -> int | None:
+    """Samples that the download says are in the tar; None where it says nothing."""
+    try:
+        statistics = json.loads(statistics_file(path).read_text(encoding="utf-8"))
+        count = statistics.get("successes", statistics.get("status_dict", {}).get("success", 0))
+        return int(count)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TarDamageError("its statistics cannot be read") from error
+
+
+def _named(members: TarMembers, broken: Counter[str]) -> Iterator[Member]:
+    """The members that could be part of a sample; the others are counted."""
+    for member in members:
+        key = member.name.partition(".")[0]
+        if not key or re.search(r"[/\\\0\ud800-\udfff]", member.name):
+            broken["unsafe name"] += 1
+        elif not member.regular:
+            broken["no regular file"] += 1
+        else:
+            yield member
+
+
+def _contents(members: Iterator[Member]) -> dict[str, Member]:
+    """The members of a sample by their suffix."""
+    found: dict[str, Member] = {}
+    reason = ""
+    # To the last, so that the next sample begins where it does.
+    for member in members:
+        suffix = member.name.partition(".")[2]
+        if suffix in found:
+            reason = reason or "repeated member"
+        found[suffix] = member
+    missing = [suffix for suffix in (PICTURE, CAPTION, METADATA) if suffix not in found]
+    if missing:
+        reason = reason or f"no {', no '.join(missing)} member"
+    if any(found[suffix].content is None for suffix in (PICTURE, CAPTION, METADATA) if suffix in found):
+        reason = reason or "too many bytes"
+    if reason:
+        raise BrokenSampleError(reason)
+    return found
+
+
+def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) -> dict[str, Any]:
+    """The manifest row of a sample.
+
+    Raises:
+        BrokenSampleError: it cannot be trained on.
+    """
+    picture, text, metadata = (members[suffix].content or b"" for suffix in (PICTURE, CAPTION, METADATA))
+    try:
+        caption = text.decode()
+    except UnicodeDecodeError as error:
+        raise BrokenSampleError("caption is not UTF-8") from error
+    if not caption.strip():
+        raise BrokenSampleError("no caption")
+    described = _mapping(metadata, "metadata is no JSON object")
+    try:
+        width, height = picture_size(picture)
+    except DecodeError as error:
+        raise BrokenSampleError("too many pixels" if "pixels" in str(error) else "cannot be decoded: header") from error
+    orientation = _orientation(described, picture)
+    if decoded:
+        try:
+            decode(picture, DECODED_SIDE, (0.5, 0.5))
+        except DecodeError as error:
+            raise BrokenSampleError("cannot be decoded: content") from error
+    if orientation >= 5:
+        width, height = height, width
+    return {
+        "uid": _uid(described, source, picture, caption),
+        "key": key,
+        "offset": members[PICTURE].offset,
+        "size": members[PICTURE].size,
+        "orientation": orientation,
+        "width": width,
+        "height": height,
+        "caption": caption,
+        "caption_hash": caption_hash(caption),
+    }
+
+
+def caption_hash(caption: str) -> int:
+    """64-bit hash of a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+def _uid(described: Mapping[str, Any], source: str, picture: bytes, caption: str) -> str:
+    """The name that the selection gave the pair, or one made here."""
+    uid, url = described.get("uid"), described.get("url")
+    if isinstance(uid, str) and UID.fullmatch(uid):
+        return uid
+    if not isinstance(url, str) or not url:
+        url = hashlib.sha256(picture).hexdigest()
+    # JSON can hold halves of characters, which no text has.
+    return pair_uid(source, url.encode("utf-8", "replace").decode(), caption)
+
+
+def _orientation(described: Mapping[str, Any], picture: bytes) -> int:
+    """How a picture is stored. The download neither turns pictures nor keeps the tag where it encodes them anew."""
+    exif = described.get("exif")
+    if exif is not None:
+        name = _mapping(exif, "EXIF is no JSON object").get("Image Orientation")
+        # Cameras write numbers too that mean nothing, and viewers pass over them.
+        return ORIENTATIONS.get(str(name), 1)
+    tag: int | None = None
+    with suppress(*PICTURE_ERRORS), Image.open(io.BytesIO(picture), formats=FORMATS) as file:
+        tag = file.getexif().get(ORIENTATION_TAG)
+    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
+
+
+def _mapping(text: Any, reason: str) -> dict[str, Any]:
+    """A JSON object, which is named in `reason` where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BrokenSampleError(reason) from error
+    if not isinstance(found, dict):
+        raise BrokenSampleError(reason)
+    return found

@@ -1,0 +1,133 @@
+"""What a manifest holds, in numbers and on a contact sheet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from data_pipeline.index.repeated import repeated_uids
+from data_pipeline.inspect.contact_sheet import draw_pairs, write_contact_sheet
+from data_pipeline.progress import track
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.data_schema import InspectConfig
+from vdtrain.data.manifest import Manifest, read_shards
+from vdtrain.files import check_output
+
+SIDES = (0, 64, 128, 256, 384, 512, 768, 1024)
+STAGES = (256, 512)
+ASPECT_RATIOS = (0.0, 0.5, 0.667, 0.8, 1.25, 1.5, 2.0)
+BAR = 40
+REASONS = 8
+MIN_PIXELS = 32
+
+
+def inspect(folder: Path, config: InspectConfig) -> None:
+    """Print what a manifest holds, and draw some of its pairs.
+
+    Raises:
+        ConfigError: a setting that cannot work, or a contact sheet that cannot be written.
+        ManifestError: the folder is no manifest, or a damaged one.
+    """
+    if config.shards < 1 or config.pictures < 0 or config.pixels < MIN_PIXELS:
+        raise ConfigError(
+            f"data.inspect: shards={config.shards} must be 1 or more, pictures={config.pictures} 0 or more, "
+            f"pixels={config.pixels} {MIN_PIXELS} or more"
+        )
+    output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
+    if config.pictures:
+        check_output(output.parent, f"data.inspect.output={output}")
+    manifest = Manifest(folder)
+    generator = np.random.default_rng(config.seed)
+    print(f"{folder}\n")
+    print("\n".join(_sources(manifest)))
+    if len(manifest):
+        print("\nshortest side, pixels:")
+        print("\n".join(_bars(_ranges(SIDES), _side_counts(manifest))))
+        drawn = np.sort(generator.choice(len(manifest.paths), min(config.shards, len(manifest.paths)), replace=False))
+        print("\n".join(_samples(manifest, drawn)))
+    broken: Counter[str] = Counter()
+    for line in read_shards(folder)["broken"].to_pylist():
+        broken.update(json.loads(line))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(REASONS))
+    print(f"\nleft out: {reasons or 'none'}")
+    repeated = repeated_uids(manifest)
+    about = "" if repeated.compared == 1 else "about "
+    example = f", as in {repeated.example[0]} and {repeated.example[1]}" if repeated.example else ""
+    print(f"listed more than once: {about}{repeated.samples:,}{example}")
+    count = min(config.pictures, len(manifest))
+    if count:
+        write_contact_sheet(output, draw_pairs(manifest, generator, count), config.pixels)
+        print(f"contact sheet of {count} pairs, drawn at random: {output}")
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    """A table of the sources, and of all together."""
+    enough = [manifest.counts(side) for side in STAGES]
+    groups = {name: manifest.sources == number for number, name in enumerate(manifest.source_names)}
+    groups["all"] = np.ones(len(manifest.paths), bool)
+    rows = [("source", "shards", "samples", "gigabytes", "kB/sample", *(f">= {side} px" for side in STAGES))]
+    for name, mask in groups.items():
+        samples, size = int(manifest.samples[mask].sum()), int(manifest.bytes[mask].sum())
+        shares = [f"{int(each[mask].sum()) / max(samples, 1):.1%}" for each in enough]
+        mean = size / max(samples, 1) / 1e3
+        rows.append((name, f"{mask.sum():,}", f"{samples:,}", f"{size / 1e9:,.2f}", f"{mean:,.1f}", *shares))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _side_counts(manifest: Manifest) -> NDArray[np.int64]:
+    """Samples between one of SIDES and the next."""
+    above = [int(manifest.counts(side).sum()) for side in SIDES]
+    return -np.diff([*above, 0])
+
+
+def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
+    """What only the samples tell, from some shards."""
+    ratios, characters, words, turned = [], [], [], 0
+    for shard in track(shards.tolist(), "samples"):
+        table = manifest.columns(shard, ["width", "height", "orientation", "caption"])
+        ratios.append(table["width"].to_numpy() / table["height"].to_numpy())
+        captions = table["caption"]
+        characters.append(pc.utf8_length(captions).to_numpy())
+        words.append(pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(captions))).to_numpy())
+        turned += pc.sum(pc.not_equal(table["orientation"], pa.scalar(1, pa.int8())), min_count=0).as_py()
+    every = np.concatenate(ratios)
+    counts = np.histogram(every, [*ASPECT_RATIOS, np.inf])[0]
+    of = "all" if len(shards) == len(manifest.paths) else f"{len(shards):,} of {len(manifest.paths):,}"
+    lines = ["", f"from {of} shards{', drawn at random' if of != 'all' else ''}, {len(every):,} samples:", ""]
+    lines += ["width over height:", *_bars(_ranges(ASPECT_RATIOS), counts), ""]
+    for name, lengths in (("characters", np.concatenate(characters)), ("words", np.concatenate(words))):
+        if len(lengths):
+            median, high = np.percentile(lengths, (50, 95))
+            mean = f"{lengths.mean():.1f} in the mean"
+            lines.append(f"{name} of a caption: {mean}, median {median:.0f}, 95th percentile {high:.0f}")
+    return [*lines, f"stored turned or mirrored, by EXIF: {turned / max(len(every), 1):.1%}"]
+
+
+def _ranges(edges: Sequence[float]) -> list[str]:
+    return [
+        *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)),
+        f"{edges[-1]:g} and more",
+    ]
+
+
+def _bars(names: Sequence[str], counts: NDArray[np.int64]) -> list[str]:
+    """A histogram in text."""
+    width, most, total = max(map(len, names)), max(1, int(counts.max())), max(1, int(counts.sum()))
+    return [
+        f"  {name:>{width}}  {count / total:>6.1%}  {'#' * round(BAR * count / most)}".rstrip()
+        for name, count in zip(names, counts.tolist(), strict=True)
+    ]

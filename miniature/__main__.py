@@ -1,0 +1,81 @@
+"""`python -m miniature COMMAND data=shapes`: the demo's drawn images."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from miniature.image_set import serve, write_picture_set
+from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.data_schema import DataConfig, ShapesConfig
+from vdtrain.config.schema import DataPipelineConfig
+from vdtrain.files import check_output
+
+USAGE = """\
+Usage: python -m miniature COMMAND data=shapes [SETTING=VALUE ...]
+
+Commands:
+  draw       draw the demo's images and write their metadata
+  serve      serve these images on this machine, for the download (stop with Ctrl-C)
+
+`python -m miniature.frozen` trains the frozen parts of the tiny preset.
+"""
+
+
+def _shapes(data: DataConfig) -> ShapesConfig:
+    if data.shapes is None:
+        raise ConfigError(f"data={data.name}: has no drawn images; use data=shapes")
+    return data.shapes
+
+
+def _draw(data: DataConfig) -> None:
+    shapes = _shapes(data)
+    check_output(Path(shapes.folder), f"data.shapes.folder={shapes.folder}")
+    write_picture_set(shapes)
+
+
+def _serve(data: DataConfig) -> None:
+    shapes = _shapes(data)
+    # `kill` stops it as Ctrl-C does: that is its normal end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            serve(shapes)
+    except OSError as error:
+        raise ConfigError(
+            f"data.shapes.port={shapes.port}: {error.strerror or error}; give another port, or end what listens there"
+        ) from error
+
+
+COMMANDS: dict[str, Callable[[DataConfig], None]] = {"draw": _draw, "serve": _serve}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+
+    def action(config: DataPipelineConfig, document: DictConfig) -> int:
+        COMMANDS[command](config.data)
+        return 0
+
+    try:
+        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, rest)
+    except KeyboardInterrupt:
+        print("stopped; run it again to continue", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The drawn picture set on disk: JPEG files, and their metadata as LAION-2B-en and COYO-700M publish theirs.
+
+python -m miniature draw data=shapes     # draw
+python -m miniature serve data=shapes      # serve on this machine, so that the real download can fetch them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data_pipeline.progress import track
+from miniature.shapes import caption, draw, sample_scene
+from vdtrain.config.data_schema import ShapesConfig
+
+HOST = "127.0.0.1"
+COMPLETE_FILE = "complete.json"
+JPEG_QUALITY = 95
+# Share of the pictures that the LAION table lists; the COYO table lists the others.
+LAION_SHARE = 0.6
+
+LAION_SCHEMA: pa.Schema = pa.schema(
+    [
+        pa.field("SAMPLE_ID", pa.int64()),
+        pa.field("URL", pa.string()),
+        pa.field("TEXT", pa.string()),
+        pa.field("HEIGHT", pa.int32()),
+        pa.field("WIDTH", pa.int32()),
+        pa.field("LICENSE", pa.string()),
+        pa.field("NSFW", pa.string()),
+        pa.field("similarity", pa.float64()),
+    ]
+)
+COYO_SCHEMA: pa.Schema = pa.schema(
+    [
+        pa.field("id", pa.int64()),
+        pa.field("url", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("image_phash", pa.string()),
+        pa.field("text_length", pa.int64()),
+        pa.field("word_count", pa.int64()),
+        pa.field("num_tokens_bert", pa.int64()),
+        pa.field("num_tokens_gpt", pa.int64()),
+        pa.field("num_faces", pa.int64()),
+        pa.field("clip_similarity_vitb32", pa.float64()),
+        pa.field("clip_similarity_vitl14", pa.float64()),
+        pa.field("nsfw_score_opennsfw2", pa.float64()),
+        pa.field("nsfw_score_gantman", pa.float64()),
+        pa.field("watermark_score", pa.float64()),
+        pa.field("aesthetic_score_laion_v2", pa.float64()),
+    ]
+)
+
+
+def write_picture_set(config: ShapesConfig) -> None:
+    """Draw the set into its folder, unless it is there, complete and of the same settings.
+
+    Colour-shape pairs that are held out are not drawn.
+    """
+    folder = Path(config.folder)
+    settings = {"pictures": config.pictures, "pixels": config.pixels, "seed": config.seed, "port": config.port}
+    marker = folder / COMPLETE_FILE
+    # A damaged one is none.
+    with suppress(ValueError):
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
+            print(f"{folder}: complete")
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
+    generator = np.random.default_rng(config.seed)
+    laion, coyo = [], []
+    for number in track(range(config.pictures), "draw"):
+        scene = sample_scene(generator)
+        name = f"images/{number:06d}.jpg"
+        Image.fromarray(draw(scene, config.pixels)).save(folder / name, quality=JPEG_QUALITY)
+        url, text = f"http://{HOST}:{config.port}/{name}", caption(scene, generator)
+        if number < LAION_SHARE * config.pictures:
+            laion.append(_laion_row(number, url, text, config.pixels))
+        else:
+            coyo.append(_coyo_row(number, url, text, config.pixels))
+    pq.write_table(pa.Table.from_pylist(laion, schema=LAION_SCHEMA), folder / "laion2b_en.parquet")
+    pq.write_table(pa.Table.from_pylist(coyo, schema=COYO_SCHEMA), folder / "coyo700m.parquet")
+    draft = marker.with_suffix(".tmp")
+    draft.write_text(json.dumps(settings), encoding="utf-8")
+    os.replace(draft, marker)
+    print(f"{folder}: {len(laion):,} pictures in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
+
+
+def serve(config: ShapesConfig) -> None:
+    """Serve the set's folder to this machine alone, until interrupted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    handler = partial(_QuietHandler, directory=config.folder)
+    with ThreadingHTTPServer((HOST, config.port), handler) as server:
+        server.serve_forever()
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of requests."""
+
+
+def _laion_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:
+    return {
+        "SAMPLE_ID": number,
+        "URL": url,
+        "TEXT": text,
+        "HEIGHT": pixels,
+        "WIDTH": pixels,
+        "LICENSE": "?",
+        "NSFW": "UNLIKELY",
+        "similarity": 0.35,
+    }
+
+
+def _coyo_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:
+    words = text.split()
+    return {
+        "id": number,
+        "url": url,
+        "text": text,
+        "width": pixels,
+        "height": pixels,
+        "image_phash": hashlib.sha256(url.encode()).hexdigest()[:16],
+        "text_length": len(text),
+        "word_count": len(words),
+        "num_tokens_bert": len(words),
+        "num_tokens_gpt": len(words),
+        "num_faces": 0,
+        "clip_similarity_vitb32": 0.3,
+        "clip_similarity_vitl14": 0.3,
+        "nsfw_score_opennsfw2": 0.01,
+        "nsfw_score_gantman": 0.01,
+        "watermark_score": 0.01,
+        "aesthetic_score_laion_v2": 5.0,
+    }

@@ -1,0 +1,243 @@
+"""What a checkpoint folder holds, how it is checked, and how any slice of it is read.
+
+    step-000000123/
+        rank-00000-of-00002.safetensors    "GROUP/KIND" -> flat float32 piece, one file per process
+        rank-00001-of-00002.safetensors
+        passengers.safetensors             what the stage did not train, by name; absent if it trained everything
+        checkpoint.json                    the index, written last: its presence says that all else is there
+
+The row of a layer group does not depend on the number of processes, so any number of them, or none, can read it back
+from the pieces. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vdtrain.checkpoint.folder import FORMAT, INDEX_FILE, CheckpointError, file_records, index_checksum, read_index
+from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, ParameterSlot
+from vdtrain.files import FileRecord, damage, write_text
+from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
+
+PASSENGERS_FILE = "passengers.safetensors"
+# Bytes that are written at a time: an error of the disk is noticed soon.
+BLOCK_BYTES = 1 << 24
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Index:
+    """Contents of checkpoint.json.
+
+    Attributes:
+        step: the trainer's step.
+        world_size: number of processes that wrote it.
+        optimizer_steps: updates that AdamW has applied.
+        ema_updates: updates of the averaged weights; None if none were kept.
+        trainer: the trainer's own state.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    optimizer_steps: int
+    ema_updates: int | None
+    trainer: dict[str, Any]
+    groups: tuple[GroupLayout, ...]
+    files: Mapping[str, FileRecord]
+
+    def write(self, folder: Path) -> None:
+        """Write checkpoint.json, with a checksum of its own, and see it onto the disk."""
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+            "optimizer_steps": self.optimizer_steps,
+            "ema_updates": self.ema_updates,
+            "trainer": self.trainer,
+            "groups": [
+                {
+                    "group": layout.group,
+                    "numel": layout.numel,
+                    "pieces": [layout.piece(rank, self.world_size) for rank in range(self.world_size)],
+                    "parameters": [
+                        {"name": slot.name, "shape": slot.shape, "offset": slot.offset} for slot in layout.slots
+                    ],
+                }
+                for layout in self.groups
+            ],
+            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+        }
+        text = json.dumps({"sha256": index_checksum(content), "checkpoint": content}, indent=1)
+        write_text(folder / INDEX_FILE, text)
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """Read checkpoint.json.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, or of another format.
+        """
+        content = read_index(folder)
+        return cls(
+            step=content["step"],
+            world_size=content["world_size"],
+            zero_stage=content["zero_stage"],
+            precision=content["precision"],
+            optimizer_steps=content["optimizer_steps"],
+            ema_updates=content["ema_updates"],
+            trainer=content["trainer"],
+            groups=tuple(
+                GroupLayout(
+                    entry["group"],
+                    tuple(ParameterSlot(p["name"], tuple(p["shape"]), p["offset"]) for p in entry["parameters"]),
+                )
+                for entry in content["groups"]
+            ),
+            files=file_records(content),
+        )
+
+
+class PieceReader:
+    """Reads any slice of a group's row, whatever the number of processes that wrote it."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._index = index
+        self._layouts = {layout.group: layout for layout in index.groups}
+        self._open = contextlib.ExitStack()
+        self._files = [
+            self._open.enter_context(safe_open(folder / shard_name(rank, index.world_size), framework="pt"))
+            for rank in range(index.world_size)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def read(self, group: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the row of `group`: float32, on the CPU. See partitions.RowReader."""
+        parts = []
+        for rank, file in enumerate(self._files):
+            first, last = self._layouts[group].piece(rank, self._index.world_size)
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                parts.append(file.get_slice(f"{group}/{kind}")[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+def read_weights(folder: Path, which: str = "model", verify: bool = True) -> LazyTensors:
+    """Full weights of a checkpoint by parameter name, float32 on the CPU, bitwise as the processes held them.
+
+    All files are checked first; a weight is then read on access. Needs no process group. What the stage did not train
+    is included; it has no average, so "ema" gives it as it is.
+
+    Args:
+        folder: a complete checkpoint.
+        which: "model", the weights last trained, or "ema", their average.
+        verify: False where the files have just been checked, e.g. by `CheckpointStore.verify`.
+
+    Raises:
+        ValueError: if `which` is neither.
+        CheckpointError: if the checkpoint is damaged, or keeps no average.
+    """
+    kinds = {"model": MASTER, "ema": EMA}
+    if which not in kinds:
+        raise ValueError(f"weights: {which!r} is neither model nor ema")
+    index = Index.read(folder)
+    if verify and (damaged := damage(folder, index.files)):
+        raise CheckpointError(damaged)
+    if which == "ema" and index.ema_updates is None:
+        raise CheckpointError(f"{folder}: keeps no averaged weights (it was trained with ema.enabled=false); use model")
+    reader = PieceReader(folder, index)
+
+    def entry(group: str, slot: ParameterSlot) -> Entry:
+        def read() -> Tensor:
+            return reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel).view(slot.shape)
+
+        return Entry(torch.Size(slot.shape), torch.float32, read)
+
+    trained = {slot.name: entry(layout.group, slot) for layout in index.groups for slot in layout.slots}
+    return LazyTensors({**read_passengers(folder, index).entries, **trained})
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The trainer's own state in a checkpoint.
+
+    Raises:
+        CheckpointError: if the index is missing or damaged.
+    """
+    return Index.read(folder).trainer
+
+
+def read_passengers(folder: Path, index: Index) -> LazyTensors:
+    """What the stage did not train, by name."""
+    if PASSENGERS_FILE not in index.files:
+        return LazyTensors({})
+    return open_tensors(folder / PASSENGERS_FILE, "checkpoint")
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of all weights in a checkpoint, trained or not."""
+    index = Index.read(folder)
+    trained = [slot.name for layout in index.groups for slot in layout.slots]
+    return trained + list(read_passengers(folder, index))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a safetensors file and see it onto the disk.
+
+    Its checksum is taken of what is written, not of what is read back. Other threads run meanwhile: hashing and writing
+    do without Python's lock, which the safetensors package holds for as long as it writes.
+
+    Args:
+        tensors: on the CPU.
+
+    Raises:
+        OSError: if it cannot be written, also when the disk is full.
+    """
+    # The format wants every tensor aligned to its own item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    # Hashing takes as long as a fast disk does, so that the two run side by side.
+    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
+        file.write(head)
+        for _, tensor in ordered:
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashing.submit(digest.update, content)
+            for begin in range(0, len(content), BLOCK_BYTES):
+                file.write(content[begin : begin + BLOCK_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(head) + end, digest.hexdigest())
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"

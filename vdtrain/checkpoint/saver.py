@@ -1,0 +1,114 @@
+"""Checkpoints written beside training: the step loop waits only while its values are copied.
+
+    saver.begin(engine, ema, trainer_state, step)      copies, and returns while a thread writes and publishes
+    for line in saver.failures(): ...                  at any later step: saves that were given up
+    saver.settle()                                     waits until nothing is being written
+
+The threads of all processes agree over a process group of their own, so that they never meet a collective of training.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.run import distributed
+from vdtrain.run.connections import connection_problem
+
+# A process whose disk is slow keeps the others' threads waiting, and no one else; one that ends breaks the connection.
+GROUP_TIMEOUT = timedelta(days=1)
+
+
+class BackgroundSaver:
+    """Writes a store's checkpoints, one at a time. Every process calls each method together, after the same step.
+
+    A save that fails on one process is given up on all of them; the next one tries again.
+
+    Args:
+        patience_seconds: how long `begin` waits for the save before it, after which the new one is given up; None for
+            as long as it takes.
+    """
+
+    def __init__(self, store: CheckpointStore, patience_seconds: float | None = None) -> None:
+        self.store = store
+        self.patience_seconds = patience_seconds
+        self.saved_step: int | None = None
+        self.failed = 0
+        self._memory = HostMemory()
+        self._group: Any = (
+            dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if distributed.world_size() > 1 else None
+        )
+        self._thread: threading.Thread | None = None
+        self._overdue = False
+        # Of the save under way; set by its thread as the last thing that it does.
+        self._failure: str | None = None
+        self._step: int | None = None
+        self._news: list[str] = []
+
+    def begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
+        """Copy the values of this moment and let a thread write them as the checkpoint of `step`."""
+        idle = self._wait(0.0 if self._overdue else self.patience_seconds)
+        if not distributed.all_agree(idle):
+            self._overdue = not idle
+            self._give_up(
+                f"{self.store.folder}: the checkpoint of step {step} was not saved (a process still writes the one "
+                f"of step {self._step})"
+            )
+            return
+        self._overdue, self._step = False, step
+        snapshot = Snapshot.take(engine, ema, trainer_state, step, self._memory)
+        # Not waited for when the interpreter ends: a run that fails must not hang on a dead file system.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def settle(self) -> None:
+        """Return when nothing is being written."""
+        self._wait(None)
+
+    def failures(self) -> list[str]:
+        """One line about every save that was given up since the last call."""
+        self._wait(0.0)
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Leave the group of the threads. What is still being written then, after an error, is not published."""
+        if self._group is not None and self._thread is None:
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        group = self._group
+        try:
+            self.store.write(snapshot, lambda value: distributed.gather_json(value, group))
+        except Exception as error:
+            self._failure = connection_problem(error) or " ".join(str(error).split())
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Wait for the save under way, at most so long, and take note of its outcome; False if it is not done."""
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        self._thread = None
+        if self._failure is None:
+            self.saved_step = self._step
+        else:
+            self._give_up(self._failure)
+        self._failure = None
+        return True
+
+    def _give_up(self, line: str) -> None:
+        self.failed += 1
+        self._news.append(line)

@@ -1,0 +1,335 @@
+"""Saving and resuming a run: a checkpoint is there as a whole or not at all.
+
+All processes write their own piece into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes the
+index, renames the folder to `step-000000123`, and only then moves `latest` to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdtrain.checkpoint.folder import (
+    LATEST_FILE,
+    CheckpointError,
+    candidates,
+    checkpoint_name,
+    is_checkpoint,
+    latest_by_sizes,
+    step_of,
+)
+from vdtrain.checkpoint.format import (
+    PASSENGERS_FILE,
+    Index,
+    PieceReader,
+    read_passengers,
+    read_trainer_state,
+    read_weights,
+    shard_name,
+    weight_names,
+    write_tensors,
+)
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.engine.partitions import EMA
+from vdtrain.errors import system_error, unwritable
+from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
+from vdtrain.run import distributed
+from vdtrain.run.records import note_saved
+
+
+class HostMemory:
+    """CPU memory that is taken once and used again for every copy; pinned where tensors come from a GPU.
+
+    As large as what is copied: this process's weights, both moments and average, 16 bytes per weight of its piece.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors' present values, whole when this returns; overwritten by the next call."""
+        for name, tensor in tensors.items():
+            if name not in self._places:
+                self._places[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._places[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return {name: self._places[name] for name in tensors}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One process's share of a checkpoint.
+
+    Attributes:
+        index: of the whole checkpoint, without its files.
+        pieces: "GROUP/KIND" -> this process's flat piece, float32.
+        passengers: what the stage does not train, by name; empty on all processes but the first.
+    """
+
+    index: Index
+    pieces: Mapping[str, Tensor]
+    passengers: Mapping[str, Tensor]
+
+    @classmethod
+    def take(
+        cls,
+        engine: Engine,
+        ema: ShardEMA | None,
+        trainer_state: dict[str, Any],
+        step: int,
+        memory: HostMemory,
+    ) -> Snapshot:
+        """The engine's and the average's present values, copied: training may go on at once."""
+        partitions = engine.partitions()
+        rows: dict[str, Tensor] = {}
+        for position, partition in enumerate(partitions):
+            group = partition.layout.group
+            rows |= {f"{group}/{kind}": row for kind, row in partition.rows.items()}
+            if ema is not None:
+                rows[f"{group}/{EMA}"] = ema.rows[position]
+        index = Index(
+            step=step,
+            world_size=distributed.world_size(),
+            zero_stage=engine.settings.zero_stage,
+            precision=engine.settings.precision,
+            optimizer_steps=engine.optimizer_steps,
+            ema_updates=None if ema is None else ema.updates,
+            trainer=trainer_state,
+            groups=tuple(partition.layout for partition in partitions),
+            files={},
+        )
+        # Passengers stay as they are for as long as the engine lives.
+        return cls(index, memory.copy(rows), engine.passengers)
+
+
+__all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
+
+# Every process's value, by rank, on every process.
+Gather = Callable[[Any], list[Any]]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Where a process group was started, every process calls each method together, and all succeed or fail together.
+
+    Args:
+        folder: on a file system that every process sees.
+        keep: how many checkpoints stay, the newest included.
+        keep_every_steps: those of a step that is a multiple of it stay as well; None for none.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every_steps: int | None = None) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep: {keep} would remove the newest checkpoint; keep at least 1")
+        self.folder = folder
+        self.keep = keep
+        self.keep_every_steps = keep_every_steps
+        self._verified: set[Path] = set()
+
+    def write(self, snapshot: Snapshot, gather: Gather = distributed.gather_json) -> Path:
+        """Write a checkpoint, make it the latest, and remove those that are too many.
+
+        Args:
+            snapshot: this process's share; its step names the checkpoint, and one of the same step is replaced.
+            gather: the exchange between the processes, e.g. of a group that belongs to the calling thread.
+
+        Raises:
+            CheckpointError: on every process, if any of them failed. The earlier checkpoints are untouched, and
+                training may go on.
+        """
+        final = self.folder / checkpoint_name(snapshot.index.step)
+        draft = final.with_name(final.name + INCOMPLETE)
+        first = distributed.rank() == 0
+
+        def together(action: Callable[[], Any]) -> list[Any]:
+            return _together(action, gather, self.folder, f"the checkpoint of step {snapshot.index.step}")
+
+        try:
+            together(lambda: self._prepare(draft) if first else None)
+            records: dict[str, FileRecord] = {}
+            for written in together(lambda: _write_own_files(draft, snapshot)):
+                records.update({name: FileRecord(**record) for name, record in written.items()})
+            index = replace(snapshot.index, files=records)
+            together(lambda: self._publish(draft, final, index) if first else None)
+        except CheckpointError:
+            if first:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+        self._verified.discard(final)
+        if first:
+            self._prune(final)
+        return final
+
+    def latest_complete(self, thorough: bool = True) -> Path | None:
+        """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one.
+
+        Args:
+            thorough: False goes by the files' sizes, for which no other process is asked or awaited.
+        """
+        if not thorough:
+            found, _ = latest_by_sizes(self.folder)
+            return None if found is None else found.path
+        for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(self.folder)])):
+            try:
+                self.verify(path)
+            except CheckpointError as error:
+                if distributed.rank() == 0:
+                    logger.warning("checkpoint %s is passed over: %s", path.name, error)
+            else:
+                return path
+        return None
+
+    def load(self, path: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, Any]:
+        """Bring the engine and the average to where they stood when the checkpoint was written.
+
+        The number of processes and the ZeRO stage may differ from those that wrote it.
+
+        Returns:
+            The trainer's state.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged, or was written by a stage that trains other layers.
+        """
+        index = self.verify(path)
+        own = tuple(partition.layout for partition in engine.partitions())
+        if index.groups != own:
+            raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
+        passengers = read_passengers(path, index)
+        if passengers.keys() != engine.passenger_names:
+            strange = min(passengers.keys() ^ engine.passenger_names)
+            raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
+        engine.load_passengers(passengers)
+        with PieceReader(path, index) as reader:
+            engine.load_partitions(reader.read, index.optimizer_steps)
+            if ema is not None and index.ema_updates is not None:
+                ema.load(reader.read, index.ema_updates)
+            elif ema is not None:
+                logger.warning("%s keeps no averaged weights: the average starts at its weights", path)
+                ema.restart()
+        return index.trainer
+
+    def verify(self, path: Path) -> Index:
+        """Check every file of a checkpoint, once in the life of this store and each process its share of them.
+
+        Raises:
+            CheckpointError: on every process, if any of the files is damaged.
+        """
+        if path not in self._verified:
+            damages = [damage for damage in distributed.gather_json(_damage_in_own_share(path)) if damage]
+            if damages:
+                raise CheckpointError(damages[0])
+            self._verified.add(path)
+        return Index.read(path)
+
+    def _prepare(self, draft: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
+        draft.mkdir()
+
+    def _publish(self, draft: Path, final: Path, index: Index) -> None:
+        for name, record in index.files.items():
+            size = (draft / name).stat().st_size
+            if size != record.bytes:
+                raise OSError(f"{draft / name} has {size} bytes here and {record.bytes} where it was written")
+        index.write(draft)
+        sync(draft)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        draft.rename(final)
+        sync(self.folder)
+        pointer = self.folder / (LATEST_FILE + INCOMPLETE)
+        write_text(pointer, final.name + "\n")
+        os.replace(pointer, self.folder / LATEST_FILE)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        # The checkpoint is there, whatever becomes of the note.
+        with contextlib.suppress(OSError):
+            note_saved(self.folder.parent, step_of(final))
+
+    def _prune(self, newest: Path) -> None:
+        """Remove all that no rule keeps; checkpoints after `newest`, of a run that was set back, stay."""
+        older = sorted(path for path in candidates(self.folder) if path.name < newest.name)
+        for path in older[: max(0, len(older) - (self.keep - 1))]:
+            if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_drafts(self) -> None:
+        for draft in self.folder.glob(f"*{INCOMPLETE}"):
+            if draft.is_dir():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
+
+
+def _damage_in_own_share(path: Path) -> str | None:
+    """Check the index and this process's share of the files: one line about what is damaged, if anything is."""
+    try:
+        index = Index.read(path)
+    except CheckpointError as error:
+        return str(error)
+    return damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+
+
+def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
+    """Run `action` on every process; its results by rank, or an error on every process if any of them failed.
+
+    Args:
+        folder: that is written.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    # Whatever it is: a process that stays away from the exchange leaves the others waiting.
+    except Exception as error:
+        failure = f"process {distributed.rank()}: {_said(error, folder)}"
+    outcomes = gather({"result": result, "failure": failure})
+    failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
+    if failures:
+        raise CheckpointError(f"{folder}: {what} was not saved: {failures[0]}")
+    return [outcome["result"] for outcome in outcomes]
+
+
+def _said(error: Exception, folder: Path) -> str:
+    found = system_error(error)
+    if found is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}; see its log"
+    return unwritable(found, folder if found.filename is None else Path(str(found.filename)), "")
+
+
+def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """Write this process's piece, and on rank 0 the passengers; the records of the files, by name, as JSON."""
+    name = shard_name(distributed.rank(), distributed.world_size())
+    records = {name: write_tensors(draft / name, snapshot.pieces)}
+    if snapshot.passengers:
+        records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, snapshot.passengers)
+    return {name: asdict(record) for name, record in records.items()}
+
+
+def _difference(index: Index, engine: Engine) -> str:
+    """How the layer groups of a checkpoint differ from the engine's, in words."""
+    theirs = [layout.group for layout in index.groups]
+    ours = [partition.layout.group for partition in engine.partitions()]
+    if theirs != ours:
+        return f"was written by a stage that trains {', '.join(theirs)}, and this one trains {', '.join(ours)}"
+    changed = [
+        layout.group
+        for layout, partition in zip(index.groups, engine.partitions(), strict=True)
+        if layout != partition.layout
+    ]
+    return f"the parameters of {', '.join(changed)} have other names or shapes in it than in this model"

@@ -1,0 +1,113 @@
+"""A stage's plan for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.schema import PlanConfig
+from vdtrain.config.validation import check_settings
+from vdtrain.planning.memory import GB, StagePlan
+
+FORMATS = ("table", "json")
+
+USAGE = """\
+Usage: vdtrain plan stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
+
+Say, for every phase of a stage, what training it would take: the memory of each GPU by what fills it, the largest
+micro-batch that fits, steps, and bytes on disk. The networks are laid out at their full size without their memory, and
+a micro-batch of every flow is sent through them; this takes about a minute and needs no GPU, weights or data.
+
+All groups and settings of `vdtrain train`, and:
+  gpus=N              processes, one to a GPU (default 8)
+  format=json         for programs (default: table)
+
+Examples:
+  vdtrain plan stage=stage3_four_flow hardware=h100 gpus=8
+  vdtrain plan stage=stage1_single_flow hardware=a100_40gb gpus=16 'hardware.micro_batch_size={512: 8}'
+  vdtrain plan hardware=h200 hardware.zero_stage=2 hardware.activation_checkpointing=blocks format=json
+"""
+
+
+def plan(config: PlanConfig, document: DictConfig) -> int:
+    """Print the plan; exit status 0, also where it does not fit."""
+    _check(config)
+    # Heavy imports come after the checks, so that a mistake is said at once.
+    from vdtrain.planning.memory import plan_stage
+
+    made = plan_stage(config, config.gpus)
+    if config.format == "json":
+        print(json.dumps(made.to_dict(), indent=2))
+        return 0
+    console = Console(soft_wrap=True, highlight=False)
+    hardware = config.hardware
+    console.print(
+        f"{made.stage} on {made.gpus} x {hardware.name}: ZeRO {hardware.zero_stage}, {hardware.precision}, "
+        f"activation checkpointing: {hardware.activation_checkpointing}"
+    )
+    console.print(plan_table(made))
+    trained = sum(made.parameters.values())
+    console.print(
+        f"{trained:,} trained parameters, {made.frozen_parameters:,} frozen; {made.pairs_per_step} pairs a step"
+    )
+    console.print(f"a checkpoint is {made.checkpoint / 1e9:.2f} GB, those kept {made.checkpoints / 1e9:.2f} GB")
+    console.print("left out: " + "; ".join(made.left_out))
+    for warning in made.warnings:
+        console.print(f"warning: {warning}", style="bold red")
+    return 0
+
+
+def _check(config: PlanConfig) -> None:
+    if config.gpus < 1:
+        raise ConfigError(f"gpus={config.gpus}: must be at least 1")
+    if config.format not in FORMATS:
+        raise ConfigError(f"format={config.format}: choose one of {', '.join(FORMATS)}")
+    if config.hardware.memory_gb is not None and config.hardware.memory_gb <= 0:
+        raise ConfigError(f"hardware.memory_gb={config.hardware.memory_gb}: not above 0; null if it is not known")
+    check_settings(config, config.gpus)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vdtrain plan`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_verb(USAGE, "plan", PlanConfig, plan, arguments)
+
+
+def plan_table(made: StagePlan) -> Table:
+    """GB on each GPU, a column to a phase."""
+    table = Table("GB on each GPU", *(f"{phase.resolution} x {phase.resolution}" for phase in made.phases))
+    standing = {name.replace("ema", "averaged weights"): size for name, size in asdict(made.standing).items()}
+    sizes = [
+        {
+            **standing,
+            "from step to step": made.standing.total,
+            "encoding": phase.measured.encoding,
+            "kept by forward": phase.measured.kept,
+            "forward and backward": phase.measured.peak,
+            "exchange in backward": phase.exchange,
+            "reduction and update": phase.update,
+            "peak": phase.peak,
+        }
+        for phase in made.phases
+    ]
+    for name in sizes[0]:
+        ends = name in ("frozen", "from step to step", "reduction and update")
+        table.add_row(name, *(f"{column[name] / GB:.2f}" for column in sizes), end_section=ends)
+    if made.memory is not None:
+        table.add_row(f"of {made.memory / GB:.0f} GB", *(f"{phase.peak / made.memory:.0%}" for phase in made.phases))
+    table.add_section()
+    table.add_row("micro-batch", *(f"{phase.micro_batch} x {phase.micro_batches}" for phase in made.phases))
+    if made.memory is not None:
+        table.add_row("largest that fits", *(str(phase.largest_micro_batch) for phase in made.phases))
+    table.add_row("steps", *(f"{phase.steps:,}" for phase in made.phases))
+    table.add_row("pairs", *(f"{phase.samples:,}" for phase in made.phases))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table

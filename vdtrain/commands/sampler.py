@@ -1,0 +1,115 @@
+"""What the verbs that sample share: the model that a command line asks for, its inputs, and its results as files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import SamplerConfig
+from vdtrain.diffusion.sampling import make_solver, spacing_note
+from vdtrain.errors import unwritable
+from vdtrain.files import check_output
+from vdtrain.media import MEDIA, Medium
+from vdtrain.pipeline import VersatileDiffusion
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")
+# Settings that say where a sample was made, not how.
+LOCAL = ("output_dir", "device", "threads", "batch_size", "resolution")
+
+
+class Sampler:
+    """A loaded model with the settings of a command line.
+
+    Args:
+        config: of the verb.
+        document: the same, for the metadata of the results.
+
+    Raises:
+        ConfigError: a setting that cannot work, or no complete checkpoint.
+    """
+
+    def __init__(self, config: SamplerConfig, document: DictConfig) -> None:
+        check_sampler(config)
+        check_output(Path(config.output_dir), f"output_dir={config.output_dir}")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.config, self.document = config, document
+        self.settings = {name: getattr(config, name) for name in SAMPLING}
+        self.size = (config.height, config.width)
+        self.model = VersatileDiffusion.from_checkpoint(
+            config.checkpoint, config.weights, config.device, DTYPES[config.precision]
+        )
+        solver = make_solver(config.solver, self.model.schedule, config.steps, config.eta)
+        self.steps_taken = len(solver.timesteps)
+        if note := spacing_note(config.solver, self.model.schedule, config.steps):
+            print(f"note: {note}", file=sys.stderr, flush=True)
+
+    def read(self, modality: str, inputs: Sequence[str], size: tuple[int, int] | None = None) -> Any:
+        """Inputs of a command line as a batch; pictures as squares, or of `size`."""
+        side = min(self.size)
+        return medium(modality).read(inputs, size or (side, side))
+
+    def progress(self, turns: Sequence[int]) -> Sequence[int]:
+        """A progress bar over the steps, on a terminal."""
+        return track(turns, "sampling") if sys.stdout.isatty() else turns  # type: ignore[return-value]
+
+    def write(self, modality: str, samples: Any) -> int:
+        """Write samples below `output_dir` and print what was written; returns the exit status."""
+        folder = Path(self.config.output_dir)
+        settings = OmegaConf.to_container(self.document, resolve=True)
+        assert isinstance(settings, Mapping)
+        kept = {str(key): value for key, value in settings.items() if key not in LOCAL}
+        if self.steps_taken != self.config.steps:
+            kept["steps_taken"] = self.steps_taken
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = medium(modality).write(samples, folder, kept)
+        except OSError as error:
+            raise ConfigError(f"output_dir={folder}: {unwritable(error, folder)}") from error
+        for file in files:
+            print(file)
+        if isinstance(samples, list):
+            print("\n".join(samples))
+        return 0
+
+
+def check_sampler(config: SamplerConfig) -> None:
+    """Refuse what no model can be loaded with.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    for setting, value, choices in (
+        ("weights", config.weights, ("ema", "model")),
+        ("device", config.device, ("cpu", "cuda")),
+        ("precision", config.precision, tuple(DTYPES)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
+    if not os.path.exists(config.checkpoint):
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: does not exist; give a run, checkpoint or weights folder as the first "
+            "plain argument, or as checkpoint="
+        )
+
+
+def medium(modality: str) -> Medium:
+    """How files of a modality are read and written.
+
+    Raises:
+        ConfigError: nothing is known about files of that modality.
+    """
+    if modality not in MEDIA:
+        raise ConfigError(f"modality {modality!r}: no files are known for it, only for {', '.join(MEDIA)}")
+    return MEDIA[modality]

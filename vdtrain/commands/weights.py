@@ -1,0 +1,169 @@
+"""Bring published weights in, and trained ones out.
+
+vdtrain weights import versatile_diffusion vd-four-flow-v1-0.pth
+vdtrain weights export diffusers exported runs/stage3_four_flow
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from vdtrain.config.command_line import CommandLine, PlainArguments
+from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.overrides import Override
+from vdtrain.config.schema import WeightsConfig
+from vdtrain.files import refuse_existing
+from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
+from vdtrain.weights.tensor_files import SUFFIXES
+
+USAGE = """\
+Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
+       vdtrain weights export FORMAT OUTPUT [CHECKPOINT] [SETTING=VALUE ...]
+
+Bring published weights in, in whatever layout they were published, and trained ones out. Names and shapes are checked
+against the model before anything is written, nothing in a file is run, and what is written appears as a whole.
+
+  --help              this text
+  --cfg job           print the configuration and stop
+
+Import. PATH is a file or folder, or hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT; a source with an address needs none.
+{sources}
+
+  The diffuser goes to `output`, a weights folder that stage.init_from, model.base_weights and checkpoint= read; a
+  frozen part goes where the model's configuration reads it. Precision is kept.
+
+Export. OUTPUT is the file or folder to make. A path that looks like a setting, a=b, is written ./a=b.
+{formats}
+
+Examples:
+  vdtrain weights import stable_diffusion
+  vdtrain weights import stable_diffusion sd-v1-4.ckpt
+  vdtrain weights import image_vae hf:shi-labs/versatile-diffusion/vae@2926f8e11ea526b562cd592b099fcf9c2985d0b7
+  vdtrain weights import versatile_diffusion vd-four-flow-v1-0-fp16.pth output=weights/released
+  vdtrain sample weights/released "a lighthouse at dusk, in oil" device=cuda
+  vdtrain weights export versatile_diffusion my-vd.pth runs/stage3_four_flow weights=ema precision=fp16
+  vdtrain weights export safetensors my-vd weights/released
+  vdtrain weights export diffusers my-vd-diffusers runs/stage3_four_flow
+
+Settings:
+  output              import: where the diffuser goes (default: as shown beside the source)
+  checkpoint          export, the same as CHECKPOINT: run folder (its latest), checkpoint folder, or weights folder
+  weights             export: ema (averaged) or model (as trained)
+  precision           export: keep, fp32, fp16 or bf16
+  overwrite           true replaces what is there
+"""
+
+
+def _usage() -> str:
+    sources = []
+    for name, source in SOURCES.items():
+        sources.append(f"  {name:<21}{source.text}")
+        sources += [f"  {'':<21}  from {source.address}"] if source.address else []
+        sources += [f"  {'':<21}  to {source.output}"] if source.output else []
+    formats = [f"  {name:<21}{text}" for name, text in FORMATS.items()]
+    return USAGE.format(sources="\n".join(sources), formats="\n".join(formats))
+
+
+Action = Callable[[WeightsConfig], int]
+
+
+def parse(words: Sequence[str]) -> Action:
+    """What the words of a command line, without its settings, ask for.
+
+    Raises:
+        ConfigError: no such verb, source or format, or another number of words.
+    """
+    verb, name, *rest = [*words, "", ""][: max(2, len(words))]
+    if verb == "import":
+        if name not in SOURCES:
+            raise ConfigError(f"import {name}: no such source; choose one of {', '.join(SOURCES)}")
+        path = rest[0] if rest else SOURCES[name].address
+        if path is None or len(rest) > 1:
+            raise ConfigError(f"import {name}: takes one path, {len(rest)} given; give the file or folder to import")
+        return partial(import_weights, name, path)
+    if verb == "export":
+        if name not in FORMATS:
+            raise ConfigError(f"export {name}: no such format; choose one of {', '.join(FORMATS)}")
+        if len(rest) != 1:
+            raise ConfigError(f"export {name}: takes one output, {len(rest)} given; give the file or folder to make")
+        return partial(export_weights, name, Path(rest[0]).expanduser())
+    raise ConfigError(f"weights{verb and f' {verb}'}: choose import or export (see vdtrain weights --help)")
+
+
+def import_weights(name: str, path: str, config: WeightsConfig) -> int:
+    """Import from a source by name; returns the exit status."""
+    from vdtrain.weights.imports import Request, products
+
+    source = SOURCES[name]
+    if config.output and source.output is None:
+        raise ConfigError(f"output={config.output}: {name} goes where the model reads it; set that setting instead")
+    output = Path(config.output or source.output or "").expanduser()
+    if source.output is not None:
+        _refuse_name(output, "a weights folder")
+    for product in products(name, path, Request(config.model, output, config.overwrite)):
+        product.write(config.overwrite, _tracked)
+        print(f"{product.path}  ({product.summary})")
+    return 0
+
+
+def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
+    """Export in a format by name; returns the exit status."""
+    from vdtrain.training.start import open_weights
+    from vdtrain.weights.exports import DTYPES, WRITERS
+    from vdtrain.weights.tensor_files import LazyTensors
+
+    for setting, value, choices in (
+        ("weights", config.weights, ("ema", "model")),
+        ("precision", config.precision, PRECISIONS),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
+    if name == "versatile_diffusion":
+        if output.suffix in (".safetensors", ".json"):
+            raise ConfigError(f"output={output}: a file of PyTorch is made; give it the ending .pth")
+    else:
+        _refuse_name(output, "a folder")
+    refuse_existing(output, f"output={output}", config.overwrite)
+    model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
+    tensors = LazyTensors.of(weights).cast(DTYPES[config.precision])
+    WRITERS[name](output, tensors, model, config.overwrite, _tracked)
+    print(f"{output}  ({tensors.summary})")
+    return 0
+
+
+def _refuse_name(output: Path, what: str) -> None:
+    if output.suffix in SUFFIXES:
+        raise ConfigError(f"output={output}: {what} is made, and that is the name of a file; leave {output.suffix} out")
+
+
+def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stdout.isatty():
+        return items
+    from rich.progress import track
+
+    return track(items, "writing", total=count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vdtrain weights`."""
+    asked: list[Action] = []
+
+    def plain(line: CommandLine) -> list[Override]:
+        words = line.plain
+        # Without words there may be a `--cfg job` to answer.
+        if words or not line.print:
+            asked.append(parse(words[:3] if words[:1] == ["export"] else words))
+        return PlainArguments(("checkpoint",))(replace(line, plain=words[3:] if words[:1] == ["export"] else []))
+
+    def action(config: WeightsConfig, document: DictConfig) -> int:
+        return asked[0](config)
+
+    return run_verb(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)

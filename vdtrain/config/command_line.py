@@ -1,0 +1,159 @@
+"""The words of a command line: flags, overrides, and plain arguments such as a checkpoint and its prompts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vdtrain.config.overrides import Override, look_up
+from vdtrain.config.settings import unknown
+from vdtrain.errors import ConfigError, printable
+
+FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+HELP, PRINT, RESOLVE = ("--help", "-h"), ("--cfg", "-c", "--cfg=job", "-c=job"), "--resolve"
+# What a setting's key looks like; a prompt such as "E=mc2" or a path such as runs/lr=1e-4 does not.
+SETTING_KEY = re.compile(r"[a-z_][a-z0-9_.]*")
+# After it, every word is a plain argument.
+END_OF_OPTIONS = "--"
+SETTING_FORM = "settings are written SETTING=VALUE, such as seed=1"
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The words of a verb's command line, sorted."""
+
+    help: bool = False
+    print: bool = False
+    resolve: bool = False
+    overrides: list[Override] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PlainArguments:
+    """The settings that a verb's plain arguments stand for, in their order.
+
+    Attributes:
+        settings: one word each. One that is given as SETTING=VALUE takes no plain argument.
+        rest: a list that takes all further words; None where there may be none.
+        item: what such a word stands for in the list.
+    """
+
+    settings: tuple[str, ...] = ()
+    rest: str | None = None
+    item: Callable[[str], Any] = str
+
+    def __call__(self, line: CommandLine) -> list[Override]:
+        """The plain arguments of a command line as overrides.
+
+        Raises:
+            ConfigError: too many, or a list that is given in both ways.
+        """
+        given = {override.key for override in line.overrides}
+        open_settings = [setting for setting in self.settings if setting not in given]
+        words = line.plain[: len(open_settings)]
+        made = [
+            Override(f"{setting}={word}", "", setting, word, verbatim=True)
+            for setting, word in zip(open_settings, words, strict=False)
+        ]
+        rest = line.plain[len(words) :]
+        if rest and self.rest is None:
+            raise ConfigError(f"{printable(' '.join(map(repr, rest)))}: too many plain arguments; {self.form}")
+        if rest and self.rest in given:
+            raise ConfigError(f"{self.rest}: given as plain arguments and as {self.rest}=; give them in one way")
+        if rest and self.rest is not None:
+            made.append(Override(" ".join(rest), "", self.rest, None, given=[self.item(word) for word in rest]))
+        return made
+
+    @property
+    def form(self) -> str:
+        """How the plain arguments are written."""
+        words = [setting.upper().rpartition(".")[2] for setting in self.settings]
+        words += [f"{self.rest.upper().removesuffix('S')} ..."] if self.rest is not None else []
+        return f"write {' '.join(words)}, then SETTING=VALUE" if words else "write SETTING=VALUE"
+
+
+def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plain: bool) -> CommandLine:
+    """Sort the words of a command line.
+
+    Args:
+        groups: names of the groups of settings that have options.
+        takes_plain: whether the verb has plain arguments.
+
+    Raises:
+        ConfigError: a word that is nothing of these.
+    """
+    if not takes_plain:
+        argv = [word for word in argv if word != END_OF_OPTIONS]
+    end = argv.index(END_OF_OPTIONS) if END_OF_OPTIONS in argv else len(argv)
+    words, plain = argv[:end], argv[end + 1 :]
+    if set(words) & set(HELP):
+        return CommandLine(help=True)
+    for word in argv:
+        if any(0xD800 <= ord(character) < 0xE000 for character in word):
+            raise ConfigError(f"{printable(word)}: not UTF-8; set a UTF-8 locale, or rename the file")
+    flags, overrides, early = set(), [], []
+    for index, word in enumerate(words):
+        if FLAG.fullmatch(word):
+            flags.add(_flag(word, schema, takes_plain))
+        elif word == "job" and words[max(0, index - 1)] in PRINT:
+            continue
+        elif (override := _override(word, schema, groups, takes_plain)) is not None:
+            overrides.append(override)
+        else:
+            early.append(word)
+    return CommandLine(False, bool(flags & set(PRINT)), RESOLVE in flags, overrides, [*early, *plain])
+
+
+def _flag(word: str, schema: type, takes_plain: bool) -> str:
+    name, equal, value = word.lstrip("-").replace("-", "_").partition("=")
+    if word in (*PRINT, RESOLVE):
+        return word
+    if word.startswith(("--cfg=", "-c=")):
+        raise ConfigError(f"{word}: choose --cfg job")
+    known = look_up(schema, name) is not None
+    meant = f"write {name}={value if equal else 'VALUE'}" if known else SETTING_FORM
+    plain = "; a plain argument that begins with - comes last, after --" if takes_plain else ""
+    raise ConfigError(f"unknown flag {printable(word)}: {meant}{plain}")
+
+
+def _override(word: str, schema: type, groups: Collection[str], takes_plain: bool) -> Override | None:
+    """The word as an override; None if it is a plain argument, whether the verb takes any or not."""
+    override = Override.parse(word)
+    if override is None:
+        return None
+    first = override.key.partition(".")[0]
+    known = first in groups or look_up(schema, first) is not None or first == "hydra"
+    if known or not takes_plain:
+        return override
+    if override.text is None or not SETTING_KEY.fullmatch(override.key) or os.path.exists(word):
+        return None
+    raise ConfigError(
+        f"{unknown(override.key, schema)}; a plain argument with = in it comes last, after --, and a file as ./FILE"
+    )
+
+
+def plain_path(path: str) -> str:
+    """A path such that, as a plain argument, it is taken for one."""
+    return path if os.path.isabs(path) or re.fullmatch(r"[\w.][\w./-]*", path) else f"./{path}"
+
+
+def shell(words: Sequence[str]) -> str:
+    """Words as one line for bash that gives these words back, whatever is in them."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words)
+
+
+def _ansi_quoted(word: str) -> str:
+    return "$'" + "".join(_ansi(character) for character in word) + "'"
+
+
+def _ansi(character: str) -> str:
+    if character in ("\\", "'"):
+        return "\\" + character
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))

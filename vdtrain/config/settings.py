@@ -1,0 +1,232 @@
+"""Overrides applied to a composed configuration, one after another, and its paths settled; a mistake names its word."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigIndexError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    KeyValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
+
+from vdtrain.config.overrides import Mark, Override, SettingType, SettingValueError, keys, look_up
+from vdtrain.errors import ConfigError
+
+# Of a name in a file system, and of a whole path, in bytes.
+ADDS = "a + before it adds a new entry"
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+INTERPOLATION = "`${` begins the name of another setting; write `\\${` for the characters themselves"
+
+
+def apply(config: DictConfig, override: Override, schema: type) -> None:
+    """Change `config` as the override says.
+
+    Raises:
+        ConfigError: there is no such setting, or it cannot take the value.
+    """
+    setting = look_up(schema, override.key)
+    if setting is None or override.key.startswith("."):
+        raise unknown(override.key, schema)
+    parent, _, name = override.key.rpartition(".")
+    holder = look_up(schema, parent) if parent else SettingType(schema)
+    assert holder is not None
+    key: int | str = int(name) if holder.numbered or holder.is_list else name
+    table = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    above, _, last = parent.rpartition(".")
+    outer = OmegaConf.select(config, above, throw_on_missing=False) if above else config
+    if table is None and holder.fields is not None and isinstance(outer, DictConfig) and last in outer:
+        raise ConfigError(
+            f"{override.shown}: {parent} is null; give it as a whole, {parent}={{{', '.join(holder.fields)}}}"
+        )
+    if not isinstance(table, Container) and not override.sign.startswith("+"):
+        raise _not_there(config, override)
+    try:
+        there = isinstance(table, Container) and _has(table, key)
+        if override.sign == "~":
+            _remove(config, override, table, key, there, holder)
+            return
+        present = (
+            OmegaConf.select(config, override.key, throw_on_missing=False) if there and not holder.numbered else None
+        )
+        if override.sign == "+" and there and present is not None and not isinstance(present, Container):
+            raise ConfigError(f"{override.shown}: {override.key} is there already; leave out the +")
+        value = override.value(setting, present)
+        if not there and not override.sign:
+            raise _not_there(config, override)
+        if holder.numbered:
+            OmegaConf.update(config, parent, {key: value}, merge=True, force_add=True)
+        else:
+            OmegaConf.update(config, override.key, value, merge=True, force_add=bool(override.sign))
+    except SettingValueError as error:
+        raise ConfigError(f"{override.shown}: {error}") from error
+    except OmegaConfBaseException as error:
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and setting.fields is None and not override.sign:
+            raise ConfigError(f"{override.shown}: an entry that is not there yet, {_names(present)}; {ADDS}") from error
+        where, what = explained(error, schema, override.key)
+        inner = f"{where.rpartition('.')[2]} " if where != override.key and where.startswith(override.key) else ""
+        raise ConfigError(f"{override.shown}: {inner}{what}") from error
+
+
+def _not_there(config: DictConfig, override: Override) -> ConfigError:
+    table: Any = config
+    place: list[str] = []
+    for name in override.key.split("."):
+        key: Any = int(name) if name.isdecimal() else name
+        if not isinstance(table, DictConfig | ListConfig) or not _has(table, key):
+            break
+        table = table[key]
+        place.append(name)
+    remedy = f"give {'.'.join(place)}=[...] as a whole" if isinstance(table, ListConfig) else ADDS
+    return ConfigError(f"{override.shown}: {'.'.join(place)} has no {name!r}, {_names(table)}; {remedy}")
+
+
+def _has(table: Any, key: int | str) -> bool:
+    return 0 <= int(key) < len(table) if isinstance(table, ListConfig) else key in table.keys()  # noqa: SIM118
+
+
+def _remove(
+    config: DictConfig, override: Override, table: Any, key: int | str, there: bool, holder: SettingType
+) -> None:
+    if holder.fields is not None:
+        raise ConfigError(f"{override.shown}: every run has this setting; give it a value instead")
+    if not there:
+        raise ConfigError(f"{override.shown}: not there, so that there is nothing to take away; {_names(table)}")
+    if override.text is not None and str(table[key]) != override.text:
+        raise ConfigError(f"{override.shown}: it is {table[key]}; leave out the value to take it away")
+    with open_dict(config):
+        del table[key]
+
+
+def _names(table: Any) -> str:
+    if not isinstance(table, DictConfig | ListConfig):
+        return "and can have no entries"
+    names = [str(name) for name in (table if isinstance(table, DictConfig) else range(len(table)))]
+    return f"only {', '.join(names)}" if names else "nor anything else"
+
+
+def unknown(key: str, schema: type) -> ConfigError:
+    """The error for a key that the schema does not have, with the nearest that it has."""
+    nearest = nearest_key(key, schema)
+    hint = f"did you mean {nearest!r}?" if nearest else "--cfg job shows all"
+    return ConfigError(f"{key}: no such setting; {hint}")
+
+
+def nearest_key(key: str, schema: type) -> str | None:
+    """The dotted key of the schema that was probably meant."""
+    known = [each for each in keys(schema) if not key.rpartition(".")[2].isdecimal()]
+    names = sorted({each.rpartition(".")[2] for each in known})
+    close = difflib.get_close_matches(key.rpartition(".")[2].lower(), names, n=1)
+    same = [each for each in known if close and each.rpartition(".")[2] == close[0]]
+    return max(same, key=lambda each: difflib.SequenceMatcher(None, each, key).ratio(), default=None)
+
+
+def settle(config: DictConfig, schema: type) -> None:
+    """Put home folders into the paths, and check that all values are there and that references lead somewhere.
+
+    Raises:
+        ConfigError: what is wrong with a setting.
+    """
+    for place, path in list(_home_paths(OmegaConf.to_container(config), SettingType(schema))):
+        table: Any = config
+        for name in place[:-1]:
+            table = table[name]
+        table[place[-1]] = _at_home(path, ".".join(map(str, place)))
+    try:
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except RecursionError as error:
+        raise ConfigError("a setting refers to itself; --cfg job shows the settings, with their ${...}") from error
+    except OmegaConfBaseException as error:
+        key, what = explained(error, schema)
+        raw = _raw(OmegaConf.to_container(config), key)
+        raise ConfigError(f"{key}{f'={raw}' if isinstance(raw, str) else ''}: {what}") from error
+    _check(container, SettingType(schema), "")
+
+
+def _raw(value: Any, key: str) -> Any:
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _home_paths(raw: Any, setting: SettingType, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Where, in a configuration without its references filled in, paths begin with `~`."""
+    for name, value in raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ():
+        inner = setting.entry(str(name))
+        if inner is not None and inner.mark is Mark.PATH and isinstance(value, str) and value.startswith("~"):
+            yield (*place, name), value
+        elif inner is not None:
+            yield from _home_paths(value, inner, (*place, name))
+
+
+def _at_home(path: str, place: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise ConfigError(f"{place}={path}: there is no user {user[1:]!r}; ./{user} is a folder of that name here")
+    return expanded
+
+
+def _check(value: Any, setting: SettingType, key: str) -> None:
+    """Refuse what a reference may have brought in, and paths that cannot be any."""
+    if setting.is_list and value is not None and not isinstance(value, list):
+        raise ConfigError(f"{key}={value}: must be {setting.example}")
+    if setting.mark is Mark.PATH and setting.is_text and value is not None:
+        check_path(key, value)
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in entries:
+        inner = setting.entry(str(name))
+        if inner is not None:
+            _check(each, inner, f"{key}.{name}" if key else str(name))
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse what cannot be a path.
+
+    Raises:
+        ConfigError: it is empty or too long.
+    """
+    if not path.strip():
+        raise ConfigError(f"{key}={path}: empty; give a file or folder (. is this one)")
+    if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in path.split("/")):
+        raise ConfigError(f"{key}={path[:40]}...: too long for the name of a file or folder; give another one")
+
+
+def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, str]:
+    """Which setting an error of OmegaConf is about, and what is wrong, in words of ours.
+
+    Args:
+        near: the key that was changed, of which the setting is a part.
+    """
+    named = str(getattr(error, "full_key", None) or near).replace("[", ".").replace("]", "")
+    # Of a value that is made before it is put into its place, OmegaConf names the setting as from there.
+    key = next((each for each in (named, f"{near}.{named}", f"{near}.0.{named}") if look_up(schema, each)), named)
+    setting = look_up(schema, key) or look_up(schema, near)
+    if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
+        return key, f"its ${{...}} names nothing that there is; {INTERPOLATION}"
+    if isinstance(error, GrammarParseError):
+        return key, f"not the form of a reference; {INTERPOLATION}"
+    if isinstance(error, MissingMandatoryValue):
+        return key, f"has no value; give {key}=VALUE"
+    if isinstance(error, KeyValidationError):
+        return key, "must be a table whose names are integers"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError | ConfigIndexError):
+        nearest = nearest_key(key, schema)
+        return key, f"no such setting; did you mean {nearest!r}?" if nearest else "no such setting; --cfg job shows all"
+    if isinstance(error, InterpolationResolutionError):
+        return key, f"its ${{...}} cannot be filled in; {INTERPOLATION}"
+    if isinstance(error, ValidationError) and setting is not None:
+        return key, f"must be {setting.example}"
+    return key, f"must be {setting.example}" if setting is not None else "cannot be used; --cfg job shows all settings"

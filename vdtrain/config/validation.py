@@ -1,0 +1,333 @@
+"""Checks of a training configuration that need no GPU and no process group: whatever cannot work is said at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.instantiate import find_target
+from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
+from vdtrain.flows import Flow, active_groups
+
+TRACKING_MODES = ("online", "offline", "disabled")
+
+
+def stage_flows(config: TrainConfig) -> list[Flow]:
+    """The stage's flows, in their order.
+
+    Raises:
+        ConfigError: no flow, one named twice, or one between modalities that the model does not have.
+    """
+    names = config.stage.flows
+    known = ", ".join(config.model.modalities)
+    if not names:
+        raise ConfigError("stage.flows: empty; name at least one flow, e.g. [image-to-image]")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"stage.flows={names}: a flow stands twice; name each once")
+    flows = []
+    for name in names:
+        try:
+            flow = Flow.parse(name)
+        except ValueError as error:
+            raise ConfigError(f"stage.flows: {error}") from error
+        for modality in (flow.context, flow.output):
+            if modality not in config.model.modalities:
+                raise ConfigError(
+                    f"stage.flows: {name} needs modality {modality!r}; model={config.model.name} has {known}"
+                )
+        flows.append(flow)
+    return flows
+
+
+def gradient_scales(config: TrainConfig) -> dict[str, float]:
+    """The stage's gradient scales by layer group, e.g. {"data.image": 0.1}, for the groups that its flows train.
+
+    Raises:
+        ConfigError: a trained group without a scale, or a scale that is no positive number.
+    """
+    flat: dict[str, Any] = {}
+    for kind, value in config.stage.gradient_scales.items():
+        flat |= (
+            {f"{kind}.{modality}": scale for modality, scale in value.items()}
+            if isinstance(value, Mapping)
+            else {kind: value}
+        )
+    scales = {}
+    for group in active_groups(stage_flows(config)):
+        if group not in flat:
+            raise ConfigError(
+                f"stage.gradient_scales.{group}: missing, and the stage's flows train it; give it a number"
+            )
+        scale = flat[group]
+        if not isinstance(scale, int | float) or scale <= 0:
+            raise ConfigError(
+                f"stage.gradient_scales.{group}={scale}: not a positive number; leave the flow out to freeze a group"
+            )
+        scales[group] = float(scale)
+    return scales
+
+
+def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
+    """Optimiser steps of a phase: its samples, scaled, in whole global batches."""
+    return int(phase.samples * config.stage.samples_scale) // config.stage.global_batch_size
+
+
+def warmup_samples(config: TrainConfig) -> float:
+    """Samples over which the learning rate rises. A pilot run's are as small a share of a whole run's as all else."""
+    return config.optimizer.warmup_samples * min(1.0, config.stage.samples_scale)
+
+
+def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
+    """Micro-batches per process and step.
+
+    Raises:
+        ConfigError: the hardware names no micro-batch for the resolution, or the batch does not divide.
+    """
+    sizes = config.hardware.micro_batch_size
+    batch = config.stage.global_batch_size
+    if resolution not in sizes:
+        raise ConfigError(
+            f"hardware.micro_batch_size: no entry for resolution {resolution}, only {sorted(sizes)}; "
+            f"add '+hardware.micro_batch_size={{{resolution}: N}}'"
+        )
+    micro = sizes[resolution]
+    if micro < 1 or batch % (world_size * micro):
+        raise ConfigError(
+            f"stage.global_batch_size={batch} does not divide over {world_size} processes x "
+            f"hardware.micro_batch_size.{resolution}={micro}; choose a multiple of {world_size * max(micro, 1)}, "
+            "or a micro-batch that divides"
+        )
+    return batch // (world_size * micro)
+
+
+def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:
+    """Refuse settings that no sample can be drawn with.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    check_resolution("height", settings.height, model)
+    check_resolution("width", settings.width, model)
+    if settings.batch_size < 1:
+        raise ConfigError(f"batch_size={settings.batch_size}: must be at least 1")
+
+
+def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
+    """Refuse a resolution that the image VAE and the diffuser's levels cannot halve down and double up again.
+
+    Raises:
+        ConfigError: it is no multiple of the VAE's downsampling times the deepest level's.
+    """
+    multiple = model.latent_downsampling * 2 ** (len(model.diffuser.channels) - 1)
+    if resolution < multiple or resolution % multiple:
+        raise ConfigError(
+            f"{setting}={resolution}: not a multiple of {multiple} (model.latent_downsampling x the deepest level's); "
+            f"try {max(multiple, -(-resolution // multiple) * multiple)}"
+        )
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Refuse a mode that is none, from the settings or from W&B's own variable.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy.
+    """
+    if tracking.mode not in TRACKING_MODES:
+        setting = "WANDB_MODE" if tracking.mode == os.environ.get("WANDB_MODE") else "tracking.mode"
+        raise ConfigError(f"{setting}={tracking.mode}: choose one of {', '.join(TRACKING_MODES)}")
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Refuse a configuration that cannot work, or names files that are not there.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy, in one line.
+    """
+    for line in problems(config, world_size):
+        raise ConfigError(line)
+
+
+def check_settings(config: TrainConfig, world_size: int) -> None:
+    """Refuse settings that cannot work, whatever files there are.
+
+    Raises:
+        ConfigError: with the setting, its value and the remedy, in one line.
+    """
+    for line in setting_problems(config, world_size):
+        raise ConfigError(line)
+
+
+def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """A line on everything that `check` refuses, found one after another."""
+    yield from setting_problems(config, world_size)
+    for name, modality in config.model.modalities.items():
+        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
+            yield from _file_problems(f"model.modalities.{name}.{part}", arguments, config.model)
+    if not Path(config.data.manifest).exists():
+        yield (
+            f"data.manifest={config.data.manifest}: does not exist; make it with "
+            f"`python -m data_pipeline index data={config.data.name}`"
+        )
+    elif config.data.latents == "cached":
+        yield from _latent_problems(config)
+    # Last, for it imports what it names.
+    yield from problem_of(lambda: find_target(config.data.stream, "data.stream"))
+
+
+def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """A line on everything that `check_settings` refuses."""
+    stage = config.stage
+    flows = list(problem_of(lambda: stage_flows(config)))
+    # Without flows there is nothing that would be scaled.
+    yield from flows or problem_of(lambda: gradient_scales(config))
+    if stage.global_batch_size < 1 or stage.learning_rate <= 0 or stage.samples_scale <= 0:
+        yield "stage: global_batch_size, learning_rate and samples_scale must be above 0"
+    if not stage.phases:
+        yield "stage.phases: empty; give at least one {resolution: R, samples: N}"
+    for index, phase in enumerate(stage.phases):
+        yield from problem_of(
+            partial(check_resolution, f"stage.phases.{index}.resolution", phase.resolution, config.model)
+        )
+        yield from problem_of(partial(micro_batches, config, phase.resolution, world_size))
+        if stage.global_batch_size > 0 and phase_steps(config, phase) < 1:
+            yield (
+                f"stage.phases.{index}.samples={phase.samples} x samples_scale={stage.samples_scale}: "
+                f"less than one batch of {stage.global_batch_size}"
+            )
+    yield from _choice_problems(config)
+
+
+def problem_of(action: Callable[[], object]) -> Iterator[str]:
+    """The line of the ConfigError that an action raises, if it raises one."""
+    try:
+        action()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _choice_problems(config: TrainConfig) -> Iterator[str]:
+    hardware, stage = config.hardware, config.stage
+    if hardware.zero_stage == 3:
+        yield (
+            "hardware.zero_stage=3: DeepSpeed 0.19.8 applies a layer's last gradient again in steps that leave the "
+            "layer out; choose one of 0, 1, 2"
+        )
+    if hardware.offload_optimizer:
+        yield (
+            "hardware.offload_optimizer=true: DeepSpeed 0.19.8 then loses the updates of layers that a step's last "
+            "micro-batch leaves out; set it to false, and hardware.zero_stage=2 to save memory"
+        )
+    for setting, value, choices in (
+        ("hardware.device", hardware.device, ("cuda", "cpu")),
+        ("hardware.precision", hardware.precision, ("bf16", "fp32")),
+        ("hardware.zero_stage", hardware.zero_stage, (0, 1, 2)),
+        ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
+        ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
+        ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
+        ("data.latents", config.data.latents, ("inline", "cached")),
+    ):
+        if value not in choices:
+            yield f"{setting}={value}: choose one of {', '.join(map(str, choices))}"
+    yield from problem_of(lambda: check_tracking(config.tracking))
+    if hardware.device == "cpu" and hardware.attention == "xformers":
+        yield "hardware.attention=xformers: has no CPU kernels; choose sdpa"
+    if config.optimizer.gradient_clip < 0:
+        yield f"optimizer.gradient_clip={config.optimizer.gradient_clip}: below 0; 0 clips nothing"
+    if not 0 <= config.objective.context_dropout < 1:
+        yield f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)"
+    for name in config.objective.flow_weights:
+        if name not in stage.flows:
+            yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
+    schedule = config.model.schedule
+    if schedule.steps < 1 or not 0 < schedule.beta_start <= schedule.beta_end < 1:
+        yield f"model.schedule={schedule}: betas rise in (0, 1), over at least one step; choose released or paper"
+    if not 0 < config.ema.length <= 0.5:
+        yield f"ema.length={config.ema.length}: not in (0, 0.5]; 0.5 averages a whole phase alike, 0.1 its last tenth"
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        yield f"ema.decay={config.ema.decay}: not in [0, 1); null sets no limit"
+    checkpoint = config.checkpoint
+    for setting, number in (
+        ("checkpoint.every_steps", checkpoint.every_steps),
+        ("checkpoint.keep", checkpoint.keep),
+        ("log_every_steps", config.log_every_steps),
+        ("optimizer.max_bad_steps", config.optimizer.max_bad_steps),
+        ("watchdog_seconds", config.watchdog_seconds),
+    ):
+        if number is not None and number < 1:
+            yield f"{setting}={number}: must be at least 1"
+    if config.max_restarts < 0:
+        yield f"max_restarts={config.max_restarts}: below 0; 0 never restarts a job"
+    kept = checkpoint.keep_every_steps
+    if kept is not None and (kept < 1 or kept % max(1, checkpoint.every_steps)):
+        yield (
+            f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={checkpoint.every_steps}, "
+            "so that there are no checkpoints to keep; choose one, or null"
+        )
+
+
+def latent_encoder(model: ModelConfig, modality: str) -> str:
+    """Fingerprint of a modality's VAE, one whose encoding can be cached.
+
+    Raises:
+        ConfigError: there is none, its class has no moments, or its weights are missing or random.
+    """
+    from vdtrain.models.frozen_weights import fingerprint
+
+    if modality not in model.modalities:
+        raise ConfigError(f"data.latents=cached: model={model.name} has no modality {modality!r}; choose inline")
+    setting = f"model.modalities.{modality}.vae"
+    specification = model.modalities[modality].vae
+    target, _ = find_target(specification, setting)
+    if not hasattr(target, "from_moments"):
+        raise ConfigError(f"data.latents=cached: {setting} has no moments that can be cached; choose inline")
+    return fingerprint(specification, setting)
+
+
+def _latent_problems(config: TrainConfig) -> Iterator[str]:
+    """A line on each phase whose cached latents are not there, or are of something else."""
+    from vdtrain.data.latents import MODALITY, LatentShards
+    from vdtrain.data.manifest import Manifest, ManifestError
+
+    try:
+        vae = latent_encoder(config.model, MODALITY)
+        manifest = Manifest(Path(config.data.manifest))
+    except (ConfigError, ManifestError) as error:
+        yield " ".join(str(error).split())
+        return
+    min_side = config.data.stream.get("min_side")
+    for resolution in dict.fromkeys(phase.resolution for phase in config.stage.phases):
+        try:
+            LatentShards(config.data.latent_cache.folder, manifest, resolution, vae=vae, min_side=min_side)
+        except ManifestError as error:
+            yield " ".join(str(error).split())
+
+
+def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
+    """Every argument that names a weights or tokenizer file must name one that exists."""
+    for key, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from _file_problems(f"{setting}.{key}", value, model)
+        elif (
+            isinstance(value, str)
+            and not value.startswith("asset:")
+            and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt")
+            and not Path(value).exists()
+        ):
+            yield f"{setting}.{key}={value}: no such file; {_origin(value, model)}give another path"
+
+
+def _origin(file: str, model: ModelConfig) -> str:
+    """The command that makes a file of a frozen part, where there is one."""
+    from vdtrain.weights.catalogue import DEFAULT_MODEL
+    from vdtrain.weights.imports import source_of
+
+    source = source_of(file, model)
+    if source is None:
+        return ""
+    if model.name != DEFAULT_MODEL:
+        source += f" model={model.name}"
+    return f"`vdtrain weights import {source}` makes it, or "

@@ -1,0 +1,116 @@
+"""The engine's settings, and DeepSpeed's configuration made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DEEPSPEED_VERSION = "0.19.8"
+
+
+def import_deepspeed(device_type: str) -> Any:
+    """Import DeepSpeed for a kind of device, without building anything: a machine may have no compiler."""
+    # Otherwise it searches for an accelerator and warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    deepspeed: Any = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Said to be unavailable, its shared-memory collectives are neither compiled nor used; gloo does their work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with _dynamo_disabled():
+        # Muon's module compiles functions as it is imported, which costs seconds and is never used here.
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _dynamo_disabled() -> Iterator[None]:
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+# Elements per collective: long enough to fill a network, short enough to add little memory.
+BUCKET_ELEMENTS = 50_000_000
+ZERO_STAGES = (0, 1, 2)
+PRECISIONS = ("fp32", "bf16")
+LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Numbers of the optimiser and the way it is spread over the processes.
+
+    Attributes:
+        zero_stage: 0 (every process holds everything), 1 (optimiser state in pieces) or 2 (gradients too).
+        precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
+        gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
+        gradient_scales: factor of each layer group; a group that is not named has 1.
+        gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
+    """
+
+    zero_stage: int
+    precision: str
+    gradient_clip: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    gradient_scales: Mapping[str, float]
+    gradient_scale_mode: str
+
+    def __post_init__(self) -> None:
+        for setting, value, choices in (
+            ("hardware.zero_stage", self.zero_stage, ZERO_STAGES),
+            ("hardware.precision", self.precision, PRECISIONS),
+            ("stage.gradient_scale_mode", self.gradient_scale_mode, (LEARNING_RATE_MODE, GRADIENT_MODE)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{setting}: {value!r} is not supported; choose from {choices}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the weights that forward and backward use."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def deepspeed_configuration(settings: EngineSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration for ZeRO 1 and 2.
+
+    What is said here, it would choose otherwise, or choose anew in another version.
+    """
+    configuration: dict[str, Any] = {
+        # Micro-batches and their weights are the trainer's; DeepSpeed only counts with these two.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+        # The engine clips; absent, it would be 1.0.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            # Under ZeRO 1 it would reduce the last micro-batch's gradients only.
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            # Checkpoints rely on the parameters' own order.
+            "round_robin_gradients": False,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+    }
+    if settings.precision == "bf16":
+        configuration["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+        configuration["communication_data_type"] = "fp32"
+    return configuration

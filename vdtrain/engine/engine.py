@@ -1,0 +1,387 @@
+"""The training engine behind a small, typed face: ZeRO 0, 1 and 2, float32 or bf16.
+
+    for index, micro_batch in enumerate(micro_batches):
+        loss = engine(micro_batch) / len(micro_batches)
+        engine.backward(loss, last=index == len(micro_batches) - 1)
+    report = engine.step(learning_rate)
+
+How weights and gradients travel between processes is an Exchange's; norm, clipping, AdamW and the decision to leave a
+step out are the same for all, and none of them waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from vdtrain.engine.deepspeed import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings
+from vdtrain.engine.partitions import EMA, GroupLayout, Partition, RowReader
+from vdtrain.engine.strategies import Replicas, ZeroPieces
+from vdtrain.run import distributed
+
+
+class GuardedAdamW:
+    """AdamW (arXiv 1711.05101), one flat float32 row per layer group, each with a learning rate of its own.
+
+    Args:
+        masters: the rows that are trained; updated in place.
+        settings: betas, epsilon and weight decay.
+    """
+
+    def __init__(self, masters: Sequence[Tensor], settings: EngineSettings) -> None:
+        self.masters = list(masters)
+        self.first_moments = [torch.zeros_like(master) for master in self.masters]
+        self.second_moments = [torch.zeros_like(master) for master in self.masters]
+        # On the device, for there it is decided whether a step counts.
+        self._steps = [torch.zeros((), device=master.device) for master in self.masters]
+        self._settings = settings
+
+    @property
+    def steps(self) -> int:
+        """Updates applied so far, from which the averages are corrected. Reading it waits for the device."""
+        return int(self._steps[0].item())
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        for step in self._steps:
+            step.fill_(count)
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
+        """Update every row, without waiting for the device.
+
+        Args:
+            gradients: one to a row; what they hold afterwards is undefined.
+            rates: learning rate of each row.
+            divisor: by which the gradients are divided first; a scalar.
+            finite: a boolean scalar; where it is false, rows, averages and the count of updates keep every bit.
+        """
+        left_out = (~finite).float()
+        rows = zip(self.masters, gradients, self.first_moments, self.second_moments, self._steps, rates, strict=True)
+        for master, gradient, first_moment, second_moment, step, rate in rows:
+            adamw(
+                [master],
+                [gradient],
+                [first_moment],
+                [second_moment],
+                [],
+                [step],
+                fused=True,
+                grad_scale=divisor.float(),
+                found_inf=left_out,
+                amsgrad=False,
+                beta1=self._settings.betas[0],
+                beta2=self._settings.betas[1],
+                lr=rate,
+                weight_decay=self._settings.weight_decay,
+                eps=self._settings.epsilon,
+                maximize=False,
+            )
+
+
+def kept_share(number: Tensor, length: float, decay: float | None = None) -> Tensor:
+    """What an average keeps of itself at updates `number`, counted from 1: float64, of the same shape.
+
+    Args:
+        length: mean age of what is in the average after many updates, as a share of their number; in (0, 0.5].
+        decay: upper limit, from which on the average looks back over 1 / (1 - decay) updates; None for none.
+    """
+    keep = (1 + number) / (1 / length + number)
+    return keep if decay is None else torch.clamp(keep, max=decay)
+
+
+class ShardEMA:
+    """Moving average of the master weights, whose memory grows with the number of updates since it started.
+
+    See `kept_share`. After many updates its profile is a power of their number, with the exponent 1 / length - 2, as
+    Karras et al. 2024 propose (arXiv 2312.02696).
+
+    Args:
+        engine: whose pieces are averaged; the average starts at their present values.
+        length, decay: see `kept_share`.
+    """
+
+    def __init__(self, engine: Engine, decay: float | None = None, length: float = 0.1) -> None:
+        if not 0.0 < length <= 0.5 or (decay is not None and not 0.0 <= decay < 1.0):
+            raise ValueError(f"ema.length={length} is not in (0, 0.5], or ema.decay={decay} not in [0, 1)")
+        self.decay, self.length = decay, length
+        self._partitions = engine.partitions()
+        self.rows: list[Tensor] = [partition.master.clone() for partition in self._partitions]
+        # On the device, for there it is decided whether a step counts.
+        device = self.rows[0].device
+        self._updates = torch.zeros((), dtype=torch.float64, device=device)
+        self._always = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def updates(self) -> int:
+        """Updates so far. Reading it waits for the device."""
+        return int(self._updates.item())
+
+    @torch.no_grad()
+    def update(self, applied: Tensor | None = None) -> None:
+        """Move the average towards the present weights, without waiting for the device; call it after every step.
+
+        Args:
+            applied: a boolean scalar; where it is false, the average and its count keep every bit.
+        """
+        counts = self._always if applied is None else applied
+        number = self._updates + 1
+        share = torch.where(counts, 1 - kept_share(number, self.length, self.decay), 0.0).float()
+        for row, partition in zip(self.rows, self._partitions, strict=True):
+            row.lerp_(partition.master, share)
+        self._updates += counts
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again at the present weights."""
+        for row, partition in zip(self.rows, self._partitions, strict=True):
+            row.copy_(partition.master)
+        self._updates.zero_()
+
+    @torch.no_grad()
+    def load(self, read: RowReader, updates: int) -> None:
+        """Take this process's pieces from `read`."""
+        for partition, row in zip(self._partitions, self.rows, strict=True):
+            row.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
+        self._updates.fill_(updates)
+
+
+__all__ = ["Engine", "EngineSettings", "StepReport"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an optimiser step did: scalars on the device, the same on every process. Reading them waits for the device.
+
+    Attributes:
+        gradient_norm: float64, global 2-norm after gradient scales and before clipping; infinite if the step was left
+            out.
+        applied: bool; false if a loss or a gradient was not finite, in which case every process kept its weights,
+            averages and count of updates bit for bit.
+    """
+
+    gradient_norm: Tensor
+    applied: Tensor
+
+
+class Exchange(Protocol):
+    """How weights and gradients travel between processes.
+
+    Attributes:
+        masters: the float32 weights, a flat row to a layer group: whole, or this process's piece. Padding at their end.
+    """
+
+    masters: list[Tensor]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a loss; after the last one of a step, average over the processes."""
+
+    def gradients(self) -> list[Tensor]:
+        """Float32 gradients of the step, laid out as the masters; they may be overwritten."""
+
+    def forget_gradients(self) -> None:
+        """Start the next step with none."""
+
+    def own_part(self, start: int, stop: int) -> slice:
+        """Where elements [start, stop) of a group's row, this process's piece, lie in its master."""
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        """Fill rows that are whole, of which this process knows its own piece, with the pieces of the others."""
+
+    def spread(self) -> None:
+        """Bring every process's module up to the masters."""
+
+    def close(self) -> None:
+        """Let go of the module, which keeps its last weights."""
+
+
+class Engine:
+    """A module with AdamW and one parameter group per layer group, trained by all processes together.
+
+    Parameters that no group names take no part: they get no gradient and no optimiser state. Their float32 values are
+    kept by rank 0 in `passengers` for the stages to come.
+
+    Args:
+        module: float32, the same values on every process, on this process's device. It becomes the engine's: under
+            bf16 it is converted in place.
+        groups: layer group -> parameter name -> parameter, for every group that is trained.
+        settings: see EngineSettings.
+
+    Raises:
+        ValueError: if the groups do not fit the module.
+        RuntimeError: without a process group, from different weights on the processes, or with a DeepSpeed laid out
+            otherwise than the pinned one.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: Mapping[str, Mapping[str, nn.Parameter]], settings: EngineSettings
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("the engine needs a process group: call vdtrain.run.distributed.start first")
+        self.module = module
+        self.settings = settings
+        trained = _checked_names(module, groups)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trained)
+        carried = {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
+        self.passenger_names = frozenset(carried)
+        self.passengers: dict[str, Tensor] = {}
+        if distributed.rank() == 0:
+            self.passengers = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
+
+        layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
+        exchange_kind = Replicas if settings.zero_stage == 0 else ZeroPieces
+        self._exchange: Exchange = exchange_kind(module, groups, layouts, settings)
+        self._optimizer = GuardedAdamW(self._exchange.masters, settings)
+        self._partitions = [self._partition(index, layout) for index, layout in enumerate(layouts)]
+        self._scales = [float(settings.gradient_scales.get(group, 1.0)) for group in groups]
+        self._gradient_hooks = [
+            parameter.register_hook(_multiply_by(scale))
+            for scale, parameters in zip(self._scales, groups.values(), strict=True)
+            for parameter in parameters.values()
+            if settings.gradient_scale_mode == GRADIENT_MODE
+        ]
+        # Of the step in progress: the sum of its losses, and whether the last of them came.
+        self._losses = torch.zeros((), dtype=torch.float64, device=self._exchange.masters[0].device)
+        self._gradients_complete = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the module's weights; inputs are not converted, so they must come in it."""
+        return self.settings.compute_dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        return self._exchange.forward(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's loss, a scalar already divided by the number of micro-batches.
+
+        Every process must run the same flows in the same order. `last` ends the step's accumulation: the gradients are
+        averaged over the processes.
+        """
+        self._exchange.backward(loss, last)
+        self._losses += loss.detach()
+        self._gradients_complete = last
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip, update the weights, and hand them to every process; or, on all of them, leave the step out."""
+        if not self._gradients_complete:
+            raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
+        gradients = self._exchange.gradients()
+        report = self._examine(gradients)
+        clip = self.settings.gradient_clip
+        divisor = torch.ones_like(report.gradient_norm)
+        if clip > 0:
+            divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
+        self._optimizer.update(gradients, list(self.rates(learning_rate).values()), divisor, report.applied)
+        del gradients
+        self._exchange.forget_gradients()
+        self._exchange.spread()
+        self._losses.zero_()
+        self._gradients_complete = False
+        return report
+
+    def rates(self, learning_rate: float) -> dict[str, float]:
+        """What a step at `learning_rate` applies to each layer group."""
+        by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
+        groups = [partition.layout.group for partition in self._partitions]
+        scales = self._scales if by_rate else [1.0] * len(groups)
+        return {group: learning_rate * scale for group, scale in zip(groups, scales, strict=True)}
+
+    def partitions(self) -> list[Partition]:
+        """This process's piece of every layer group, in the order of the groups. Writing to them changes the optimiser;
+        call `refresh_weights` afterwards."""
+        return self._partitions
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates applied so far, from which AdamW corrects its averages. Reading it waits for the device."""
+        return self._optimizer.steps
+
+    @torch.no_grad()
+    def load_partitions(self, read: RowReader, optimizer_steps: int) -> None:
+        """Take master weights and optimiser state from `read`, on every process, and refresh the weights."""
+        for partition in self._partitions:
+            for kind, row in partition.rows.items():
+                row.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
+        self._exchange.share(self._optimizer.first_moments)
+        self._exchange.share(self._optimizer.second_moments)
+        self._optimizer.steps = optimizer_steps
+        self.refresh_weights()
+
+    @torch.no_grad()
+    def load_passengers(self, passengers: Mapping[str, Tensor]) -> None:
+        """Set the values of everything that is not trained, on every process."""
+        own = self.module.state_dict()
+        for name, tensor in passengers.items():
+            own[name].copy_(tensor)
+        if distributed.rank() == 0:
+            self.passengers = dict(passengers)
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Bring every process's module up to the master weights; every process must call it."""
+        self._exchange.share(self._exchange.masters)
+        self._exchange.spread()
+
+    def close(self) -> None:
+        """Release hooks, buffers and process groups; the module keeps its last weights."""
+        self._exchange.close()
+        for hook in self._gradient_hooks:
+            hook.remove()
+        del self._exchange, self._optimizer
+        self._partitions = []
+
+    def _partition(self, index: int, layout: GroupLayout) -> Partition:
+        start, stop = layout.piece(distributed.rank(), distributed.world_size())
+        part = self._exchange.own_part(start, stop)
+        optimizer = self._optimizer
+        rows = (optimizer.masters[index], optimizer.first_moments[index], optimizer.second_moments[index])
+        return Partition(layout, start, stop, *(row[part] for row in rows))
+
+    def _examine(self, gradients: Sequence[Tensor]) -> StepReport:
+        """Norm of the gradients over all processes, and whether all that went into them was finite."""
+        own = [
+            gradient[self._exchange.own_part(partition.start, partition.stop)]
+            for gradient, partition in zip(gradients, self._partitions, strict=True)
+        ]
+        squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in own]).square().sum()
+        sums = torch.stack([squares, self._losses])
+        if distributed.world_size() > 1:
+            dist.all_reduce(sums)
+        # Finite gradients whose squares float32 cannot hold would be the end of the second moments.
+        applied = torch.isfinite(sums.float()).all()
+        return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied)
+
+
+def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> set[str]:
+    """Names of all grouped parameters, after checking them against the module."""
+    own = dict(module.named_parameters())
+    names: set[str] = set()
+    for group, parameters in groups.items():
+        if not parameters:
+            raise ValueError(f"layer group {group!r} has no parameters")
+        for name, parameter in parameters.items():
+            if own.get(name) is not parameter or name in names:
+                raise ValueError(f"layer group {group!r}: {name!r} is no parameter of the module, or is in two groups")
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"parameter {name!r} is {parameter.dtype}; the engine starts from float32 weights")
+            names.add(name)
+    if not names:
+        raise ValueError("no layer group is trained; name at least one flow")
+    return names
+
+
+def _multiply_by(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * scale

@@ -1,0 +1,211 @@
+"""ZeRO 1 and 2: DeepSpeed cuts the optimiser's rows into pieces, reduces gradients to them and gathers the weights.
+
+What DeepSpeed would do in its own step (norm, clipping, skipping, AdamW) waits for the device several times; the engine
+does it instead. Everything that DeepSpeed keeps private is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vdtrain.engine.deepspeed import DEEPSPEED_VERSION, EngineSettings, deepspeed_configuration, import_deepspeed
+from vdtrain.engine.partitions import GroupLayout, cut
+from vdtrain.run import distributed
+
+
+class Replicas:
+    """Whole rows of weights and gradients on every process. See engine.Exchange.
+
+    Raises:
+        RuntimeError: on every process, if they started from different weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        layouts: Sequence[GroupLayout],
+        settings: EngineSettings,
+    ) -> None:
+        self._module = module
+        self._hooks: list[Any] = []
+        _check_same_start(module)
+        world_size = distributed.world_size()
+        sizes = [layout.piece_size(world_size) * world_size for layout in layouts]
+        device = next(module.parameters()).device
+        self._master = torch.zeros(sum(sizes), device=device)
+        self._gradient = torch.zeros_like(self._master)
+        self.masters = list(self._master.split(sizes))
+        for layout, master in zip(layouts, self.masters, strict=True):
+            master[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
+        module.to(settings.compute_dtype)
+        # In float32 the masters are the module's weights.
+        self._weights = self._master.to(settings.compute_dtype)
+        rows = zip(layouts, self._weights.split(sizes), self._gradient.split(sizes), strict=True)
+        for layout, weights, gradients in rows:
+            for slot in layout.slots:
+                part = slice(slot.offset, slot.offset + slot.numel)
+                parameter = groups[layout.group][slot.name]
+                parameter.data = weights[part].view(slot.shape)
+                add = _add_mean_to(gradients[part].view(slot.shape), 1.0 / world_size)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        if last and distributed.world_size() > 1:
+            dist.all_reduce(self._gradient)
+
+    def gradients(self) -> list[Tensor]:
+        return list(self._gradient.split([master.numel() for master in self.masters]))
+
+    def forget_gradients(self) -> None:
+        self._gradient.zero_()
+
+    def own_part(self, start: int, stop: int) -> slice:
+        return slice(start, stop)
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        world_size = distributed.world_size()
+        for row in rows:
+            own = row.view(world_size, -1)[distributed.rank()].clone()
+            dist.all_gather(list(row.view(world_size, -1).unbind()), own)
+
+    def spread(self) -> None:
+        if self._weights is not self._master:
+            self._weights.copy_(self._master)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _add_mean_to(total: Tensor, share: float) -> Callable[[Tensor], None]:
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        # Each backward's gradient goes into the float32 sum as it comes, and its own memory is free at once.
+        total.add_(parameter.grad, alpha=share)
+        parameter.grad = None
+
+    return add
+
+
+def _check_same_start(module: nn.Module) -> None:
+    same = True
+    for tensor in module.state_dict().values():
+        first = tensor.detach().clone()
+        dist.broadcast(first, src=0)
+        same = same and torch.equal(first, tensor)
+    if not distributed.all_agree(same):
+        raise RuntimeError("the processes started from different weights; build the module from the same seed and file")
+
+
+# ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
+# takes for ZeRO 1 with float32 accumulation, under the second.
+MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+
+
+class ZeroPieces:
+    """This process's pieces of weights and gradients, under DeepSpeed. See engine.Exchange.
+
+    Raises:
+        RuntimeError: on every process, if they started from different weights, or DeepSpeed lays out its memory
+            otherwise than the pinned one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        layouts: Sequence[GroupLayout],
+        settings: EngineSettings,
+    ) -> None:
+        self._module = module
+        pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
+        # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
+        exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
+        self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
+        # DeepSpeed takes groups and pieces from it; it is never stepped.
+        grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
+        deepspeed = import_deepspeed(next(module.parameters()).device.type)
+        with contextlib.redirect_stdout(io.StringIO()):
+            configuration = deepspeed_configuration(settings)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=grouping, config=configuration)
+        self._optimizer = self._engine.optimizer
+        self.masters = [master.detach() for master in _masters(self._optimizer)]
+        sizes = [layout.piece_size(distributed.world_size()) for layout in layouts]
+        fits = [master.numel() for master in self.masters] == sizes and all(
+            torch.equal(master[: weights.numel()], weights.to(settings.compute_dtype).float())
+            for master, weights in zip(self.masters, exact, strict=True)
+        )
+        if not distributed.all_agree(fits):
+            self.close()
+            raise RuntimeError(
+                "the flat weights of DeepSpeed are not the module's parameters end to end: either the processes "
+                f"started from different weights, or this is not the pinned deepspeed=={DEEPSPEED_VERSION}"
+            )
+        for master, weights in zip(self.masters, exact, strict=True):
+            master[: weights.numel()] = weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> list[Tensor]:
+        if hasattr(self._optimizer, MASTER_ATTRIBUTES[1]):
+            return list(self._optimizer.fp32_groups_gradient_flat_partition)
+        return [_flat(self._optimizer.averaged_gradients[index]) for index in range(len(self.masters))]
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad()
+        # Left there, they would be taken for this process's gradients of the next step.
+        for gradients in ("averaged_gradients", "all_grad_tensors"):
+            getattr(self._optimizer, gradients, {}).clear()
+
+    def own_part(self, start: int, stop: int) -> slice:
+        return slice(0, stop - start)
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        """Nothing: a process needs its own pieces only."""
+
+    def spread(self) -> None:
+        self._optimizer.update_lp_params()
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.destroy()
+        # What DeepSpeed leaves behind on the module would keep its engine, and the process groups, alive.
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            hook.remove()
+        for name, parameter in self._module.named_parameters():
+            for attribute in vars(parameter).keys() - self._attributes[name]:
+                delattr(parameter, attribute)
+        del self._engine, self._optimizer
+
+
+def _flat(gradients: Any) -> Tensor:
+    """One row of a group's gradients, which DeepSpeed keeps as a list of parts, with or without the row beneath."""
+    row = getattr(gradients, "flat_partition", None)
+    return row if isinstance(row, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
+
+
+def _masters(optimizer: Any) -> list[Tensor]:
+    for attribute in MASTER_ATTRIBUTES:
+        if hasattr(optimizer, attribute) and hasattr(optimizer, "update_lp_params"):
+            return list(getattr(optimizer, attribute))
+    raise RuntimeError(
+        f"DeepSpeed's {type(optimizer).__name__} has none of {MASTER_ATTRIBUTES}; "
+        f"install deepspeed=={DEEPSPEED_VERSION}"
+    )

@@ -1,0 +1,221 @@
+"""A stage's networks without their memory, and what one micro-batch through them would take.
+
+The networks, the objective and the operators are the real ones; only the tensors hold no values (PyTorch's
+FakeTensorMode, on the CPU, whose fused attention keeps for the backward pass what the GPU's keeps).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vdtrain.config.schema import ModelConfig, TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.flows import active_groups
+from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.frozen import Encoded, build_frozen
+from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
+
+
+class LiveMemory(TorchDispatchMode):
+    """`with LiveMemory() as memory:` counts every storage that an operator creates inside, once, until it dies.
+
+    What was there before does not count, nor do the buffers that a kernel uses within itself.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most that `now` has been.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # An output that shares an argument's storage is not new.
+        self._meet((args, kwargs), new=False)
+        out = func(*args, **(kwargs or {}))
+        self._meet(out, new=True)
+        return out
+
+    def _meet(self, tensors: Any, new: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) in self._sizes:
+                continue
+            self._sizes[id(storage)] = storage.nbytes() if new else 0
+            weakref.finalize(storage, self._part, id(storage))
+            self.now += self._sizes[id(storage)]
+            self.peak = max(self.peak, self.now)
+
+    def _part(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+# Longer than what any text part keeps of a caption.
+LONG_CAPTION = "a word " * 200
+
+
+@dataclass(frozen=True)
+class MicroBatchMemory:
+    """What one micro-batch takes, in bytes, beside all that is there between steps.
+
+    Attributes:
+        encoding: the most that the frozen parts take at once.
+        kept: what forward leaves for backward.
+        peak: the most that forward and backward take at once, `kept` and single gradients included.
+    """
+
+    encoding: int
+    kept: int
+    peak: int
+
+
+class Outline:
+    """The diffuser with the layers that a stage trains, and the frozen parts.
+
+    Attributes:
+        diffuser: parameters in the compute dtype, without memory.
+        unmeasured: frozen parts whose encoding is not measured, as setting names.
+
+    Raises:
+        ConfigError: a `_target_` or an argument that does not exist.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.unmeasured: set[str] = set()
+        self._measured: dict[tuple[int, int], MicroBatchMemory] = {}
+        self._mode = FakeTensorMode()
+        self._dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+        flows = stage_flows(config)
+        with torch.device("meta"), without_weights():
+            diffuser = Diffuser(config.model, active_groups(flows))
+            frozen = build_frozen(_without_missing_tokenizers(config.model))
+        with self._mode:
+            self.diffuser, self.frozen = _fake(diffuser, self._dtype), _fake(frozen, self._dtype)
+            self._objective = Objective(flows, Schedule(config.model.schedule), self.frozen, config.objective)
+        recompute_activations(self.diffuser, config.hardware.activation_checkpointing)
+        for parameter in self.diffuser.parameters():
+            # Whatever gradients stay is counted with all that is there between steps.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
+        """Send one micro-batch of pairs through encoding, the losses of all flows, and backward; once for each size."""
+        if (resolution, micro_batch) not in self._measured:
+            self._measured[resolution, micro_batch] = self._measure(resolution, micro_batch)
+        return self._measured[resolution, micro_batch]
+
+    def _measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
+        batch = self.config.stage.global_batch_size
+        draws = StepDraws("outline", 0, batch, slice(0, micro_batch), torch.device("cpu"))
+        with self._mode:
+            encoding = self._encoding(resolution, micro_batch)
+            encoded = self.encoded(resolution, micro_batch)
+            with LiveMemory() as memory:
+                total = self._objective.total(self._objective.losses(self.diffuser, encoded, draws))
+                kept = memory.now
+                total.backward()
+        return MicroBatchMemory(encoding, kept, memory.peak)
+
+    def encoded(self, resolution: int, rows: int) -> Encoded:
+        """Latents and contexts without values, of the shapes that `rows` pairs have."""
+        size = (resolution, resolution)
+        with self._mode:
+            latents = {name: self.frozen.latent_shape(name, size) for name in self._objective.outputs}
+            contexts = {flow.context: self.frozen.unconditional(flow, 1) for flow in stage_flows(self.config)}
+            return Encoded(
+                {name: torch.empty(rows, *shape, dtype=self._dtype) for name, shape in latents.items()},
+                {name: torch.empty(rows, *tokens.shape[1:], dtype=self._dtype) for name, tokens in contexts.items()},
+            )
+
+    def _encoding(self, resolution: int, rows: int) -> int:
+        """The largest of the frozen parts' peaks; they run one after another."""
+        samples = _pairs(resolution, rows)
+        peak = 0
+        for kind, parts, names in (
+            ("vae", self.frozen.vaes, self._objective.outputs),
+            ("context_encoder", self.frozen.context_encoders, self._objective.contexts),
+        ):
+            for name in sorted(names):
+                setting = f"model.modalities.{name}.{kind}"
+                part: Any = parts[name]
+                # A part without its tokenizer takes no captions.
+                with LiveMemory() as memory, torch.no_grad(), suppress(ValueError):
+                    if name in samples:
+                        part.encode(samples[name])
+                        peak = max(peak, memory.peak)
+                        continue
+                self.unmeasured.add(setting)
+        return peak
+
+
+def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
+    """Samples as `vdtrain.data.stream.PairStream` yields them; what other streams yield is not known."""
+    return {
+        "image": torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8),
+        "text": [LONG_CAPTION] * rows,
+    }
+
+
+def _without_missing_tokenizers(config: ModelConfig) -> ModelConfig:
+    """The model without the tokenizer files that are not there: their parts take memory with or without them."""
+
+    def kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in arguments.items() if not _is_missing_file(value)}
+
+    modalities = {
+        name: replace(modality, vae=kept(modality.vae), context_encoder=kept(modality.context_encoder))
+        for name, modality in config.modalities.items()
+    }
+    return replace(config, modalities=modalities)
+
+
+def _is_missing_file(value: object) -> bool:
+    if not isinstance(value, str) or not value.endswith(".json"):
+        return False
+    try:
+        locate(value, "")
+    except WeightsError:
+        return True
+    return False
+
+
+def _fake(module: nn.Module, dtype: torch.dtype) -> Any:
+    """A module of the meta device, its tensors now fake ones, shared ones still shared, floats in `dtype`."""
+    made: dict[int, Tensor] = {}
+    for child in module.modules():
+        for name, tensor in _own_tensors(child):
+            if id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(child, name, made[id(tensor)])
+    return module
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from list(module.named_parameters(recurse=False, remove_duplicate=False))
+    yield from list(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,275 @@
+"""What a stage takes of each GPU's memory and of the disk, and what its phases consist of; no GPU is asked.
+
+Bytes that are there from step to step follow from the layer groups' rows and their cuts, as the engine lays them out;
+what a micro-batch takes is measured (outline.py). One GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vdtrain.config.schema import PhaseConfig, TrainConfig
+from vdtrain.config.validation import micro_batches, phase_steps, stage_flows
+from vdtrain.engine.deepspeed import BUCKET_ELEMENTS
+from vdtrain.engine.partitions import GroupLayout
+from vdtrain.flows import active_groups
+from vdtrain.models.diffuser import parameters_by_group
+from vdtrain.planning.dry_run import MicroBatchMemory, Outline
+
+GB = 10**9
+FLOAT32 = 4
+# Under ZeRO 1 with bf16, DeepSpeed reduces gradients in copies that it closes when they are longer than this.
+REDUCED_TOGETHER = 500_000_000
+LEFT_OUT = (
+    "CUDA's own share and the allocator's slack (a card's nominal GB are GiB, 7 % more, which is meant for them)",
+    "what kernels use within themselves (workspaces of cuDNN and cuBLAS)",
+    "layers that are only carried along for a later stage",
+)
+
+
+@dataclass(frozen=True)
+class StandingMemory:
+    """Bytes on one GPU from step to step.
+
+    Attributes:
+        weights: of the diffuser, in the compute dtype.
+        masters: float32 weights; 0 where the weights are they.
+        gradients: as they stand between the micro-batches of a step.
+        moments: AdamW's two averages.
+        ema: averaged weights.
+        frozen: VAEs and context encoders, in the compute dtype.
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    ema: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """One phase on one GPU, in bytes.
+
+    Attributes:
+        samples: pairs in whole steps.
+        micro_batch: pairs in one forward pass.
+        measured: what one micro-batch takes.
+        exchange: buffers that gradients travel in during backward.
+        update: the most that reducing gradients and updating weights take, after the activations are gone.
+        peak: the most that is there at any time.
+        largest_micro_batch: of those that divide the batch, the largest that fits; 0 if none does, None if the GPU's
+            memory is not known.
+    """
+
+    resolution: int
+    samples: int
+    steps: int
+    micro_batch: int
+    micro_batches: int
+    measured: MicroBatchMemory
+    exchange: int
+    update: int
+    peak: int
+    largest_micro_batch: int | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage on `gpus` GPUs of `memory` bytes each.
+
+    Attributes:
+        parameters: trained ones, by layer group.
+        checkpoint: bytes of one on disk, over all processes.
+        checkpoints: bytes of all that are there at the end, at most.
+        left_out: what the figures do not contain.
+        warnings: one for each phase that does not fit.
+    """
+
+    stage: str
+    gpus: int
+    memory: int | None
+    parameters: dict[str, int]
+    frozen_parameters: int
+    pairs_per_step: int
+    standing: StandingMemory
+    phases: list[PhaseMemory]
+    checkpoint: int
+    checkpoints: int
+    left_out: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
+    """Plan every phase of a stage.
+
+    Raises:
+        ConfigError: a part that cannot be built, or a batch that does not divide.
+    """
+    outline = Outline(config)
+    groups = parameters_by_group(outline.diffuser)
+    # In the engine's order.
+    layouts = [GroupLayout.of(group, groups[group]) for group in active_groups(stage_flows(config))]
+    standing = standing_memory(config, layouts, gpus, tensor_bytes(outline.frozen))
+    memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
+    phases = [_plan_phase(config, phase, outline, standing.total, layouts, gpus) for phase in config.stage.phases]
+    checkpoint = checkpoint_bytes(config, layouts)
+    return StagePlan(
+        stage=config.stage.name,
+        gpus=gpus,
+        memory=memory,
+        parameters={layout.group: layout.numel for layout in layouts},
+        frozen_parameters=sum(parameter.numel() for parameter in outline.frozen.parameters()),
+        pairs_per_step=config.stage.global_batch_size,
+        standing=standing,
+        phases=phases,
+        checkpoint=checkpoint,
+        checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
+        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(outline.unmeasured))],
+        warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
+    )
+
+
+def _plan_phase(
+    config: TrainConfig,
+    phase: PhaseConfig,
+    outline: Outline,
+    standing: int,
+    layouts: Sequence[GroupLayout],
+    gpus: int,
+) -> PhaseMemory:
+    count = micro_batches(config, phase.resolution, gpus)
+    local = config.stage.global_batch_size // gpus
+    micro = local // count
+    exchange, update = exchange_bytes(config), update_bytes(config, layouts, gpus)
+
+    def peak(of: MicroBatchMemory) -> int:
+        return standing + max(of.encoding, of.peak + exchange, update)
+
+    def peak_at(size: int) -> int:
+        return peak(outline.measure(phase.resolution, size))
+
+    measured = outline.measure(phase.resolution, micro)
+    memory = config.hardware.memory_gb
+    largest = None if memory is None else _largest(peak_at, micro, local, int(memory * GB))
+    steps = phase_steps(config, phase)
+    return PhaseMemory(
+        resolution=phase.resolution,
+        samples=steps * config.stage.global_batch_size,
+        steps=steps,
+        micro_batch=micro,
+        micro_batches=count,
+        measured=measured,
+        exchange=exchange,
+        update=update,
+        peak=peak(measured),
+        largest_micro_batch=largest,
+    )
+
+
+def _largest(peak_at: Callable[[int], int], micro: int, local: int, memory: int) -> int:
+    """The largest micro-batch of those that divide `local` whose peak is within the memory; 0 if there is none."""
+    peak, twice = peak_at(micro), peak_at(2 * micro)
+    # Peaks grow at least as fast as the line through two of them: what lies above it needs no trial.
+    reach = micro + (memory - peak) * micro // max(1, twice - peak)
+    candidates = [size for size in range(1, local + 1) if local % size == 0 and size <= reach]
+    return next((size for size in reversed(candidates) if peak_at(size) <= memory), 0)
+
+
+def _warning(phase: PhaseMemory, memory: int) -> str:
+    def setting(size: int) -> str:
+        return f"hardware.micro_batch_size={{{phase.resolution}: {size}}}"
+
+    remedy = (
+        f"{setting(phase.largest_micro_batch)} fits"
+        if phase.largest_micro_batch
+        else "no micro-batch fits; choose hardware.activation_checkpointing=blocks, hardware.zero_stage=2 or more gpus"
+    )
+    return f"{setting(phase.micro_batch)} takes {phase.peak / GB:.1f} GB of {memory / GB:.0f}; {remedy}"
+
+
+def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
+    """Bytes of the diffuser that trains `layouts`, as the engine keeps them, on the first of `gpus` processes."""
+    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    pieces = sum(layout.piece_size(gpus) for layout in layouts)
+    rows = pieces * gpus
+    held = rows if stage == 0 else pieces
+    gradients = pieces if stage == 2 else rows
+    if size == FLOAT32 and stage > 0:
+        # These stay with the parameters that they are of, whole ones.
+        bounds = [layout.piece(0, gpus if stage == 2 else 1) for layout in layouts]
+        gradients = sum(_numel_within(layout, *bound) for layout, bound in zip(layouts, bounds, strict=True))
+    own = sum(stop - start for start, stop in (layout.piece(0, gpus) for layout in layouts))
+    return StandingMemory(
+        weights=size * rows,
+        masters=0 if size == FLOAT32 and stage == 0 else FLOAT32 * held,
+        gradients=FLOAT32 * gradients,
+        moments=2 * FLOAT32 * held,
+        ema=FLOAT32 * own if config.ema.enabled else 0,
+        frozen=frozen,
+    )
+
+
+def exchange_bytes(config: TrainConfig) -> int:
+    """The bucket in which gradients travel while backward runs; under bf16, with the float32 copy that is reduced."""
+    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    if stage == 0 or (stage == 1 and size < FLOAT32):
+        return 0
+    return BUCKET_ELEMENTS * (size if size == FLOAT32 else size + FLOAT32)
+
+
+def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
+    """After backward: bf16 under ZeRO 1 is reduced in copies of rows; float32 copies its pieces' gradients twice."""
+    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    pieces = [layout.piece_size(gpus) for layout in layouts]
+    if size == FLOAT32 and stage > 0:
+        return FLOAT32 * (2 * sum(pieces) + BUCKET_ELEMENTS)
+    if stage != 1:
+        return 0
+    copies: list[int] = [0]
+    together: list[int] = []
+    for piece in pieces:
+        together.append(piece * gpus)
+        # A row that is alone is reduced where it lies.
+        copies.append(sum(together) if len(together) > 1 else 0)
+        if sum(together) > REDUCED_TOGETHER:
+            together = []
+    return FLOAT32 * max(copies)
+
+
+def checkpoint_bytes(config: TrainConfig, layouts: Sequence[GroupLayout]) -> int:
+    """Weights, AdamW's averages and averaged weights, float32, in one checkpoint's files over all processes."""
+    kinds = 4 if config.ema.enabled else 3
+    return kinds * FLOAT32 * sum(layout.numel for layout in layouts)
+
+
+def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
+    every = config.checkpoint.keep_every_steps
+    return config.checkpoint.keep + (steps // every if every else 0)
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _compute_bytes(config: TrainConfig) -> int:
+    return 2 if config.hardware.precision == "bf16" else FLOAT32
+
+
+def _numel_within(layout: GroupLayout, start: int, stop: int) -> int:
+    """Elements of the parameters that lie, at least in part, within a piece."""
+    return sum(slot.numel for slot in layout.slots if slot.offset < stop and slot.offset + slot.numel > start)

@@ -1,0 +1,152 @@
+"""Which of a run's processes this one is, from the variables of whoever started it. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from omegaconf import DictConfig
+
+from vdtrain.config.command_line import CommandLine
+from vdtrain.config.compose import ConfigError, Schema, run_verb
+from vdtrain.config.overrides import Override
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Of launchers that are not read here: the variable with the number of their processes, and that with a process's own.
+FOREIGN_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI, and what comes of it
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",  # LSF's jsrun
+    "PMI_SIZE": "PMI_RANK",  # MPICH, Intel MPI, Cray
+}
+# Below the range from which Linux hands out ports to outgoing connections.
+FIRST_PORT, PORTS = 12_000, 20_000
+# Of them, and of Slurm, those that are numbers, with the least that they can be.
+NUMBERS = {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "MASTER_PORT": 0,
+    "SLURM_JOB_ID": 0,
+    "SLURM_STEP_ID": 0,
+    "SLURM_PROCID": 0,
+    "SLURM_LOCALID": 0,
+    "SLURM_NTASKS": 1,
+    "SLURM_STEP_NUM_TASKS": 1,
+    "SLURM_RESTART_COUNT": 0,
+}
+OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+# Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
+FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
+
+
+class OwnNumberError(ConfigError):
+    """A number of this process alone is wrong, of which no other process knows."""
+
+
+def launch_variables() -> dict[str, str]:
+    """The five variables of torchrun, whoever started this process; without an address for a single process.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete or not numbers, or the launcher is not one that is read.
+    """
+    environment = os.environ
+    for name in NUMBERS:
+        number(environment, name)
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+        if missing:
+            raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
+        rank, processes = number(environment, "RANK"), number(environment, "WORLD_SIZE")
+        if rank >= processes:
+            raise OwnNumberError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
+        return {name: environment[name] for name in TORCHRUN_VARIABLES}
+    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
+    in_step = bool(environment.get("SLURM_STEP_ID")) and number(environment, "SLURM_STEP_ID") < FIRST_STEP_WITHOUT_SRUN
+    by_srun = in_step and "SLURM_PROCID" in environment
+    for name in FOREIGN_LAUNCHERS:
+        # Under srun there may be PMI_SIZE too; mpirun hands down what srun set for its helper on each node.
+        known = _slurm_tasks() if by_srun and name == "PMI_SIZE" else "1"
+        if environment.get(name, known) != known:
+            raise ConfigError(
+                f"launcher: {name}={environment[name]}: mpirun started these processes, and each would work alone; "
+                "use torchrun or srun"
+            )
+    if by_srun:
+        return _slurm_launch()
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def number(environment: Mapping[str, str], name: str) -> int:
+    """A launcher's variable that is a number; the least that it can be where it is not set.
+
+    Raises:
+        ConfigError: it is no number, or too small.
+    """
+    value, least = environment.get(name, ""), NUMBERS[name]
+    if not value:
+        return least
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        launcher = "srun sets it in a job of Slurm" if name.startswith("SLURM_") else "torchrun and srun set it"
+        kind = OwnNumberError if name in OWN_NUMBERS else ConfigError
+        raise kind(f"launcher: {name}={value}: not a number from {least} on; {launcher}, or `unset {name}`")
+    return int(value)
+
+
+def run_verb_on_ranks(
+    usage: str,
+    config_name: str,
+    schema: type[Schema],
+    action: Callable[[Schema, DictConfig, dict[str, str]], int],
+    argv: Sequence[str],
+    plain: Callable[[CommandLine], list[Override]] | None = None,
+) -> int:
+    """`vdtrain.config.compose.run_verb` in one of several processes, of which rank 0 alone names a mistake.
+
+    `action` gets the launcher's variables too; where they cannot be used, that is such a mistake.
+    """
+    try:
+        launch = launch_variables()
+    except ConfigError as error:
+        ranks = ("RANK", *FOREIGN_LAUNCHERS.values())
+        first = next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+        if first or isinstance(error, OwnNumberError):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def on_rank(config: Schema, document: DictConfig) -> int:
+        return action(config, document, launch)
+
+    return run_verb(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain)
+
+
+def _slurm_launch() -> dict[str, str]:
+    environment = os.environ
+    tasks = _slurm_tasks()
+    launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+    if tasks != "1":
+        # Rank 0 is on the first node of its step, which need not be the job's.
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        offset = number(environment, "SLURM_JOB_ID") + number(environment, "SLURM_STEP_ID")
+        launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
+        launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
+    return launch
+
+
+def _slurm_tasks() -> str:
+    return os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+
+
+def _first_node(node_list: str) -> str:
+    """First host of a Slurm node list such as "gpu[07-10,12],login1"."""
+    if not set(node_list) & set("[],"):
+        return node_list
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"launcher: scontrol cannot read nodes {node_list!r} ({error}); set MASTER_ADDR") from error
+    return answer.stdout.split()[0]

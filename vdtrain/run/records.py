@@ -1,0 +1,100 @@
+"""What a run folder's own records tell of checkpoints that it had, for where these are not to be seen any more.
+
+The checkpoints of a run are often on another disk than its folder, by a link. Needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vdtrain.checkpoint.folder import CHECKPOINTS, LATEST_FILE, latest_by_sizes
+from vdtrain.files import INCOMPLETE, write_text
+from vdtrain.run.restarts import RECORD_FILE, read_events
+from vdtrain.run.summary import CONFIG_FILE
+from vdtrain.run.tracking import METRICS_FILE, last_metrics
+
+SAVED_FILE = "saved.json"
+
+
+def note_saved(run_dir: Path, step: int) -> None:
+    """Note in the run folder that its newest checkpoint is that of `step`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = run_dir / (SAVED_FILE + INCOMPLETE)
+    write_text(draft, json.dumps({"step": step}) + "\n")
+    os.replace(draft, run_dir / SAVED_FILE)
+
+
+def lost_checkpoints(run_dir: Path, every_steps: int) -> str | None:
+    """Why a run folder without a whole checkpoint is not to be begun anew, in a line; None if it is a new one.
+
+    Args:
+        every_steps: `checkpoint.every_steps`, where the folder does not say what it was.
+    """
+    found = max(
+        (
+            (_saved(run_dir), SAVED_FILE),
+            (max((event.step for event in read_events(run_dir)), default=0), RECORD_FILE),
+            (_trained_past_a_save(run_dir, every_steps), METRICS_FILE),
+            (_latest(run_dir), f"{CHECKPOINTS}/{LATEST_FILE}"),
+        )
+    )
+    step, record = found
+    if step == 0:
+        return None
+    folder = run_dir / CHECKPOINTS
+    what = "holds no whole one"
+    if folder.is_symlink() and not folder.exists():
+        what = f"is a link to {os.readlink(folder)}, which is not there"
+    elif not folder.exists():
+        what = "is not there"
+    elif damages := latest_by_sizes(folder)[1]:
+        what += f" ({damages[0]})"
+    return (
+        f"run_dir={run_dir}: {record} tells of checkpoints up to step {step}, and {folder} {what}; mount or bring back "
+        f"what was there, or remove {run_dir} to begin anew"
+    )
+
+
+def _saved(run_dir: Path) -> int:
+    try:
+        return int(json.loads((run_dir / SAVED_FILE).read_text(encoding="utf-8"))["step"])
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # There is no folder behind a link to itself.
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return 0
+        # It was written once; of which step does not matter.
+        return 1
+
+
+def _latest(run_dir: Path) -> int:
+    try:
+        return int((run_dir / CHECKPOINTS / LATEST_FILE).read_text(encoding="utf-8").strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _trained_past_a_save(run_dir: Path, every_steps: int) -> int:
+    """The last step in the figures, if a checkpoint before it must have been written; else 0.
+
+    For runs of versions that kept no other record: a save is over, or has failed and was counted, when the next begins.
+    """
+    record = next(iter(last_metrics(run_dir, 1)), {})
+    try:
+        document = OmegaConf.load(run_dir / CONFIG_FILE)
+        every_steps = int(OmegaConf.select(document, "checkpoint.every_steps") or every_steps)
+    except (OSError, ValueError, OmegaConfBaseException):
+        pass
+    step = int(record.get("step", 0))
+    begun = (step - 1) // every_steps
+    return step if begun - int(record.get("failed_saves", 0)) > 1 else 0

@@ -1,0 +1,195 @@
+"""A run's record of its starts, and whether a batch job that runs it is to be put back into the queue.
+
+    python -m vdtrain.run.restarts RUN_DIR [--limit N]     # exit status 0: requeue; 3: do not, and a line says why
+
+Needs no PyTorch: a batch script asks between a signal and the end of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
+from vdtrain.config.compose import ConfigError
+from vdtrain.errors import unreadable, unwritable
+from vdtrain.files import append_line, sync
+from vdtrain.run.launch import number
+
+RECORD_FILE = "restarts.jsonl"
+START, REQUEUE = "start", "requeue"
+REFUSED = 3
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the record: a start of the trainer, or a decision to requeue its job.
+
+    Attributes:
+        kind: "start" or "requeue".
+        step: of the checkpoint that a start continues from, or that the next one will; 0 for the beginning of a stage.
+        time: seconds since 1970.
+        job: Slurm's number of the job, which a requeued one keeps; None outside of Slurm.
+        restart_count: how often Slurm has started the job again.
+        total_steps, max_restarts: of the configuration; with a start only, as are hosts and world_size.
+    """
+
+    kind: str
+    step: int
+    time: float = field(default_factory=time.time)
+    job: str | None = None
+    restart_count: int = 0
+    total_steps: int = 0
+    max_restarts: int = 0
+    world_size: int = 0
+    hosts: list[str] = field(default_factory=list)
+
+
+def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
+    """The job that this process runs in, and how often Slurm has started it again.
+
+    Raises:
+        ConfigError: Slurm's count is no number.
+    """
+    return environment.get("SLURM_JOB_ID"), number(environment, "SLURM_RESTART_COUNT")
+
+
+def record_start(
+    run_dir: Path, step: int, total_steps: int, max_restarts: int, world_size: int, hosts: Sequence[str]
+) -> None:
+    """Note that the trainer begins at `step`, on one process of the run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    job, count = slurm_job()
+    _append(
+        run_dir,
+        Event(
+            START,
+            step,
+            job=job,
+            restart_count=count,
+            total_steps=total_steps,
+            max_restarts=max_restarts,
+            world_size=world_size,
+            hosts=list(dict.fromkeys(hosts)),
+        ),
+    )
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """The record, oldest first; lines that a kill cut short are left out."""
+    return list(_events(run_dir))
+
+
+def restarts(events: Sequence[Event], job: str | None = None, count: int = 0) -> int:
+    """How often a job, or without Slurm the run, has been started again.
+
+    Args:
+        count: what Slurm says of the job that asks.
+    """
+    own = [event for event in events if event.job == job]
+    starts = sum(event.kind == START for event in own)
+    requeued = sum(event.kind == REQUEUE for event in own)
+    return max(count, starts - 1, requeued, *(event.restart_count for event in own), 0)
+
+
+def refusal(run_dir: Path, limit: int | None = None) -> str | None:
+    """Why the job is not to be started again, in a line; None if it is.
+
+    Not when the stage is complete, when the job was restarted as often as it may be, and when no checkpoint with a
+    later step was published since the last start, or since the last requeueing if the trainer did not come as far as
+    to start: such a run would crash for ever.
+
+    Args:
+        limit: of restarts; by default max_restarts of the run's last start.
+    """
+    events = read_events(run_dir)
+    starts = [event for event in events if event.kind == START]
+    if not starts:
+        return f"{run_dir}: the trainer has not begun there, so it would not the next time; see the job's log"
+    if limit is None:
+        limit = starts[-1].max_restarts
+    latest, _ = latest_by_sizes(run_dir / CHECKPOINTS)
+    step, total = 0 if latest is None else latest.step, starts[-1].total_steps
+    if step >= total:
+        return f"{run_dir}: complete at step {step} of {total}"
+    job, count = slurm_job()
+    done = restarts(events, job or starts[-1].job, count)
+    if done >= limit:
+        return f"{run_dir}: restarted {done} times, and max_restarts={limit}; submit it again to go on from step {step}"
+    if step <= events[-1].step:
+        return (
+            f"{run_dir}: no checkpoint after step {events[-1].step}, where it was last started; see the job's log, and "
+            "lower checkpoint.every_steps if it ran until it was stopped"
+        )
+    return None
+
+
+def note_requeue(run_dir: Path) -> None:
+    """Note that the job is put back into the queue, and from which step it will go on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    latest, _ = latest_by_sizes(run_dir / CHECKPOINTS)
+    job, count = slurm_job()
+    _append(run_dir, Event(REQUEUE, 0 if latest is None else latest.step, job=job, restart_count=count))
+
+
+def _append(run_dir: Path, event: Event) -> None:
+    path = run_dir / RECORD_FILE
+    new = not path.exists()
+    append_line(path, json.dumps(asdict(event)), durable=True)
+    if new:
+        sync(run_dir)
+
+
+def _events(run_dir: Path) -> Iterator[Event]:
+    path = run_dir / RECORD_FILE
+    known = {each.name for each in fields(Event)}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            values: dict[str, Any] = json.loads(line)
+            yield Event(**{key: value for key, value in values.items() if key in known})
+        except (ValueError, TypeError, AttributeError):
+            continue
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m vdtrain.run.restarts`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vdtrain.run.restarts",
+        description=f"Is the job of a run to be requeued? Exit status 0: yes, and it is noted; {REFUSED}: no.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--limit", type=int, metavar="N", help="of restarts (default: the run's max_restarts)")
+    arguments = parser.parse_args(argv)
+    record = arguments.run_dir / RECORD_FILE
+    try:
+        reason = refusal(arguments.run_dir, arguments.limit)
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{record}: {unreadable(error, record, 'submit the job again')}"
+    if reason is None:
+        try:
+            note_requeue(arguments.run_dir)
+        except OSError as error:
+            reason = f"{record}: {unwritable(error, record, 'submit the job again')}"
+    if reason is not None:
+        print(f"not requeued: {reason}", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

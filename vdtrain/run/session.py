@@ -1,0 +1,161 @@
+"""One process of a training run, from joining the others to its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from vdtrain.checkpoint.store import CheckpointError
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import TrainConfig
+from vdtrain.data.manifest import ManifestError
+from vdtrain.data.stream import StreamError
+from vdtrain.errors import said, unwritable
+from vdtrain.run import distributed
+from vdtrain.run.connections import connection_problem
+from vdtrain.run.lock import RunLock, take_together
+from vdtrain.run.restarts import record_start
+from vdtrain.run.signals import StopSignal
+from vdtrain.run.summary import next_command
+from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
+from vdtrain.training.continuation import stage_steps
+from vdtrain.training.start import Start, check_frozen, find_start
+from vdtrain.training.trainer import Trainer
+
+FAILED = 1
+# Whoever started the run is to start it again: EX_TEMPFAIL. After Ctrl-C, a person decides.
+STOPPED, INTERRUPTED = os.EX_TEMPFAIL, 128 + signal.SIGINT
+SHARED_ERRORS = (CheckpointError, distributed.SharedError)
+# Exchanges between processes time out after the watchdog: it is to speak first, for it knows where each stands.
+TIMEOUT_OVER_WATCHDOG = 2.0
+
+
+def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, overrides: Sequence[str] = ()) -> int:
+    """Train a stage whose configuration has been checked.
+
+    Args:
+        stop: signals that came since the process started; from now on it notes a Ctrl-C too.
+        overrides: of the command line, for the command that is to come after this one.
+
+    Returns:
+        Exit status: on every process alike 0 if the stage is complete, 75 if it was stopped and saved, 130 if a Ctrl-C
+        did it; 1 after an error. A known one is said in a line, and its traceback is in the process's record. One of
+        several processes ends here and now after an error, and with the watchdog's status where it stands still.
+
+    Raises:
+        ConfigError: on every process alike.
+    """
+    dumps = Path(config.run_dir) / DUMPS
+    watchdog = Watchdog(config.watchdog_seconds, dumps, rank)
+    stop.note(signal.SIGINT)
+    try:
+        record_collectives(dumps)
+        complete = _train(config, document, stop, watchdog)
+        # All come here before one of them ends, which could end the others.
+        interrupted = not distributed.all_agree(not stop.interrupted)
+        if complete and rank == 0:
+            print(f"{config.stage.name} is complete; next: {next_command(config, overrides)}", flush=True)
+        return 0 if complete else INTERRUPTED if interrupted else STOPPED
+    except ConfigError:
+        raise
+    except Exception as error:
+        watchdog.record(f"process {rank} ended by an error", error)
+        line = _line(error, rank)
+        if line is None:
+            traceback.print_exception(error)
+        elif line:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, SHARED_ERRORS):
+            # All come here; one that went ahead could look to the others as if it had been lost.
+            with contextlib.suppress(RuntimeError):
+                distributed.barrier()
+        if distributed.world_size() > 1:
+            # To leave the process group in order, it would wait for the others, and they wait for this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
+        return FAILED
+    finally:
+        distributed.finish()
+        watchdog.close()
+
+
+def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
+    """True if the stage is complete; else it was stopped by a signal."""
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
+    early = Start()
+    with contextlib.suppress(CheckpointError):
+        early = find_start(config, document, thorough=False)
+    limit = config.watchdog_seconds
+    timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
+    try:
+        place = distributed.start(config.hardware.device, timeout)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    lock = RunLock(Path(config.run_dir))
+    try:
+        waiting = "waiting for the run folder, in which another job may still be at work"
+        # A complete run may lie where nothing can be written.
+        take_together(lock, lambda: watchdog.beat(waiting), needed=not _is_complete(early, config))
+        watchdog.beat("looking for the checkpoint to start from")
+        start = find_start(config, document)
+        if _is_complete(start, config):
+            return True
+        remarks = [*start.remarks, *check_frozen(start, config)]
+        _begin(config, document, start, place, remarks)
+        watchdog.beat("building the model")
+        return Trainer(config, document, start, place, watchdog).run(stop)
+    finally:
+        lock.release()
+
+
+def _is_complete(start: Start, config: TrainConfig) -> bool:
+    return start.position is not None and start.position.completes(stage_steps(config.stage))
+
+
+def _begin(
+    config: TrainConfig, document: DictConfig, start: Start, place: distributed.Place, remarks: Sequence[str]
+) -> None:
+    """Note the start in the run folder and say what it is."""
+    step = 0 if start.position is None else start.position.step
+    hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
+    distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
+    if place.rank == 0:
+        origin = (
+            f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
+        )
+        print(f"{config.stage.name} {origin}", flush=True)
+        for line in remarks:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts: list[str]) -> str | None:
+    """Write the configuration and the start into the run folder; what is wrong with it, if anything is."""
+    run_dir, total = Path(config.run_dir), sum(stage_steps(config.stage))
+    try:
+        OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
+        record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
+    except OSError as error:
+        return f"run_dir={run_dir}: {unwritable(error, run_dir)}"
+    return None
+
+
+def _line(error: Exception, rank: int) -> str | None:
+    """What this process says of an error: nothing where another one says the same; None if it is no known one."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SHARED_ERRORS):
+        return text if rank == 0 else ""
+    if isinstance(error, StreamError | ManifestError):
+        return f"process {rank}: {text}"
+    problem = said(error) if isinstance(error, OSError) else connection_problem(error)
+    return None if problem is None else f"process {rank}: {problem}"

@@ -1,0 +1,266 @@
+"""How a run stands, by the files in its folder alone. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointSummary, latest_by_sizes
+from vdtrain.config.command_line import plain_path, shell
+from vdtrain.config.compose import config_folder, options
+from vdtrain.config.overrides import word_for
+from vdtrain.config.schema import StageConfig, TrackingConfig, TrainConfig
+from vdtrain.config.validation import phase_steps
+from vdtrain.run.restarts import RECORD_FILE, START, Event, read_events
+from vdtrain.run.tracking import METRICS_FILE, last_metrics
+from vdtrain.run.wandb_run import WANDB_URL_FILE
+
+# What makes a stage that stage.
+OWN_SETTINGS = ("stage", "stage.name", "stage.flows", "stage.gradient_scales", "stage.init_from", "run_dir")
+SCRIPTS = "slurm"
+
+
+def next_stage(stage: str) -> str | None:
+    """The stage whose file has it start from the run of `stage`; None after the last one."""
+    for name in options("stage"):
+        document = OmegaConf.to_container(OmegaConf.load(config_folder() / "stage" / f"{name}.yaml"), resolve=False)
+        if isinstance(document, dict) and document.get("init_from") == f"${{runs_dir}}/{stage}":
+            return name
+    return None
+
+
+def next_command(config: TrainConfig, overrides: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+    """The command that comes after a complete stage, ready for a shell; after the last one, that which samples.
+
+    The user's overrides stay, but for those that make the stage what it is. Started by sbatch, torchrun or plainly, as
+    this process was.
+
+    Args:
+        overrides: of the command line.
+    """
+    name = next_stage(config.stage.name)
+    if name is None:
+        return shell(_last(config))
+    return shell([*_launcher(name, environment), *_overrides(config, name, overrides, environment)])
+
+
+def _last(config: TrainConfig) -> list[str]:
+    flow = next((flow for flow in config.stage.flows if flow.startswith("text-to-")), None)
+    if flow is None:
+        return ["vdtrain", "status", plain_path(config.run_dir)]
+    settings = [f"flow={flow}", f"resolution={config.stage.phases[-1].resolution}", f"device={config.hardware.device}"]
+    return ["vdtrain", "sample", plain_path(config.run_dir), "a red circle", *settings]
+
+
+def _overrides(config: TrainConfig, name: str, given: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    # The batch script names the stage itself.
+    words = [] if _script(name, environment) else [f"stage={name}"]
+    for override in given:
+        key = override.partition("=")[0].lstrip("+~")
+        if key not in OWN_SETTINGS and not key.startswith("stage.gradient_scales."):
+            words.append(override)
+    run_dir = Path(config.run_dir)
+    if run_dir != Path(config.runs_dir) / config.stage.name:
+        following = _moved(run_dir, config.stage.name, name)
+        words += [word_for("stage.init_from", str(run_dir)), word_for("run_dir", str(following))]
+    return words
+
+
+def _moved(run_dir: Path, stage: str, following: str) -> Path:
+    """Beside `run_dir`, under the same name but for the stage in it."""
+    return run_dir.with_name(run_dir.name.replace(stage, following) if stage in run_dir.name else following)
+
+
+def _launcher(name: str, environment: Mapping[str, str]) -> list[str]:
+    script = _script(name, environment)
+    if script is not None:
+        flags = {"partition": "PARTITION", "account": "ACCOUNT"}
+        given = {flag: environment.get(f"SLURM_JOB_{variable}") for flag, variable in flags.items()}
+        return ["sbatch", *(f"--{flag}={value}" for flag, value in given.items() if value), str(script)]
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ["srun"] * ("SLURM_JOB_ID" in environment) + ["vdtrain", "train"]
+    processes, nodes = (environment.get(key, "1") for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    meeting = ["--standalone"]
+    if nodes != "1":
+        meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={environment.get('MASTER_ADDR')}"]
+    return ["torchrun", *meeting, f"--nproc-per-node={processes}", "-m", "vdtrain", "train"]
+
+
+def _script(name: str, environment: Mapping[str, str]) -> Path | None:
+    """The batch script of a stage, from where the running job was submitted."""
+    script = Path(SCRIPTS) / f"{name}.sh"
+    submitted = Path(environment.get("SLURM_SUBMIT_DIR", "."))
+    return script if "SLURM_JOB_ID" in environment and (submitted / script).is_file() else None
+
+
+CONFIG_FILE = "config.yaml"
+# The pace is that of the newest lines, within one phase.
+PACE_LINES = 10
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One stage's run.
+
+    Attributes:
+        phase: number of the phase that the newest line belongs to, from 1, of `phases`.
+        step, samples: of the newest line, or of the checkpoint where that is newer.
+        pairs_per_second: over the newest lines of the phase; None before the first one.
+        larger_phases: whether phases of larger pictures, and so of another pace, are still to come.
+        record: the newest line of the log, as the trainer wrote it; empty before the first one.
+        spoke: when it was written, in seconds since 1970; None before the first one.
+        checkpoint: the newest that is whole by its files' sizes.
+        damages: a line on each better one that is not.
+        starts: of the trainer, oldest first; empty in folders of earlier versions.
+        tracked: where W&B has the run, or how it gets there; None where it is not tracked.
+        dumps: files in which processes left where they stood when the run ended by an error, since the last start.
+    """
+
+    folder: Path
+    stage: str
+    phase: int
+    phases: int
+    resolution: int
+    step: int
+    total_steps: int
+    samples: int
+    total_samples: int
+    pairs_per_second: float | None
+    larger_phases: bool
+    checkpoint: CheckpointSummary | None
+    spoke: float | None
+    record: dict[str, Any] = field(default_factory=dict)
+    damages: list[str] = field(default_factory=list)
+    starts: list[Event] = field(default_factory=list)
+    tracked: str | None = None
+    dumps: list[Path] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage's last checkpoint is there."""
+        return self.checkpoint is not None and 0 < self.total_steps <= self.checkpoint.step
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present pace; None where it is not known."""
+        if self.complete or not self.pairs_per_second:
+            return 0.0 if self.complete else None
+        return (self.total_samples - self.samples) / self.pairs_per_second
+
+    @property
+    def restarts(self) -> int:
+        return max(0, len(self.starts) - 1)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return any((folder / name).exists() for name in (METRICS_FILE, RECORD_FILE, CHECKPOINTS))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it is that of a run, else the runs in it, by name."""
+    if is_run(folder):
+        return [folder]
+    return sorted(each for each in folder.iterdir() if each.is_dir() and is_run(each)) if folder.is_dir() else []
+
+
+def summarise(folder: Path) -> RunSummary:
+    """Read a run's files; what is missing of them, or cannot be read, is taken as not there yet."""
+    stage, tracking = _settings(folder)
+    steps = [phase_steps(TrainConfig(stage=stage), phase) for phase in stage.phases] if stage is not None else []
+    records = last_metrics(folder, PACE_LINES)
+    record = records[-1] if records else {}
+    starts = [event for event in read_events(folder) if event.kind == START]
+    checkpoint, damages = latest_by_sizes(folder / CHECKPOINTS)
+    known = [record.get("step", 0), 0 if checkpoint is None else checkpoint.step]
+    step = max(known) if records or checkpoint is not None else starts[-1].step if starts else 0
+    batch = record["samples"] // record["step"] if record else stage.global_batch_size if stage is not None else 0
+    total = sum(steps) or (starts[-1].total_steps if starts else record.get("total_samples", 0) // max(1, batch))
+    phase = next((number for number in range(len(steps)) if step < sum(steps[: number + 1])), max(0, len(steps) - 1))
+    resolutions = [each.resolution for each in stage.phases] if stage is not None else [record.get("resolution", 0)]
+    return RunSummary(
+        folder=folder,
+        stage=folder.name if stage is None else stage.name,
+        phase=phase + 1,
+        phases=len(resolutions),
+        resolution=resolutions[phase],
+        step=step,
+        total_steps=total,
+        samples=step * batch,
+        total_samples=total * batch,
+        pairs_per_second=_pace(records),
+        larger_phases=any(each > resolutions[phase] for each in resolutions[phase + 1 :]),
+        checkpoint=checkpoint,
+        spoke=_spoke(folder, record),
+        record=record,
+        damages=damages,
+        starts=starts,
+        tracked=_tracked(folder, tracking),
+        dumps=_dumps(folder, starts[-1].time if starts else 0.0),
+    )
+
+
+def _settings(folder: Path) -> tuple[StageConfig | None, TrackingConfig | None]:
+    try:
+        document = OmegaConf.load(folder / CONFIG_FILE)
+        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
+        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackingConfig), document.tracking))
+    # Whatever is wrong with the file: a person wants to know how the run stands.
+    except Exception:
+        return None, None
+    assert isinstance(stage, StageConfig)
+    assert isinstance(tracking, TrackingConfig)
+    return stage, tracking
+
+
+def _pace(records: list[dict[str, Any]]) -> float | None:
+    """Pairs a second over the lines of the last one's phase, each of as many pairs."""
+    rates = [each["pairs_per_second"] for each in records if each.get("phase") == records[-1].get("phase")]
+    return len(rates) / sum(1 / rate for rate in rates) if rates and min(rates) > 0 else None
+
+
+def _spoke(folder: Path, record: dict[str, Any]) -> float | None:
+    if not record:
+        return None
+    # Earlier versions did not write the time.
+    return float(record["time"]) if "time" in record else (folder / METRICS_FILE).stat().st_mtime
+
+
+def _tracked(folder: Path, tracking: TrackingConfig | None) -> str | None:
+    if tracking is None or tracking.mode == "disabled":
+        return None
+    if tracking.mode == "offline":
+        runs = sorted((folder / "wandb").glob("offline-run-*"))
+        return (
+            f"offline: wandb sync {shell([str(folder)])}/wandb/offline-run-*"
+            if runs
+            else "offline: nothing written yet"
+        )
+    try:
+        return (folder / WANDB_URL_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return f"online: project {tracking.project}"
+
+
+def _dumps(folder: Path, since: float) -> list[Path]:
+    return sorted(path for path in (folder / "dumps").glob("rank-*.txt") if path.stat().st_mtime >= since)
+
+
+def age(seconds: float) -> str:
+    """A length of time in the two units that matter: "3 d 4 h", "12 min", "8 s"."""
+    whole = max(0, round(seconds))
+    for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            rest = whole % unit // smaller
+            return f"{whole // unit} {name}" + (f" {rest} {smaller_name}" if rest and smaller > 1 else "")
+    return f"{whole} s"
+
+
+def ago(moment: float) -> str:
+    return f"{age(time.time() - moment)} ago"

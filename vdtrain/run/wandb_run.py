@@ -1,0 +1,314 @@
+"""A run on Weights & Biases over all its starts. Whatever befalls it there is a line, and training goes on.
+
+W&B drops records of a step that is not above its own. A run that goes on from an earlier checkpoint repeats steps, so
+that W&B counts records by itself, and "step" is a figure like others, which is the axis of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import textwrap
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vdtrain.config.schema import TrackingConfig
+from vdtrain.files import INCOMPLETE, write_text
+
+PROBE_SECONDS = 8.0
+OUT_OF_ORDER = (500, 502, 503, 504)
+# All processes wait for the one that opens the run: an outage may hold them this long, and no longer.
+INIT_SECONDS = 20.0
+# A scheduler that has asked a job to stop does not wait for uploads.
+FINISH_SECONDS = 20.0
+# For the end of its own process, which only has to go.
+END_SECONDS = 5.0
+REASON_LENGTH = 300
+
+
+class WandbError(RuntimeError):
+    """W&B does not take a run. The message is a line on why."""
+
+
+def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **arguments: Any) -> Any:
+    """A run of the wandb package, which is never asked of a person at a terminal.
+
+    Args:
+        tracking: its mode is "online" or "offline".
+        seconds: how long W&B's server may take.
+        arguments: of `wandb.init`.
+
+    Raises:
+        WandbError: for whatever reason there is none.
+    """
+    try:
+        import wandb
+
+        # What its own telemetry cannot send is no one's trouble here.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        wandb.setup(_settings(tracking))
+        if tracking.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise WandbError(_no_key(wandb.setup().settings.base_url))
+        return wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            mode=tracking.mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=seconds,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
+            **arguments,
+        )
+    except WandbError:
+        raise
+    # Its package may be missing or broken, its process may not start, its server may answer anything.
+    except Exception as error:
+        raise WandbError(reason(error)) from error
+
+
+def end_wandb() -> None:
+    """End W&B's own process, which waits for its server where it can; this process does not, when it ends."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is None:
+        return
+
+    def end() -> None:
+        # It may be gone already, killed with all processes of a job.
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    thread = threading.Thread(target=end, name="wandb-end", daemon=True)
+    thread.start()
+    thread.join(END_SECONDS)
+
+
+def wandb_problem(tracking: TrackingConfig) -> str | None:
+    """A line on why a run could not be tracked; None if it can be, or needs no network. Takes 20 seconds at most."""
+    if tracking.mode != "online":
+        return None
+    setting = f"tracking.mode={tracking.mode}"
+    remedy = "choose tracking=offline, and send the run later by `wandb sync`"
+    try:
+        import wandb
+
+        wandb.setup(_settings(tracking))
+        address = wandb.setup().settings.base_url
+    except Exception as error:
+        return f"{setting}: {reason(error)}; install wandb or repair its settings, or choose tracking=none"
+    try:
+        if not wandb.login(prompt=False, verify=True):
+            return f"{setting}: {_no_key(address)}, or {remedy}"
+    except Exception as error:
+        unreachable = _unreachable(address)
+        if unreachable is not None:
+            return f"{setting}: {address} cannot be reached ({unreachable}); {remedy}"
+        return f"{setting}: {reason(error)}; run `wandb login --relogin` or set WANDB_API_KEY, or {remedy}"
+    finally:
+        end_wandb()
+    return None
+
+
+def reason(error: Exception) -> str:
+    """An error of the wandb package as a line, without its advice on its own settings."""
+    text = " ".join(str(error).partition("Consider increasing")[0].split())
+    return textwrap.shorten(text or type(error).__name__, REASON_LENGTH, placeholder=" ...")
+
+
+def _settings(tracking: TrackingConfig) -> Any:
+    """Of the whole process; the mode that was asked for stands above that of the environment."""
+    import wandb
+
+    return wandb.Settings(silent=True, mode=tracking.mode)  # type: ignore[arg-type]
+
+
+def _no_key(address: str) -> str:
+    return f"no API key for {address} here; run `wandb login` or set WANDB_API_KEY"
+
+
+def _unreachable(address: str) -> str | None:
+    """Why a server gives no answer, or none but that it is out of order; None if it does."""
+    try:
+        with urllib.request.urlopen(address, timeout=PROBE_SECONDS):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"HTTP status {error.code}" if error.code in OUT_OF_ORDER else None
+    except OSError as error:
+        return " ".join(str(getattr(error, "reason", error)).split())
+
+
+WANDB_ID_FILE = "wandb_id"
+WANDB_URL_FILE = "wandb_url"
+WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# What W&B answers where a run of that id was deleted in its web page; the id is then of no use any more.
+DELETED = re.compile(r"previously created and deleted", re.IGNORECASE)
+
+Warn = Callable[[str], None]
+Record = Mapping[str, Any]
+
+
+class WandbRun:
+    """Sends records, and says by `warn` where that comes to an end; then it does nothing.
+
+    Args:
+        run: of the wandb package; None where W&B did not take it.
+        file: where all figures are, whatever W&B has of them.
+    """
+
+    def __init__(self, run: Any, file: Path, warn: Warn) -> None:
+        self._run, self._file, self._warn = run, file, warn
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Send records, oldest first."""
+        for record in records:
+            if self._run is None:
+                return
+            try:
+                self._run.log(_flat(record))
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """End the run, and give what is not sent yet a little time."""
+        if self._run is None:
+            end_wandb()
+            return
+        folder = self._run.settings.sync_dir
+        try:
+            self._run.finish()
+        except TimeoutError:
+            self._warn(
+                f"W&B did not take the last figures within {FINISH_SECONDS:.0f} s; they are in {self._file}, and "
+                f"`wandb sync {folder}` sends them"
+            )
+        except Exception as error:
+            self._give_up(error)
+        self._run = None
+        end_wandb()
+
+    def _give_up(self, error: Exception) -> None:
+        """W&B's own process ends at a SIGTERM to all processes of a job, amid the last steps of a run that saves."""
+        self._run = None
+        # It would try again, and say so, when this process ends.
+        end_wandb()
+        self._warn(f"W&B takes no more of this run ({reason(error)}); its figures are in {self._file}")
+
+
+def start_run(
+    run_dir: Path,
+    file: Path,
+    tracking: TrackingConfig,
+    run_config: Mapping[str, Any],
+    records: Sequence[Record],
+    warn: Warn,
+    seconds: float,
+) -> WandbRun:
+    """Open the run that a folder has on W&B, or a new one; where W&B does not take it, a line says so.
+
+    Args:
+        file: where all figures are.
+        records: of the run so far; those that W&B does not have are sent.
+        seconds: how long W&B may take.
+    """
+    try:
+        run, new = _open(run_dir, tracking, run_config, warn, seconds)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        newest = -1 if new else _newest_step(run, tracking)
+        if run.url and tracking.mode == "online":
+            _write(run_dir / WANDB_URL_FILE, run.url + "\n")
+    except Exception as error:
+        warn(
+            f"tracking.mode={tracking.mode}: W&B does not take this run ({reason(error)}); its figures go to {file}, "
+            "and the next start tries again"
+        )
+        return WandbRun(None, file, warn)
+    opened = WandbRun(run, file, warn)
+    if newest is not None:
+        opened.send([record for record in records if record["step"] > newest])
+    return opened
+
+
+def _newest_step(run: Any, tracking: TrackingConfig) -> float | None:
+    """The step of the newest record that W&B has; None where nobody can know before the offline folders are sent."""
+    newest = run.summary.get("step")
+    known = newest if isinstance(newest, int | float) else -1
+    return known if tracking.mode == "online" else None
+
+
+def _open(
+    run_dir: Path, tracking: TrackingConfig, run_config: Mapping[str, Any], warn: Warn, seconds: float
+) -> tuple[Any, bool]:
+    """The run of the wandb package, and whether it is a new one."""
+
+    def opened(number: str) -> Any:
+        return open_run(
+            tracking,
+            seconds,
+            dir=str(run_dir),
+            id=number,
+            name=run_dir.name,
+            resume="allow" if tracking.mode == "online" else None,
+            config=dict(run_config),
+        )
+
+    path = run_dir / WANDB_ID_FILE
+    number, new = _run_id(path, warn)
+    try:
+        return opened(number), new
+    except WandbError as error:
+        if not DELETED.search(str(error)):
+            raise
+    fresh = _new_id(path)
+    warn(f"W&B: run {number} was deleted there, and W&B takes no id twice; it goes on as {fresh}, with all its figures")
+    return opened(fresh), True
+
+
+def _run_id(path: Path, warn: Warn) -> tuple[str, bool]:
+    """The id that the run folder holds, or a new one, which it holds from now on; and whether it is new.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    if not path.exists():
+        return _new_id(path), True
+    text = path.read_text(errors="replace").strip()
+    if WANDB_ID.fullmatch(text):
+        return text, False
+    fresh = _new_id(path)
+    warn(f"{path}: held no id of a W&B run; the run goes on there as {fresh}, with all its figures")
+    return fresh, True
+
+
+def _new_id(path: Path) -> str:
+    number = uuid.uuid4().hex[:8]
+    _write(path, number)
+    return number
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + INCOMPLETE)
+    write_text(draft, text)
+    os.replace(draft, path)
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            # "learning_rates" would stand beside its groups.
+            flat |= {f"{key.removesuffix('s') if key != 'loss' else key}/{name}": each for name, each in value.items()}
+        elif key != "time":
+            flat[key] = value
+    # Records that are sent later keep their time.
+    return flat | ({"_timestamp": record["time"]} if "time" in record else {})

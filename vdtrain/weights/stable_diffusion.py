@@ -1,0 +1,182 @@
+"""Stable Diffusion v1.x as a starting point, in CompVis' or in diffusers' layout: what stage 1 inherits, from where.
+
+The U-Net's time embedding becomes the global layers, its residual and sampling layers the image data layers, and its
+transformer blocks the context layers of every context modality: stage 1 trains the image's, and carries the text's
+along for stage 2. Text data layers have no counterpart and start at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from vdtrain.config.schema import ModelConfig
+from vdtrain.flows import GLOBAL_GROUP
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
+from vdtrain.weights.diffusers_names import UnetNames, check_sizes
+from vdtrain.weights.layouts import AVERAGED, COMPVIS, DIFFUSERS, LEFTOVERS, VD_2022, averaged_name, contents
+from vdtrain.weights.schedule_buffers import check_schedule
+from vdtrain.weights.tensor_files import LazyTensors, open_tensors
+
+UNET_PREFIX = "model.diffusion_model."
+# Channels of the first layer, and widths of the contexts, that tell other networks of the family.
+OTHER_CHANNELS = {7: "a network for upscaling", 8: "a network for editing or upscaling", 9: "a network for inpainting"}
+OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+
+def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
+    """CompVis' module names of the data layers and of the context layers, each in the order of the plan."""
+    data: list[str] = []
+    context: list[str] = []
+    going_up = "load"
+    middle = plan.steps.index(going_up) - 3  # block, context, block stand before the first skip is loaded
+    block, part = -1, 0
+    for place, step in enumerate(plan.steps):
+        if isinstance(step, str):
+            continue
+        if middle <= place < middle + 3:
+            name = f"middle_block.{place - middle}"
+        elif isinstance(step, DataStep) and step.role is Role.LEAVE:
+            name = "out"
+        else:
+            if place == middle + 4:
+                block = -1
+            # On the way down every data layer opens a block; on the way up only those that take a skip do.
+            opens = isinstance(step, DataStep) and step.role is not Role.UP
+            block, part = (block + 1, 0) if opens else (block, part + 1)
+            name = f"{'input' if place < middle else 'output'}_blocks.{block}.{part}"
+        (context if isinstance(step, ContextStep) else data).append(name)
+    return data, context
+
+
+def own_names(plan: LayerPlan, key: str, image: str, contexts: Collection[str]) -> list[str]:
+    """Our parameter names that take the tensor of a U-Net key (without its prefix); empty if none does."""
+    if key.startswith("time_embed."):
+        return ["global_layers." + key.removeprefix("time_embed.")]
+    data, context = layer_names(plan)
+    for index, name in enumerate(data):
+        if key.startswith(name + "."):
+            return [f"data_layers.{image}.{index}.{key.removeprefix(name + '.')}"]
+    for index, name in enumerate(context):
+        if key.startswith(name + "."):
+            tail = key.removeprefix(name + ".")
+            return [f"context_layers.{modality}.{index}.{tail}" for modality in contexts]
+    return []
+
+
+def compvis_key(plan: LayerPlan, name: str) -> str:
+    """CompVis' key, below its prefix, of one of our parameter names; the modality is left out."""
+    kind, _, rest = name.partition(".")
+    if kind == "global_layers":
+        return f"time_embed.{rest}"
+    data, context = layer_names(plan)
+    _, index, tail = rest.split(".", 2)
+    return f"{(data if kind == 'data_layers' else context)[int(index)]}.{tail}"
+
+
+def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[str], setting: str) -> LazyTensors:
+    """Stable Diffusion's U-Net by our names, each tensor read on access.
+
+    Args:
+        path: CompVis' file, whole or of the U-Net alone; or diffusers': the pipeline's folder, its `unet/`, or the file
+            in it. Of a file with an averaged copy (`model_ema.*`) beside the weights the weights are taken.
+        model: that takes the weights; its base modality's data layers and the global layers are filled.
+        contexts: names of the context modalities that start from the U-Net's attention.
+        setting: names where the path comes from, in errors.
+
+    Raises:
+        WeightsError: the file cannot be read without running code, or is no Stable Diffusion v1 of the model's sizes.
+    """
+    place = f"{setting}={path}"
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    tensors = open_tensors(folder, setting)
+    unet = folder if folder.is_dir() else folder.parent
+    keys = _own_names(tensors, model, place)
+    if keys is None:
+        raise WeightsError(
+            f"{place}: no keys below {UNET_PREFIX} or of diffusers' U-Net; it holds {contents(tensors)}, and stage 1 "
+            "starts from Stable Diffusion v1"
+        )
+    if DIFFUSERS.prefixes(tensors):
+        check_sizes(unet / "config.json", model.diffuser, f"{setting}={folder}")
+    check_schedule(tensors, model.schedule, place, path, unet.parent if unet.name == "unet" else None)
+    data = model.base_modality
+    attention = f"context_layers.{data}."
+    names = {name: key for name, key in keys.items() if not name.startswith(attention)}
+    for context in contexts:
+        names |= {
+            name.replace(attention, f"context_layers.{context}."): key
+            for name, key in keys.items()
+            if name.startswith(attention)
+        }
+    found = tensors.renamed(names)
+    groups = [GLOBAL_GROUP, f"data.{data}", *(f"context.{name}" for name in contexts)]
+    with torch.device("meta"):
+        expected = Diffuser(model, groups).state_dict()
+    if differences := compare(expected, found.outline()):
+        other = _other_release(found, data)
+        raise WeightsError(f"{place}: {other}weights of another model than model={model.name}: {differences}")
+    return found
+
+
+def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str, str] | None:
+    """Our name, with the base modality's contexts -> the file's key; None where there is no U-Net.
+
+    Raises:
+        WeightsError: a U-Net with something that has no place in the model.
+    """
+    plan, data = make_plan(model.diffuser), model.base_modality
+    if VD_2022.prefixes(tensors):
+        return None
+    if prefixes := COMPVIS.prefixes(tensors):
+
+        def own(key: str) -> str | None:
+            return next(iter(own_names(plan, key, data, [data])), None)
+    elif prefixes := DIFFUSERS.prefixes(tensors):
+        own = UnetNames(plan, "image", data, data).to_own
+    elif AVERAGED.prefixes(tensors):
+        return _averaged(tensors, model)
+    else:
+        return None
+    prefix = prefixes[0]
+    names = {}
+    for key in tensors:
+        tail = key.removeprefix(prefix)
+        if key.startswith(prefix) and not tail.startswith(LEFTOVERS):
+            if (name := own(tail)) is None:
+                raise WeightsError(
+                    f"{place}: {_release_of(key)}{key} has no place in the model; is it Stable Diffusion v1?"
+                )
+            names[name] = key
+    return names
+
+
+def _averaged(tensors: LazyTensors, model: ModelConfig) -> dict[str, str]:
+    """Of a file with nothing but the averaged copy, whose keys have lost their dots."""
+    plan, data = make_plan(model.diffuser), model.base_modality
+    with torch.device("meta"):
+        expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", f"context.{data}"]).state_dict()
+    keys = {name: averaged_name(UNET_PREFIX + compvis_key(plan, name)) for name in expected}
+    return {name: key for name, key in keys.items() if key in tensors}
+
+
+def _release_of(key: str) -> str:
+    return (
+        "it is Stable Diffusion XL or of images' embeddings; " if "label_emb." in key or "add_embedding." in key else ""
+    )
+
+
+def _other_release(found: LazyTensors, data: str) -> str:
+    """Which of the other networks of this family it is, for people."""
+    outline = found.outline()
+    channels = outline[f"data_layers.{data}.0.weight"].shape[1] if f"data_layers.{data}.0.weight" in outline else 4
+    width = next((each.shape[-1] for name, each in outline.items() if name.endswith("attn2.to_k.weight")), 768)
+    if channels in OTHER_CHANNELS:
+        return f"it is {OTHER_CHANNELS[channels]}, with {channels} channels in; give the plain one; "
+    if width in OTHER_WIDTHS:
+        return f"it is {OTHER_WIDTHS[width]}, with contexts {width} wide; give version 1; "
+    return ""
