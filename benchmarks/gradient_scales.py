@@ -2,7 +2,7 @@
 
 python benchmarks/gradient_scales.py        # writes benchmarks/results/gradient_scales.json
 
-The tiny diffuser learns image variation and text-to-image on drawn pictures with plain PyTorch: AdamW without weight
+The tiny diffuser learns image variation and text-to-image on drawn images with plain PyTorch: AdamW without weight
 decay and clipping at a norm of 1, as in training. Every run has the same start, samples and noise.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniature.corpus import draw_pictures, sample_scenes, write_captions
+from miniature.corpus import draw_images, sample_scenes, write_captions
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import stage_flows
@@ -61,7 +61,7 @@ def movements(config: TrainConfig, steps: int, gradient: float, rate: float, cli
     random = np.random.default_rng(0)
     for step in range(steps):
         scenes = sample_scenes(BATCH, random)
-        samples = {"image": draw_pictures(scenes, RESOLUTION, random), "text": write_captions(scenes, random)}
+        samples = {"image": draw_images(scenes, RESOLUTION, random), "text": write_captions(scenes, random)}
         draws = StepDraws("gradient scales", step, BATCH, slice(0, BATCH), torch.device("cpu"))
         losses = objective.losses(diffuser, objective.encode(samples, RESOLUTION, draws), draws)
         optimizer.zero_grad()

@@ -56,14 +56,14 @@ def measure(
     frozen: FrozenParts, modalities: list[str], resolution: int, batch: int, device: torch.device, rounds: int
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (batch, 3, resolution, resolution), dtype=torch.uint8, generator=generator)
-    samples: dict[str, Any] = {"image": pictures.to(device), "text": [CAPTION] * batch}
+    images = torch.randint(256, (batch, 3, resolution, resolution), dtype=torch.uint8, generator=generator)
+    samples: dict[str, Any] = {"image": images.to(device), "text": [CAPTION] * batch}
     samples = frozen.prepare({name: samples[name] for name in modalities}, modalities, modalities)
     shape = frozen.latent_shape("image", (resolution, resolution))
     noise = {"image": torch.randn(batch, *shape, generator=generator).to(device)}
     vae: Any = frozen.vaes["image"]
     with torch.no_grad():
-        cached = vae.moments(pictures.to(device)).half().cpu()
+        cached = vae.moments(images.to(device)).half().cpu()
 
     def draw() -> dict[str, torch.Tensor]:
         return {"image": cached.to(device, non_blocking=True)}
@@ -85,7 +85,7 @@ def measure(
         "milliseconds": {name: round(1e3 * value, 3) for name, value in taken.items()},
         "image_vae_share_of_frozen_part": round(taken["image_vae"] / taken["inline"], 3),
         "cached_over_inline": round(taken["cached"] / taken["inline"], 3),
-        "bytes_per_picture": cached[0].nbytes,
+        "bytes_per_image": cached[0].nbytes,
     }
 
 

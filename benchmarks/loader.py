@@ -3,7 +3,7 @@
 python benchmarks/loader.py                       # all parts; writes benchmarks/results/loader.json
 python benchmarks/loader.py --parts throughput --rounds 5 --cores 0,1
 
-Throughput: 512-pixel JPEGs to 256 x 256 pictures and CLIP ids, by vdtrain's stream, by open_clip's WebDataset pipeline
+Throughput: 512-pixel JPEGs to 256 x 256 images and CLIP ids, by vdtrain's stream, by open_clip's WebDataset pipeline
 (Pillow), by WebDataset and by MosaicML Streaming with vdtrain's decoder. Streaming needs an older transformers, and so
 an environment of its own: `--streaming-python` names one, or uv makes one from loader_requirements.txt.
 Shuffle: whether neighbours come from the same shard. Restart: seconds until the first batch deep in an epoch.
@@ -76,10 +76,10 @@ def run(task: dict[str, Any], python: str) -> dict[str, float]:
 
 def throughput(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Rates of all contestants, and how they stand to each other."""
-    from loader_pictures import write_set
+    from loader_images import write_set
 
-    if arguments.pictures is not None:
-        folder = arguments.pictures
+    if arguments.images is not None:
+        folder = arguments.images
     else:
         write_set(folder, 4, arguments.samples, len(os.sched_getaffinity(0)))
     python = streaming_python(arguments.streaming_python, folder)
@@ -99,7 +99,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "resolution": 256,
         "batch": 128,
-        "pictures": {"shards": len(sizes), "megabytes": round(sum(sizes) / 1e6)},
+        "images": {"shards": len(sizes), "megabytes": round(sum(sizes) / 1e6)},
         **summary(rounds),
         "left_out": [] if python is not None else ["Streaming"],
         "rounds": rounds,
@@ -161,9 +161,9 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure; the others' results stay")
     parser.add_argument("--cores", default=None, help="numbers of the cores to be pinned to; two of them by default")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=1000, help="pictures in each of the four shards")
+    parser.add_argument("--samples", type=int, default=1000, help="images in each of the four shards")
     parser.add_argument("--batches", type=int, default=30, help="measured in each run, of 128")
-    parser.add_argument("--pictures", type=Path, help="a folder of an earlier run's shards")
+    parser.add_argument("--images", type=Path, help="a folder of an earlier run's shards")
     parser.add_argument("--streaming-python", help="an interpreter that has mosaicml-streaming, torch, simplejpeg")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")

@@ -2,7 +2,7 @@
 
 python benchmarks/loader_contestants.py '{"contestant": "vdtrain", "workers": 2, ...}'        # prints a line of JSON
 
-All deliver batches of pictures at the resolution and of CLIP's token ids. Streaming runs in another environment than
+All deliver batches of images at the resolution and of CLIP's token ids. Streaming runs in another environment than
 the rest: what only one contestant needs is imported by that one alone.
 """
 
@@ -75,7 +75,7 @@ def webdataset_plain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
     tokenize = fast_tokenizer(folder)
     resolution = task["resolution"]
 
-    def picture(data: bytes) -> torch.Tensor:
+    def image(data: bytes) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(decode(data, resolution, CENTRE)))
 
     def text(data: bytes) -> torch.Tensor:
@@ -83,12 +83,12 @@ def webdataset_plain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
 
     import webdataset as wds
 
-    steps = [wds.to_tuple("jpg", "txt"), wds.map_tuple(picture, text)]
+    steps = [wds.to_tuple("jpg", "txt"), wds.map_tuple(image, text)]
     return _webdataset(folder, task, BUFFER, steps)
 
 
 def open_clip_style(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
-    """open_clip's pipeline for training: its steps, its picture transform, its tokenizer."""
+    """open_clip's pipeline for training: its steps, its image transform, its tokenizer."""
     import webdataset as wds
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transform import image_transform
@@ -128,7 +128,7 @@ def _webdataset(folder: Path, task: dict[str, Any], buffer: int, steps: list[Any
 
 
 def streaming(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
-    """MosaicML Streaming over the same pictures in its format, with the trainer's decoder and the fast tokenizer."""
+    """MosaicML Streaming over the same images in its format, with the trainer's decoder and the fast tokenizer."""
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
@@ -138,8 +138,8 @@ def streaming(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
     class Pairs(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, at: int) -> Any:
             sample = super().__getitem__(at)
-            picture = np.ascontiguousarray(decode(sample["jpg"], resolution, CENTRE))
-            return torch.from_numpy(picture), tokenize(sample["caption"])
+            image = np.ascontiguousarray(decode(sample["jpg"], resolution, CENTRE))
+            return torch.from_numpy(image), tokenize(sample["caption"])
 
     dataset = Pairs(
         local=str(folder / "mds"),
@@ -159,11 +159,11 @@ def decode_only(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
     from vdtrain.data.manifest import Manifest
 
     manifest = Manifest(folder / "manifest")
-    pictures: list[bytes] = []
+    images: list[bytes] = []
     for shard in range(len(manifest.shards)):
         rows = manifest.rows(shard)
         data = Path(manifest.shards[shard]).read_bytes()
-        pictures += [data[at : at + size] for at, size in zip(rows.offset, rows.size, strict=True)]
+        images += [data[at : at + size] for at, size in zip(rows.offset, rows.size, strict=True)]
     side = task["resolution"]
 
     def decode_all(chunk: list[bytes]) -> None:
@@ -172,7 +172,7 @@ def decode_only(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
 
     pool = ThreadPoolExecutor(max(1, task["workers"]))
     size = task["batch"] // max(1, task["workers"])
-    endless = cycle(pictures)
+    endless = cycle(images)
 
     def batches() -> Iterator[Any]:
         pending = [pool.submit(decode_all, list(islice(endless, size))) for _ in range(4 * task["workers"])]
@@ -195,7 +195,7 @@ CONTESTANTS: dict[str, Callable[[Path, dict[str, Any]], Iterator[Any]]] = {
 
 
 def write_mds(folder: Path) -> None:
-    """The pictures and captions of the tar shards in Streaming's own format."""
+    """The images and captions of the tar shards in Streaming's own format."""
     import tarfile
 
     from streaming import MDSWriter

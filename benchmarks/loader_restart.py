@@ -1,7 +1,7 @@
 """Seconds from making a stream at 90 % of an epoch to its first batch: part of benchmarks/loader.py.
 
 Manifests of 2,000 and 10,000 shards with 10,000 samples each, written as the indexer writes them; every shard is a link
-to one tar of real pictures. The manifest's files are dropped from the page cache before each restart.
+to one tar of real images. The manifest's files are dropped from the page cache before each restart.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from loader_pictures import caption, vocabulary, write_shard
+from loader_images import caption, vocabulary, write_shard
 
 from data_pipeline.index.index import index
 from vdtrain.data.manifest import SAMPLE_SCHEMA, SHARD_SCHEMA, Manifest, SamplesWriter, write_shards
 from vdtrain.data.stream import PairStream
 
-SAMPLES, PICTURES, FILE_SHARDS = 10_000, 100, 2000
+SAMPLES, IMAGES, FILE_SHARDS = 10_000, 100, 2000
 SETS = (2000, 10_000)
 BATCH, RANKS, REPEATS = 2048, 8, 5
 
@@ -29,7 +29,7 @@ BATCH, RANKS, REPEATS = 2048, 8, 5
 def write_manifests(folder: Path) -> list[Path]:
     """The manifests of all sizes; files of samples are the same in all, 2,000 shards in each."""
     (folder / "shards").mkdir(parents=True)
-    write_shard(folder / "shards" / "00000.tar", PICTURES, seed=0)
+    write_shard(folder / "shards" / "00000.tar", IMAGES, seed=0)
     index({"photographs": folder / "shards"}, folder / "manifest")
     real = Manifest(folder / "manifest").table()
     generator, words = np.random.default_rng(0), vocabulary()
@@ -73,7 +73,7 @@ def write_manifests(folder: Path) -> list[Path]:
 
 
 def seconds(manifest: Path, share: float) -> tuple[float, float]:
-    """Until the stream stands, and until rank 0 of 8 has its 256 pictures of the batch at a share of the epoch."""
+    """Until the stream stands, and until rank 0 of 8 has its 256 images of the batch at a share of the epoch."""
     for path in manifest.glob("*.parquet"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

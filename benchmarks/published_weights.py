@@ -150,7 +150,7 @@ def _compvis_name(key: str, levels: int) -> str:
     """CompVis' name of a tensor of diffusers' AutoencoderKL."""
     name = re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key)
     name = re.sub(r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample.", name)
-    # CompVis counts the decoder's levels from the picture, diffusers from the latent.
+    # CompVis counts the decoder's levels from the image, diffusers from the latent.
     name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
     name = name.replace(".resnets.", ".block.").replace("upsamplers.0", "upsample")
     name = name.replace("mid_block.block.0", "mid.block_1").replace("mid_block.block.1", "mid.block_2")

@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument("--folder", type=Path, default=Path("rehearsal"), help="where everything is written")
-    parser.add_argument("--port", type=int, default=8766, help="free one of this machine, for the drawn pictures")
+    parser.add_argument("--port", type=int, default=8766, help="free one of this machine, for the drawn images")
     parser.add_argument("--record", action="store_true", help=f"keep the figures in {RESULT.name} and {PAGE.name}")
     arguments = parser.parse_args(argv)
     size, folder = SIZES[arguments.size], arguments.folder

@@ -21,8 +21,8 @@ FROZEN = {
 START = ("downloads/sd-v1-4.ckpt", "weights/stable_diffusion_v1")
 RELEASE = ("downloads/vd-four-flow-v1-0.pth", "weights/versatile_diffusion")
 INCEPTION = "downloads/pt_inception-2015-12-05-6726825d.pth"
-PICTURE, PROMPT = "pictures/images/000000.jpg", '"a lighthouse at dusk, in rain"'
-INPUTS = {"text-to-image": PROMPT, "image-to-image": PICTURE, "image-to-text": PICTURE, "text-to-text": PROMPT}
+IMAGE, PROMPT = "images/images/000000.jpg", '"a lighthouse at dusk, in rain"'
+INPUTS = {"text-to-image": PROMPT, "image-to-image": IMAGE, "image-to-text": IMAGE, "text-to-text": PROMPT}
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Size:
     Attributes:
         model: settings of the model whose published weights are imported.
         narrow: settings of the model that is trained, whose frozen parts are the same.
-        plan, preflight: settings of these verbs for a stage of `model`.
+        plan, preflight: settings of these commands for a stage of `model`.
         train: settings of every stage, beside its phases of `steps` steps at each of `resolutions`.
         threads: of a stage that one process trains alone.
-        download: settings of the drawn set's way into shards, of `pictures` of `pixels` on a side.
+        download: settings of the drawn set's way into shards, of `images` of `pixels` on a side.
         fid: whether FID is among the figures: half a minute, whatever the model.
         disk, memory: GB that must be free.
     """
@@ -48,7 +48,7 @@ class Size:
     threads: int
     resolutions: tuple[int, int]
     steps: int
-    pictures: int
+    images: int
     pixels: int
     download: str
     fid: bool
@@ -86,7 +86,7 @@ SIZES = {
         threads=2,
         resolutions=(256, 512),
         steps=2,
-        pictures=64,
+        images=64,
         pixels=640,
         download="",
         fid=True,
@@ -102,7 +102,7 @@ SIZES = {
         threads=1,
         resolutions=(32, 64),
         steps=5,
-        pictures=64,
+        images=64,
         pixels=256,
         download="data.download.image_size=64 data.download.min_image_size=32",
         fid=False,
@@ -146,23 +146,23 @@ def road(size: Size, port: int) -> list[Part]:
     """All parts, in their order.
 
     Args:
-        port: at which the drawn pictures are served on this machine.
+        port: at which the drawn images are served on this machine.
     """
     return [*_data(size, port), *_weights(size), *_curriculum(size), *_use(size)]
 
 
 def _data(size: Size, port: int) -> Iterator[Part]:
-    drawn = f"data=shapes data.shapes.folder=pictures data.shapes.port={port}"
-    few = f"data.shapes.pictures={size.pictures} data.shapes.pixels={size.pixels}"
-    yield Part("draw pictures and their metadata", (f"python -m miniature draw {drawn} {few}",), ("pictures",))
-    tables = " ".join(f"data.sources.{name}.metadata=pictures/{name}.parquet" for name in ("laion2b_en", "coyo700m"))
+    drawn = f"data=shapes data.shapes.folder=images data.shapes.port={port}"
+    few = f"data.shapes.images={size.images} data.shapes.pixels={size.pixels}"
+    yield Part("draw images and their metadata", (f"python -m miniature draw {drawn} {few}",), ("images",))
+    tables = " ".join(f"data.sources.{name}.metadata=images/{name}.parquet" for name in ("laion2b_en", "coyo700m"))
     yield Part(
         "select, download, index, inspect",
         (
             f"python -m data_pipeline select {tables} data.select.processes=1 data.allow_loopback=true {size.download}",
             f"python -m data_pipeline download {size.download} data.download.processes=1 data.allow_loopback=true",
             "python -m data_pipeline index data.index.processes=1 data.index.decode=true",
-            "python -m data_pipeline inspect data.inspect.pictures=8",
+            "python -m data_pipeline inspect data.inspect.images=8",
         ),
         makes=("data",),
         server=(f"python -m miniature serve {drawn}", port),
@@ -237,8 +237,8 @@ def _use(size: Size) -> Iterator[Part]:
     yield Part(
         "blend, edit",
         (
-            f"vdtrain blend {run} 'text:a yellow square' image:{PICTURE} {small} output_dir=samples/blend",
-            f"vdtrain edit {run} {PICTURE} remove='a star' add='a circle' {small} output_dir=samples/edit",
+            f"vdtrain blend {run} 'text:a yellow square' image:{IMAGE} {small} output_dir=samples/blend",
+            f"vdtrain edit {run} {IMAGE} remove='a star' add='a circle' {small} output_dir=samples/edit",
         ),
         ("samples/blend", "samples/edit"),
     )

@@ -110,15 +110,15 @@ def _table(source: str, count: int, rows: int, generator: np.random.Generator, *
     # A twentieth of LAION's and an eighth of COYO's URLs have come before.
     repeated = 0.05 if source == "laion2b_en" else 0.12
     earlier = generator.integers(rows // 100, size=count)
-    picture = np.where(generator.random(count) < repeated, earlier, generator.integers(1 << 62, size=count))
-    number = pa.array(picture).cast(pa.string())
+    image = np.where(generator.random(count) < repeated, earlier, generator.integers(1 << 62, size=count))
+    number = pa.array(image).cast(pa.string())
     scheme = pa.array(["https://", "http://", "ftp://", "http://10.0.0.7/"]).take(
         pa.array(np.searchsorted([0.7, 0.9998, 0.9999], generator.random(count)))
     )
-    slug = pc.replace_substring(phrases.take(pa.array(picture % len(phrases))), " ", "-")
+    slug = pc.replace_substring(phrases.take(pa.array(image % len(phrases))), " ", "-")
     url = pc.binary_join_element_wise(
         scheme,
-        hosts.take(pa.array(picture % len(hosts))),
+        hosts.take(pa.array(image % len(hosts))),
         pa.scalar("/wp-content/uploads/"),
         number,
         pa.scalar("-"),
@@ -152,8 +152,8 @@ def _table(source: str, count: int, rows: int, generator: np.random.Generator, *
             "pwatermark": floats(generator.beta(0.6, 1.4, count), pa.float32()),
         }
     else:
-        # A tenth more of the pictures stand under several URLs.
-        shown = np.where(generator.random(count) < 0.1, earlier, picture).astype(np.uint64)
+        # A tenth more of the images stand under several URLs.
+        shown = np.where(generator.random(count) < 0.1, earlier, image).astype(np.uint64)
         phash = pa.array([f"{value:016x}" for value in (shown * np.uint64(0x9E3779B97F4A7C15)).tolist()])
         columns |= {
             "id": pa.array(generator.integers(1 << 62, size=count)),

@@ -85,15 +85,15 @@ def main() -> None:
     parameters = sum(entry.shape.numel() for entry in random_weights(precision).entries.values())
     folder.mkdir(parents=True)
     own = [__file__, "--precision", precision, "--folder", str(folder), "--step"]
-    verb = ["-m", "vdtrain.cli", "weights"]
+    command = ["-m", "vdtrain.cli", "weights"]
     steps = {}
     try:
         steps["write"] = watched("write", [*own, "write"])
         published_bytes = published.stat().st_size
-        importing = [*verb, "import", "versatile_diffusion"]
+        importing = [*command, "import", "versatile_diffusion"]
         steps["import"] = watched("import", [*importing, str(published), f"output={first}"])
         published.unlink()
-        exporting = [*verb, "export", "versatile_diffusion", str(exported), f"checkpoint={first}"]
+        exporting = [*command, "export", "versatile_diffusion", str(exported), f"checkpoint={first}"]
         steps["export"] = watched("export", exporting)
         shutil.rmtree(first)
         steps["import again"] = watched("import again", [*importing, str(exported), f"output={second}"])

@@ -1,4 +1,4 @@
-"""`python -m data_pipeline VERB`: from published metadata to indexed tar shards."""
+"""`python -m data_pipeline COMMAND`: from published metadata to indexed tar shards."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.files import check_output
 
 USAGE = """\
-Usage: python -m data_pipeline VERB [data=NAME] [SETTING=VALUE ...]
+Usage: python -m data_pipeline COMMAND [data=NAME] [SETTING=VALUE ...]
 
-Verbs:
+Commands:
   select     choose the rows of the metadata that are worth their download
-  download   fetch the pictures of every source with img2dataset, into tar shards
+  download   fetch the images of every source with img2dataset, into tar shards
   index      check the shards and write the manifest that training streams from
-  latents    encode the pictures with the image VAE, once (also by torchrun or srun: latents --help)
+  latents    encode the images with the image VAE, once (also by torchrun or srun: latents --help)
   inspect    say what a manifest holds, and draw some of its pairs on a contact sheet: inspect [MANIFEST]
 
-Every verb takes up what an earlier, interrupted run left complete.
+Every command takes up what an earlier, interrupted run left complete.
 
   --help              this text
   --cfg job           print the configuration and stop
@@ -34,7 +34,7 @@ Examples:
   python -m data_pipeline select data.select.filters.similarity_min=0.28
   python -m data_pipeline download data.download.processes=32
   python -m data_pipeline index data=shapes
-  python -m data_pipeline inspect data/manifest data.inspect.pictures=100
+  python -m data_pipeline inspect data/manifest data.inspect.images=100
 """
 
 
@@ -93,7 +93,7 @@ def _inspect(data: DataConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-VERBS: dict[str, Callable[[DataConfig], None]] = {
+COMMANDS: dict[str, Callable[[DataConfig], None]] = {
     "select": _select,
     "download": _download,
     "index": _index,
@@ -103,36 +103,36 @@ VERBS: dict[str, Callable[[DataConfig], None]] = {
 # Commands of 0.1 that are now the miniature's.
 MOVED = {"shapes": "draw data=shapes", "serve": "serve data=shapes"}
 
-# The one verb with settings of a model and of hardware beside those of data.
+# The one command with settings of a model and of hardware beside those of data.
 LATENTS = "latents"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit status."""
+    """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("--help", "-h"):
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    if verb in MOVED:
-        print(f"error: {verb}: now `python -m miniature {MOVED[verb]}`", file=sys.stderr)
+    if command in MOVED:
+        print(f"error: {command}: now `python -m miniature {MOVED[command]}`", file=sys.stderr)
         return 2
-    if verb not in (*VERBS, LATENTS):
-        print(f"error: {verb!r} is no verb; choose one of {', '.join((*VERBS, LATENTS))}", file=sys.stderr)
+    if command not in (*COMMANDS, LATENTS):
+        print(f"error: {command!r} is no command; choose one of {', '.join((*COMMANDS, LATENTS))}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
 
     def action(config: DataPipelineConfig, document: DictConfig) -> int:
-        VERBS[verb](config.data)
+        COMMANDS[command](config.data)
         return 0
 
     try:
-        if verb == LATENTS:
+        if command == LATENTS:
             from data_pipeline.latents.latents import main as latents
 
             return latents(arguments[1:])
-        plain = PlainArguments(("data.manifest",)) if verb == "inspect" else None
-        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:], plain=plain)
+        plain = PlainArguments(("data.manifest",)) if command == "inspect" else None
+        return run_command(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:], plain=plain)
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Why pictures are not fetched: img2dataset's many messages as a few reasons, and which of them may pass with time."""
+"""Why images are not fetched: img2dataset's many messages as a few reasons, and which of them may pass with time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REASONS = (
     ),
     (r"^body above", "body too large", False),
     (r"MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", "too many pixels", False),
-    (r"^Image decoding error|buf\.empty", "no picture", False),
+    (r"^Image decoding error|buf\.empty", "no image", False),
 )
 
 
@@ -63,7 +63,7 @@ def is_transient(message: str) -> bool:
 
 
 class Tally:
-    """Pictures by reason, success among them."""
+    """Images by reason, success among them."""
 
     def __init__(self, messages: Mapping[str, int] | None = None) -> None:
         self.reasons: Counter[str] = Counter()
@@ -103,7 +103,7 @@ class Tally:
 
     @property
     def settled_share(self) -> float:
-        """Share of the pictures that another attempt would not change."""
+        """Share of the images that another attempt would not change."""
         return 1 - self.transient / max(self.count, 1)
 
     def failures(self, most: int = 5) -> str:
@@ -112,4 +112,4 @@ class Tally:
         return ", ".join(f"{count:,} {name}" for name, count in failed.most_common(most)) or "none"
 
     def __str__(self) -> str:
-        return f"{self.successes:,} of {self.count:,} pictures ({self.success_share:.0%}); failed: {self.failures()}"
+        return f"{self.successes:,} of {self.count:,} images ({self.success_share:.0%}); failed: {self.failures()}"

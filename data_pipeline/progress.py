@@ -24,17 +24,17 @@ def track(items: Sequence[Item], description: str) -> Iterable[Item]:
 
 
 class LineProgress:
-    """A line on how a verb's work stands: beside a bar on a terminal, now and then in a log.
+    """A line on how a command's work stands: beside a bar on a terminal, now and then in a log.
 
     Args:
-        verb: whose work it is.
+        command: whose work it is.
         silent: say nothing.
     """
 
-    def __init__(self, verb: str, silent: bool = False) -> None:
+    def __init__(self, command: str, silent: bool = False) -> None:
         self._began = self._printed = time.monotonic()
         self._terminal, self._silent = sys.stdout.isatty() and not silent, silent
-        columns = (TextColumn(verb), BarColumn(), TextColumn("{task.description}"))
+        columns = (TextColumn(command), BarColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, disable=not self._terminal)
         self._task = self._bar.add_task("", total=1)
 

@@ -1,4 +1,4 @@
-"""One run at a time over what runs of the same verb would write."""
+"""One run at a time over what runs of the same command would write."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ def begun(folder: Path) -> bool:
 
 
 def tally(statistics: Path) -> Tally:
-    """The pictures of a shard by reason."""
+    """The images of a shard by reason."""
     return Tally(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
 
 
 def problem(statistics: Path) -> str | None:
-    """Why a shard with statistics is not whole, or None; whether its pictures are is for the index to say."""
+    """Why a shard with statistics is not whole, or None; whether its images are is for the index to say."""
     tar = _member(statistics, ".tar")
     try:
         expected = int(json.loads(statistics.read_text(encoding="utf-8"))["successes"])
@@ -43,7 +43,7 @@ def problem(statistics: Path) -> str | None:
 
 
 def samples(tar: Path) -> int:
-    """Pictures in a tar file, by its headers alone.
+    """Images in a tar file, by its headers alone.
 
     Raises:
         ValueError: it does not end as tar files do, or is damaged.
@@ -85,7 +85,7 @@ def set_aside(statistics: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Of each shard that was attempted again keep the attempt with more pictures; the one before waits for the new."""
+    """Of each shard that was attempted again keep the attempt with more images; the one before waits for the new."""
     for before in folder.glob(f"*{STATISTICS}{BEFORE}"):
         statistics = before.with_name(before.name.removesuffix(BEFORE))
         if statistics.exists():

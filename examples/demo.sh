@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of vdtrain in miniature: metadata -> tar shards -> three stages of training -> pictures and captions.
+# The whole of vdtrain in miniature: metadata -> tar shards -> three stages of training -> images and captions.
 # `make demo` runs it; every command can be typed by hand, and each takes up whatever an earlier run left complete.
 # Everything is written below demo/; to start from nothing, remove that folder.
 set -euo pipefail
@@ -16,10 +16,10 @@ case $length in
 esac
 phases() { echo "stage.phases=[{resolution:32,samples:$1},{resolution:64,samples:$2}]"; }
 
-# 1. Draw the pictures and their metadata, one table in LAION-2B-en's schema and one in COYO-700M's.
+# 1. Draw the images and their metadata, one table in LAION-2B-en's schema and one in COYO-700M's.
 python -m miniature draw data=shapes
 
-# 2. Serve the pictures on this machine. Select rows of the metadata, download their pictures with img2dataset into tar
+# 2. Serve the images on this machine. Select rows of the metadata, download their images with img2dataset into tar
 #    shards, check and index the shards, and look at what they hold.
 python -m miniature serve data=shapes &
 server=$!
@@ -38,7 +38,7 @@ train stage=stage1_single_flow "$(phases ${pairs[0]})"
 train stage=stage2_dual_flow "$(phases ${pairs[1]})"
 train stage=stage3_four_flow "$(phases ${pairs[2]})" optimizer.learning_rate_scale=$rate
 
-# 4. Make two pictures from captions, then measure all four flows.
+# 4. Make two images from captions, then measure all four flows.
 vdtrain sample "$runs/stage3_four_flow" "a red circle on a white background" "a large blue star" \
     resolution=64 guidance_scale=3 steps=25 output_dir="$runs/samples"
 python examples/demo_report.py "$runs" "$samples"

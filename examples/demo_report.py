@@ -34,7 +34,7 @@ FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
 RESOLUTION, STEPS, GUIDANCE_SCALE = 64, 25, 3.0
 # By flow: share of samples with the right colour and with the right shape.
 Accuracy = dict[str, dict[str, float]]
-# Not a seed that any training picture was drawn from.
+# Not a seed that any training image was drawn from.
 EVALUATION_SEED = 20_000
 
 
@@ -79,28 +79,28 @@ def plot_losses(curves: dict[str, list[tuple[int, float, str, int]]], file: Path
 
 
 def evaluation_set(count: int, held_out: bool) -> tuple[list[Scene], torch.Tensor, list[str]]:
-    """Fresh scenes, their pictures uint8 [count, 3, R, R], and their captions."""
+    """Fresh scenes, their images uint8 [count, 3, R, R], and their captions."""
     generator = np.random.default_rng(EVALUATION_SEED + held_out)
     scenes = [sample_scene(generator, held_out=held_out) for _ in range(count)]
     drawn = np.stack([draw(scene, RESOLUTION) for scene in scenes])
-    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
-    return scenes, pictures, [caption(scene, generator) for scene in scenes]
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+    return scenes, images, [caption(scene, generator) for scene in scenes]
 
 
 def attributes(samples: Any) -> list[tuple[str | None, str | None]]:
-    """Colour and shape that generated pictures show or generated captions name."""
+    """Colour and shape that generated images show or generated captions name."""
     if isinstance(samples, torch.Tensor):
-        return [detect(picture) for picture in samples.permute(0, 2, 3, 1).numpy()]
+        return [detect(image) for image in samples.permute(0, 2, 3, 1).numpy()]
     return [caption_attributes(text) for text in samples]
 
 
 def evaluate(model: VersatileDiffusion, count: int, held_out: bool) -> tuple[dict[str, Any], Accuracy]:
     """Samples of every flow, with their sources, and the accuracy of their colour and shape."""
-    scenes, pictures, captions = evaluation_set(count, held_out)
-    shown: dict[str, Any] = {"pictures": pictures, "captions": captions}
+    scenes, images, captions = evaluation_set(count, held_out)
+    shown: dict[str, Any] = {"images": images, "captions": captions}
     accuracy = {}
     for flow in FLOWS:
-        inputs: Any = pictures if flow.startswith("image") else captions
+        inputs: Any = images if flow.startswith("image") else captions
         samples = model.generate(
             flow, inputs, height=RESOLUTION, width=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1
         )
@@ -117,8 +117,8 @@ def plot_samples(shown: dict[str, Any], file: Path, columns: int = 8) -> None:
     """A labelled grid: what each flow was given, above what it made of it."""
     rows = [
         ("text-to-image", "captions"),
-        ("image-to-image", "pictures"),
-        ("image-to-text", "pictures"),
+        ("image-to-image", "images"),
+        ("image-to-text", "images"),
         ("text-to-text", "captions"),
     ]
     figure, axes = plt.subplots(2 * len(rows), columns, figsize=(1.7 * columns, 2 * 1.75 * len(rows)))

@@ -1,6 +1,6 @@
-"""The pictures of the README, from what examples/gallery.sh made: one strip per task, inputs before results.
+"""The images of the README, from what examples/gallery.sh made: one strip per task, inputs before results.
 
-python examples/gallery.py demo/gallery docs/pictures/gallery
+python examples/gallery.py demo/gallery docs/images/gallery
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 CIRCLE, STAR, SQUARE = (f"text-to-image/{index:04d}.png" for index in range(3))
-# By strip: cells of a label and a picture file, a file of captions, or a text in quotation marks.
+# By strip: cells of a label and an image file, a file of captions, or a text in quotation marks.
 STRIPS: dict[str, list[tuple[str, str]]] = {
     "text-to-image": [
         ("“a red circle on\na white background”", CIRCLE),
@@ -33,7 +33,7 @@ STRIPS: dict[str, list[tuple[str, str]]] = {
         ("", CIRCLE),
         ("seen through", "lower-half.png"),
         ("and", SQUARE),
-        ("and", "“a picture on a\nblack background”"),
+        ("and", "“an image on a\nblack background”"),
         *(("", f"multi-context/{index:04d}.png") for index in range(4)),
     ],
     "focus": [
@@ -62,8 +62,8 @@ def draw(name: str, cells: list[tuple[str, str]], source: Path, target: Path) ->
         cell.set_box_aspect(1)
         cell.set_title(label, fontsize=7)
         if content.endswith(".png"):
-            with Image.open(source / content) as picture:
-                cell.imshow(picture.convert("RGB"))
+            with Image.open(source / content) as image:
+                cell.imshow(image.convert("RGB"))
             continue
         text = (source / content).read_text() if content.endswith(".txt") else content
         left = content.endswith(".txt")

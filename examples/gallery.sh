@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Every task and application of Versatile Diffusion, one command each, with the demo's model.
 #   bash examples/gallery.sh [RUN] [OUTPUT]
-# RUN is a run folder (demo/runs-long/stage3_four_flow, from `make demo DEMO_LENGTH=long`). The pictures of the README
+# RUN is a run folder (demo/runs-long/stage3_four_flow, from `make demo DEMO_LENGTH=long`). The images of the README
 # are put together from the results by examples/gallery.py.
 set -euo pipefail
 run=${1:-demo/runs-long/stage3_four_flow} out=${2:-demo/gallery}
 settings="checkpoint=$run resolution=64 steps=25 guidance_scale=3 seed=3"
 
-# Text-to-image. Its pictures are the inputs of the others.
+# Text-to-image. Its images are the inputs of the others.
 vdtrain sample $settings output_dir="$out/text-to-image" \
     "a red circle on a white background" "a blue star on a black background" "a green square on a white background"
 circle="$out/text-to-image/0000.png" star="$out/text-to-image/0001.png" square="$out/text-to-image/0002.png"
@@ -18,13 +18,13 @@ vdtrain sample $settings "$star" flow=image-to-text samples_per_input=4 output_d
 vdtrain sample $settings "a large red circle" flow=text-to-text samples_per_input=4 \
     output_dir="$out/text-variation"
 
-# Dual-context blender: one caption and one picture, from all picture to all caption.
+# Dual-context blender: one caption and one image, from all image to all caption.
 for weight in 0.1 0.5 1 2 10; do
     vdtrain blend $settings output_dir="$out/dual-context/$weight" \
         "contexts=[{text: \"a yellow square\", weight: $weight}, {image: $star}]"
 done
 
-# Multi-context blender: two pictures, the first of them seen through a mask, and a caption.
+# Multi-context blender: two images, the first of them seen through a mask, and a caption.
 python -c "from PIL import Image; Image.linear_gradient('L').point(lambda v: 255 * (v > 127)).save('$out/lower-half.png')"
 vdtrain blend $settings output_dir="$out/multi-context" samples=4 \
     "contexts=[{image: $circle, mask: $out/lower-half.png}, {image: $square}, {text: \"a picture on a black background\", weight: 2}]"
@@ -34,7 +34,7 @@ for focus in 0 0.3 0.4 0.5 1; do
     vdtrain sample $settings "$circle" flow=image-to-image focus=$focus output_dir="$out/focus/$focus"
 done
 
-# Image-to-image from a partly noised latent: a new caption on an old picture.
+# Image-to-image from a partly noised latent: a new caption on an old image.
 for fidelity in 0.1 0.3 0.5 0.7 0.8; do
     vdtrain sample $settings "a yellow square" start_from="$star" fidelity=$fidelity \
         output_dir="$out/image-to-image/$fidelity"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from miniature.image_set import serve, write_picture_set
-from vdtrain.config.compose import ConfigError, run_verb
+from miniature.image_set import serve, write_image_set
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.data_schema import DataConfig, ShapesConfig
 from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.files import check_output
@@ -36,7 +36,7 @@ def _shapes(data: DataConfig) -> ShapesConfig:
 def _draw(data: DataConfig) -> None:
     shapes = _shapes(data)
     check_output(Path(shapes.folder), f"data.shapes.folder={shapes.folder}")
-    write_picture_set(shapes)
+    write_image_set(shapes)
 
 
 def _serve(data: DataConfig) -> None:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     try:
-        return run_verb(USAGE, "data_pipeline", DataPipelineConfig, action, rest)
+        return run_command(USAGE, "data_pipeline", DataPipelineConfig, action, rest)
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""What the tiny frozen parts learn from: drawn pictures with captions, and the tokenizers made of those captions."""
+"""What the tiny frozen parts learn from: drawn images with captions, and the tokenizers made of those captions."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def sample_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
     return [sample_scene(rng, held_out=bool(rng.random() < HELD_OUT_SHARE)) for _ in range(count)]
 
 
-def draw_pictures(scenes: Sequence[Scene], pixels: int, rng: np.random.Generator) -> Tensor:
-    """Pictures uint8 [B, 3, pixels, pixels]; half of them as drawn, half through JPEG and a resize like a download."""
-    pictures = []
+def draw_images(scenes: Sequence[Scene], pixels: int, rng: np.random.Generator) -> Tensor:
+    """Images uint8 [B, 3, pixels, pixels]; half of them as drawn, half through JPEG and a resize like a download."""
+    images = []
     for scene in scenes:
         if rng.random() < 0.5:
-            pictures.append(draw(scene, pixels))
+            images.append(draw(scene, pixels))
             continue
         file = io.BytesIO()
         drawn = Image.fromarray(draw(scene, int(rng.integers(*DOWNLOADED_PIXELS))))
         drawn.save(file, "JPEG", quality=int(rng.integers(*JPEG_QUALITY)))
         resized = Image.open(file).convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC)
-        pictures.append(np.asarray(resized))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        images.append(np.asarray(resized))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def write_captions(scenes: Sequence[Scene], rng: np.random.Generator) -> list[str]:

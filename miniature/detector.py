@@ -1,4 +1,4 @@
-"""Reads colour and shape out of a picture's pixels, or out of a caption's words. No model takes part."""
+"""Reads colour and shape out of an image's pixels, or out of a caption's words. No model takes part."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SMALLEST_MASK = 4.0
 
 
 def detect(image: npt.NDArray[np.uint8]) -> tuple[str, str]:
-    """Name the colour and the shape of the object in a picture.
+    """Name the colour and the shape of the object in an image.
 
-    Always answers: on a picture that shows nothing the answer is a guess.
+    Always answers: on an image that shows nothing the answer is a guess.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -33,7 +33,7 @@ def detect(image: npt.NDArray[np.uint8]) -> tuple[str, str]:
         (colour, shape), each one of the words of `miniature.shapes`.
     """
     if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"a picture is [H, W, 3], not {list(image.shape)}")
+        raise ValueError(f"an image is [H, W, 3], not {list(image.shape)}")
     foreground, mask = _separate(image.astype(np.float32))
     names = list(COLOURS)
     palette = np.array([COLOURS[name] for name in names], dtype=np.float32)
@@ -54,7 +54,7 @@ def caption_attributes(text: str) -> tuple[str | None, str | None]:
 
 
 def _separate(image: Floats) -> tuple[Floats, Floats]:
-    """Split a picture float32 [H, W, 3] into the foreground's colour [3] and its mask [H, W] in 0..1."""
+    """Split an image float32 [H, W, 3] into the foreground's colour [3] and its mask [H, W] in 0..1."""
     height, width = image.shape[:2]
     rim = max(1, min(height, width) // 16)
     border = np.concatenate(
@@ -100,7 +100,7 @@ def _templates() -> tuple[Floats, list[str]]:
             points = [(float(x), float(y)) for x, y in side / 2 + 0.6 * side * outline(shape)]
             ImageDraw.Draw(canvas).polygon(points, fill=1.0)
             drawn = np.asarray(canvas.rotate(angle, resample=Image.Resampling.BILINEAR))
-            # Blurring moves area between arms and notches; the blurred templates stand for small soft pictures.
+            # Blurring moves area between arms and notches; the blurred templates stand for small soft images.
             for soft in (1, 16, 32):
                 small = _mean(drawn, soft)
                 masks.append(_aligned(np.clip(2 * small - 0.5, 0, 1).astype(np.float32)).ravel())

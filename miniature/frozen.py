@@ -1,7 +1,7 @@
 """`python -m miniature.frozen`: train the tiny preset's frozen parts anew, into `vdtrain/assets/tiny`.
 
 They are small but real: an image VAE, an Optimus and a CLIP of the sizes in `conf/model/tiny.yaml`, trained on drawn
-pictures and their captions, with tokenizers made of those captions. `--only NAME` rebuilds one of them. On two cores
+images and their captions, with tokenizers made of those captions. `--only NAME` rebuilds one of them. On two cores
 all of it takes about half an hour; the same seed, machine and library versions give the same files.
 """
 

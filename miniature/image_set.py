@@ -1,4 +1,4 @@
-"""The drawn picture set on disk: JPEG files, and their metadata as LAION-2B-en and COYO-700M publish theirs.
+"""The drawn image set on disk: JPEG files, and their metadata as LAION-2B-en and COYO-700M publish theirs.
 
 python -m miniature draw data=shapes     # draw
 python -m miniature serve data=shapes      # serve on this machine, so that the real download can fetch them
@@ -28,7 +28,7 @@ from vdtrain.config.data_schema import ShapesConfig
 HOST = "127.0.0.1"
 COMPLETE_FILE = "complete.json"
 JPEG_QUALITY = 95
-# Share of the pictures that the LAION table lists; the COYO table lists the others.
+# Share of the images that the LAION table lists; the COYO table lists the others.
 LAION_SHARE = 0.6
 
 LAION_SCHEMA: pa.Schema = pa.schema(
@@ -66,13 +66,13 @@ COYO_SCHEMA: pa.Schema = pa.schema(
 )
 
 
-def write_picture_set(config: ShapesConfig) -> None:
+def write_image_set(config: ShapesConfig) -> None:
     """Draw the set into its folder, unless it is there, complete and of the same settings.
 
     Colour-shape pairs that are held out are not drawn.
     """
     folder = Path(config.folder)
-    settings = {"pictures": config.pictures, "pixels": config.pixels, "seed": config.seed, "port": config.port}
+    settings = {"images": config.images, "pixels": config.pixels, "seed": config.seed, "port": config.port}
     marker = folder / COMPLETE_FILE
     # A damaged one is none.
     with suppress(ValueError):
@@ -83,12 +83,12 @@ def write_picture_set(config: ShapesConfig) -> None:
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(config.seed)
     laion, coyo = [], []
-    for number in track(range(config.pictures), "draw"):
+    for number in track(range(config.images), "draw"):
         scene = sample_scene(generator)
         name = f"images/{number:06d}.jpg"
         Image.fromarray(draw(scene, config.pixels)).save(folder / name, quality=JPEG_QUALITY)
         url, text = f"http://{HOST}:{config.port}/{name}", caption(scene, generator)
-        if number < LAION_SHARE * config.pictures:
+        if number < LAION_SHARE * config.images:
             laion.append(_laion_row(number, url, text, config.pixels))
         else:
             coyo.append(_coyo_row(number, url, text, config.pixels))
@@ -97,7 +97,7 @@ def write_picture_set(config: ShapesConfig) -> None:
     draft = marker.with_suffix(".tmp")
     draft.write_text(json.dumps(settings), encoding="utf-8")
     os.replace(draft, marker)
-    print(f"{folder}: {len(laion):,} pictures in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
+    print(f"{folder}: {len(laion):,} images in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
 
 
 def serve(config: ShapesConfig) -> None:

@@ -1,7 +1,7 @@
-"""A captioned picture set that the project draws itself: coloured shapes on plain backgrounds.
+"""A captioned image set that the project draws itself: coloured shapes on plain backgrounds.
 
-Shape, colour, size, position and background vary, and each picture is captioned in one of several wordings. Some
-pairs of colour and shape (`HELD_OUT`) are never drawn for training, so that a model's pictures of them are its own.
+Shape, colour, size, position and background vary, and each image is captioned in one of several wordings. Some
+pairs of colour and shape (`HELD_OUT`) are never drawn for training, so that a model's images of them are its own.
 Everything here is a pure function of its arguments; writing files is `miniature.image_set`.
 """
 
@@ -44,7 +44,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {("purple", "circle"), ("green", "square"), ("blue", "triangle"), ("red", "star"), ("yellow", "cross")}
 )
-"""(colour, shape) pairs that no training picture shows: each shape once, each in another colour."""
+"""(colour, shape) pairs that no training image shows: each shape once, each in another colour."""
 
 WORDINGS: tuple[str, ...] = (
     "a {colour} {shape}",
@@ -67,7 +67,7 @@ SQUARE_SIDE = 0.9
 
 @dataclass(frozen=True)
 class Jitter:
-    """How one picture differs from the plain drawing of its words. Lengths are shares of the canvas."""
+    """How one image differs from the plain drawing of its words. Lengths are shares of the canvas."""
 
     span: float = 0.0
     shift: tuple[float, float] = (0.0, 0.0)
@@ -81,7 +81,7 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows, in the words that captions use."""
+    """What one image shows, in the words that captions use."""
 
     shape: str
     colour: str
@@ -118,7 +118,7 @@ def draw(scene: Scene, pixels: int) -> npt.NDArray[np.uint8]:
 
     Args:
         scene: what to draw.
-        pixels: side of the square picture.
+        pixels: side of the square image.
 
     Returns:
         uint8 [pixels, pixels, 3], RGB.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from miniature.corpus import caption_facts, draw_pictures, sample_scenes, scene_facts, write_captions
+from miniature.corpus import caption_facts, draw_images, sample_scenes, scene_facts, write_captions
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.image_vae import ImageVAE, to_signed
 from vdtrain.models.optimus import Optimus
@@ -91,13 +91,13 @@ def standardise_text(vae: Optimus, captions: Sequence[str]) -> None:
 def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, seed: int, report: Report) -> None:
     """Train the CLIP that both context encoders share (Radford et al. 2021, section 2.3).
 
-    Captions leave most of a scene open, so that many of them are true of several pictures in a batch: a caption that
-    is true of another picture is no negative for it.
+    Captions leave most of a scene open, so that many of them are true of several images in a batch: a caption that
+    is true of another image is no negative for it.
     """
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(8_000, rng)
     facts = scene_facts(scenes)
-    pictures = [draw_pictures(scenes, pixels, rng) for pixels in RESOLUTIONS]
+    images = [draw_images(scenes, pixels, rng) for pixels in RESOLUTIONS]
     targets = torch.arange(recipe.batch)
     clip = image.clip
 
@@ -109,14 +109,14 @@ def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, s
         false_negative = true & ~torch.eye(recipe.batch, dtype=torch.bool)
         ids = text.tokenizer(captions)
         read = text.encode_ids(ids)[targets, ids.argmax(dim=-1)]
-        seen = image.encode(pictures[step % len(pictures)][chosen])
+        seen = image.encode(images[step % len(images)][chosen])
         scale = clip.logit_scale.exp().clamp(max=100.0)
 
         def contrastive(features: Tensor) -> Tensor:
             scores = (scale * features @ read.T).masked_fill(false_negative, float("-inf"))
             return (functional.cross_entropy(scores, targets) + functional.cross_entropy(scores.T, targets)) / 2
 
-        # The mean, so that patches tell of the picture too: nothing else trains the last layer's patch tokens.
+        # The mean, so that patches tell of the image too: nothing else trains the last layer's patch tokens.
         mean = functional.normalize(seen.mean(dim=1), dim=-1)
         return {"contrastive": contrastive(seen[:, 0]), "mean_contrastive": contrastive(mean)}
 
@@ -131,7 +131,7 @@ IMAGE_NOISE = 0.2
 
 
 def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, report: Report) -> None:
-    """Train the image VAE on small pictures first and on both sizes in the second half, which costs most of the time.
+    """Train the image VAE on small images first and on both sizes in the second half, which costs most of the time.
 
     Beside the loss of Rombach et al. 2022, appendix G (without its adversarial and perceptual parts, which drawn
     shapes do not need), the decoder sees latents with more noise than the posterior's, as a diffuser will give it.
@@ -139,13 +139,13 @@ def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, report: Report) ->
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    pictures = {pixels: draw_pictures(sample_scenes(8_000, rng), pixels, rng) for pixels in RESOLUTIONS}
+    images = {pixels: draw_images(sample_scenes(8_000, rng), pixels, rng) for pixels in RESOLUTIONS}
 
     def losses(step: int) -> dict[str, Tensor]:
         second_half = 2 * step > recipe.steps
         pixels = RESOLUTIONS[1] if second_half and step % 3 == 0 else RESOLUTIONS[0]
-        chosen = torch.from_numpy(rng.integers(len(pictures[pixels]), size=IMAGE_BATCHES[pixels]))
-        target = to_signed(pictures[pixels][chosen], torch.float32)
+        chosen = torch.from_numpy(rng.integers(len(images[pixels]), size=IMAGE_BATCHES[pixels]))
+        target = to_signed(images[pixels][chosen], torch.float32)
         mean, std = vae.posterior(target)
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         strength = IMAGE_NOISE * latents.detach().std() * torch.rand((len(latents), 1, 1, 1), generator=generator)
@@ -159,14 +159,14 @@ def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, report: Report) ->
         }
 
     fit(vae, recipe, losses, report)
-    standardise_images(vae, to_signed(pictures[RESOLUTIONS[1]][:512], torch.float32))
+    standardise_images(vae, to_signed(images[RESOLUTIONS[1]][:512], torch.float32))
 
 
 @torch.no_grad()
 def standardise_images(vae: ImageVAE, pixels: Tensor) -> None:
     """Rescale the latents inside the VAE so that every channel, times `latent_scale`, has mean 0 and deviation 1.
 
-    The map is absorbed into the two 1 x 1 convolutions around the latent: pictures decode as before.
+    The map is absorbed into the two 1 x 1 convolutions around the latent: images decode as before.
     """
     mean, std = vae.posterior(pixels)
     centre = mean.mean(dim=(0, 2, 3))

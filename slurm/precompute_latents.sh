@@ -11,7 +11,7 @@
 #
 # sbatch [SBATCH OPTIONS] slurm/precompute_latents.sh [HYDRA OVERRIDES]        from the repository's root
 #
-# Encodes the shards' pictures once, on every GPU, for training that reads latents. Submit it again to go on: shards
+# Encodes the shards' images once, on every GPU, for training that reads latents. Submit it again to go on: shards
 # that are complete are passed over.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"

@@ -1,4 +1,4 @@
-"""A small indexed picture set, written as tar shards directly, for tests that train."""
+"""A small indexed image set, written as tar shards directly, for tests that train."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_shard(path: Path, count: int, seed: int, pixels: int = 64) -> None:
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(count):
             scene = sample_scene(generator)
-            picture = io.BytesIO()
-            Image.fromarray(draw(scene, pixels)).save(picture, "JPEG", quality=95)
+            image = io.BytesIO()
+            Image.fromarray(draw(scene, pixels)).save(image, "JPEG", quality=95)
             text = caption(scene, generator)
             described = {"url": f"http://127.0.0.1/{path.stem}/{number}", "caption": text, "exif": "{}"}
-            sample = {"jpg": picture.getvalue(), "txt": text.encode(), "json": json.dumps(described).encode()}
+            sample = {"jpg": image.getvalue(), "txt": text.encode(), "json": json.dumps(described).encode()}
             writer.write({"__key__": f"{number:06d}", **sample})
     path.with_name(path.stem + "_stats.json").write_text(json.dumps({"status_dict": {"success": count}}))
 

@@ -36,16 +36,16 @@ def test_rates_of_select() -> None:
 def test_sums() -> None:
     urls = [number * 1e6 for number in row("URLs to fetch")]
     assert urls[1] == pytest.approx(2.7e9 * RESULT["rows_kept"] / RESULT["rows"], rel=0.01)
-    pictures = [number * 1e6 for number in row("pictures that come")]
+    images = [number * 1e6 for number in row("images that come")]
     for number in range(3):
-        assert pictures[number] == pytest.approx(0.6 * urls[number], rel=0.02)
+        assert images[number] == pytest.approx(0.6 * urls[number], rel=0.02)
         hours = urls[number] / 60 / 16 / 3600
         assert row("machines of 16 cores")[number] == pytest.approx(hours, rel=0.03)
         assert row("machines for the download")[number] == pytest.approx(0.7 * hours, rel=0.05)
-        assert row("network")[number] == pytest.approx(pictures[number] * 96e-9, rel=0.03)
-        terabytes = pictures[number] * 68e-9
+        assert row("network")[number] == pytest.approx(images[number] * 96e-9, rel=0.03)
+        terabytes = images[number] * 68e-9
         assert row("shards")[number] == pytest.approx(terabytes, rel=0.03)
         assert row("a month")[number] == pytest.approx(terabytes * 23, rel=0.03)
         assert row("moving them")[number] == pytest.approx(terabytes * 90, rel=0.03)
-        assert row("index")[number] == pytest.approx(pictures[number] / INDEX_RATE / 3600, rel=0.03)
+        assert row("index")[number] == pytest.approx(images[number] / INDEX_RATE / 3600, rel=0.03)
         assert row("stream")[number] == pytest.approx((30e6 / 1000 + 6.4e6 / 770) / 3600, rel=0.05)

@@ -21,7 +21,7 @@ from PIL import Image
 from data_pipeline.__main__ import main as data_pipeline
 from tests.pairs import write_pairs
 from tests.weights.small import weights
-from vdtrain.cli import VERBS, main
+from vdtrain.cli import COMMANDS, main
 from vdtrain.config.command_line import plain_path, shell
 from vdtrain.config.compose import SCHEMAS, compose, groups
 from vdtrain.config.overrides import QUOTED, Mark, escaped, keys, look_up, unquoted, word_for
@@ -49,7 +49,7 @@ PROMPTS = [
     "{a: b}",
     "{",
     "a: b, c:d",
-    "C:\\pictures\\new",
+    "C:\\images\\new",
     "ends with \\",
     "  spaces  before and after  ",
     "-5 degrees",
@@ -98,9 +98,9 @@ def compose_model():
 
 
 def made_with(folder: Path) -> dict[str, object]:
-    """The settings that a picture there keeps."""
-    with Image.open(folder / "0000.png") as picture:
-        return json.loads(picture.text["vdtrain"])
+    """The settings that an image there keeps."""
+    with Image.open(folder / "0000.png") as image:
+        return json.loads(image.text["vdtrain"])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -114,9 +114,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return shown.err
 
 
-def printed(capsys: pytest.CaptureFixture[str], verb: str, *words: str) -> dict[str, object]:
+def printed(capsys: pytest.CaptureFixture[str], command: str, *words: str) -> dict[str, object]:
     """The configuration that a command line composes, as `--cfg job --resolve` prints it."""
-    assert main([verb, "--cfg", "job", "--resolve", *words]) == 0, capsys.readouterr().err
+    assert main([command, "--cfg", "job", "--resolve", *words]) == 0, capsys.readouterr().err
     container = yaml.safe_load(capsys.readouterr().out)
     assert isinstance(container, dict)
     return container
@@ -329,9 +329,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "word", "expected"), MISTAKES)
-def test_a_mistake_is_one_line(verb: str, word: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert expected in refusal(capsys, verb, word)
+@pytest.mark.parametrize(("command", "word", "expected"), MISTAKES)
+def test_a_mistake_is_one_line(command: str, word: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refusal(capsys, command, word)
 
 
 def test_mistakes_of_several_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,13 +397,13 @@ TEXTS = st.one_of(st.lists(PIECES, max_size=6).map("".join), st.text(max_size=12
     st.sampled_from(["sample", "status", "blend", "edit"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_whatever_is_typed_no_text_of_hydras_is_shown(words: list[str], verb: str) -> None:
+def test_whatever_is_typed_no_text_of_hydras_is_shown(words: list[str], command: str) -> None:
     import contextlib
     import io
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([verb, "--cfg", "job", "--resolve", *words])
+        status = main([command, "--cfg", "job", "--resolve", *words])
     if status == 0:
         assert err.getvalue() == ""
     else:
@@ -480,7 +480,7 @@ def test_weights_under_names_as_lightning_gives_them(
     assert "after --" in refusal(capsys, "weights", "import", "versatile_diffusion", "epoch=4-step=1000.ckpt")
 
 
-def test_pictures_under_names_as_people_give_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_under_names_as_people_give_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["it's a (red), circle.png", "a=1.png", "[b].png", "#2 $x ${y}.png"]
     for name in names:
@@ -494,23 +494,23 @@ def test_pictures_under_names_as_people_give_them(model: Path, tmp_path: Path, m
 
 
 def test_help_tells_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, form in (
+    for command, form in (
         ("sample", "vdtrain sample CHECKPOINT INPUT ..."),
         ("blend", "vdtrain blend CHECKPOINT MODALITY:INPUT ..."),
-        ("edit", "vdtrain edit CHECKPOINT PICTURE ..."),
+        ("edit", "vdtrain edit CHECKPOINT IMAGE ..."),
         ("evaluate", "vdtrain evaluate CHECKPOINT"),
         ("status", "vdtrain status [RUN_DIR]"),
         ("weights", "vdtrain weights export FORMAT OUTPUT [CHECKPOINT]"),
     ):
-        assert main([verb, "anything", "--help"]) == 0
+        assert main([command, "anything", "--help"]) == 0
         assert form in capsys.readouterr().out
-    for verb in VERBS:
-        assert main([verb, "-h"]) == 0
+    for command in COMMANDS:
+        assert main([command, "-h"]) == 0
         shown = capsys.readouterr().out
         assert all(
             f"\n  {group}=" in shown
             for group in groups()
-            if verb in ("train", "plan", "preflight") and "_" not in group
+            if command in ("train", "plan", "preflight") and "_" not in group
         )
 
 

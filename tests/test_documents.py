@@ -1,4 +1,4 @@
-"""Links of the documents lead somewhere, and every verb explains itself. Their commands: tests/documents."""
+"""Links of the documents lead somewhere, and every command explains itself. Their commands: tests/documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents.commands import PAGES, ROOT
-from vdtrain.cli import VERBS
+from vdtrain.cli import COMMANDS
 from vdtrain.cli import main as vdtrain_main
 
 LINKS = {(ROOT / page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())}
@@ -23,7 +23,7 @@ def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert vdtrain_main(["--help"]) == 0
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2
-    assert "'trian' is no verb" in capsys.readouterr().err
-    for verb in VERBS:
-        assert vdtrain_main([verb, "--help"]) == 0
-        assert f"Usage: vdtrain {verb}" in capsys.readouterr().out
+    assert "'trian' is no command" in capsys.readouterr().err
+    for command in COMMANDS:
+        assert vdtrain_main([command, "--help"]) == 0
+        assert f"Usage: vdtrain {command}" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from vdtrain.diffusion.editing import changed, edit
 from vdtrain.diffusion.sampling import SOLVERS
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.pipeline import Ingredient, VersatileDiffusion
+from vdtrain.pipeline import ContextInput, VersatileDiffusion
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
 
@@ -37,12 +37,12 @@ def model() -> VersatileDiffusion:
     return make_model(all_flows(["image", "text"]))
 
 
-def pictures(model: VersatileDiffusion, captions: list[str], **settings: object) -> torch.Tensor:
+def images(model: VersatileDiffusion, captions: list[str], **settings: object) -> torch.Tensor:
     return model.generate("text-to-image", captions, **{"height": 32, "width": 32, "steps": 4, **settings})
 
 
 def test_every_flow_gives_samples_of_its_output(model: VersatileDiffusion) -> None:
-    made = pictures(model, CAPTIONS)
+    made = images(model, CAPTIONS)
     assert made.shape == (3, 3, 32, 32)
     assert made.dtype == torch.uint8
     assert model.generate("image-to-image", made, height=48, width=48, steps=2).shape == (3, 3, 48, 48)
@@ -53,26 +53,26 @@ def test_every_flow_gives_samples_of_its_output(model: VersatileDiffusion) -> No
 
 
 def test_seeds_decide(model: VersatileDiffusion) -> None:
-    first = pictures(model, CAPTIONS, seed=1)
-    assert torch.equal(first, pictures(model, CAPTIONS, seed=1))
-    assert not torch.equal(first, pictures(model, CAPTIONS, seed=2))
+    first = images(model, CAPTIONS, seed=1)
+    assert torch.equal(first, images(model, CAPTIONS, seed=1))
+    assert not torch.equal(first, images(model, CAPTIONS, seed=2))
 
 
 def test_a_sample_does_not_depend_on_those_beside_it(model: VersatileDiffusion) -> None:
-    together, alone = pictures(model, CAPTIONS), pictures(model, CAPTIONS[:1])
+    together, alone = images(model, CAPTIONS), images(model, CAPTIONS[:1])
     assert (together[:1].int() - alone.int()).abs().max() <= 1
 
 
 def test_context_and_guidance_matter(model: VersatileDiffusion) -> None:
-    base = pictures(model, CAPTIONS[:1], guidance_scale=1.0)
-    assert not torch.equal(base, pictures(model, CAPTIONS[1:2], guidance_scale=1.0))
-    assert not torch.equal(base, pictures(model, CAPTIONS[:1], guidance_scale=7.5))
+    base = images(model, CAPTIONS[:1], guidance_scale=1.0)
+    assert not torch.equal(base, images(model, CAPTIONS[1:2], guidance_scale=1.0))
+    assert not torch.equal(base, images(model, CAPTIONS[:1], guidance_scale=7.5))
 
 
 def test_flows_that_were_not_trained_are_refused() -> None:
     single = make_model([Flow("image", "image")])
     with pytest.raises(ConfigError, match="flow=text-to-image: this checkpoint has no layers for 'text'"):
-        pictures(single, CAPTIONS)
+        images(single, CAPTIONS)
     with pytest.raises(ConfigError, match="CONTEXT-to-OUTPUT"):
         single.generate("sideways", CAPTIONS)
 
@@ -81,12 +81,12 @@ def test_flows_that_were_not_trained_are_refused() -> None:
 @pytest.mark.parametrize("pixels", [40, 33, 0])
 def test_impossible_sizes_are_refused(model: VersatileDiffusion, side: str, pixels: int) -> None:
     with pytest.raises(ConfigError, match=f"{side}={pixels}: not a multiple of 16"):
-        pictures(model, CAPTIONS, **{side: pixels})
+        images(model, CAPTIONS, **{side: pixels})
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_does_not_depend_on_the_batch_size(model: VersatileDiffusion, solver: str) -> None:
-    whole, pieces = (pictures(model, CAPTIONS, solver=solver, batch_size=size) for size in (8, 2))
+    whole, pieces = (images(model, CAPTIONS, solver=solver, batch_size=size) for size in (8, 2))
     assert (whole.int() - pieces.int()).abs().max() <= 1
     assert not torch.equal(whole[0], whole[1])
     made = [model.generate("image-to-text", whole, steps=2, batch_size=size, seed=3) for size in (8, 1)]
@@ -94,23 +94,23 @@ def test_a_sample_does_not_depend_on_the_batch_size(model: VersatileDiffusion, s
 
 
 def test_eta_keeps_samples_apart_from_the_batch_size(model: VersatileDiffusion) -> None:
-    whole, pieces = (pictures(model, CAPTIONS, eta=1.0, batch_size=size) for size in (8, 2))
+    whole, pieces = (images(model, CAPTIONS, eta=1.0, batch_size=size) for size in (8, 2))
     assert (whole.int() - pieces.int()).abs().max() <= 1
-    assert not torch.equal(whole, pictures(model, CAPTIONS))
+    assert not torch.equal(whole, images(model, CAPTIONS))
 
 
-def test_pictures_need_not_be_square(model: VersatileDiffusion) -> None:
-    assert pictures(model, CAPTIONS[:1], height=32, width=64).shape == (1, 3, 32, 64)
+def test_images_need_not_be_square(model: VersatileDiffusion) -> None:
+    assert images(model, CAPTIONS[:1], height=32, width=64).shape == (1, 3, 32, 64)
 
 
 def test_the_networks_may_run_in_bfloat16(model: VersatileDiffusion) -> None:
     half = VersatileDiffusion(model.config, copy.deepcopy(model.diffuser), dtype=torch.bfloat16)
-    difference = pictures(half, CAPTIONS).float() - pictures(model, CAPTIONS).float()
+    difference = images(half, CAPTIONS).float() - images(model, CAPTIONS).float()
     assert difference.abs().mean() < 8
 
 
 def test_focus_turns_the_context(model: VersatileDiffusion) -> None:
-    given = pictures(model, CAPTIONS)
+    given = images(model, CAPTIONS)
     plain, content, style = (
         model.generate("image-to-image", given, height=32, width=32, steps=4, focus=level) for level in (0.5, 0.1, 0.9)
     )
@@ -122,9 +122,9 @@ def test_focus_turns_the_context(model: VersatileDiffusion) -> None:
 
 
 def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) -> None:
-    given = pictures(model, CAPTIONS, seed=9)
+    given = images(model, CAPTIONS, seed=9)
     distances = [
-        float((pictures(model, CAPTIONS, steps=20, start_from=given, fidelity=level).float() - given).abs().mean())
+        float((images(model, CAPTIONS, steps=20, start_from=given, fidelity=level).float() - given).abs().mean())
         for level in (0.1, 0.5, 0.9, 1.0)
     ]
     assert distances == sorted(distances, reverse=True)
@@ -135,7 +135,7 @@ def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) ->
         ({"fidelity": 1.5}, r"fidelity=1\.5: not in 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            pictures(model, CAPTIONS, **wrong)
+            images(model, CAPTIONS, **wrong)
 
 
 SMALL = {"height": 32, "width": 32, "steps": 3}
@@ -143,7 +143,7 @@ SMALL = {"height": 32, "width": 32, "steps": 3}
 
 @pytest.mark.parametrize("output", ["image", "text"])
 def test_one_ingredient_is_its_flow(model: VersatileDiffusion, output: str) -> None:
-    blended = model.blend(output, [Ingredient("text", CAPTIONS[0])], **SMALL)
+    blended = model.blend(output, [ContextInput("text", CAPTIONS[0])], **SMALL)
     plain = model.generate(f"text-to-{output}", CAPTIONS[:1], **SMALL)
     assert torch.equal(blended, plain) if output == "image" else blended == plain
 
@@ -152,14 +152,14 @@ def test_one_ingredient_is_its_flow(model: VersatileDiffusion, output: str) -> N
 @pytest.mark.parametrize("mixing", ["attention", "layer"])
 def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str, mixing: str) -> None:
     """Text from several contexts too, where the original crashes."""
-    picture = pictures(model, CAPTIONS[:1], seed=9)[0]
+    drawn = images(model, CAPTIONS[:1], seed=9)[0]
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1
     ingredients = [
-        Ingredient("text", CAPTIONS[0], 1.0),
-        Ingredient("text", CAPTIONS[1], 2.0),
-        Ingredient("image", picture, 0.5),
-        Ingredient("image", picture, 0.5, mask),
+        ContextInput("text", CAPTIONS[0], 1.0),
+        ContextInput("text", CAPTIONS[1], 2.0),
+        ContextInput("image", drawn, 0.5),
+        ContextInput("image", drawn, 0.5, mask),
     ]
     for join in (True, False):
         made = model.blend(output, ingredients, count=3, mixing=mixing, join=join, **SMALL)
@@ -169,10 +169,10 @@ def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str
 
 
 def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusion) -> None:
-    picture = pictures(model, CAPTIONS[:1], seed=9)[0]
+    drawn = images(model, CAPTIONS[:1], seed=9)[0]
 
     def made(text: float, image: float, mask: torch.Tensor | None = None) -> torch.Tensor:
-        parts = [Ingredient("text", CAPTIONS[0], text), Ingredient("image", picture, image, mask)]
+        parts = [ContextInput("text", CAPTIONS[0], text), ContextInput("image", drawn, image, mask)]
         return model.blend("image", parts, **SMALL)
 
     assert torch.equal(made(1, 3), made(2, 6))
@@ -183,15 +183,15 @@ def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusio
 
 
 def test_impossible_blends_are_refused(model: VersatileDiffusion) -> None:
-    text = Ingredient("text", CAPTIONS[0])
+    text = ContextInput("text", CAPTIONS[0])
     for ingredients, settings, message in (
         ([], {}, "contexts: 0 for 1 samples"),
         ([text], {"count": 0}, "contexts: 1 for 0 samples"),
-        ([Ingredient("text", "a", -1.0)], {}, "none may be negative"),
-        ([Ingredient("text", "a", 0.0)], {}, "one must be above 0"),
+        ([ContextInput("text", "a", -1.0)], {}, "none may be negative"),
+        ([ContextInput("text", "a", 0.0)], {}, "one must be above 0"),
         ([text], {"mixing": "coin"}, "mixing=coin: choose one of attention, layer"),
-        ([Ingredient("sound", "a")], {}, "no layers for 'sound'"),
-        ([Ingredient("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: a context of modality 'text' takes none"),
+        ([ContextInput("sound", "a")], {}, "no layers for 'sound'"),
+        ([ContextInput("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: a context of modality 'text' takes none"),
     ):
         with pytest.raises(ConfigError, match=message):
             model.blend("image", ingredients, **{**SMALL, **settings})
@@ -203,7 +203,7 @@ def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
     moved = changed(model, latents, "a circle", "a star")
     torch.testing.assert_close((moved - new) @ away, torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(changed(model, latents, "", "a star"), latents + new)
-    given = pictures(model, CAPTIONS)
+    given = images(model, CAPTIONS)
     for words in ({"remove": "a circle"}, {"add": "a star"}, {"remove": "a circle", "add": "a star"}):
         drawn, captions = edit(model, given, **words, **SMALL)
         assert drawn.shape == given.shape
@@ -215,7 +215,7 @@ def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "mistake"),
+    ("command", "mistake"),
     [
         (sample, "weights=average"),
         (sample, "device=tpu"),
@@ -229,9 +229,9 @@ def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(
-    verb: Callable[[list[str]], int], mistake: str, capsys: pytest.CaptureFixture[str]
+    command: Callable[[list[str]], int], mistake: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verb([mistake]) == 2
+    assert command([mistake]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {mistake.partition('=')[0]}")
 

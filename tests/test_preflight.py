@@ -145,7 +145,7 @@ def test_everything_that_is_wrong_is_said(
         (["hardware.loader_workers=3"], "set hardware.loader_workers=2, "),
         (
             ["stage.phases=[{resolution:128,samples:64}]", "+hardware.micro_batch_size={128:4}", "run_dir=FOLDER/new"],
-            "none of 80 pictures",
+            "none of 80 images",
         ),
         (["data.manifest=FOLDER/data"], "python -m data_pipeline index"),
         (["seed=1"], "seed=1: 0 in run_dir="),

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.world import DATA, INDEX, LATENTS, PICTURES, SAMPLER, TRAIN, WRITERS, World, one_line, quoted, with_output
+from tests.world import DATA, IMAGES, INDEX, LATENTS, SAMPLER, TRAIN, WRITERS, World, one_line, quoted, with_output
 from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
 from vdtrain.data.stream import PairStream, StreamError
 
@@ -31,7 +31,7 @@ from vdtrain.data.stream import PairStream, StreamError
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_output_that_is_a_file_or_below_one_is_said_before_work(world: World, name: str) -> None:
     if name in ("select", "selected"):
-        assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
+        assert world.type("python", "-m", "miniature", "draw", *DATA, *IMAGES)[0] == 0
     (world / "in the way").write_text("mine")
     before = sorted(world.folder.rglob("*"))
     for place in ("FOLDER/in the way", "FOLDER/in the way/deeper"):
@@ -338,8 +338,8 @@ def test_too_many_open_files_is_no_matter_of_the_index(world: World) -> None:
     again.close()
 
 
-def overwrite_pictures(world: World, keep_time: bool) -> None:
-    """Zeros where the pictures of a shard were, as a disk leaves them."""
+def overwrite_images(world: World, keep_time: bool) -> None:
+    """Zeros where the images of a shard were, as a disk leaves them."""
     found = Manifest(world / "manifest")
     number = found.paths.index(next(path for path in found.paths if "laion2b_en" in path))
     rows, status = found.rows(number), shard(world).stat()
@@ -355,12 +355,12 @@ EVALUATE = ["vdtrain", "evaluate", *SAMPLER, *DATA, "samples=24", "part_samples=
 
 
 @pytest.mark.parametrize("kind", ["written since", "not decoded", "decoded"])
-def test_pictures_that_cannot_be_decoded_name_the_index_only_where_it_looks_again(world: World, kind: str) -> None:
+def test_images_that_cannot_be_decoded_name_the_index_only_where_it_looks_again(world: World, kind: str) -> None:
     words = [*EVALUATE, "loader_workers=1", "output_dir=FOLDER/out"]
     good = shard(world).read_bytes()
     if kind == "decoded":
         assert world.type(*INDEX, "data.index.decode=true")[0] == 0
-    overwrite_pictures(world, keep_time=kind != "written since")
+    overwrite_images(world, keep_time=kind != "written since")
     status, said = world.type(*words)
     line = one_line(said)
     assert status == 1
@@ -418,7 +418,7 @@ def select_again(world: World, line: str) -> None:
 def test_what_is_lost_of_a_selection_is_selected_again(
     world: World, cause: Callable[[World], None], expected: str
 ) -> None:
-    assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
+    assert world.type("python", "-m", "miniature", "draw", *DATA, *IMAGES)[0] == 0
     assert world.type(*SELECT)[0] == 0
     before = {file.name: file.read_bytes() for file in (world / "selected/coyo700m").glob("*.parquet")}
     cause(world)
@@ -445,9 +445,9 @@ def test_where_no_shards_are_the_download_comes_first(world: World) -> None:
 
 
 def test_records_of_a_pipeline_that_are_damaged_are_made_again(world: World) -> None:
-    drawing = ["python", "-m", "miniature", "draw", *DATA, *PICTURES]
+    drawing = ["python", "-m", "miniature", "draw", *DATA, *IMAGES]
     assert world.type(*drawing)[0] == 0
-    (marker,) = (path for path in (world / "pictures").glob("*.json"))
+    (marker,) = (path for path in (world / "images").glob("*.json"))
     marker.write_bytes(b"\xff")
     (world / "selected/.scratch").mkdir(parents=True)
     (world / "selected/.scratch/plan.json").write_text("{")

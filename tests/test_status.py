@@ -28,7 +28,7 @@ def run(tiny_runs: TinyRuns, tmp_path: Path) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
-    """What the verb prints, by the words at the beginnings of its lines."""
+    """What the command prints, by the words at the beginnings of its lines."""
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -78,7 +78,7 @@ def test_a_folder_of_runs_is_a_line_for_each(tiny_runs: TinyRuns, capsys: pytest
 
 
 def test_time_left_is_that_of_the_pace(run: Path) -> None:
-    """Phases of larger pictures make it a lower bound."""
+    """Phases of larger images make it a lower bound."""
     records = [{**read_metrics(run)[-1], "step": step, "samples": step * BATCH} for step in (1, 2)]
     rates = (2.0, 6.0)
     lines = [{**record, "pairs_per_second": rate} for record, rate in zip(records, rates, strict=True)]

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from data_pipeline.__main__ import main as data_pipeline_main
-from tests.world import DATA, IDS, MAINS, PICTURES, ROOT, SAMPLER, TRAIN, World, one_line, quoted, with_output
+from tests.world import DATA, IDS, IMAGES, MAINS, ROOT, SAMPLER, TRAIN, World, one_line, quoted, with_output
 from vdtrain.cli import main as vdtrain_main
 from vdtrain.weights.catalogue import SOURCES
 
 
 def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:
-    assert world.type("python", "-m", "miniature", "draw", *DATA, *PICTURES)[0] == 0
+    assert world.type("python", "-m", "miniature", "draw", *DATA, *IMAGES)[0] == 0
     (world / "blocked urls.txt").write_bytes("http://café.example/1\n".encode("cp1252"))
     words = [*with_output("select", "FOLDER/scratch"), "data.select.block_lists.url=['FOLDER/blocked urls.txt']"]
     status, said = world.type(*words)
@@ -113,8 +113,8 @@ def test_a_requeueing_is_refused_in_a_line(world: World, monkeypatch: pytest.Mon
     one_line(said)
 
 
-def test_a_picture_that_is_a_folder_or_text_is_asked_for_as_a_picture(world: World) -> None:
-    (world / "notes.png").write_text("no picture")
+def test_a_image_that_is_a_folder_or_text_is_asked_for_as_a_image(world: World) -> None:
+    (world / "notes.png").write_text("no image")
     for file, reason in (
         ("model", "is a folder, not a file"),
         ("notes.png", "cannot identify"),
@@ -123,7 +123,7 @@ def test_a_picture_that_is_a_folder_or_text_is_asked_for_as_a_picture(world: Wor
         status, said = world.type("vdtrain", "edit", *SAMPLER, f"inputs=[{file}]", "add=a")
         assert status == 2
         assert reason in one_line(said)
-    assert world.type("vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a")[0] == 0
+    assert world.type("vdtrain", "edit", *SAMPLER, "inputs=[image.png]", "add=a")[0] == 0
     assert np.asarray(Image.open(world / "samples/0000.png")).shape == (32, 32, 3)
 
 
@@ -187,10 +187,10 @@ def test_every_command_of_a_message_is_one_that_parses(capsys: pytest.CaptureFix
             if words[:2] == ["python", "-m"]:
                 assert MAINS[words[2]]([*words[3:], *([] if "--help" in words else ["--cfg", "job"])]) == 0, place
             elif words[:3] == ["vdtrain", "weights", "import"]:
-                # Without a source the whole verb is meant, whose help lists them.
+                # Without a source the whole command is meant, whose help lists them.
                 assert all(word in SOURCES for word in words[3:4]), place
                 assert vdtrain_main(["weights", "--help"]) == 0
-            elif words[0] == "vdtrain" and "VERB" not in words:
+            elif words[0] == "vdtrain" and "COMMAND" not in words:
                 assert vdtrain_main([*words[1:2], "--help"]) == 0, place
             elif words[0] == "make":
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), place
@@ -221,9 +221,9 @@ def test_no_message_names_a_command_without_marking_it() -> None:
 
 def test_the_options_of_wandb_that_messages_name_are_ones_that_it_has() -> None:
     for command in {command for _, message in messages() for command in quoted(message) if command[:5] == "wandb"}:
-        _, verb, *rest = filled(command)
+        _, command, *rest = filled(command)
         program = Path(sys.executable).with_name("wandb")
-        help_text = subprocess.run([program, verb, "--help"], capture_output=True, text=True, check=True).stdout
+        help_text = subprocess.run([program, command, "--help"], capture_output=True, text=True, check=True).stdout
         assert all(word in help_text for word in rest if word.startswith("--"))
 
 

@@ -1,4 +1,4 @@
-"""A folder with data, a checkpoint and a picture, in which commands are typed, each with what it says."""
+"""A folder with data, a checkpoint and an image, in which commands are typed, each with what it says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class World:
-    """A folder with data, a checkpoint and pictures, in which commands are typed."""
+    """A folder with data, a checkpoint and images, in which commands are typed."""
 
     folder: Path
     mounts: list[Path] = field(default_factory=list)
@@ -85,7 +85,7 @@ def make_origin(folder: Path) -> Path:
         write_shard(folder / "shards" / source / "00000.tar", 16, seed=len(source))
     assert data_pipeline_main(["index", "data=shapes", f"data.root={folder}"]) == 0
     write_checkpoint(folder / "model", all_flows(["image", "text"]))
-    Image.new("RGB", (32, 32), "red").save(folder / "picture.png")
+    Image.new("RGB", (32, 32), "red").save(folder / "image.png")
     return folder
 
 
@@ -106,19 +106,19 @@ def quoted(line: str) -> list[str]:
 SAMPLER = ["checkpoint=FOLDER/model", "resolution=32", "steps=1", "threads=1"]
 DATA = ["data=shapes", "data.root=FOLDER"]
 TRAIN = ["stage.init_from=null", "model=tiny", *DATA, "hardware=cpu", "tracking=none"]
-PICTURES = ["data.shapes.pictures=12", "data.shapes.pixels=32"]
+IMAGES = ["data.shapes.images=12", "data.shapes.pixels=32"]
 # Every command that writes, with OUT as the folder.
 WRITERS: dict[str, list[str]] = {
     "sample": ["vdtrain", "sample", *SAMPLER, "flow=text-to-image", "inputs=[a]", "output_dir=OUT"],
     "blend": ["vdtrain", "blend", *SAMPLER, "contexts=[{text: a}]", "output_dir=OUT"],
-    "edit": ["vdtrain", "edit", *SAMPLER, "inputs=[picture.png]", "add=a", "output_dir=OUT"],
+    "edit": ["vdtrain", "edit", *SAMPLER, "inputs=[image.png]", "add=a", "output_dir=OUT"],
     "evaluate": [
         *["vdtrain", "evaluate", *SAMPLER, *DATA, "flows=[text-to-text]", "samples=2", "part_samples=2"],
         *["loader_workers=1", "output_dir=OUT"],
     ],
     "export": ["vdtrain", "weights", "export", "safetensors", "OUT/weights", "checkpoint=FOLDER/model"],
     "preflight": [*["vdtrain", "preflight", "stage=stage1_single_flow", *TRAIN], "run_dir=OUT"],
-    "shapes": ["python", "-m", "miniature", "draw", *DATA, *PICTURES, "data.shapes.folder=OUT"],
+    "shapes": ["python", "-m", "miniature", "draw", *DATA, *IMAGES, "data.shapes.folder=OUT"],
     "select": ["python", "-m", "data_pipeline", "select", *DATA, "data.select.scratch=OUT"],
     "selected": ["python", "-m", "data_pipeline", "select", *DATA, "data.sources.coyo700m.selected=OUT"],
     "index": ["python", "-m", "data_pipeline", "index", *DATA, "data.manifest=OUT"],

@@ -1,6 +1,6 @@
 """Modalities, flows and the layer groups that a flow trains.
 
-A *flow* goes from a context modality to an output modality: text-to-image generates a picture from a caption,
+A *flow* goes from a context modality to an output modality: text-to-image generates an image from a caption,
 image-to-image is image variation. One flow uses three groups of layers (Versatile Diffusion, section 3.2):
 the global layers, the data layers of its output modality and the context layers of its context modality.
 """

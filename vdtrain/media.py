@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.data.decode import PICTURE_ERRORS
+from vdtrain.data.decode import IMAGE_ERRORS
 from vdtrain.errors import unreadable
 
 
@@ -30,25 +30,25 @@ class Medium:
     write: Callable[[Any, Path, Mapping[str, Any]], list[Path]]
 
 
-def read_pictures(paths: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
-    """Picture files as uint8 [B, 3, H, W]: resized (bicubic) to cover `size` (H, W), and the centre of it cropped.
+def read_images(paths: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
+    """Image files as uint8 [B, 3, H, W]: resized (bicubic) to cover `size` (H, W), and the centre of it cropped.
 
     Raises:
-        ConfigError: a file that is missing or no picture.
+        ConfigError: a file that is missing or no image.
     """
-    pictures = []
+    images = []
     for path in paths:
         height, width = size
         fitted = ImageOps.fit(_open(path).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-        pictures.append(torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3))
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
+        images.append(torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3))
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def read_mask(path: str) -> torch.Tensor:
     """A mask file, of which white keeps a place and black hides it, as float32 [1, H, W] in 0..1.
 
     Raises:
-        ConfigError: a file that is missing or no picture.
+        ConfigError: a file that is missing or no image.
     """
     grey = _open(path).convert("L")
     return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
@@ -59,22 +59,22 @@ def _open(path: str) -> Image.Image:
         with Image.open(os.path.expanduser(path)) as file:
             file.load()
             return ImageOps.exif_transpose(file)
-    except (*PICTURE_ERRORS, Image.DecompressionBombError) as error:
+    except (*IMAGE_ERRORS, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise ConfigError(f"{path}: {unreadable(error, Path(path), 'give a picture file')}") from error
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; give a picture file") from error
+            raise ConfigError(f"{path}: {unreadable(error, Path(path), 'give an image file')}") from error
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; give an image file") from error
 
 
-def write_pictures(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+def write_images(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     """uint8 [B, 3, H, W] as numbered PNG files, the settings in their metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     metadata = PngInfo()
     metadata.add_text("vdtrain", json.dumps(dict(settings)))
     files = []
-    for index, picture in enumerate(samples.permute(0, 2, 3, 1).cpu().numpy()):
+    for index, image in enumerate(samples.permute(0, 2, 3, 1).cpu().numpy()):
         file = folder / f"{index:04d}.png"
-        Image.fromarray(picture).save(file, pnginfo=metadata)
+        Image.fromarray(image).save(file, pnginfo=metadata)
         files.append(file)
     return files
 
@@ -88,6 +88,6 @@ def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, 
 
 # The module that a further modality's parts come from adds its medium here; it is imported before any file is read.
 MEDIA = {
-    "image": Medium(read_pictures, write_pictures),
+    "image": Medium(read_images, write_images),
     "text": Medium(lambda captions, size: list(captions), write_captions),
 }

@@ -1,9 +1,9 @@
 """A trained model ready to sample.
 
 model = VersatileDiffusion.from_checkpoint("runs/stage3_four_flow")
-pictures = model.generate("text-to-image", ["a red circle on a white background"], height=64, width=64)
-captions = model.generate("image-to-text", pictures)
-blended = model.blend("image", [Ingredient("text", "a red circle", 0.4), Ingredient("image", pictures[0], 0.6)])
+images = model.generate("text-to-image", ["a red circle on a white background"], height=64, width=64)
+captions = model.generate("image-to-text", images)
+blended = model.blend("image", [ContextInput("text", "a red circle", 0.4), ContextInput("image", images[0], 0.6)])
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from vdtrain.weights.tensor_files import LazyTensors
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class ContextInput:
     """One context of a blend.
 
     Attributes:
         modality: of the context.
-        sample: a caption, or a picture uint8 [3, H, W], by the modality.
+        sample: a caption, or an image uint8 [3, H, W], by the modality.
         weight: share in the blend; only the ratio to the other weights matters.
-        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a place of the picture, 0 hides it.
+        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a place of the image, 0 hides it.
     """
 
     modality: str
@@ -118,13 +118,13 @@ class VersatileDiffusion:
         progress: Progress = list,
         **settings: Any,
     ) -> Any:
-        """One sample per input: uint8 [B, 3, H, W] pictures or a list of captions, by the flow's output.
+        """One sample per input: uint8 [B, 3, H, W] images or a list of captions, by the flow's output.
 
         Args:
             flow: "text-to-image", "image-to-image", "image-to-text" or "text-to-text".
-            inputs: captions, or uint8 [B, 3, h, w] pictures, by the flow's context.
+            inputs: captions, or uint8 [B, 3, h, w] images, by the flow's context.
             focus: semantic-style disentanglement of image contexts: 0 content, 0.5 as they are, 1 style.
-            start_from: samples of the output modality, one per input, to begin from instead of from noise; pictures of
+            start_from: samples of the output modality, one per input, to begin from instead of from noise; images of
                 the size that is asked for.
             fidelity: how little `start_from` is noised: at 0 nothing of it is left, at 1 it comes back as it is.
             settings: fields of `SamplingConfig`.
@@ -156,7 +156,7 @@ class VersatileDiffusion:
     def blend(
         self,
         output: str,
-        ingredients: Sequence[Ingredient],
+        ingredients: Sequence[ContextInput],
         *,
         count: int = 1,
         mixing: str = "attention",
@@ -164,7 +164,7 @@ class VersatileDiffusion:
         progress: Progress = list,
         **settings: Any,
     ) -> Any:
-        """Samples from several contexts at once: `count` pictures or captions, by `output`.
+        """Samples from several contexts at once: `count` images or captions, by `output`.
 
         Args:
             mixing: "attention" averages the contexts at every context layer; "layer" draws one of them for each.

@@ -16,7 +16,7 @@ from data_pipeline.download.plan import Part
 from vdtrain.config.data_schema import DownloadConfig
 
 OPT_OUTS = ("noai", "noimageai", "noindex", "noimageindex", "noml")
-PICTURE_TIMEOUTS = 3  # a picture may take so many times the seconds that it may stand still
+IMAGE_TIMEOUTS = 3  # an image may take so many times the seconds that it may stand still
 # Not `-m`: workers find classes by the name of their module, and that of a main module is another in each of them.
 RUN = "from data_pipeline.download.img2dataset_run import main; main()"
 
@@ -25,7 +25,7 @@ def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool
     """The command line that downloads what is missing of a part."""
     limits = Limits(
         timeout=config.timeout,
-        seconds=PICTURE_TIMEOUTS * config.timeout,
+        seconds=IMAGE_TIMEOUTS * config.timeout,
         max_bytes=config.max_bytes,
         retries=config.retries,
         allow_loopback=allow_loopback,

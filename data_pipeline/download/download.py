@@ -1,4 +1,4 @@
-"""Pictures of the selected rows into tar shards, by img2dataset: part after part, the sources beside each other.
+"""Images of the selected rows into tar shards, by img2dataset: part after part, the sources beside each other.
 
 img2dataset numbers shards by row, counts a shard as done for ever, leaves half-written ones and processes behind when
 it is killed, and can exit well with nothing done. So a plan stands beside each part, whose shards are checked and
@@ -37,7 +37,7 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     Raises:
         ConfigError: a setting that cannot work, a source without selected rows, or a plan by which shards were made
             has changed.
-        DownloadError: another download holds a part, too few pictures come, or shards are missing at the end.
+        DownloadError: another download holds a part, too few images come, or shards are missing at the end.
     """
     check(config)
     parts = own_parts(sources, config)

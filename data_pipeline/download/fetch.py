@@ -1,4 +1,4 @@
-"""One picture over HTTP: no address of one's own network, no endless body, no endless time, no opt-out passed over.
+"""One image over HTTP: no address of one's own network, no endless body, no endless time, no opt-out passed over.
 
 Runs inside img2dataset's workers, of whatever interpreter they are: it needs no package that img2dataset lacks.
 """
@@ -28,12 +28,12 @@ VALUED = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-pr
 
 
 class RefusedError(Exception):
-    """A picture that is not taken; the message is the reason, the same for all pictures that share it."""
+    """An image that is not taken; the message is the reason, the same for all images that share it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may cost.
+    """What an image may cost.
 
     Attributes:
         timeout: seconds without a byte.
@@ -53,7 +53,7 @@ class Limits:
 
 
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:
-    """What img2dataset's own function returns: the row's key, and the picture's bytes or why there are none."""
+    """What img2dataset's own function returns: the row's key, and the image's bytes or why there are none."""
     key, url = row
     message = ""
     for attempt in range(limits.retries + 1):
@@ -63,7 +63,7 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
             return key, io.BytesIO(fetch(url, limits)), None
         except RefusedError as error:
             return key, None, str(error)
-        except Exception as error:  # a stranger's server may raise anything in http.client, and no picture ends a shard
+        except Exception as error:  # a stranger's server may raise anything in http.client, and no image ends a shard
             message = str(error) or type(error).__name__
         if not is_transient(message):
             break
@@ -93,7 +93,7 @@ def fetch(url: str, limits: Limits) -> bytes:
 
 
 def opt_out(headers: Message, limits: Limits) -> str | None:
-    """The header by which a picture's owner keeps it out of training sets, or None.
+    """The header by which an image's owner keeps it out of training sets, or None.
 
     That is `TDM-Reservation: 1`, and an X-Robots-Tag directive for every crawler or for one that we go by.
     """

@@ -29,7 +29,7 @@ from data_pipeline.download.fetch import Limits, fetch_row  # noqa: E402
 
 PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"
 WORKER_KILLED = 71
-OBJECT_STORE_BYTES = 100 << 20  # no picture passes through it
+OBJECT_STORE_BYTES = 100 << 20  # no image passes through it
 
 
 class GuardedDownloader(img2dataset.downloader.Downloader):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from data_pipeline.download.plan import DownloadError, Part, Record, locked
 from data_pipeline.failures import DNS, SUCCESS, Tally
 from vdtrain.config.data_schema import DownloadConfig
 
-STALL_TIMEOUTS = 60  # a part whose shards do not grow for so many times the seconds of a picture is started again
+STALL_TIMEOUTS = 60  # a part whose shards do not grow for so many times the seconds of an image is started again
 JUDGED_SHARDS = 3
 FRUITLESS_STARTS = 2  # after so many in a row without a new shard, it is given up
 
@@ -72,7 +72,7 @@ class PartRun:
         """Look after the run; returns whether the part is done.
 
         Raises:
-            DownloadError: too few pictures come, or no more shards do.
+            DownloadError: too few images come, or no more shards do.
         """
         running = self._process is not None and self._process.poll() is None
         self._take_in(running)
@@ -126,7 +126,7 @@ class PartRun:
         return time.monotonic() - self._grown > timeouts * self._config.timeout
 
     def _judge(self) -> None:
-        """Stop where too few pictures come, and remove the shards that show it: they would count as done for ever."""
+        """Stop where too few images come, and remove the shards that show it: they would count as done for ever."""
         least, total = self._config.min_success_share, self.tally
         if (
             not self.tallies

@@ -23,7 +23,7 @@ from vdtrain.config.data_schema import DownloadConfig
 from vdtrain.errors import unlockable
 from vdtrain.files import write_text
 
-# What decides which picture stands in which shard, and how it is stored.
+# What decides which image stands in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
 LOCK_SECONDS = 30  # for the processes of a download that was killed to end
 
@@ -59,7 +59,7 @@ class Record:
     Attributes:
         rounds: how often low shards were attempted again.
         outcome: of all shards, once they are complete.
-        lowest: smallest share of pictures in a shard that another attempt would not change.
+        lowest: smallest share of images in a shard that another attempt would not change.
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:

@@ -43,7 +43,7 @@ def index(
     """Bring a manifest up to the shards below the sources' folders; it does not depend on the number of processes.
 
     Args:
-        decode: decode every picture; shards that were listed without are read again.
+        decode: decode every image; shards that were listed without are read again.
         file_shards: shards whose samples share a file; after each such file the manifest lists what was read so far.
 
     Raises:

@@ -19,14 +19,14 @@ from PIL import Image
 
 from data_pipeline.index.tar_members import Member, TarDamageError, TarMembers
 from data_pipeline.shards import STATISTICS
-from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, decode, picture_size
+from vdtrain.data.decode import FORMATS, IMAGE_ERRORS, DecodeError, decode, image_size
 from vdtrain.data.manifest import SAMPLE_SCHEMA, pair_uid
 from vdtrain.errors import unreadable
 
-PICTURE, CAPTION, METADATA = "jpg", "txt", "json"
+IMAGE, CAPTION, METADATA = "jpg", "txt", "json"
 READ_AHEAD = 1 << 20
 UID = re.compile(r"[0-9a-f]{32}")
-# Every byte of a picture is read, whatever the size that is asked for; a small one takes less time.
+# Every byte of an image is read, whatever the size that is asked for; a small one takes less time.
 DECODED_SIDE = 32
 ORIENTATION_TAG = 0x0112
 # As img2dataset writes the tag into the metadata.
@@ -72,7 +72,7 @@ def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -
     Args:
         source: from which the pairs come.
         name: of the shard in the manifest.
-        decoded: decode every picture, not its header alone.
+        decoded: decode every image, not its header alone.
 
     Raises:
         ShardError: the tar is damaged, does not end as a whole one does, holds fewer or more samples than were
@@ -153,10 +153,10 @@ def _contents(members: Iterator[Member]) -> dict[str, Member]:
         if suffix in found:
             reason = reason or "repeated member"
         found[suffix] = member
-    missing = [suffix for suffix in (PICTURE, CAPTION, METADATA) if suffix not in found]
+    missing = [suffix for suffix in (IMAGE, CAPTION, METADATA) if suffix not in found]
     if missing:
         reason = reason or f"no {', no '.join(missing)} member"
-    if any(found[suffix].content is None for suffix in (PICTURE, CAPTION, METADATA) if suffix in found):
+    if any(found[suffix].content is None for suffix in (IMAGE, CAPTION, METADATA) if suffix in found):
         reason = reason or "too many bytes"
     if reason:
         raise BrokenSampleError(reason)
@@ -169,7 +169,7 @@ def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) ->
     Raises:
         BrokenSampleError: it cannot be trained on.
     """
-    picture, text, metadata = (members[suffix].content or b"" for suffix in (PICTURE, CAPTION, METADATA))
+    image, text, metadata = (members[suffix].content or b"" for suffix in (IMAGE, CAPTION, METADATA))
     try:
         caption = text.decode()
     except UnicodeDecodeError as error:
@@ -178,22 +178,22 @@ def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) ->
         raise BrokenSampleError("no caption")
     described = _mapping(metadata, "metadata is no JSON object")
     try:
-        width, height = picture_size(picture)
+        width, height = image_size(image)
     except DecodeError as error:
         raise BrokenSampleError("too many pixels" if "pixels" in str(error) else "cannot be decoded: header") from error
-    orientation = _orientation(described, picture)
+    orientation = _orientation(described, image)
     if decoded:
         try:
-            decode(picture, DECODED_SIDE, (0.5, 0.5))
+            decode(image, DECODED_SIDE, (0.5, 0.5))
         except DecodeError as error:
             raise BrokenSampleError("cannot be decoded: content") from error
     if orientation >= 5:
         width, height = height, width
     return {
-        "uid": _uid(described, source, picture, caption),
+        "uid": _uid(described, source, image, caption),
         "key": key,
-        "offset": members[PICTURE].offset,
-        "size": members[PICTURE].size,
+        "offset": members[IMAGE].offset,
+        "size": members[IMAGE].size,
         "orientation": orientation,
         "width": width,
         "height": height,
@@ -207,26 +207,26 @@ def caption_hash(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
-def _uid(described: Mapping[str, Any], source: str, picture: bytes, caption: str) -> str:
+def _uid(described: Mapping[str, Any], source: str, image: bytes, caption: str) -> str:
     """The name that the selection gave the pair, or one made here."""
     uid, url = described.get("uid"), described.get("url")
     if isinstance(uid, str) and UID.fullmatch(uid):
         return uid
     if not isinstance(url, str) or not url:
-        url = hashlib.sha256(picture).hexdigest()
+        url = hashlib.sha256(image).hexdigest()
     # JSON can hold halves of characters, which no text has.
     return pair_uid(source, url.encode("utf-8", "replace").decode(), caption)
 
 
-def _orientation(described: Mapping[str, Any], picture: bytes) -> int:
-    """How a picture is stored. The download neither turns pictures nor keeps the tag where it encodes them anew."""
+def _orientation(described: Mapping[str, Any], image: bytes) -> int:
+    """How an image is stored. The download neither turns images nor keeps the tag where it encodes them anew."""
     exif = described.get("exif")
     if exif is not None:
         name = _mapping(exif, "EXIF is no JSON object").get("Image Orientation")
         # Cameras write numbers too that mean nothing, and viewers pass over them.
         return ORIENTATIONS.get(str(name), 1)
     tag: int | None = None
-    with suppress(*PICTURE_ERRORS), Image.open(io.BytesIO(picture), formats=FORMATS) as file:
+    with suppress(*IMAGE_ERRORS), Image.open(io.BytesIO(image), formats=FORMATS) as file:
         tag = file.getexif().get(ORIENTATION_TAG)
     return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
 

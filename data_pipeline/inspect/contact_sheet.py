@@ -1,4 +1,4 @@
-"""Pairs on one page: pictures in a grid, with their captions under them."""
+"""Pairs on one page: images in a grid, with their captions under them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vdtrain.data.decode import FORMATS, PICTURE_ERRORS, DecodeError, picture_size, upright
+from vdtrain.data.decode import FORMATS, IMAGE_ERRORS, DecodeError, image_size, upright
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.shards import ShardReader, StreamError
 from vdtrain.files import written_whole
@@ -29,11 +29,11 @@ class Pair:
     """A pair to be shown.
 
     Attributes:
-        picture: None where it cannot be shown.
-        note: whence it is and how large, or why there is no picture.
+        image: None where it cannot be shown.
+        note: whence it is and how large, or why there is no image.
     """
 
-    picture: Image.Image | None
+    image: Image.Image | None
     caption: str
     note: str
 
@@ -51,9 +51,9 @@ def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -
             caption = rows.captions[number].as_py()
             try:
                 data = bytes(reader.read(shard, int(rows.offset[number]), int(rows.size[number])))
-                picture = _picture(data, int(rows.orientation[number]))
-                yield Pair(picture, caption, f"{source}  {picture.width} x {picture.height}")
-            except (DecodeError, StreamError, *PICTURE_ERRORS) as error:
+                image = _image(data, int(rows.orientation[number]))
+                yield Pair(image, caption, f"{source}  {image.width} x {image.height}")
+            except (DecodeError, StreamError, *IMAGE_ERRORS) as error:
                 yield Pair(None, caption, f"{source}  {error}")
     finally:
         reader.close()
@@ -63,7 +63,7 @@ def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
     """Write pairs as a PNG file, in rows of COLUMNS.
 
     Args:
-        pixels: side of the square that a picture is fitted into.
+        pixels: side of the square that an image is fitted into.
 
     Raises:
         ConfigError: it cannot be written.
@@ -102,9 +102,9 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return found
 
 
-def _picture(data: bytes, orientation: int) -> Image.Image:
-    """A picture as it is to be seen, in full size."""
-    picture_size(data)
+def _image(data: bytes, orientation: int) -> Image.Image:
+    """An image as it is to be seen, in full size."""
+    image_size(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         return Image.fromarray(np.ascontiguousarray(upright(np.asarray(file.convert("RGB")), orientation)))
 
@@ -113,12 +113,12 @@ def _cell(pair: Pair, pixels: int) -> Image.Image:
     font = ImageFont.load_default(FONT_PIXELS)
     cell = Image.new("RGB", (pixels + 2 * MARGIN, pixels + 2 * MARGIN + (CAPTION_LINES + 1) * LINE), BACKGROUND)
     draw = ImageDraw.Draw(cell)
-    if pair.picture is None:
+    if pair.image is None:
         draw.rectangle((MARGIN, MARGIN, MARGIN + pixels - 1, MARGIN + pixels - 1), outline=FAINT)
     else:
-        pair.picture.thumbnail((pixels, pixels))
-        left, top = (pixels - pair.picture.width) // 2, (pixels - pair.picture.height) // 2
-        cell.paste(pair.picture, (MARGIN + left, MARGIN + top))
+        pair.image.thumbnail((pixels, pixels))
+        left, top = (pixels - pair.image.width) // 2, (pixels - pair.image.height) // 2
+        cell.paste(pair.image, (MARGIN + left, MARGIN + top))
     below = pixels + 2 * MARGIN
     draw.text((MARGIN, below), wrap(pair.note, font, pixels, 1)[0], FAINT, font)
     for number, line in enumerate(wrap(pair.caption, font, pixels, CAPTION_LINES), start=1):

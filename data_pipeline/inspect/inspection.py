@@ -36,13 +36,13 @@ def inspect(folder: Path, config: InspectConfig) -> None:
         ConfigError: a setting that cannot work, or a contact sheet that cannot be written.
         ManifestError: the folder is no manifest, or a damaged one.
     """
-    if config.shards < 1 or config.pictures < 0 or config.pixels < MIN_PIXELS:
+    if config.shards < 1 or config.images < 0 or config.pixels < MIN_PIXELS:
         raise ConfigError(
-            f"data.inspect: shards={config.shards} must be 1 or more, pictures={config.pictures} 0 or more, "
+            f"data.inspect: shards={config.shards} must be 1 or more, images={config.images} 0 or more, "
             f"pixels={config.pixels} {MIN_PIXELS} or more"
         )
     output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
-    if config.pictures:
+    if config.images:
         check_output(output.parent, f"data.inspect.output={output}")
     manifest = Manifest(folder)
     generator = np.random.default_rng(config.seed)
@@ -62,7 +62,7 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     about = "" if repeated.compared == 1 else "about "
     example = f", as in {repeated.example[0]} and {repeated.example[1]}" if repeated.example else ""
     print(f"listed more than once: {about}{repeated.samples:,}{example}")
-    count = min(config.pictures, len(manifest))
+    count = min(config.images, len(manifest))
     if count:
         write_contact_sheet(output, draw_pairs(manifest, generator, count), config.pixels)
         print(f"contact sheet of {count} pairs, drawn at random: {output}")

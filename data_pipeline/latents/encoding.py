@@ -1,4 +1,4 @@
-"""Pictures of tar shards through the image VAE's encoder, and their moments into files beside the shards.
+"""Images of tar shards through the image VAE's encoder, and their moments into files beside the shards.
 
 Several processes share the shards without speaking to one another: each takes its part of those that have no file,
 then helps with what is left. A draft that grows tells the others that a shard is being made.
@@ -34,16 +34,16 @@ DRAFT_SUFFIX = ".incomplete"
 STALE_SECONDS = 120.0
 POLL_SECONDS = 1.0
 
-# Pictures uint8 [b, 3, R, R], on the CPU, to moments [b, ...] on any device.
+# Images uint8 [b, 3, R, R], on the CPU, to moments [b, ...] on any device.
 Encoder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Consecutive samples of a shard's file: pictures uint8 [b, 3, R, R], black where they are bad, and bool [b]."""
+    """Consecutive samples of a shard's file: images uint8 [b, 3, R, R], black where they are bad, and bool [b]."""
 
     shard: int
-    pictures: Tensor
+    images: Tensor
     bad: NDArray[np.bool_]
 
 
@@ -52,7 +52,7 @@ class Made:
     """What one process has made."""
 
     shards: int
-    pictures: int
+    images: int
     bad: int
     seconds: float
 
@@ -62,7 +62,7 @@ class LatentEncoding:
 
     Args:
         encode: with the weights and the precision that `description` tells of.
-        batch_size: pictures that go through it together; a batch is of one shard.
+        batch_size: images that go through it together; a batch is of one shard.
         workers: decoding threads.
         rank, world_size: of the processes that share the work.
     """
@@ -88,7 +88,7 @@ class LatentEncoding:
 
     def run(self) -> Made:
         """Make what is missing; the process of rank 0 returns when no other makes anything any more."""
-        began, shards, pictures, bad = time.monotonic(), 0, 0, 0
+        began, shards, images, bad = time.monotonic(), 0, 0, 0
         with ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool, self._progress() as progress:
             try:
                 while True:
@@ -99,7 +99,7 @@ class LatentEncoding:
                     if own:
                         progress.expect(int(self._manifest.counts(self._description.min_side)[own].sum()))
                         for count, bad_count in self._make(own, pool, progress):
-                            shards, pictures, bad = shards + 1, pictures + count, bad + bad_count
+                            shards, images, bad = shards + 1, images + count, bad + bad_count
                     elif missing and self._rank == 0:
                         time.sleep(POLL_SECONDS)
                     else:
@@ -108,7 +108,7 @@ class LatentEncoding:
                 pool.shutdown(wait=True, cancel_futures=True)
         if self._rank == 0:
             self._remove_leftovers()
-        return Made(shards, pictures, bad, time.monotonic() - began)
+        return Made(shards, images, bad, time.monotonic() - began)
 
     def _progress(self) -> LatentProgress:
         return LatentProgress(self._description.resolution, self._world_size, silent=self._rank != 0)
@@ -157,15 +157,15 @@ class LatentEncoding:
     def _decode(self, shard: int, samples: ShardRows, rows: NDArray[np.int32]) -> Decoded:
         resolution = self._description.resolution
         pinned = torch.cuda.is_available()
-        pictures = torch.zeros(len(rows), resolution, resolution, 3, dtype=torch.uint8, pin_memory=pinned)
+        images = torch.zeros(len(rows), resolution, resolution, 3, dtype=torch.uint8, pin_memory=pinned)
         bad = np.zeros(len(rows), bool)
         for place, row in enumerate(rows):
             data = self._reader.read(shard, int(samples.offset[row]), int(samples.size[row]))
             try:
-                pictures.numpy()[place] = decode(data, resolution, CENTRE, int(samples.orientation[row]))
+                images.numpy()[place] = decode(data, resolution, CENTRE, int(samples.orientation[row]))
             except DecodeError:
                 bad[place] = True
-        return Decoded(shard, pictures.permute(0, 3, 1, 2), bad)
+        return Decoded(shard, images.permute(0, 3, 1, 2), bad)
 
     def _encoded(
         self, batches: Iterator[tuple[NDArray[np.int32], Decoded]]
@@ -173,7 +173,7 @@ class LatentEncoding:
         """Moments of the batches, float16 on the CPU; the next batch is under way when they are waited for."""
         before: tuple[NDArray[np.int32], Decoded, Callable[[], NDArray[np.float16]]] | None = None
         for rows, batch in batches:
-            arriving = _arriving(self._encode(batch.pictures).half())
+            arriving = _arriving(self._encode(batch.images).half())
             if before is not None:
                 yield before[0], before[1], before[2]()
             before = rows, batch, arriving

@@ -1,4 +1,4 @@
-"""Encode the pictures of a manifest once, for training with `data.latents=cached`.
+"""Encode the images of a manifest once, for training with `data.latents=cached`.
 
 python -m data_pipeline latents                                             # one process
 torchrun --nproc-per-node=8 -m data_pipeline latents hardware=h100          # one process per GPU; srun does the same
@@ -25,7 +25,7 @@ from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, 
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.errors import unwritable
 from vdtrain.files import check_output, sync, write_text
-from vdtrain.run.launch import run_verb_on_ranks
+from vdtrain.run.launch import run_command_on_ranks
 
 if TYPE_CHECKING:
     from data_pipeline.latents.encoding import Encoder, Made
@@ -34,7 +34,7 @@ USAGE = """\
 Usage: python -m data_pipeline latents [GROUP=OPTION ...] [SETTING=VALUE ...]
        torchrun --nproc-per-node=N -m data_pipeline latents ...
 
-Encode every picture of the manifest with the model's image VAE, and keep the moments beside the shards: training with
+Encode every image of the manifest with the model's image VAE, and keep the moments beside the shards: training with
 data.latents=cached then leaves the encoder out. Any number of processes share the work, started by torchrun or srun.
 What is there already is passed over: after an interruption, or with new shards, run the same command again.
 
@@ -75,7 +75,7 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
         min_side = stream.get("min_side") or resolution
         if manifest.counts(min_side).sum() == 0:
             raise ConfigError(
-                f"{place}: no picture has a side of {min_side} pixels or more; take {resolution} out of "
+                f"{place}: no image has a side of {min_side} pixels or more; take {resolution} out of "
                 "data.latent_cache.resolutions"
             )
 
@@ -146,7 +146,7 @@ def _refuse_other(folder: LatentFolder, found: LatentDescription | None, vae: st
     for name, is_there, wanted in (
         ("of the VAE", found.vae, vae),
         ("in the precision", found.precision, config.hardware.precision),
-        ("of pictures from a side on of", found.min_side, config.data.stream.get("min_side") or found.resolution),
+        ("of images from a side on of", found.min_side, config.data.stream.get("min_side") or found.resolution),
     ):
         if is_there != wanted:
             raise ConfigError(
@@ -174,9 +174,9 @@ def _encoder(config: LatentsConfig, local_rank: int) -> tuple[Encoder, dict[int,
     vae.to(device, torch.bfloat16 if hardware.precision == "bf16" else torch.float32)
 
     @torch.no_grad()
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        # As the trainer hands its pictures over.
-        moments: torch.Tensor = vae.moments(pictures.to(device, non_blocking=True).contiguous())
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        # As the trainer hands its images over.
+        moments: torch.Tensor = vae.moments(images.to(device, non_blocking=True).contiguous())
         return moments
 
     shapes: dict[int, tuple[int, ...]] = {}
@@ -203,10 +203,10 @@ def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescri
     latents = int(counts.sum())
     size = latents * 2 * prod(description.shape)
     bad = f", {made.bad:,} of them bad" if made.bad else ""
-    rate = f", {made.pictures / made.seconds:,.0f} pictures/s" if made.pictures else ""
+    rate = f", {made.images / made.seconds:,.0f} images/s" if made.images else ""
     return (
         f"{folder.path}: {latents:,} latents of {int((counts > 0).sum()):,} shards, {size / 1e6:,.1f} MB; by this "
-        f"process {made.pictures:,} pictures{bad} of {made.shards:,} shards in "
+        f"process {made.images:,} images{bad} of {made.shards:,} shards in "
         f"{timedelta(seconds=round(made.seconds))}{rate}"
     )
 
@@ -218,4 +218,4 @@ def main(argv: Sequence[str]) -> int:
         make_latents(config, launch)
         return 0
 
-    return run_verb_on_ranks(USAGE, "latents", LatentsConfig, action, argv)
+    return run_command_on_ranks(USAGE, "latents", LatentsConfig, action, argv)

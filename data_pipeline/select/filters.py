@@ -18,7 +18,7 @@ from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.captions import UNCLEAN, clean_caption
 
 DUPLICATE_URL = "duplicate URL"
-DUPLICATE_PICTURE = "duplicate picture"
+DUPLICATE_IMAGE = "duplicate image"
 NOT_SCORED = "no value for "
 
 
@@ -176,7 +176,7 @@ def check_filters(config: FilterConfig) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
-    for name in ("unscored", "duplicate_urls", "duplicate_pictures"):
+    for name in ("unscored", "duplicate_urls", "duplicate_images"):
         if (value := getattr(config, name)) not in ("keep", "drop"):
             raise ConfigError(f"data.select.filters.{name}={value}: choose keep or drop")
     for name, low, high in (

@@ -1,7 +1,7 @@
 """Published metadata to the rows that are worth their download, streaming, in memory that does not grow with the rows.
 
-1. Scan: every unit of row groups is filtered; what is kept leaves one bit per row, and hashes of URLs and pictures.
-2. Duplicates: bucket by bucket of the hashes, first of URLs, then of pictures among what is left. The first row stays,
+1. Scan: every unit of row groups is filtered; what is kept leaves one bit per row, and hashes of URLs and images.
+2. Duplicates: bucket by bucket of the hashes, first of URLs, then of images among what is left. The first row stays,
    in the order of the sources in the configuration, of their files by name, and of the rows.
 3. Parts: the metadata is read again, and the kept pairs are written with cleaned captions and a name each.
 
@@ -29,7 +29,7 @@ from data_pipeline.select.duplicates import (
     read_block_lists,
     repeated_rows,
 )
-from data_pipeline.select.filters import DUPLICATE_PICTURE, DUPLICATE_URL, check_filters
+from data_pipeline.select.filters import DUPLICATE_IMAGE, DUPLICATE_URL, check_filters
 from data_pipeline.select.parts import Parts, plan_parts, write_parts
 from data_pipeline.select.selection import (
     Selection,
@@ -138,7 +138,7 @@ def _select(
     by_step = [_counts(units, kept)]
     for kind, choice in (
         ("url", data.select.filters.duplicate_urls),
-        ("phash", data.select.filters.duplicate_pictures),
+        ("phash", data.select.filters.duplicate_images),
     ):
         if choice == "drop":
             with _timed(f"duplicates ({kind})", sum(by_step[-1])):
@@ -193,7 +193,7 @@ def _counts(units: Sequence[Unit], kept: np.ndarray) -> list[int]:
 
 
 def _drop_repeated(kept: np.ndarray, units: Sequence[Unit], kind: str, scratch: Path, run: Run) -> None:
-    """Clear the bits of rows whose URL or picture an earlier row has."""
+    """Clear the bits of rows whose URL or image an earlier row has."""
     alive = scratch / f"alive_{kind}.npy"
     np.save(alive, kept)
     files = [HashFiles(unit.folder(scratch), unit.base) for unit in units]
@@ -222,7 +222,7 @@ def _parts(
 
 
 def _selection(plan: dict[str, Any], units: Sequence[Unit], steps: Sequence[int], scratch: Path) -> Selection:
-    """The record of a source. `steps`: rows that are left after the scan, without repeated URLs, without pictures."""
+    """The record of a source. `steps`: rows that are left after the scan, without repeated URLs, without images."""
     scans = [json.loads((unit.folder(scratch) / "counts.json").read_text(encoding="utf-8")) for unit in units]
     dropped: Counter[str] = Counter()
     unscored: Counter[str] = Counter()
@@ -230,7 +230,7 @@ def _selection(plan: dict[str, Any], units: Sequence[Unit], steps: Sequence[int]
         dropped.update(each["dropped"])
         unscored.update(each["unscored"])
     dropped[DUPLICATE_URL] = steps[0] - steps[1]
-    dropped[DUPLICATE_PICTURE] = steps[1] - steps[2]
+    dropped[DUPLICATE_IMAGE] = steps[1] - steps[2]
     rows_per_part = int(plan["data.select.rows_per_part"])
     return Selection(
         fingerprint=fingerprint(plan),

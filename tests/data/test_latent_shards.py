@@ -208,7 +208,7 @@ def test_latents_that_do_not_go_with_the_run_are_refused(written: tuple[Manifest
         LatentShards(folder, found, 64)
     with pytest.raises(ManifestError, match=r"was made with another VAE \(a0, and the model's is b1\)"):
         LatentShards(folder, found, RESOLUTION, vae="b1")
-    with pytest.raises(ManifestError, match=r"has pictures from 32 pixels on, and data\.stream\.min_side .* from 16"):
+    with pytest.raises(ManifestError, match=r"has images from 32 pixels on, and data\.stream\.min_side .* from 16"):
         LatentShards(folder, found, RESOLUTION, min_side=16)
     description = folder / "32" / DESCRIPTION_FILE
     description.write_text(description.read_text().replace('"layout": 1', '"layout": 2'))

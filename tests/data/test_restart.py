@@ -38,7 +38,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _add_sample(tar: tarfile.TarFile, number: int) -> None:
-    """A picture of one colour, which is the sample's number, and the number as its caption."""
+    """An image of one colour, which is the sample's number, and the number as its caption."""
     file = io.BytesIO()
     Image.new("RGB", (PIXELS, PIXELS), (8 * (number // 625), 10 * (number // 25 % 25), 10 * (number % 25))).save(
         file, "PNG"
@@ -74,7 +74,7 @@ def test_a_restart_deep_in_an_epoch_goes_on_with_the_same_batches(manifest: Path
             == found.samples["text"]
             == [caption for piece in pieces for caption in piece.samples["text"]]
         )
-    # Before the restart and after it, the epoch held every sample once, each picture beside its own caption.
+    # Before the restart and after it, the epoch held every sample once, each image beside its own caption.
     epoch = [*whole[:DONE], *resumed[: EPOCH // BATCH - DONE]]
     assert sorted(int(caption) for batch in epoch for caption in batch.samples["text"]) == list(range(EPOCH))
     for batch in resumed:

@@ -1,4 +1,4 @@
-"""The stream: order, ranks, resume, pictures, and what it does about bad samples."""
+"""The stream: order, ranks, resume, images, and what it does about bad samples."""
 
 from __future__ import annotations
 
@@ -84,27 +84,25 @@ def test_resuming_anywhere_goes_on_as_if_never_stopped(manifest: Path, done: int
 
 
 def test_pairs_stay_together(manifest: Path) -> None:
-    """Each caption comes with the picture that stands beside it in the shard, read by another library."""
+    """Each caption comes with the image that stands beside it in the shard, read by another library."""
     own = {}
     for shard in Manifest(manifest).shards:
         for sample in webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgb8"):
             own.setdefault(sample["txt"], []).append(sample["jpg"])
     for batch in read(manifest, 3, resolution=64):
-        for picture, caption in zip(batch.samples["image"], batch.samples["text"], strict=True):
-            differences = [
-                np.abs(picture.permute(1, 2, 0).numpy().astype(int) - other).mean() for other in own[caption]
-            ]
+        for image, caption in zip(batch.samples["image"], batch.samples["text"], strict=True):
+            differences = [np.abs(image.permute(1, 2, 0).numpy().astype(int) - other).mean() for other in own[caption]]
             assert min(differences) < 1
 
 
 @pytest.mark.parametrize("resolution", [32, 64])
-def test_pictures_have_the_phases_resolution(manifest: Path, resolution: int) -> None:
+def test_images_have_the_phases_resolution(manifest: Path, resolution: int) -> None:
     (batch,) = read(manifest, 1, resolution=resolution)
     assert batch.samples["image"].shape == (BATCH, 3, resolution, resolution)
     assert batch.samples["image"].dtype == torch.uint8
 
 
-def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
+def test_small_images_are_left_out_by_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "000000.tar", 10, seed=0, pixels=48)
     write_shard(tmp_path / "shards" / "000001.tar", 10, seed=1, pixels=64)
@@ -113,7 +111,7 @@ def test_small_pictures_are_left_out_by_the_manifest(tmp_path: Path) -> None:
         stream = PairStream(tmp_path / "manifest", seed=0, resolution=resolution, global_batch_size=2)
         assert len(stream) == expected
         stream.close()
-    with pytest.raises(ManifestError, match="none of 20 pictures has a side of 128"):
+    with pytest.raises(ManifestError, match="none of 20 images has a side of 128"):
         PairStream(tmp_path / "manifest", seed=0, resolution=128, global_batch_size=2)
 
 
@@ -151,7 +149,7 @@ def test_other_shards_give_a_stream_another_identity(tmp_path: Path) -> None:
 
 
 def damage(manifest: Path, rows: list[int]) -> None:
-    """Overwrite pictures, numbered through all shards."""
+    """Overwrite images, numbered through all shards."""
     content = Manifest(manifest)
     for row in rows:
         shard = int(np.searchsorted(np.cumsum(content.samples), row, side="right"))

@@ -1,4 +1,4 @@
-"""A server on this machine with good pictures, and with all that the web has besides."""
+"""A server on this machine with good images, and with all that the web has besides."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LARGE = (200, 160)
 
 
 def jpeg(number: int = 0, size: tuple[int, int] = SIDES, orientation: int | None = None) -> bytes:
-    """A picture of noise, another for each number."""
+    """An image of noise, another for each number."""
     noise = np.random.default_rng(number).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     exif = Image.Exif()
     if orientation is not None:
         exif[0x0112] = orientation
     stored = io.BytesIO()
-    picture.save(stored, "JPEG", quality=90, exif=exif)
+    image.save(stored, "JPEG", quality=90, exif=exif)
     return stored.getvalue()
 
 

@@ -124,7 +124,7 @@ def attempts(config: SourceConfig) -> Rows:
 
 
 def stored(config: SourceConfig) -> dict[str, tuple[bytes, str, dict[str, Any]]]:
-    """Picture, caption and metadata of every sample, by URL."""
+    """Image, caption and metadata of every sample, by URL."""
     found = {}
     for path in Path(config.shards).rglob("*.tar"):
         with tarfile.open(path) as tar:
@@ -138,7 +138,7 @@ def stored(config: SourceConfig) -> dict[str, tuple[bytes, str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def web(server: HostileServer, tmp_path_factory: pytest.TempPathFactory) -> SourceConfig:
-    """A downloaded source: a shard of good pictures and two of everything else, the last of which is tried again."""
+    """A downloaded source: a shard of good images and two of everything else, the last of which is tried again."""
     urls = [
         *(f"{server.base}/good/{number}.jpg" for number in range(GOOD)),
         *(server.base + path if path.startswith("/") else path for path in [*TAKEN[:-1], *REFUSED, TAKEN[-1]]),
@@ -157,18 +157,18 @@ def test_what_is_refused_by_name(web: SourceConfig, server: HostileServer, path:
 
 
 def test_what_is_taken_is_taken_whole(web: SourceConfig, server: HostileServer) -> None:
-    pictures = stored(web)
-    assert len(pictures) == GOOD + len(TAKEN)
+    images = stored(web)
+    assert len(images) == GOOD + len(TAKEN)
     for number in range(GOOD):
         url = f"{server.base}/good/{number}.jpg"
-        picture, caption, about = pictures[url]
-        assert picture == jpeg(number)
+        image, caption, about = images[url]
+        assert image == jpeg(number)
         assert caption == f"a caption for {url}"
         assert (about["uid"], about["similarity"]) == (f"{0:08x}{number:024x}", 0.25)
-    large, _, about = pictures[server.base + "/large.jpg"]
+    large, _, about = images[server.base + "/large.jpg"]
     assert Image.open(io.BytesIO(large)).size == (160, 128)
     assert (about["original_width"], about["original_height"]) == (200, 160)
-    assert json.loads(pictures[server.base + "/sideways.jpg"][2]["exif"])["Image Orientation"] == "Rotated 90 CW"
+    assert json.loads(images[server.base + "/sideways.jpg"][2]["exif"])["Image Orientation"] == "Rotated 90 CW"
 
 
 def test_a_low_shard_is_tried_again_once(web: SourceConfig, server: HostileServer) -> None:
@@ -190,7 +190,7 @@ def test_what_is_done_is_not_done_again(
     download({"web": web}, CONFIG, allow_loopback=True)
     assert server.requests.total() == asked
     printed = capsys.readouterr().out
-    assert f"web: {GOOD + len(TAKEN)} of {GOOD + len(TAKEN) + len(REFUSED)} pictures" in printed
+    assert f"web: {GOOD + len(TAKEN)} of {GOOD + len(TAKEN) + len(REFUSED)} images" in printed
     assert "address refused" in printed
     assert "in 3 shards" in printed
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_killed_at_three_points(server: HostileServer, tmp_path: Path) -> None:
     server.released.set()
     assert process.wait(timeout=120) == 0
     assert not running(tmp_path)
-    assert {url: picture for url, (picture, _, _) in stored(config).items()} == {
+    assert {url: image for url, (image, _, _) in stored(config).items()} == {
         url: jpeg(number) for number, url in enumerate(urls)
     }
     assert server.requests["/good/0.jpg"] == 0
@@ -283,7 +283,7 @@ def test_a_run_that_stands_still_is_started_again(
 def test_a_server_that_is_away(server: HostileServer, tmp_path: Path) -> None:
     config = source(tmp_path, [f"{server.base}/good/{number}.jpg" for number in range(5)])
     server.away.set()
-    with pytest.raises(DownloadError, match=r"0 of 5 pictures \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):
+    with pytest.raises(DownloadError, match=r"0 of 5 images \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):
         download({"web": config}, CONFIG, allow_loopback=True)
     server.away.clear()
     assert not finished(Path(config.shards, "00000"))

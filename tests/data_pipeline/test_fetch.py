@@ -1,4 +1,4 @@
-"""One picture over HTTP: what is refused, by which name, and how soon (about five seconds)."""
+"""One image over HTTP: what is refused, by which name, and how soon (about five seconds)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMITS = Limits(
     max_bytes=1_000_000,
     retries=1,
     allow_loopback=True,
-    user_agent="Mozilla/5.0 (compatible; Picturebot)",
+    user_agent="Mozilla/5.0 (compatible; Imagebot)",
     opt_outs=("noai", "noindex"),
 )
 
@@ -51,8 +51,8 @@ def server() -> Iterator[HostileServer]:
     ],
 )
 def test_what_is_refused(server: HostileServer, path: str, message: str) -> None:
-    key, picture, error = fetch_row((7, server.base + path), LIMITS)
-    assert (key, picture) == (7, None)
+    key, image, error = fetch_row((7, server.base + path), LIMITS)
+    assert (key, image) == (7, None)
     assert error is not None
     assert message in error
 
@@ -99,8 +99,8 @@ def test_a_name_is_refused_for_any_private_address_behind_it(
 
 def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> None:
     server.requests.clear()
-    _, picture, error = fetch_row((0, server.base + "/flaky.jpg"), LIMITS)
-    assert picture is not None
+    _, image, error = fetch_row((0, server.base + "/flaky.jpg"), LIMITS)
+    assert image is not None
     assert error is None
     for path in ("/404", "/noai.jpg", "/500"):
         fetch_row((0, server.base + path), LIMITS)
@@ -113,7 +113,7 @@ def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> N
         ("X-Robots-Tag: noai, noimageai", "X-Robots-Tag noai"),
         ("X-Robots-Tag: nofollow\nX-Robots-Tag: NOINDEX", "X-Robots-Tag noindex"),
         ("X-Robots-Tag: max-snippet: 20, noai", "X-Robots-Tag noai"),
-        ("X-Robots-Tag: picturebot: noai", "X-Robots-Tag noai"),
+        ("X-Robots-Tag: imagebot: noai", "X-Robots-Tag noai"),
         ("X-Robots-Tag: otherbot: noai, noindex", None),
         ("X-Robots-Tag: otherbot: nofollow, *: noai", "X-Robots-Tag noai"),
         ("X-Robots-Tag: noarchive", None),

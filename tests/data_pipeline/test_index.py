@@ -195,7 +195,7 @@ def test_a_shard_that_was_made_anew_is_read_again(tmp_path: Path, read: list[str
     assert Manifest(tmp_path / "manifest").table().equals(Manifest(tmp_path / "fresh").table())
 
 
-def test_pictures_are_decoded_if_that_is_asked_for_and_was_not_done(tmp_path: Path, read: list[str]) -> None:
+def test_images_are_decoded_if_that_is_asked_for_and_was_not_done(tmp_path: Path, read: list[str]) -> None:
     shards = write_shards(tmp_path, range(2))
     first = shards / "00000" / "000000.tar"
     row = read_shard(first, "drawn").samples.to_pylist()[2]

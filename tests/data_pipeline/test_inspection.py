@@ -18,11 +18,11 @@ from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import Manifest
 
 
-def write_picture(folder: Path, name: str, pictures: list[tuple[int, int, str, str]]) -> None:
-    """A shard of plain pictures by width, height, caption and orientation."""
+def write_image(folder: Path, name: str, images: list[tuple[int, int, str, str]]) -> None:
+    """A shard of plain images by width, height, caption and orientation."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
-        for number, (width, height, caption, orientation) in enumerate(pictures):
+        for number, (width, height, caption, orientation) in enumerate(images):
             file = io.BytesIO()
             Image.new("RGB", (width, height), (200, 10 * number, 30)).save(file, "JPEG")
             described = {
@@ -34,20 +34,18 @@ def write_picture(folder: Path, name: str, pictures: list[tuple[int, int, str, s
                 info = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    (folder / f"{name}_stats.json").write_text(json.dumps({"successes": len(pictures)}))
+    (folder / f"{name}_stats.json").write_text(json.dumps({"successes": len(images)}))
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     upright = "Horizontal (normal)"
-    write_picture(
+    write_image(
         tmp_path / "first",
         "000000",
         [(300, 600, "a b", upright), (600, 300, "a b c d", "Rotated 90 CW"), (9, 9, "", "")],
     )
-    write_picture(
-        tmp_path / "second", "000000", [(700, 520, "ein größeres Wort 猫", upright), (100, 100, "e", upright)]
-    )
+    write_image(tmp_path / "second", "000000", [(700, 520, "ein größeres Wort 猫", upright), (100, 100, "e", upright)])
     index({"first": tmp_path / "first", "second": tmp_path / "second"}, tmp_path / "manifest")
     return tmp_path / "manifest"
 
@@ -83,9 +81,7 @@ def test_it_says_what_the_manifest_holds(manifest: Path, capsys: pytest.CaptureF
     assert found["contact sheet of 4 pairs, drawn at random"] == str(manifest.parent / "inspect.png")
 
 
-def test_the_sheet_is_drawn_by_its_seed_and_shows_pictures_as_they_are_to_be_seen(
-    manifest: Path, tmp_path: Path
-) -> None:
+def test_the_sheet_is_drawn_by_its_seed_and_shows_images_as_they_are_to_be_seen(manifest: Path, tmp_path: Path) -> None:
     sheets = {}
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         output = tmp_path / f"{name}.png"
@@ -95,14 +91,14 @@ def test_the_sheet_is_drawn_by_its_seed_and_shows_pictures_as_they_are_to_be_see
             f"data.inspect.output={output}",
             "data.inspect.pixels=64",
         ]
-        assert main(["inspect", str(manifest), "data.inspect.pictures=3", *settings]) == 0
+        assert main(["inspect", str(manifest), "data.inspect.images=3", *settings]) == 0
         with Image.open(output) as sheet:
             sheets[name] = np.asarray(sheet)
     assert sheets["first"].shape[1] == 3 * (64 + 2 * MARGIN)
     assert np.array_equal(sheets["first"], sheets["again"])
     assert not np.array_equal(sheets["first"], sheets["other"])
     pairs = list(draw_pairs(Manifest(manifest), np.random.default_rng(0), 4))
-    assert sorted((pair.picture.size, pair.caption, pair.note) for pair in pairs) == [
+    assert sorted((pair.image.size, pair.caption, pair.note) for pair in pairs) == [
         ((100, 100), "e", "second  100 x 100"),
         ((300, 600), "a b", "first  300 x 600"),
         ((300, 600), "a b c d", "first  300 x 600"),
@@ -110,12 +106,12 @@ def test_the_sheet_is_drawn_by_its_seed_and_shows_pictures_as_they_are_to_be_see
     ]
 
 
-def test_pairs_whose_shard_was_damaged_since_are_shown_without_their_picture(manifest: Path) -> None:
+def test_pairs_whose_shard_was_damaged_since_are_shown_without_their_image(manifest: Path) -> None:
     shard = manifest.parent / "second" / "000000.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
     pairs = list(draw_pairs(Manifest(manifest), np.random.default_rng(0), 4))
-    assert sorted(pair.picture is None for pair in pairs) == [False, False, True, True]
-    assert all("cannot decode" in pair.note for pair in pairs if pair.picture is None)
+    assert sorted(pair.image is None for pair in pairs) == [False, False, True, True]
+    assert all("cannot decode" in pair.note for pair in pairs if pair.image is None)
     write_contact_sheet(manifest.parent / "sheet.png", pairs, 48)
 
 
@@ -133,7 +129,7 @@ def test_captions_of_every_kind_are_wrapped(tmp_path: Path, caption: str) -> Non
 
 def test_of_many_shards_some_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_pairs(tmp_path, shards=5, count=4)
-    settings = ["data=shapes", "data.inspect.shards=2", "data.inspect.pictures=0"]
+    settings = ["data=shapes", "data.inspect.shards=2", "data.inspect.images=0"]
     assert main(["inspect", str(manifest), *settings]) == 0
     printed = capsys.readouterr().out
     assert "from 2 of 5 shards, drawn at random, 8 samples:" in printed

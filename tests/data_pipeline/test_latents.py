@@ -1,4 +1,4 @@
-"""The verb that fills the latent cache: killed, shared, run again, and what it refuses.
+"""The command that fills the latent cache: killed, shared, run again, and what it refuses.
 
 Half a minute on two free cores, most of it imports.
 """
@@ -49,7 +49,7 @@ def overrides(data: Path, folder: Path, *more: str) -> list[str]:
 
 
 def write_data(folder: Path) -> Path:
-    """Shards of pictures of 64 pixels, the last of them of 24."""
+    """Shards of images of 64 pixels, the last of them of 24."""
     (folder / "shards").mkdir(parents=True)
     for number in range(SHARDS + 1):
         write_shard(folder / "shards" / f"{number:05d}.tar", COUNT, number, pixels=64 if number < SHARDS else 24)
@@ -85,7 +85,7 @@ def test_all_is_made(data: Path, endings: dict[str, Ending]) -> None:
     ending = endings["alone"]
     assert ending.statuses == [0], ending.logs
     total = SHARDS * COUNT
-    assert f"alone/32: {total} latents of {SHARDS} shards, 0.0 MB; by this process {total} pictures" in ending.logs[0]
+    assert f"alone/32: {total} latents of {SHARDS} shards, 0.0 MB; by this process {total} images" in ending.logs[0]
     assert len(ending.files) == SHARDS + 1
     LatentShards(data / "alone", Manifest(data / "manifest"), 32)
 
@@ -98,12 +98,12 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, endings: dict[str, Ending
     assert len(drafts) == 1
     assert len(names - drafts) == 1
     assert resumed.statuses == [0], resumed.logs
-    assert f"by this process {(SHARDS - 1) * COUNT} pictures of {SHARDS - 1} shards" in resumed.logs[0]
+    assert f"by this process {(SHARDS - 1) * COUNT} images of {SHARDS - 1} shards" in resumed.logs[0]
     for name in names - drafts:
         assert resumed.files[name] == killed.files[name]
     assert contents(data / "killed") == contents(data / "alone")
     assert again.files == resumed.files
-    assert "by this process 0 pictures of 0 shards" in again.logs[0]
+    assert "by this process 0 images of 0 shards" in again.logs[0]
 
 
 def test_two_processes_make_the_same_files(data: Path, endings: dict[str, Ending]) -> None:
@@ -199,7 +199,7 @@ def test_shards_that_are_made_anew_are_encoded_anew(tmp_path: Path) -> None:
     check(train_config(data, tmp_path / "latents", "data.latents=cached"), 1)
 
 
-def test_bad_pictures_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_data(tmp_path / "data")
     found = Manifest(data / "manifest")
     rows = found.rows(2)
@@ -207,7 +207,7 @@ def test_bad_pictures_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.Cap
         file.seek(int(rows.offset[5]))
         file.write(bytes(int(rows.size[5])))
     assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
-    assert f"{SHARDS * COUNT} pictures, 1 of them bad" in capsys.readouterr().out
+    assert f"{SHARDS * COUNT} images, 1 of them bad" in capsys.readouterr().out
     shards = LatentShards(tmp_path / "latents", found, 32)
     assert [row for row in range(COUNT) if shards.is_bad(2, row)] == [5]
     moments = load_file(LatentFolder(tmp_path / "latents", 32).path_of(found, 2))["moments"]
@@ -221,12 +221,12 @@ def test_bad_pictures_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.Cap
     [
         ("data.latent_cache.resolutions=[]", "resolutions=[]: empty"),
         ("data.latent_cache.resolutions=[36]", "data.latent_cache.resolutions=36: not a multiple of"),
-        ("data.latent_cache.resolutions=[128]", "no picture has a side of 128 pixels or more; take 128 out"),
+        ("data.latent_cache.resolutions=[128]", "no image has a side of 128 pixels or more; take 128 out"),
         ("data.latent_cache.batch_size=0", "data.latent_cache.batch_size=0: must be at least 1"),
         ("hardware.precision=fp16", "hardware.precision=fp16: choose one of bf16, fp32"),
         ("hardware.precision=bf16", "in the precision fp32, and these would be in the precision bf16"),
         ("hardware.device=tpu", "hardware.device=tpu: choose one of cuda, cpu"),
-        ("data.stream.min_side=48", "of pictures from a side on of 32"),
+        ("data.stream.min_side=48", "of images from a side on of 32"),
         ("+model.modalities.image.vae.latent_scale=0.2", "has latents of the VAE"),
         ("model.modalities.image.vae.weights=null", "random weights"),
         ("model.modalities.image.vae.weights=no.safetensors", "no such file"),
@@ -262,4 +262,4 @@ def test_help_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     progress = LatentProgress(256, 8)
     progress.expect(1000)
     progress.add(250)
-    assert progress.line(5.0) == ("256: 250 of 1,000 pictures of the first of 8 processes, 50 pictures/s, 0:00:15 left")
+    assert progress.line(5.0) == ("256: 250 of 1,000 images of the first of 8 processes, 50 images/s, 0:00:15 left")

@@ -52,7 +52,7 @@ OFF = [
     ),
     "data.select.filters.nsfw_labels=[]",
     "data.select.filters.duplicate_urls=keep",
-    "data.select.filters.duplicate_pictures=keep",
+    "data.select.filters.duplicate_images=keep",
 ]
 TYPES = {"width": pa.int32(), "height": pa.int32(), "similarity": pa.float32(), "punsafe": pa.float32()}
 TYPES |= {"pwatermark": pa.float32(), "aesthetic": pa.float32(), "hash": pa.int64(), "phash": pa.string()}
@@ -91,7 +91,7 @@ def write(file: Path, rows: list[dict[str, Any]], group: int = 1 << 20) -> None:
 
 
 def pair(number: int, **values: Any) -> dict[str, Any]:
-    return {"url": f"https://example.org/{number}.jpg", "caption": f"picture number {number}", **values}
+    return {"url": f"https://example.org/{number}.jpg", "caption": f"image number {number}", **values}
 
 
 def selected(data: DataConfig, name: str = "own") -> list[dict[str, Any]]:
@@ -226,11 +226,11 @@ FILTERS: dict[str, tuple[list[str], list[dict[str, Any]], set[int], dict[str, in
         {"duplicate URL": 1},
         {},
     ),
-    "duplicate picture": (
-        ["duplicate_pictures=drop"],
+    "duplicate image": (
+        ["duplicate_images=drop"],
         [{"phash": "AB"}, {"phash": "ab"}, {"phash": None}, {"phash": None}, {"phash": ""}, {"phash": ""}],
         {0, 2, 3, 4, 5},
-        {"duplicate picture": 1},
+        {"duplicate image": 1},
         {},
     ),
     # Of a pair that another filter drops, nothing has come before.
@@ -274,9 +274,9 @@ def test_columns_uid_and_cleaned_captions(tmp_path: Path) -> None:
             "metadata_height": 400,
         },
         {
-            "uid": pair_uid("own", "https://example.org/1.jpg", "picture number 1"),
+            "uid": pair_uid("own", "https://example.org/1.jpg", "image number 1"),
             "url": "https://example.org/1.jpg",
-            "caption": "picture number 1",
+            "caption": "image number 1",
             "license": "?",
             "punsafe": None,
             "metadata_width": None,
@@ -286,7 +286,7 @@ def test_columns_uid_and_cleaned_captions(tmp_path: Path) -> None:
 
 
 def test_the_drawn_set_keeps_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["data=shapes", f"data.root={tmp_path}", "data.shapes.pictures=50", "data.shapes.pixels=32"]
+    settings = ["data=shapes", f"data.root={tmp_path}", "data.shapes.images=50", "data.shapes.pixels=32"]
     assert miniature(["draw", *settings]) == 0
     assert main(["select", *settings]) == 0
     printed = capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_the_drawn_set_keeps_all_its_rows(tmp_path: Path, capsys: pytest.Capture
 
 
 def random_rows(generator: random.Random, count: int) -> list[dict[str, Any]]:
-    """Rows with many repeated URLs, captions and pictures, nulls, and URLs that are refused."""
+    """Rows with many repeated URLs, captions and images, nulls, and URLs that are refused."""
     hosts = ["https://example.org", "http://a.example.com", "http://10.0.0.1", "ftp://example.org", "http://nas.local"]
     captions = ["a red circle", "two  dogs &amp; a cat", "x", "", None, "[photo] of a house.jpg", "caf\u00e9 at night"]
 
@@ -359,7 +359,7 @@ def write_sources(folder: Path) -> tuple[DataConfig, list[tuple[str, list[dict[s
             write(folder / name / f"{number}.parquet", rows[500 * number : 500 * (number + 1)], group)
         tables.append((name, rows))
     filters = ["side_min=200", "similarity_min=0.2", "nsfw_max=0.8", "caption_characters_min=3"]
-    filters += ["duplicate_urls=drop", "duplicate_pictures=drop"]
+    filters += ["duplicate_urls=drop", "duplicate_images=drop"]
     settings = ["data.select.rows_per_part=40", *(f"data.select.filters.{each}" for each in filters)]
     data = config(folder, *settings)
     data.sources = {name: table_source(folder, name) for name, _ in tables}

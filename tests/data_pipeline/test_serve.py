@@ -14,7 +14,7 @@ def test_serving_ends_well_on_sigterm(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "miniature", "serve", "data=shapes", f"data.shapes.port={port}"]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     process = subprocess.Popen([*command, f"data.root={tmp_path}"])
 
     def answers() -> bool:

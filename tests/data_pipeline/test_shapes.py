@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from miniature.detector import caption_attributes, detect
-from miniature.image_set import COYO_SCHEMA, LAION_SCHEMA, write_picture_set
+from miniature.image_set import COYO_SCHEMA, LAION_SCHEMA, write_image_set
 from miniature.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -45,8 +45,8 @@ def test_every_clean_drawing_is_read_right(pixels: int) -> None:
             for size in SIZES:
                 for position in POSITIONS:
                     for background in BACKGROUNDS:
-                        picture = draw(Scene(shape, colour, size, position, background), pixels)
-                        assert detect(picture) == (colour, shape), (size, position, background)
+                        image = draw(Scene(shape, colour, size, position, background), pixels)
+                        assert detect(image) == (colour, shape), (size, position, background)
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
@@ -62,10 +62,10 @@ def test_soft_noisy_drawings_are_read_right_nearly_always(pixels: int) -> None:
     assert right.min() >= 0.93 * 400
 
 
-def test_noise_and_blank_pictures_get_a_guess() -> None:
+def test_noise_and_blank_images_get_a_guess() -> None:
     generator = np.random.default_rng(2)
-    for picture in (generator.integers(0, 256, (32, 32, 3), dtype=np.uint8), np.zeros((64, 64, 3), np.uint8)):
-        colour, shape = detect(picture)
+    for image in (generator.integers(0, 256, (32, 32, 3), dtype=np.uint8), np.zeros((64, 64, 3), np.uint8)):
+        colour, shape = detect(image)
         assert colour in COLOURS
         assert shape in SHAPES
 
@@ -98,9 +98,9 @@ def test_absent_and_contradictory_attributes_are_none(text: str, expected: tuple
 
 
 def test_the_set_has_both_published_schemas_and_is_drawn_once(tmp_path: Path) -> None:
-    config = ShapesConfig(folder=str(tmp_path / "pictures"), pictures=20, pixels=48, seed=5, port=8765)
-    write_picture_set(config)
-    folder = tmp_path / "pictures"
+    config = ShapesConfig(folder=str(tmp_path / "images"), images=20, pixels=48, seed=5, port=8765)
+    write_image_set(config)
+    folder = tmp_path / "images"
     laion, coyo = pq.read_table(folder / "laion2b_en.parquet"), pq.read_table(folder / "coyo700m.parquet")
     assert laion.schema.equals(LAION_SCHEMA)
     assert coyo.schema.equals(COYO_SCHEMA)
@@ -108,14 +108,14 @@ def test_the_set_has_both_published_schemas_and_is_drawn_once(tmp_path: Path) ->
     assert len(laion) == 12
     assert len(set(urls)) == 20
     for url, text in zip(urls, laion["TEXT"].to_pylist() + coyo["text"].to_pylist(), strict=True):
-        picture = np.asarray(Image.open(folder / url.removeprefix("http://127.0.0.1:8765/")))
-        assert detect(picture) == caption_attributes(text)
+        image = np.asarray(Image.open(folder / url.removeprefix("http://127.0.0.1:8765/")))
+        assert detect(image) == caption_attributes(text)
         assert caption_attributes(text) not in HELD_OUT
 
     first = folder / "images" / "000000.jpg"
     first.write_bytes(b"kept")
-    write_picture_set(config)
+    write_image_set(config)
     assert first.read_bytes() == b"kept"
-    (folder / "complete.json").write_text(json.dumps({"pictures": 19}))
-    write_picture_set(config)
+    (folder / "complete.json").write_text(json.dumps({"images": 19}))
+    write_image_set(config)
     assert first.read_bytes() != b"kept"

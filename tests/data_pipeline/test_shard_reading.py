@@ -117,7 +117,7 @@ def test_any_damage_is_refused_or_counted(shard: Path) -> None:
         except ShardError:
             refused += 1
             continue
-        # Bytes of a caption or of a picture may be others now; places are not, and none is lost uncounted.
+        # Bytes of a caption or of an image may be others now; places are not, and none is lost uncounted.
         assert len(reading.samples) + sum(reading.broken.values()) >= 6
         assert set(reading.samples["offset"].to_pylist()) <= offsets
     assert 50 < refused < 400
@@ -191,7 +191,7 @@ def test_broken_samples_are_left_out_and_counted(shard: Path, good: dict[str, by
             "whole": good,
             "no_text": {"jpg": good["jpg"], "json": good["json"]},
             "text_alone": {"txt": good["txt"]},
-            "no_picture": {**good, "jpg": b"not a picture"},
+            "no_image": {**good, "jpg": b"not an image"},
             "cut_header": {**good, "jpg": good["jpg"][:50]},
             "huge": {**good, "jpg": huge.getvalue()},
             "no_words": {**good, "txt": b" "},
@@ -237,7 +237,7 @@ def test_repeated_keys_links_and_large_members_are_left_out(
     assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "no regular file": 1}
 
 
-def test_a_picture_damaged_behind_its_header_is_found_by_decoding(shard: Path, good: dict[str, bytes]) -> None:
+def test_a_image_damaged_behind_its_header_is_found_by_decoding(shard: Path, good: dict[str, bytes]) -> None:
     with_half_its_content = good["jpg"][: (good["jpg"].index(b"\xff\xda") + len(good["jpg"])) // 2]
     write_samples(shard, {"whole": good, "half": {**good, "jpg": with_half_its_content}})
     assert len(read_shard(shard, "drawn").samples) == 2
@@ -262,10 +262,10 @@ def test_the_name_that_select_gave_is_kept(shard: Path, good: dict[str, bytes]) 
     }
 
 
-def test_pictures_that_lie_on_their_side_are_listed_as_they_are_to_be_seen(
+def test_images_that_lie_on_their_side_are_listed_as_they_are_to_be_seen(
     tmp_path: Path, good: dict[str, bytes]
 ) -> None:
-    def picture(tag: int | None) -> bytes:
+    def image(tag: int | None) -> bytes:
         file, exif = io.BytesIO(), Image.Exif()
         if tag is not None:
             exif[0x0112] = tag
@@ -275,14 +275,14 @@ def test_pictures_that_lie_on_their_side_are_listed_as_they_are_to_be_seen(
     # Encoded anew, the tag is in the metadata alone; else it is in both places.
     samples = {
         f"named{number}": {
-            "jpg": picture(None if number % 2 else number),
+            "jpg": image(None if number % 2 else number),
             "txt": good["txt"],
             "json": json.dumps({"exif": json.dumps({"Image Orientation": name})}).encode(),
         }
         for name, number in [*ORIENTATIONS.items(), ("0", 0)]
     }
     for tag in (1, 6, 9):
-        samples[f"tagged{tag}"] = {"jpg": picture(tag), "txt": good["txt"], "json": b'{"exif": null}'}
+        samples[f"tagged{tag}"] = {"jpg": image(tag), "txt": good["txt"], "json": b'{"exif": null}'}
     path = tmp_path / "turned.tar"
     write_samples(path, samples)
     reading = read_shard(path, "drawn")

@@ -15,18 +15,18 @@ from data_pipeline.download.progress import DownloadProgress
 from data_pipeline.failures import Tally, reason
 
 
-def write_shard(folder: Path, number: int, pictures: int, failures: int = 0) -> Path:
-    """A shard of three members to a picture; returns its statistics."""
+def write_shard(folder: Path, number: int, images: int, failures: int = 0) -> Path:
+    """A shard of three members to an image; returns its statistics."""
     with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for picture in range(pictures):
+        for image in range(images):
             for suffix in ("jpg", "txt", "json"):
-                member = tarfile.TarInfo(f"{picture:09d}.{suffix}")
+                member = tarfile.TarInfo(f"{image:09d}.{suffix}")
                 member.size = 700
                 tar.addfile(member, io.BytesIO(bytes(700)))
     (folder / f"{number:06d}.parquet").touch()
     statistics = folder / f"{number:06d}_stats.json"
-    counts = {"success": pictures} | ({"timed out": failures} if failures else {})
-    statistics.write_text(json.dumps({"successes": pictures, "status_dict": counts}))
+    counts = {"success": images} | ({"timed out": failures} if failures else {})
+    statistics.write_text(json.dumps({"successes": images, "status_dict": counts}))
     return statistics
 
 
@@ -35,14 +35,14 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_whole_shard(tmp_path: Path) -> None:
-    for number, pictures in enumerate((0, 1, 4)):
-        assert shards.problem(write_shard(tmp_path, number, pictures)) is None
+    for number, images in enumerate((0, 1, 4)):
+        assert shards.problem(write_shard(tmp_path, number, images)) is None
     assert [shards.tally(file).successes for file in shards.finished(tmp_path)] == [0, 1, 4]
 
 
 def test_every_cut_is_seen(tmp_path: Path) -> None:
     """At every block, of headers, contents and the two blocks of zeros at the end."""
-    statistics = write_shard(tmp_path, 0, pictures=2)
+    statistics = write_shard(tmp_path, 0, images=2)
     tar = tmp_path / "000000.tar"
     whole = tar.read_bytes()
     end = 2 * 3 * (512 + 1024) + 1024
@@ -54,12 +54,12 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
 
 
 def test_files_that_are_missing_or_another_count(tmp_path: Path) -> None:
-    statistics = write_shard(tmp_path, 0, pictures=2)
+    statistics = write_shard(tmp_path, 0, images=2)
     statistics.write_text(json.dumps({"successes": 3, "status_dict": {"success": 3}}))
     assert str(shards.problem(statistics)).endswith("2 samples instead of 3")
     statistics.write_text("")
     assert shards.problem(statistics) is not None
-    write_shard(tmp_path, 0, pictures=2)
+    write_shard(tmp_path, 0, images=2)
     (tmp_path / "000000.parquet").unlink()
     assert str(shards.problem(statistics)).endswith("its parquet file is missing")
     (tmp_path / "000000.tar").unlink()
@@ -67,8 +67,8 @@ def test_files_that_are_missing_or_another_count(tmp_path: Path) -> None:
 
 
 def test_unfinished_shards_are_removed(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, pictures=1)
-    write_shard(tmp_path, 1, pictures=1).unlink()
+    write_shard(tmp_path, 0, images=1)
+    write_shard(tmp_path, 1, images=1).unlink()
     shards.remove_unfinished(tmp_path)
     assert names(tmp_path) == ["000000.parquet", "000000.tar", "000000_stats.json"]
 
@@ -125,16 +125,16 @@ def test_a_tally() -> None:
     tally.add(Tally.load(tally.dump()))
     assert (tally.count, tally.successes, tally.transient) == (20, 12, 2)
     assert (tally.success_share, tally.settled_share) == (0.6, 0.9)
-    assert str(tally) == "12 of 20 pictures (60%); failed: 6 HTTP 404, 2 too slow"
+    assert str(tally) == "12 of 20 images (60%); failed: 6 HTTP 404, 2 too slow"
 
 
 def test_a_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Rates count from where an earlier run stopped; a log gets a line every half minute."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with DownloadProgress(pictures=1000) as progress:
-        for seconds, pictures in ((0, 200), (10, 260), (31, 300), (40, 400)):
+    with DownloadProgress(images=1000) as progress:
+        for seconds, images in ((0, 200), (10, 260), (31, 300), (40, 400)):
             clock[0] = 100.0 + seconds
-            progress.update(Tally({"success": pictures // 2, "HTTP Error 404: Not Found": pictures // 2}))
-    assert capsys.readouterr().out == "300 of 1,000 pictures, 3/s, 50% fetched, 0:03:37 left; failed: 150 HTTP 404\n"
-    assert "unknown time left" in DownloadProgress(pictures=10).line(1.0)
+            progress.update(Tally({"success": images // 2, "HTTP Error 404: Not Found": images // 2}))
+    assert capsys.readouterr().out == "300 of 1,000 images, 3/s, 50% fetched, 0:03:37 left; failed: 150 HTTP 404\n"
+    assert "unknown time left" in DownloadProgress(images=10).line(1.0)

@@ -54,12 +54,12 @@ def _shrink(conf: Path) -> None:
     _change(conf / "evaluate.yaml", samples=4, part_samples=4, batch_size=4, loader_workers=1)
     _change(conf / "plan.yaml", gpus=2)
     _change(conf / "tracking" / "wandb.yaml", mode="offline")
-    processes = {f"{verb}.processes": 1 for verb in ("select", "download", "index")}
+    processes = {f"{command}.processes": 1 for command in ("select", "download", "index")}
     shards = {"download.samples_per_shard": 10, "download.threads": 4}
     _change(conf / "data" / "laion2b_en_coyo700m.yaml", allow_loopback=True, **processes, **shards)
     cache = {"latent_cache.batch_size": 4, "latent_cache.resolutions": [256]}
     _change(conf / "data" / "laion2b_en_coyo700m.yaml", **cache)
-    drawn = {"shapes.pictures": 48, "shapes.port": free_port(), "download.samples_per_shard": 20}
+    drawn = {"shapes.images": 48, "shapes.port": free_port(), "download.samples_per_shard": 20}
     _change(conf / "data" / "shapes.yaml", **drawn)
     miniature = {"stage.global_batch_size": BATCH, "log_every_steps": 1}
     _change(conf / "model_training" / "tiny.yaml", **miniature, **{"stage.phases": PHASES})

@@ -42,7 +42,7 @@ class Command:
 
     @property
     def mention(self) -> bool:
-        """Whether only a program or a verb is named, or a form with gaps, and nothing is there to be typed."""
+        """Whether only a program or a command is named, or a form with gaps, and nothing is there to be typed."""
         named = rf"(?:{PROGRAMS})|vdtrain \w+(?: import| export)?|python -m [\w.]+(?: \w+)?|scontrol [\w ]+|scancel"
         return self.inline and bool(
             re.fullmatch(named, self.text) or re.search(r"\.\.\.|\b[A-Z]{2,}\b(?!=)", self.text)
@@ -111,10 +111,10 @@ def yaml_of_page(page: str) -> tuple[str, ...]:
 
 
 def of_helps() -> list[Command]:
-    """Examples that `--help` prints, of every verb."""
-    from vdtrain.cli import VERBS
+    """Examples that `--help` prints, of every command."""
+    from vdtrain.cli import COMMANDS
 
-    modules = ["data_pipeline.__main__", "data_pipeline.latents.latents", *(module for module, _ in VERBS.values())]
+    modules = ["data_pipeline.__main__", "data_pipeline.latents.latents", *(module for module, _ in COMMANDS.values())]
     return [
         Command(module, number, *rest)
         for module in modules

@@ -1,4 +1,4 @@
-"""What a user has before the first command, at tiny size: weights as published, a hub with them, metadata, pictures."""
+"""What a user has before the first command, at tiny size: weights as published, a hub with them, metadata, images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from miniature.image_set import write_picture_set
+from miniature.image_set import write_image_set
 from miniature.shapes import Scene, draw
 from tests.pairs import write_pairs
 from tests.weights.published import compvis_whole, write_diffusers
@@ -30,7 +30,7 @@ from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.hub import ADDRESS
 from vdtrain.weights.versatile_diffusion import to_released
 
-PICTURES, PIXELS = 20, 256
+IMAGES, PIXELS = 20, 256
 
 
 def write_hub(folder: Path) -> None:
@@ -81,18 +81,18 @@ def write_judges(folder: Path) -> None:
     save_file(halves, folder / "clip-vit-b-32.safetensors")
 
 
-def write_data(root: Path, pictures: Path, port: int) -> None:
-    """Metadata of both sets, whose pictures a server at `port` has; lists; pairs for evaluation; pictures to vary."""
-    write_picture_set(ShapesConfig(folder=str(pictures), pictures=PICTURES, pixels=PIXELS, seed=0, port=port))
+def write_data(root: Path, images: Path, port: int) -> None:
+    """Metadata of both sets, whose images a server at `port` has; lists; pairs for evaluation; images to vary."""
+    write_image_set(ShapesConfig(folder=str(images), images=IMAGES, pixels=PIXELS, seed=0, port=port))
     for source in ("laion2b_en", "coyo700m", "mine"):
         (root / "data" / "metadata" / source).mkdir(parents=True)
-        table = pictures / f"{'laion2b_en' if source == 'mine' else source}.parquet"
+        table = images / f"{'laion2b_en' if source == 'mine' else source}.parquet"
         shutil.copy(table, root / "data" / "metadata" / source / "part-00000.parquet")
     (root / "lists").mkdir()
     (root / "lists" / "takedowns.txt").write_text("http://example.org/a.jpg\n")
     (root / "lists" / "hotline.txt").write_text("0123456789abcdef0123456789abcdef\n")
     write_pairs(root / "data" / "coco")
-    for name, shape in (("star", "star"), ("circle", "circle"), ("square", "square"), ("picture", "circle")):
+    for name, shape in (("star", "star"), ("circle", "circle"), ("square", "square"), ("image", "circle")):
         Image.fromarray(draw(Scene(shape, "red"), 64)).save(root / f"{name}.png")
     for copy in ("a", "b", "my (1)"):
         shutil.copy(root / "star.png", root / f"{copy}.png")
@@ -102,7 +102,7 @@ def write_data(root: Path, pictures: Path, port: int) -> None:
 
 
 class Server:
-    """Serves `folder`/hub as Hugging Face's hub does, every repository at the commit that is built in, and pictures."""
+    """Serves `folder`/hub as Hugging Face's hub does, every repository at the commit that is built in, and images."""
 
     def __init__(self, folder: Path) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder))
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if path.startswith("/images/") and (file := self.folder / "pictures" / path[1:]).is_file():
+        if path.startswith("/images/") and (file := self.folder / "images" / path[1:]).is_file():
             return self.answer(200, file.read_bytes(), {"Content-Type": "image/jpeg"})
         for repository, commit in _commits().items():
             root = self.folder / "hub" / repository

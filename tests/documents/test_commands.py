@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.__main__ import COMMANDS as DATA_COMMANDS
 from data_pipeline.__main__ import LATENTS
-from data_pipeline.__main__ import VERBS as DATA_VERBS
 from tests.documents.commands import PAGES, ROOT, Command, commands_in, of_page
 from tests.documents.walk import (
     GETS,
@@ -29,7 +29,7 @@ from tests.documents.walk import (
     out_of_reach,
     runs_here,
 )
-from vdtrain.cli import VERBS
+from vdtrain.cli import COMMANDS as CLI_COMMANDS
 
 COMMANDS = commands()
 SHOWN = [command for page in PAGES for command in of_page(page)]
@@ -124,8 +124,8 @@ def test_a_command_that_another_test_runs_is_run_there(command: Command) -> None
 @pytest.mark.parametrize("command", [command for command in SHOWN if command.mention], ids=name)
 def test_a_verb_that_is_named_exists(command: Command) -> None:
     match = re.match(r"(vdtrain|python -m data_pipeline) ([a-z]+)", command.text)
-    verbs = {"vdtrain": VERBS, "python -m data_pipeline": {*DATA_VERBS, LATENTS}}
-    assert match is None or match[2] in verbs[match[1]], command
+    named = {"vdtrain": CLI_COMMANDS, "python -m data_pipeline": {*DATA_COMMANDS, LATENTS}}
+    assert match is None or match[2] in named[match[1]], command
     module = re.match(r"python -m (\S+)", command.text)
     assert module is None or importlib.util.find_spec(module[1]) is not None, command
 

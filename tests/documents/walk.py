@@ -130,7 +130,7 @@ SAYS = {
     r"vdtrain status.*": r"stage1_single_flow|stage3_four_flow",
     r"tail .*": r"started",
     r"vdtrain weights --help": r"hf:",
-    r"(vdtrain|python -m data_pipeline) --help": r"Verbs:",
+    r"(vdtrain|python -m data_pipeline) --help": r"Commands:",
     r"(export )?\w+=.*": r"^$",
     r"from vdtrain[\s\S]*": r"^$",
 }
@@ -231,7 +231,7 @@ class Walk:
         for file in (self.root / "downloads").iterdir():
             (self.root / file.name).hardlink_to(file)
         write_judges(folder / "judges")
-        write_data(self.root, folder / "pictures", server.port)
+        write_data(self.root, folder / "images", server.port)
         (self.root / "my/conf/data").mkdir(parents=True)
         (options,) = yaml_of_page("docs/data.md")
         (self.root / "my/conf/data/mine.yaml").write_text(options)

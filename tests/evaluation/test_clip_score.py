@@ -35,9 +35,9 @@ def pairs() -> tuple[torch.Tensor, list[str]]:
 
 
 def test_right_captions_score_above_wrong_ones(judge: ClipJudge, pairs: tuple[torch.Tensor, list[str]]) -> None:
-    pictures, captions = judge.pictures(pairs[0]), judge.captions(pairs[1])
-    right = clip_scores(pictures, captions)
-    wrong = clip_scores(pictures, captions.roll(1, dims=0))
+    images, captions = judge.images(pairs[0]), judge.captions(pairs[1])
+    right = clip_scores(images, captions)
+    wrong = clip_scores(images, captions.roll(1, dims=0))
     assert right.mean() > wrong.mean() + 20
     assert (right > wrong).double().mean() >= 0.9
 
@@ -53,7 +53,7 @@ def test_embeddings_are_the_global_tokens_of_the_contexts(
 ) -> None:
     frozen = build_frozen(model)
     contexts = frozen.encode({"image": pairs[0], "text": pairs[1]}, (), ("image", "text")).contexts
-    normalised = torch.nn.functional.normalize(judge.pictures(pairs[0]), dim=-1)
+    normalised = torch.nn.functional.normalize(judge.images(pairs[0]), dim=-1)
     torch.testing.assert_close(normalised, contexts["image"][:, 0], atol=1e-5, rtol=1e-4)
     # One token of a caption's context, the one that ends it, is its embedding.
     embedded = torch.nn.functional.normalize(judge.captions(pairs[1]), dim=-1)
@@ -66,7 +66,7 @@ def test_a_clip_of_its_own_scores_as_the_same_one_in_the_model(
 ) -> None:
     architecture = model.modalities["text"].context_encoder["architecture"]
     named = ClipJudge(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
-    assert torch.equal(named.pictures(pairs[0]), judge.pictures(pairs[0]))
+    assert torch.equal(named.images(pairs[0]), judge.images(pairs[0]))
     assert torch.equal(named.captions(pairs[1]), judge.captions(pairs[1]))
 
 

@@ -173,10 +173,10 @@ def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str])
     assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
     output = capsys.readouterr()
     assert "fid.weights: not the published file" in output.err
-    assert f"fid.reference={reference}: written, of 3 pictures" in output.out
+    assert f"fid.reference={reference}: written, of 3 images" in output.out
     first = metrics(folder, "fid")["flows"]["text-to-image"]["fid"]
     assert first > 0
-    # Taken from the file, the real pictures' features are not asked for, and another mean is another distance.
+    # Taken from the file, the real images' features are not asked for, and another mean is another distance.
     import numpy as np
 
     with np.load(reference, allow_pickle=False) as file:
@@ -197,7 +197,7 @@ def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.Cap
     assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {"samples", "clip_distance"}
 
 
-def test_every_picture_takes_part_once_cropped_at_its_centre(folder: Path) -> None:
+def test_every_image_takes_part_once_cropped_at_its_centre(folder: Path) -> None:
     """Whatever the set's stream does for training; those of 64 pixels are enlarged here."""
     given = ["resolution=96", "samples=24", "data.stream.random_crop=true", "data.stream.weights={drawn: 1}"]
     config = to_object(compose("evaluate", settings(folder, "none", *given)), EvaluateConfig)
@@ -206,7 +206,7 @@ def test_every_picture_takes_part_once_cropped_at_its_centre(folder: Path) -> No
     assert all(each["image"].shape == (PART, 3, 96, 96) for each in read)
     manifest = Manifest(folder / "data" / "manifest").table()["caption"].to_pylist()
     assert sorted(caption for each in read for caption in each["text"]) == sorted(manifest)
-    # The drawn pictures are squares already, which no crop would change.
+    # The drawn images are squares already, which no crop would change.
     stream = pairs._open(0)
     stream.close()
     assert isinstance(stream, PairStream)
@@ -233,7 +233,7 @@ def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
         ("data.manifest=nowhere", "data.manifest=nowhere: shards.parquet is not there"),
         ("data.stream._target_=nowhere.Stream", "data.stream._target_=nowhere.Stream: cannot be imported"),
         ("resolution=40", "height=40: not a multiple of 16"),
-        ("width=64", "height=32, width=64: pictures are compared with real ones cropped to squares"),
+        ("width=64", "height=32, width=64: images are compared with real ones cropped to squares"),
         ("steps=0", "steps=0: choose 1 to 1000"),
         ("solver=euler", "solver=euler: choose one of"),
         ("precision=int4", "precision=int4: choose one of"),

@@ -33,7 +33,7 @@ def irregular(count: int, number: int) -> Tensor:
     return torch.sin((torch.arange(count, dtype=torch.float64) % 10_007).square() * (0.37 + 0.01 * number))
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     """uint8 [2, 3, 40, 64]"""
     return (127.5 + 127.5 * irregular(2 * 3 * 40 * 64, 500)).to(torch.uint8).view(2, 3, 40, 64)
 
@@ -51,7 +51,7 @@ PUBLIC += [0.0, 0.008126, 0.010249, 0.000426, 0.00494, 0.506341, 0.651209, 1.023
 
 
 def test_features_are_those_of_a_public_implementation(network: InceptionFeatures) -> None:
-    found = network(pictures())
+    found = network(images())
     assert found.shape == (2, 2048)
     torch.testing.assert_close(found[0, ::128], torch.tensor(PUBLIC), atol=2e-5, rtol=2e-5)
 

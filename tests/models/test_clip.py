@@ -98,28 +98,28 @@ def test_both_contexts_share_one_model_where_they_are_loaded_together(text, imag
 
 
 def test_contexts_have_a_global_token_of_length_one(text, image):
-    _, pictures, captions = fresh(16, 64)
+    _, images, captions = fresh(16, 64)
     contexts, ends = pooled(text, captions)
     assert contexts.shape == (16, 24, 64)
     torch.testing.assert_close(ends.norm(dim=-1), torch.ones(16))
     assert contexts.norm(dim=-1).std() > 0.01
-    seen = image.encode(pictures)
+    seen = image.encode(images)
     assert seen.shape == (16, 17, 64)
     torch.testing.assert_close(seen[:, 0].norm(dim=-1), torch.ones(16))
     assert seen.norm(dim=-1).std() > 0.01
 
 
 def test_global_tokens_are_open_clips_features(text, image):
-    _, pictures, captions = fresh(8, 32)
+    _, images, captions = fresh(8, 32)
     features = text.clip.encode_text(text.tokenizer(captions), normalize=True)
     torch.testing.assert_close(pooled(text, captions)[1], features, atol=1e-5, rtol=1e-4)
-    seen = image.clip.encode_image(image.preprocess(pictures), normalize=True)
-    torch.testing.assert_close(image.encode(pictures)[:, 0], seen)
+    seen = image.clip.encode_image(image.preprocess(images), normalize=True)
+    torch.testing.assert_close(image.encode(images)[:, 0], seen)
 
 
 def test_encoding_is_deterministic_and_does_not_depend_on_the_batch(text, image):
-    _, pictures, captions = fresh(8, 64)
-    for encoder, samples in ((text, captions), (image, pictures)):
+    _, images, captions = fresh(8, 64)
+    for encoder, samples in ((text, captions), (image, images)):
         together = encoder.encode(samples)
         assert torch.equal(together, encoder.encode(samples))
         alone = torch.cat([encoder.encode(samples[index : index + 1]) for index in range(8)])
@@ -129,13 +129,13 @@ def test_encoding_is_deterministic_and_does_not_depend_on_the_batch(text, image)
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 48), (40, 80), (20, 20)])
 def test_preprocessing_is_pillows_bicubic_and_a_cut_from_the_middle(image, height, width):
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    drawn = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     scale = 32 / min(height, width)
     size = (round(width * scale), round(height * scale))
-    resized = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    resized = Image.fromarray(drawn.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
     expected = open_clip.image_transform(32, is_train=False)(resized.crop((left, top, left + 32, top + 32)))
-    assert (image.preprocess(picture[None])[0] - expected).abs().max() < 1.01 / 255 / 0.26
+    assert (image.preprocess(drawn[None])[0] - expected).abs().max() < 1.01 / 255 / 0.26
 
 
 def test_unconditional_contexts(text, image):
@@ -143,8 +143,8 @@ def test_unconditional_contexts(text, image):
     assert torch.equal(image.unconditional(2, "image"), torch.zeros(2, 17, 64))
     black = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank="black")
     assert black.clip is not image.clip
-    picture = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    torch.testing.assert_close(black.unconditional(2, "text")[1:], image.encode(picture))
+    drawn = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    torch.testing.assert_close(black.unconditional(2, "text")[1:], image.encode(drawn))
     mixed = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank_for={"text": "black"})
     assert torch.equal(mixed.unconditional(2, "text"), black.unconditional(2, "text"))
     assert torch.equal(mixed.unconditional(2, "image"), torch.zeros(2, 17, 64))
@@ -173,20 +173,20 @@ def test_full_size_arguments_build_vit_l_14():
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
-def test_pictures_find_their_captions(text, image, pixels):
-    scenes, pictures, _ = fresh(COUNT, pixels)
+def test_images_find_their_captions(text, image, pixels):
+    scenes, images, _ = fresh(COUNT, pixels)
     captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     facts = scene_facts(scenes)
     wanted = facts[:, 0] * len(SHAPES) + facts[:, 1]
-    found = (image.encode(pictures)[:, 0] @ pooled(text, captions)[1].T).argmax(dim=1)
+    found = (image.encode(images)[:, 0] @ pooled(text, captions)[1].T).argmax(dim=1)
     assert (found == wanted).double().mean() >= 0.97
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
 @pytest.mark.parametrize("fact", [0, 1])
 def test_colour_and_shape_can_be_read_from_image_contexts(image, pixels, fact):
-    scenes, pictures, _ = fresh(COUNT, pixels)
-    contexts, labels = image.encode(pictures), scene_facts(scenes)[:, fact]
+    scenes, images, _ = fresh(COUNT, pixels)
+    contexts, labels = image.encode(images), scene_facts(scenes)[:, fact]
     assert probe(contexts[:, 0], labels) >= 0.98
     assert probe(contexts.mean(dim=1), labels) >= 0.98
 

@@ -113,14 +113,14 @@ def test_unknown_modalities_and_missing_samples_are_named(toys):
 
 def test_the_tiny_preset_encodes_a_batch_of_pairs():
     parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
-    _, pictures, captions = fresh(8, 64)
-    samples = {"image": pictures, "text": captions}
+    _, images, captions = fresh(8, 64)
+    samples = {"image": images, "text": captions}
     shapes = {name: torch.Size((8, *parts.latent_shape(name, (64, 64)))) for name in samples}
     encoded = parts.encode(samples, samples, samples, {"image": normal(shapes["image"])})
     assert {name: value.shape for name, value in encoded.latents.items()} == shapes
     for name, context in encoded.contexts.items():
         assert context.shape == parts.unconditional(Flow("image", name), 8).shape
-    assert parts.decode("image", encoded.latents["image"]).shape == pictures.shape
+    assert parts.decode("image", encoded.latents["image"]).shape == images.shape
     written = parts.decode("text", encoded.latents["text"], [torch.Generator().manual_seed(row) for row in range(8)])
     assert len(written) == 8
 
@@ -128,13 +128,13 @@ def test_the_tiny_preset_encodes_a_batch_of_pairs():
 def test_samples_prepared_beforehand_encode_to_the_same():
     """And so do the micro-batches that a prepared batch is cut into."""
     parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
-    _, pictures, captions = fresh(8, 64)
-    samples = {"image": pictures, "text": captions}
+    _, images, captions = fresh(8, 64)
+    samples = {"image": images, "text": captions}
     noise = {"image": normal(torch.Size((8, *parts.latent_shape("image", (64, 64)))))}
     plain = parts.encode(samples, samples, samples, noise)
     prepared = parts.prepare(samples, samples, samples)
     assert isinstance(prepared["text"], Prepared)
-    assert prepared["image"] is pictures
+    assert prepared["image"] is images
     whole = parts.encode(prepared, samples, samples, noise)
     cut = parts.encode({name: batch[2:5] for name, batch in prepared.items()}, ["text"], samples)
     for name in samples:

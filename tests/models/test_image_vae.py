@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import arguments, fresh, normal, picture_accuracy, tiny
+from tiny import arguments, fresh, image_accuracy, normal, tiny
 
 from vdtrain.models.frozen_weights import ASSETS, WeightsError
 from vdtrain.models.image_vae import ImageVAE
@@ -32,25 +32,25 @@ def test_groups_that_do_not_divide_the_widths_are_refused():
 
 
 def test_noise_moves_the_latent_by_the_posterior_deviation(vae):
-    _, pictures, _ = fresh(4, 32)
-    mean, latents = vae.encode(pictures), vae.encode(pictures, torch.ones(4, 4, 4, 4))
-    _, std = vae.posterior(pictures.float() / 127.5 - 1)
+    _, images, _ = fresh(4, 32)
+    mean, latents = vae.encode(images), vae.encode(images, torch.ones(4, 4, 4, 4))
+    _, std = vae.posterior(images.float() / 127.5 - 1)
     torch.testing.assert_close(latents - mean, std * vae.latent_scale, atol=1e-5, rtol=1e-4)
 
 
-def test_pictures_keep_size_and_type_also_when_not_square(vae):
-    pictures = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
-    latents = vae.encode(pictures)
+def test_images_keep_size_and_type_also_when_not_square(vae):
+    images = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
+    latents = vae.encode(images)
     assert latents.shape == (2, 4, 4, 6)
     decoded = vae.decode(latents)
-    assert decoded.shape == pictures.shape
+    assert decoded.shape == images.shape
     assert decoded.dtype == torch.uint8
 
 
 def test_compute_follows_the_parameters():
     vae = ImageVAE(**SMALL).to(torch.bfloat16).eval().requires_grad_(False)
-    pictures = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    latents = vae.encode(pictures, torch.zeros(1, 4, 4, 4))
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    latents = vae.encode(images, torch.zeros(1, 4, 4, 4))
     assert latents.dtype == torch.bfloat16
     assert vae.decode(latents.float()).dtype == torch.uint8
 
@@ -59,23 +59,23 @@ def test_compute_follows_the_parameters():
 def test_encoding_is_the_draw_from_moments(dtype):
     """To the last bit, and with the arithmetic of the clamped variance."""
     vae = ImageVAE(**SMALL).to(dtype).eval().requires_grad_(False)
-    _, pictures, _ = fresh(4, 32)
+    _, images, _ = fresh(4, 32)
     noise = normal(torch.Size((4, 4, 4, 4)))
-    moments = vae.moments(pictures)
+    moments = vae.moments(images)
     assert moments.shape == (4, 8, 4, 4)
     assert moments.dtype == dtype
-    assert torch.equal(vae.from_moments(moments, noise), vae.encode(pictures, noise))
-    assert torch.equal(vae.from_moments(moments), vae.encode(pictures))
+    assert torch.equal(vae.from_moments(moments, noise), vae.encode(images, noise))
+    assert torch.equal(vae.from_moments(moments), vae.encode(images))
     mean, logvar = moments.chunk(2, dim=1)
     expected = (mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(dtype)) * vae.latent_scale
     assert torch.equal(vae.from_moments(moments, noise), expected)
 
 
 def test_encoding_does_not_depend_on_the_batch(vae):
-    _, pictures, _ = fresh(8, 64)
-    together = vae.encode(pictures)
-    assert torch.equal(together, vae.encode(pictures))
-    alone = torch.cat([vae.encode(picture[None]) for picture in pictures])
+    _, images, _ = fresh(8, 64)
+    together = vae.encode(images)
+    assert torch.equal(together, vae.encode(images))
+    alone = torch.cat([vae.encode(image[None]) for image in images])
     assert (together - alone).abs().max() < 1e-5
 
 
@@ -97,25 +97,25 @@ def test_full_size_arguments_build_kl_f8():
     [(32, 0.96, 0.92), (64, 0.98, 0.95)],
 )
 def test_reconstructions_keep_colour_and_shape(vae, pixels, colour, shape):
-    scenes, pictures, _ = fresh(256, pixels)
-    found = picture_accuracy(vae.decode(vae.encode(pictures)), scenes)
+    scenes, images, _ = fresh(256, pixels)
+    found = image_accuracy(vae.decode(vae.encode(images)), scenes)
     assert found[0] >= colour
     assert found[1] >= shape
 
 
 @pytest.mark.parametrize(("pixels", "colour", "shape"), [(32, 0.95, 0.88), (64, 0.97, 0.93)])
 def test_decoding_tolerates_noise(vae, pixels, colour, shape):
-    scenes, pictures, _ = fresh(256, pixels)
-    latents = vae.encode(pictures)
-    found = picture_accuracy(vae.decode(latents + 0.15 * normal(latents.shape)), scenes)
+    scenes, images, _ = fresh(256, pixels)
+    latents = vae.encode(images)
+    found = image_accuracy(vae.decode(latents + 0.15 * normal(latents.shape)), scenes)
     assert found[0] >= colour
     assert found[1] >= shape
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_latents_have_unit_deviation(vae, pixels):
-    _, pictures, _ = fresh(256, pixels)
-    latents = vae.encode(pictures, normal(torch.Size((256, *vae.latent_shape((pixels, pixels))))))
+    _, images, _ = fresh(256, pixels)
+    latents = vae.encode(images, normal(torch.Size((256, *vae.latent_shape((pixels, pixels))))))
     assert latents.std().item() == pytest.approx(1.0, abs=0.15)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.3
 

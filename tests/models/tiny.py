@@ -1,4 +1,4 @@
-"""The tiny preset's frozen parts, from its own YAML arguments and weights, and fresh pictures to try them on."""
+"""The tiny preset's frozen parts, from its own YAML arguments and weights, and fresh images to try them on."""
 
 from functools import cache
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from miniature.corpus import draw_pictures, sample_scenes, write_captions
+from miniature.corpus import draw_images, sample_scenes, write_captions
 from miniature.detector import caption_attributes, detect
 from miniature.shapes import Scene
 from vdtrain.config.compose import config_folder
@@ -31,15 +31,15 @@ def tiny(modality: str, part: str) -> Any:
 
 @cache
 def fresh(count: int, pixels: int) -> tuple[list[Scene], Tensor, list[str]]:
-    """Scenes, pictures uint8 [count, 3, pixels, pixels] and captions that no part was trained on."""
+    """Scenes, images uint8 [count, 3, pixels, pixels] and captions that no part was trained on."""
     rng = np.random.default_rng(FRESH_SEED)
     scenes = sample_scenes(count, rng)
-    return scenes, draw_pictures(scenes, pixels, rng), write_captions(scenes, rng)
+    return scenes, draw_images(scenes, pixels, rng), write_captions(scenes, rng)
 
 
-def picture_accuracy(pictures: Tensor, scenes: list[Scene]) -> tuple[float, float]:
-    """Shares of pictures with the scene's colour, and with its shape."""
-    seen = [detect(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
+def image_accuracy(images: Tensor, scenes: list[Scene]) -> tuple[float, float]:
+    """Shares of images with the scene's colour, and with its shape."""
+    seen = [detect(image) for image in images.permute(0, 2, 3, 1).numpy()]
     return _shares(seen, scenes)
 
 

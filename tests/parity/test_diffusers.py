@@ -84,7 +84,7 @@ def test_flow(diffuser: Diffuser, unets: dict[str, Any], flow: Flow) -> None:
         both = SimpleNamespace(image_unet=unets["image"], text_unet=unets["text"])
         VersatileDiffusionTextToImagePipeline._swap_unet_attention_blocks(both)
     latents, context = latents_of(flow.output), context_of(flow.context)
-    # Text latents are pictures of one pixel there.
+    # Text latents are images of one pixel there.
     shaped = latents if flow.output == "image" else latents[..., None, None]
     theirs = unets[flow.output](shaped, TIMESTEPS, context.tokens).sample
     ours = diffuser.predict(flow.output, latents, TIMESTEPS, by_rows([context]))
@@ -150,7 +150,7 @@ def test_block(modality: str, width_in: int) -> None:
     assert_close(ours(state, embedding), theirs(state, embedding), LAYER_TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [(6, 4), (4, 1)], ids=["picture state", "text state"])
+@pytest.mark.parametrize("size", [(6, 4), (4, 1)], ids=["image state", "text state"])
 def test_context_layer(size: tuple[int, int]) -> None:
     ours = randomise(ContextLayer(64, CONTEXT_WIDTH, PLAN))
     theirs = Transformer2DModel(

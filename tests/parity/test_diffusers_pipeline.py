@@ -64,10 +64,10 @@ def load(pipeline: Any, folder: Path) -> Any:
     return loaded
 
 
-def pictures() -> list[Image.Image]:
-    """Two pictures of other sizes than CLIP's, so that the way there counts."""
+def drawn() -> list[Image.Image]:
+    """Two drawn of other sizes than CLIP's, so that the way there counts."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 6, 9, 3), dtype=np.uint8)
-    return [Image.fromarray(picture).resize((90, 60), Image.Resampling.BICUBIC) for picture in noise]
+    return [Image.fromarray(image).resize((90, 60), Image.Resampling.BICUBIC) for image in noise]
 
 
 def as_tensor(images: list[Image.Image]) -> Tensor:
@@ -108,8 +108,8 @@ def normalised(pixels: Tensor) -> Tensor:
     return (pixels - mean) / deviation
 
 
-def theirs_for_no_picture(pipeline: Any) -> Tensor:
-    both = pipeline._encode_prompt(pictures()[:1], "cpu", 1, True, None)
+def theirs_for_no_image(pipeline: Any) -> Tensor:
+    both = pipeline._encode_prompt(drawn()[:1], "cpu", 1, True, None)
     return both[:1]
 
 
@@ -126,8 +126,8 @@ def test_text_contexts(folder: Path, frozen: FrozenParts) -> None:
 
 def test_image_contexts(folder: Path, frozen: FrozenParts) -> None:
     pipeline = load(VersatileDiffusionImageVariationPipeline, folder)
-    theirs = pipeline._encode_prompt(pictures(), "cpu", 1, False, None)
-    ours = frozen.encode({"image": as_tensor(pictures())}, (), ("image",)).contexts["image"]
+    theirs = pipeline._encode_prompt(drawn(), "cpu", 1, False, None)
+    ours = frozen.encode({"image": as_tensor(drawn())}, (), ("image",)).contexts["image"]
     assert_close(ours, theirs, NETWORK_TOLERANCE)
 
 
@@ -137,7 +137,7 @@ def test_vae(folder: Path, frozen: FrozenParts) -> None:
     assert vae.config.scaling_factor == frozen.vaes["image"].latent_scale
     theirs = vae.decode(latents / vae.config.scaling_factor).sample
     assert_close(frozen.vaes["image"].reconstruct(latents / frozen.vaes["image"].latent_scale), theirs, 1e-5)
-    images = as_tensor(pictures())[..., :56, :88]
+    images = as_tensor(drawn())[..., :56, :88]
     mean = vae.encode(images / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
     assert_close(frozen.vaes["image"].encode(images), mean, NETWORK_TOLERANCE)
 
@@ -169,11 +169,11 @@ def test_text_to_image(folder: Path, diffuser: Diffuser, frozen: FrozenParts) ->
 def test_image_variation(folder: Path, diffuser: Diffuser, frozen: FrozenParts) -> None:
     noise = noise_for(2)
     pipeline = load(VersatileDiffusionImageVariationPipeline, folder)
-    given = Context("image", frozen.context_encoders["image"].encode(as_tensor(pictures())))
-    without = Context("image", theirs_for_no_picture(pipeline).expand(2, -1, -1))
+    given = Context("image", frozen.context_encoders["image"].encode(as_tensor(drawn())))
+    without = Context("image", theirs_for_no_image(pipeline).expand(2, -1, -1))
     ours = sampled(diffuser, [given], [without], noise)
-    assert_samples_close(ours, pipeline(image=pictures(), **settings(noise)).images)
-    # diffusers gives its image processor pixels of 0.5 for a mid-grey picture, and that divides them by 255 once more.
+    assert_samples_close(ours, pipeline(image=drawn(), **settings(noise)).images)
+    # diffusers gives its image processor pixels of 0.5 for a mid-grey image, and that divides them by 255 once more.
     blank = torch.full((1, 3, 32, 32), 0.5 / 255)
     assert_close(frozen.context_encoders["image"].encode_pixels(normalised(blank)), without.tokens[:1], 1e-4)
 
@@ -187,15 +187,15 @@ def test_dual_guided(
     variation = load(VersatileDiffusionImageVariationPipeline, folder)
     given = [
         Context("text", frozen.context_encoders["text"].encode(CAPTIONS[:1])),
-        Context("image", frozen.context_encoders["image"].encode(as_tensor(pictures()[:1]))),
+        Context("image", frozen.context_encoders["image"].encode(as_tensor(drawn()[:1]))),
     ]
     without = [
         Context("text", frozen.context_encoders["text"].encode([""])),
-        Context("image", theirs_for_no_picture(variation)),
+        Context("image", theirs_for_no_image(variation)),
     ]
     ratios = [strength, 1 - strength]
     ours = sampled(diffuser, given, without, noise, lambda contexts, _: mixed(contexts, ratios))
     theirs = load(VersatileDiffusionDualGuidedPipeline, folder)(
-        prompt=CAPTIONS[0], image=pictures()[0], text_to_image_strength=strength, **settings(noise)
+        prompt=CAPTIONS[0], image=drawn()[0], text_to_image_strength=strength, **settings(noise)
     ).images
     assert_samples_close(ours, theirs)

@@ -73,8 +73,8 @@ def test_image_vae_posterior(autoencoder):
 def test_image_vae_decoder(autoencoder):
     vae, reference = autoencoder
     close((vae.reconstruct(reference["z_in"]) + 1) / 2, reference["decoded_raw"])
-    pictures = vae.decode(reference["z_in"]).float() / 255
-    assert (pictures - reference["decoded_clamped"]).abs().max().item() <= 0.5 / 255 + TOLERANCE
+    images = vae.decode(reference["z_in"]).float() / 255
+    assert (images - reference["decoded_clamped"]).abs().max().item() <= 0.5 / 255 + TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -218,5 +218,5 @@ def test_clip_image_context_with_masks(clip):
 def test_clip_preprocessing(clip):
     _, image, _ = clip
     reference = golden("clip_preprocess")
-    picture = reference["uint8"].permute(2, 0, 1)[None]
-    close(image.preprocess(picture), reference["pixel_values"])
+    drawn = reference["uint8"].permute(2, 0, 1)[None]
+    close(image.preprocess(drawn), reference["pixel_values"])

@@ -70,7 +70,7 @@ def test_diffusers_reads_the_same_names_as_compvis(unet: Any, checkpoint: dict[s
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("source", ["folder", "shards", "bin", "ckpt"])
-def test_flows_to_pictures_give_what_stable_diffusion_gives(
+def test_flows_to_images_give_what_stable_diffusion_gives(
     unet: Any, folder: Path, checkpoint: dict[str, Tensor], source: str, context: str, tmp_path: Path
 ) -> None:
     if source == "ckpt":

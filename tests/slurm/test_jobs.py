@@ -266,7 +266,7 @@ def test_a_job_out_of_the_queues_hands_saves_and_stays_ended(
 
 
 def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
-    settings = ["data=shapes", "data.root=drawn", "data.shapes.pictures=60"]
+    settings = ["data=shapes", "data.root=drawn", "data.shapes.images=60"]
     for command in (["miniature", "draw"], ["data_pipeline", "select"]):
         cluster.command(sys.executable, "-m", *command, *settings, cwd=checkout)
     shared = ["--nodelist=n1", "--cpus-per-task=1", "--mem=1000"]
@@ -279,9 +279,9 @@ def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) ->
         assert cluster.wait(f"{job}_{task}")["ExitCode"] == "0:0"
         outputs.append((checkout / "logs" / "download_shards" / f"{job}-{task}.out").read_text())
     cluster.command("scancel", server)
-    # The pictures, drawn with a fixed seed, are in two parts, one of each source.
-    assert ["36 of 36 pictures" in output for output in outputs] == [True, False]
-    assert ["24 of 24 pictures" in output for output in outputs] == [False, True]
+    # The images, drawn with a fixed seed, are in two parts, one of each source.
+    assert ["36 of 36 images" in output for output in outputs] == [True, False]
+    assert ["24 of 24 images" in output for output in outputs] == [False, True]
     assert len(list((checkout / "drawn" / "shards").rglob("*.tar"))) == 2
 
 

@@ -32,7 +32,7 @@ def submissions() -> list[str]:
     return sorted({line for line in lines if re.search(r"^(sbatch .*)?slurm/\w+\.sh", line)})
 
 
-def verbs(script: str) -> list[tuple[Callable[[list[str]], int], list[str]]]:
+def commands(script: str) -> list[tuple[Callable[[list[str]], int], list[str]]]:
     """What the jobs of a script call with the overrides that it is given."""
     data = {"download_shards": "download", "precompute_latents": "latents"}
     if script in data:
@@ -100,8 +100,8 @@ def test_submissions_in_the_documents_are_ones_that_work(command: str, capsys: p
     (script,) = [word for word in words if word.endswith(".sh")]
     assert (ROOT / script).is_file()
     overrides = words[words.index(script) + 1 :]
-    for main, verb in verbs(Path(script).stem):
-        assert main([*verb, *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
+    for main, command in commands(Path(script).stem):
+        assert main([*command, *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
 
 
 def test_the_paths_that_a_site_may_set_are_settings(capsys: pytest.CaptureFixture[str]) -> None:

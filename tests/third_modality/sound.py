@@ -1,7 +1,7 @@
 """A third modality from outside the package: short sounds, in all that `docs/modalities.md` asks for.
 
 A sound is a waveform, float32 [256] in -1..1. Its pitch stands for the colour of a drawn scene and its wave for the
-shape, so that picture, caption and sound of a sample say the same.
+shape, so that image, caption and sound of a sample say the same.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FrameVAE(nn.Module):
         self.register_buffer("transform", transform)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """[16, 16], whatever the size of pictures."""
+        """[16, 16], whatever the size of images."""
         return FRAME, FRAMES
 
     def encode(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -74,7 +74,7 @@ def go_on_while_writing(folder: Path, run: Run) -> dict[str, Any]:
 
 
 def meet_a_slow_disk(folder: Path, run: Run) -> dict[str, Any]:
-    saver = BackgroundSaver(CheckpointStore(folder, keep=3), patience_seconds=0.2)
+    saver = BackgroundSaver(CheckpointStore(folder, keep=3), timeout_seconds=0.2)
     disk = SlowDisk(rank=1)
     for step in (1, 2, 3):
         saver.begin(run.engine, run.ema, {}, step)

@@ -28,7 +28,7 @@ from toy import (
 )
 
 from vdtrain.checkpoint import store as checkpoints
-from vdtrain.checkpoint.format import INDEX_FILE, PASSENGERS_FILE, Index, shard_name
+from vdtrain.checkpoint.format import CARRIED_OVER_FILE, INDEX_FILE, Index, shard_name
 from vdtrain.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
@@ -71,7 +71,7 @@ class Run:
         return full_weights(self.engine)
 
     def ema_weights(self) -> dict[str, Tensor]:
-        return gather(self.ema.rows, [partition.layout for partition in self.engine.partitions()])
+        return gather(self.ema.buffers, [partition.layout for partition in self.engine.partitions()])
 
 
 def write_alone(folder: Path, report: Report) -> None:
@@ -91,7 +91,7 @@ def train_save_train(folder: Path, name: str, run: Run) -> dict[str, Any]:
     found = {
         "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
         "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
-        "passengers": same_bits(passenger_part(read_weights(path)), passenger_part(dict(Toy().named_parameters()))),
+        "carried_over": same_bits(passenger_part(read_weights(path)), passenger_part(dict(Toy().named_parameters()))),
         "differ": difference(run.model_weights(), run.ema_weights()),
         "losses": run.train(BEFORE, AFTER),
     }
@@ -115,7 +115,7 @@ def take_up(folder: Path, name: str, stage: int, precision: str = "fp32") -> dic
         "state": state,
         "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
         "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
-        "passengers": difference(
+        "carried_over": difference(
             passenger_part(dict(run.engine.module.named_parameters())), passenger_part(read_weights(path))
         ),
         "steps": run.engine.optimizer_steps,
@@ -292,7 +292,7 @@ def test_resume_is_bitwise_exact(two: list[dict[str, Any]], stage: int, precisio
         assert resumed["state"] == {"position": BEFORE}
         assert resumed["steps"] == BEFORE
         # The module itself holds what is not trained in its own precision.
-        assert resumed["passengers"] <= (0.0 if precision == "fp32" else 4e-3)
+        assert resumed["carried_over"] <= (0.0 if precision == "fp32" else 4e-3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -302,7 +302,7 @@ def test_weights_read_back_are_those_held(two: list[dict[str, Any]], stage: int,
         written = rank[f"written-two-{stage}-{precision}"]
         assert written["model_bits"]
         assert written["ema_bits"]
-        assert written["passengers"]
+        assert written["carried_over"]
         assert written["differ"] > 0
 
 
@@ -381,7 +381,7 @@ def flip_middle(path: Path) -> None:
     flip_byte(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", [shard_name(1, 2), PASSENGERS_FILE, INDEX_FILE])
+@pytest.mark.parametrize("name", [shard_name(1, 2), CARRIED_OVER_FILE, INDEX_FILE])
 @pytest.mark.parametrize("harm", [truncate, flip_middle, Path.unlink])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     two: list[dict[str, Any]],

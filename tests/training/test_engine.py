@@ -32,7 +32,7 @@ TRAINED = ("global", "data.image", "context.text")
 def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     results: dict[str, Any] = {"words": exchange_words()}
     for stage in STAGES:
-        results[f"passengers-{stage}"] = carried_passengers(stage)
+        results[f"carried_over-{stage}"] = carried_passengers(stage)
         results[f"ema-{stage}"] = averaged(stage)
         results[f"foreign-{stage}"] = foreign_weights(stage)
         results[f"twice-{stage}"] = one_module_in_two_engines(stage)
@@ -53,10 +53,10 @@ def carried_passengers(stage: int) -> dict[str, Any]:
     engine = Engine(module, toy_groups(module, TRAINED), settings(zero_stage=stage, precision="bf16"))
     train_step(engine, 0, [("image", "text")])
     trained = {name for parameters in toy_groups(module, TRAINED).values() for name in parameters}
-    passengers = engine.passengers
+    carried_over = engine.carried_over
     results = {
-        "held": sorted(passengers) == (sorted(set(fresh) - trained) if distributed.rank() == 0 else []),
-        "exact": all(torch.equal(passengers[name], fresh[name].cpu()) for name in passengers),
+        "held": sorted(carried_over) == (sorted(set(fresh) - trained) if distributed.rank() == 0 else []),
+        "exact": all(torch.equal(carried_over[name], fresh[name].cpu()) for name in carried_over),
         "no_gradient": all(p.requires_grad == (name in trained) for name, p in module.named_parameters()),
         "groups": [partition.layout.group for partition in engine.partitions()],
     }
@@ -75,7 +75,7 @@ def averaged(stage: int) -> dict[str, Any]:
         keep = min(decay, (2 + step) / (11 + step))
         for name, weight in full_weights(engine).items():
             expected[name] = keep * expected[name] + (1 - keep) * weight
-    found = gather(ema.rows, [partition.layout for partition in engine.partitions()])
+    found = gather(ema.buffers, [partition.layout for partition in engine.partitions()])
     results = {"error": difference(found, expected), "distance": difference(found, full_weights(engine))}
     engine.close()
     return results
@@ -118,7 +118,7 @@ def results(run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> list[dict[str, A
 @pytest.mark.parametrize("stage", STAGES)
 def test_passengers_are_kept_in_float32(results: list[dict[str, Any]], stage: int) -> None:
     for rank in results:
-        found = rank[f"passengers-{stage}"]
+        found = rank[f"carried_over-{stage}"]
         assert found["held"]
         assert found["exact"]
         assert found["no_gradient"]

@@ -80,14 +80,14 @@ def standing(zero_stage: int, precision: str) -> dict[str, Any]:
     partitions = engine.partitions()
     masters = storages(partition.master for partition in partitions)
     moments = storages(row for partition in partitions for row in (partition.exp_avg, partition.exp_avg_sq))
-    averages = storages(ema.rows)
+    averages = storages(ema.buffers)
     named = {**weights, **masters, **moments, **averages}
     squares = torch.stack([parameter.float().square().sum() for parameter in diffuser.parameters()])
     with LiveMemory() as reduction:
         engine.backward(squares.sum(), last=True)
     engine.step(1e-3)
-    rows = [row for partition in partitions for row in partition.rows.values()]
-    written = sum(row.numel() * row.element_size() for row in [*rows, *ema.rows])
+    rows = [row for partition in partitions for row in partition.buffers.values()]
+    written = sum(row.numel() * row.element_size() for row in [*rows, *ema.buffers])
     engine.close()
     return {
         "case": [zero_stage, precision],
@@ -141,10 +141,10 @@ def real_micro_batch(config: TrainConfig, resolution: int, rows: int) -> tuple[i
     frozen = build_frozen(config.model)
     objective = Objective(flows, Schedule(config.model.schedule), frozen, config.objective)
     draws = StepDraws("real", 0, config.stage.global_batch_size, slice(0, rows), torch.device("cpu"))
-    pictures = torch.zeros(rows, 3, resolution, resolution, dtype=torch.uint8)
+    images = torch.zeros(rows, 3, resolution, resolution, dtype=torch.uint8)
     with LiveMemory() as encoding, torch.no_grad():
-        frozen.vaes["image"].encode(pictures)
-    encoded = objective.encode({"image": pictures, "text": ["a red circle"] * rows}, resolution, draws)
+        frozen.vaes["image"].encode(images)
+    encoded = objective.encode({"image": images, "text": ["a red circle"] * rows}, resolution, draws)
     parameters = storages(diffuser.parameters())
     saved: dict[int, int] = {}
 

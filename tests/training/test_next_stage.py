@@ -103,6 +103,6 @@ def test_after_the_last_stage_one_samples(tiny_runs: TinyRuns, capsys: pytest.Ca
     assert words[:4] == ["vdtrain", "sample", str(tiny_runs.run(3)), "a red circle"]
     assert {"flow=text-to-image", "resolution=64"} <= set(words)
     assert main([*words[1:], "--cfg", "job"]) == 0
-    # A stage of pictures alone has no captions to sample from.
+    # A stage of images alone has no captions to sample from.
     words = words_after(["stage=stage3_four_flow", *tiny_runs.overrides, "stage.flows=[image-to-image]"], {})
     assert words == ["vdtrain", "status", str(tiny_runs.run(3))]

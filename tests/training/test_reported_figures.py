@@ -15,7 +15,7 @@ from vdtrain.checkpoint.format import Index
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
-from vdtrain.engine.engine import Engine, GuardedAdamW, StepReport
+from vdtrain.engine.engine import Engine, FlatAdamW, StepReport
 from vdtrain.run.reporting import Interval, log_line
 from vdtrain.run.tracking import read_metrics
 from vdtrain.training.trainer import StepOutcome
@@ -51,19 +51,19 @@ def applied(folder: Path) -> list[tuple[float, list[float]]]:
     manifest = write_pairs(folder / "data")
     told: list[float] = []
     taken: list[list[float]] = []
-    step, update = Engine.step, GuardedAdamW.update
+    step, update = Engine.step, FlatAdamW.update
 
     def watched_step(engine: Engine, learning_rate: float) -> StepReport:
         told.append(learning_rate)
         return step(engine, learning_rate)
 
-    def watched_update(optimizer: GuardedAdamW, gradients: Any, rates: Any, *rest: Any) -> None:
+    def watched_update(optimizer: FlatAdamW, gradients: Any, rates: Any, *rest: Any) -> None:
         taken.append(list(rates))
         update(optimizer, gradients, rates, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Engine, "step", watched_step)
-        patched.setattr(GuardedAdamW, "update", watched_update)
+        patched.setattr(FlatAdamW, "update", watched_update)
         assert train([*SETTINGS, f"data.manifest={manifest}", f"run_dir={folder}/run"]) == 0
     return list(zip(told, taken, strict=True))
 

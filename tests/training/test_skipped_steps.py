@@ -31,7 +31,7 @@ from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Interval
-from vdtrain.training.trainer import BadSteps, StepConsensus, StepOutcome
+from vdtrain.training.trainer import BadSteps, StepOutcome, StepSync
 
 STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16")
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
@@ -99,7 +99,7 @@ def skipped_steps(stage: int, precision: str, folder: Path) -> dict[str, Any]:
     ema.update(after.applied)
     for step in (0, 2):
         other_ema.update(train_step(other, step, FLOWS)[1].applied)
-    found["averaged"] = ema.updates == 2 and all(map(torch.equal, ema.rows, other_ema.rows))
+    found["averaged"] = ema.updates == 2 and all(map(torch.equal, ema.buffers, other_ema.buffers))
     found["next"] = bool(after.applied)
     found["as_if_they_had_not_been"] = same_bits(state(engine, module), state(other, other_module))
     end = state(engine, module)
@@ -130,7 +130,7 @@ class Waits(TorchDispatchMode):
 def waits(stage: int, precision: str) -> dict[str, list[str]]:
     """What waits for the device in a good and in a bad step, and in what is asked of them afterwards."""
     engine, module = build(stage, precision)
-    consensus, ema = StepConsensus(["all"], device()), ShardEMA(engine, 0.5)
+    consensus, ema = StepSync(["all"], device()), ShardEMA(engine, 0.5)
     found = {}
     for step, harm in enumerate(("none", HARMS[0])):
         with Waits() as mode:

@@ -1,4 +1,4 @@
-"""A modality that the package does not know, from the folder `tests/third_modality`: sounds, beside pictures and text.
+"""A modality that the package does not know, from the folder `tests/third_modality`: sounds, beside images and text.
 
 Its flows are added to the four of stage 3 by the options of that folder alone, and train, resume, sample and blend.
 """
@@ -29,7 +29,7 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import layer_group
-from vdtrain.pipeline import Ingredient, VersatileDiffusion
+from vdtrain.pipeline import ContextInput, VersatileDiffusion
 from vdtrain.run import distributed
 from vdtrain.run.tracking import read_metrics
 from vdtrain.training.start import find_start
@@ -68,7 +68,7 @@ def make_trainer(*arguments: Any) -> Trainer:
     document = compose("train", settings(*arguments))
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    place = distributed.Place(0, 0, 1, torch.device("cpu"))
+    place = distributed.RankInfo(0, 0, 1, torch.device("cpu"))
     return Trainer(config, document, find_start(config, document), place)
 
 
@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_exactly(seen: dict[str, Any], folder: Path) -> No
 def test_every_flow_samples(model: VersatileDiffusion, flow: str) -> None:
     from tests.third_modality.sound import sounds
 
-    inputs = {"image": picture_batch(model), "text": CAPTIONS, "sound": sounds(CAPTIONS)}
+    inputs = {"image": image_batch(model), "text": CAPTIONS, "sound": sounds(CAPTIONS)}
     way = Flow.parse(flow)
     made = model.generate(flow, inputs[way.context], **SMALL)
     assert len(made) == 2
@@ -198,7 +198,7 @@ def test_every_flow_samples(model: VersatileDiffusion, flow: str) -> None:
         assert all(isinstance(caption, str) for caption in made)
 
 
-def picture_batch(model: VersatileDiffusion) -> Tensor:
+def image_batch(model: VersatileDiffusion) -> Tensor:
     made: Tensor = model.generate("text-to-image", CAPTIONS, seed=9, **SMALL)
     return made
 
@@ -208,9 +208,9 @@ def test_three_contexts_blend_into_a_sound(model: VersatileDiffusion, mixing: st
     from tests.third_modality.sound import sounds
 
     parts = [
-        Ingredient("image", picture_batch(model)[0], 1.0),
-        Ingredient("text", CAPTIONS[0], 2.0),
-        Ingredient("sound", sounds(CAPTIONS)[1], 1.0),
+        ContextInput("image", image_batch(model)[0], 1.0),
+        ContextInput("text", CAPTIONS[0], 2.0),
+        ContextInput("sound", sounds(CAPTIONS)[1], 1.0),
     ]
     made = model.blend("sound", parts, count=2, mixing=mixing, **SMALL)
     assert made.shape == (2, 256)
@@ -229,7 +229,7 @@ def test_sound_files_are_read_and_written(seen: dict[str, Any], folder: Path, tm
     assert (tmp_path / "0000.png").exists()
 
 
-def test_picture_caption_and_sound_of_a_sample_agree(folder: Path) -> None:
+def test_image_caption_and_sound_of_a_sample_agree(folder: Path) -> None:
     from tests.third_modality.sound import FrameVAE, SoundStream, sounds
 
     stream = SoundStream(folder / "data" / "manifest", seed=0, resolution=32, global_batch_size=8)
@@ -273,7 +273,7 @@ def test_a_stream_gets_its_position_from_the_trainer_alone() -> None:
 
 def test_a_stream_without_the_modality_is_a_configuration_error(model: VersatileDiffusion) -> None:
     with pytest.raises(ConfigError, match=r"no 'sound' in the batch, only image, text; .*data\.stream"):
-        model.frozen.encode({"image": picture_batch(model), "text": CAPTIONS}, MODALITIES, ())
+        model.frozen.encode({"image": image_batch(model), "text": CAPTIONS}, MODALITIES, ())
 
 
 def test_the_page_shows_the_example_as_it_is() -> None:

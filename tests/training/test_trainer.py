@@ -60,7 +60,7 @@ def make_trainer(folder: Path, stage: str, *overrides: str) -> Trainer:
     document = compose("train", [*settings, *overrides])
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    place = distributed.Place(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))
+    place = distributed.RankInfo(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))
     return Trainer(config, document, find_start(config, document), place)
 
 
@@ -109,7 +109,7 @@ def record_gradients(trainer: Trainer, folder: Path) -> None:
 
     def recording(gradients: Sequence[torch.Tensor], *arguments: Any) -> None:
         own = [
-            gradient[trainer.engine._exchange.own_part(part.start, part.stop)]
+            gradient[trainer.engine._strategy.local_slice(part.start, part.stop)]
             for gradient, part in zip(gradients, partitions, strict=True)
         ]
         whole = gather(own, layouts)
@@ -142,8 +142,8 @@ def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
         [Flow.parse(name)], trainer.objective.schedule, trainer.objective.frozen, trainer.config.objective
     )
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randint(256, (BATCH, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
-    samples = {"image": pictures, "text": [f"a red circle number {index}" for index in range(BATCH)]}
+    images = torch.randint(256, (BATCH, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
+    samples = {"image": images, "text": [f"a red circle number {index}" for index in range(BATCH)]}
     draws = StepDraws("fixed", 0, BATCH, slice(0, BATCH), torch.device("cpu"))
     with torch.no_grad():
         encoded = objective.encode(samples, resolution, draws)
@@ -287,7 +287,7 @@ def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
     ("flow", "inputs", "expected"),
     [
         ("text-to-image", "[a red circle,a blue star]", ["0000.png", "0001.png"]),
-        ("image-to-text", "[{picture},{picture}]", ["captions.txt"]),
+        ("image-to-text", "[{image},{image}]", ["captions.txt"]),
     ],
 )
 def test_a_trained_checkpoint_samples(
@@ -299,9 +299,9 @@ def test_a_trained_checkpoint_samples(
     inputs: str,
     expected: list[str],
 ) -> None:
-    picture = tmp_path / "given.png"
-    Image.new("RGB", (90, 70), (200, 30, 30)).save(picture)
-    arguments = [f"checkpoint={folder}/runs/four-1-zero1", f"flow={flow}", f"inputs={inputs.format(picture=picture)}"]
+    image = tmp_path / "given.png"
+    Image.new("RGB", (90, 70), (200, 30, 30)).save(image)
+    arguments = [f"checkpoint={folder}/runs/four-1-zero1", f"flow={flow}", f"inputs={inputs.format(image=image)}"]
     arguments += ["resolution=32", "steps=2", "seed=3", f"output_dir={tmp_path}/out"]
     assert sample([*arguments, "weights=ema"]) == 0
     written = sorted(file.name for file in (tmp_path / "out").iterdir())
@@ -331,8 +331,8 @@ def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], fold
     assert result["losses"].keys() == result["accuracy"]["seen"].keys() == flows
     assert all(name in done.stdout for name in (*flows, "chance", "12.5%", "20.0%"))
     for name in ("losses.png", "samples.png"):
-        with Image.open(folder / "runs" / name) as picture:
-            assert min(picture.size) > 300
+        with Image.open(folder / "runs" / name) as image:
+            assert min(image.size) > 300
 
 
 def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], folder: Path) -> None:

@@ -35,7 +35,7 @@ from vdtrain.engine.deepspeed import deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
-from vdtrain.training.trainer import StepConsensus
+from vdtrain.training.trainer import StepSync
 
 STAGES = (0, 1, 2)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "communication.py"
@@ -142,7 +142,7 @@ def diverged() -> dict[str, Any]:
         ("step", 11 if last else 10, losses),
         ("part", 12, {"two": losses["two"]}),
     ):
-        consensus = StepConsensus(["one", "two"], here)
+        consensus = StepSync(["one", "two"], here)
         consensus.submit(step, ran, report, signal_number=15 if last else 0)
         try:
             outcome = consensus.collect()

@@ -155,7 +155,7 @@ def test_a_stage_that_starts_from_an_unfinished_one_warns(endings: dict[str, End
 def test_no_limit_watches_nothing_and_still_records(tmp_path: Path) -> None:
     watchdog = Watchdog(None, tmp_path / "dumps", rank=3)
     assert not list(tmp_path.iterdir())
-    watchdog.beat("step 5")
+    watchdog.heartbeat("step 5")
     try:
         raise ValueError("told apart")
     except ValueError as error:

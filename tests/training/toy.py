@@ -138,14 +138,14 @@ def reference(
 
 
 def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, Tensor]:
-    """Full tensors by parameter name, from every process's flat pieces."""
+    """Full tensors by parameter name, from every process's flat partitions."""
     weights: dict[str, Tensor] = {}
     for row, layout in zip(rows, layouts, strict=True):
-        padded = torch.zeros(layout.piece_size(distributed.world_size()))
+        padded = torch.zeros(layout.partition_size(distributed.world_size()))
         padded[: row.numel()] = row
-        pieces = [torch.zeros_like(padded) for _ in range(distributed.world_size())]
-        dist.all_gather(pieces, padded)
-        whole = torch.cat(pieces)
+        partitions = [torch.zeros_like(padded) for _ in range(distributed.world_size())]
+        dist.all_gather(partitions, padded)
+        whole = torch.cat(partitions)
         for slot in layout.slots:
             weights[slot.name] = whole[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
     return weights
@@ -154,7 +154,7 @@ def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, 
 def full_rows(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Master weights or an average of AdamW, by parameter name."""
     partitions = engine.partitions()
-    return gather([part.rows[kind] for part in partitions], [part.layout for part in partitions])
+    return gather([part.buffers[kind] for part in partitions], [part.layout for part in partitions])
 
 
 def full_weights(engine: Engine) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What W&B's own client speaks to in tests: a server on this machine that keeps runs as W&B's keeps them."""
+"""What W&B's own client is_main to in tests: a server on this machine that keeps runs as W&B's keeps them."""
 
 from __future__ import annotations
 

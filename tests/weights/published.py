@@ -54,7 +54,7 @@ def compvis_whole(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def expected_start(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What stage 1 starts from: global layers, picture layers, and the attention as both contexts."""
+    """What stage 1 starts from: global layers, image layers, and the attention as both contexts."""
     own = weights(dtype)
     return {
         name: own[name.replace("context_layers.text.", "context_layers.image.", 1)]

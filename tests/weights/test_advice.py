@@ -94,12 +94,12 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("verb", ["sample", "weights export safetensors out"])
-def test_every_verb_that_reads_weights_says_it(verb: str, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("command", ["sample", "weights export safetensors out"])
+def test_every_verb_that_reads_weights_says_it(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     file = vd_2023(tmp_path)
-    more = ["flow=text-to-image", "inputs=[a]", "output_dir=out"] if verb == "sample" else []
-    assert main([*verb.split(), f"checkpoint={file}", *more]) == 2
+    more = ["flow=text-to-image", "inputs=[a]", "output_dir=out"] if command == "sample" else []
+    assert main([*command.split(), f"checkpoint={file}", *more]) == 2
     assert f"`vdtrain weights import versatile_diffusion {file}`" in capsys.readouterr().err
 
 

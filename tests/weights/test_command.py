@@ -38,7 +38,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         groups.setdefault(layer_group(name), {})[name] = torch.nn.Parameter(tensor)
     carried = {name: parameter.detach() for name, parameter in groups.pop(CARRIED).items()}
     layouts = tuple(GroupLayout.of(group, parameters) for group, parameters in groups.items())
-    records = {form.PASSENGERS_FILE: form.write_tensors(folder / form.PASSENGERS_FILE, carried)}
+    records = {form.CARRIED_OVER_FILE: form.write_tensors(folder / form.CARRIED_OVER_FILE, carried)}
     for rank in range(2):
         pieces = {}
         for kind, source in ((MASTER, weights()), (EMA, weights(seed=1))):

@@ -94,7 +94,7 @@ def test_a_pipeline_of_another_schedule_is_refused(tmp_path: Path, capsys) -> No
 
 
 def test_names_of_the_first_release() -> None:
-    """Layers that have a module inside for pictures are plain linear ones for text."""
+    """Layers that have a module inside for images are plain linear ones for text."""
     names = {
         "global_layers.2.bias": "time_embed.2.bias",
         "data_layers.image.0.weight": "unet_image.input_blocks.0.0.weight",

@@ -1,13 +1,13 @@
 """What a checkpoint folder holds, how it is checked, and how any slice of it is read.
 
     step-000000123/
-        rank-00000-of-00002.safetensors    "GROUP/KIND" -> flat float32 piece, one file per process
+        rank-00000-of-00002.safetensors    "GROUP/KIND" -> flat float32 partition, one file per process
         rank-00001-of-00002.safetensors
         passengers.safetensors             what the stage did not train, by name; absent if it trained everything
         checkpoint.json                    the index, written last: its presence says that all else is there
 
-The row of a layer group does not depend on the number of processes, so any number of them, or none, can read it back
-from the pieces. Nothing is unpickled.
+The buffer of a layer group does not depend on the number of processes, so any number of them, or none, can read it back
+from the partitions. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, ParameterSlot
 from vdtrain.files import FileRecord, damage, write_text
 from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
 
-PASSENGERS_FILE = "passengers.safetensors"
+CARRIED_OVER_FILE = "passengers.safetensors"
 # Bytes that are written at a time: an error of the disk is noticed soon.
 BLOCK_BYTES = 1 << 24
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -75,7 +75,7 @@ class Index:
                 {
                     "group": layout.group,
                     "numel": layout.numel,
-                    "pieces": [layout.piece(rank, self.world_size) for rank in range(self.world_size)],
+                    "partitions": [layout.partition(rank, self.world_size) for rank in range(self.world_size)],
                     "parameters": [
                         {"name": slot.name, "shape": slot.shape, "offset": slot.offset} for slot in layout.slots
                     ],
@@ -115,7 +115,7 @@ class Index:
 
 
 class PieceReader:
-    """Reads any slice of a group's row, whatever the number of processes that wrote it."""
+    """Reads any slice of a group's buffer, whatever the number of processes that wrote it."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self._index = index
@@ -135,10 +135,10 @@ class PieceReader:
         self._open.close()
 
     def read(self, group: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the row of `group`: float32, on the CPU. See partitions.RowReader."""
+        """Elements [start, stop) of the buffer of `group`: float32, on the CPU. See partitions.BufferReader."""
         parts = []
         for rank, file in enumerate(self._files):
-            first, last = self._layouts[group].piece(rank, self._index.world_size)
+            first, last = self._layouts[group].partition(rank, self._index.world_size)
             low, high = max(first, start), min(last, stop)
             if low < high:
                 parts.append(file.get_slice(f"{group}/{kind}")[low - first : high - first])
@@ -177,7 +177,7 @@ def read_weights(folder: Path, which: str = "model", verify: bool = True) -> Laz
         return Entry(torch.Size(slot.shape), torch.float32, read)
 
     trained = {slot.name: entry(layout.group, slot) for layout in index.groups for slot in layout.slots}
-    return LazyTensors({**read_passengers(folder, index).entries, **trained})
+    return LazyTensors({**read_carried_over(folder, index).entries, **trained})
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -189,18 +189,18 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     return Index.read(folder).trainer
 
 
-def read_passengers(folder: Path, index: Index) -> LazyTensors:
+def read_carried_over(folder: Path, index: Index) -> LazyTensors:
     """What the stage did not train, by name."""
-    if PASSENGERS_FILE not in index.files:
+    if CARRIED_OVER_FILE not in index.files:
         return LazyTensors({})
-    return open_tensors(folder / PASSENGERS_FILE, "checkpoint")
+    return open_tensors(folder / CARRIED_OVER_FILE, "checkpoint")
 
 
 def weight_names(folder: Path) -> list[str]:
     """Names of all weights in a checkpoint, trained or not."""
     index = Index.read(folder)
     trained = [slot.name for layout in index.groups for slot in layout.slots]
-    return trained + list(read_passengers(folder, index))
+    return trained + list(read_carried_over(folder, index))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:

@@ -30,13 +30,13 @@ class BackgroundSaver:
     A save that fails on one process is given up on all of them; the next one tries again.
 
     Args:
-        patience_seconds: how long `begin` waits for the save before it, after which the new one is given up; None for
+        timeout_seconds: how long `begin` waits for the save before it, after which the new one is given up; None for
             as long as it takes.
     """
 
-    def __init__(self, store: CheckpointStore, patience_seconds: float | None = None) -> None:
+    def __init__(self, store: CheckpointStore, timeout_seconds: float | None = None) -> None:
         self.store = store
-        self.patience_seconds = patience_seconds
+        self.timeout_seconds = timeout_seconds
         self.saved_step: int | None = None
         self.failed = 0
         self._memory = HostMemory()
@@ -52,7 +52,7 @@ class BackgroundSaver:
 
     def begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
         """Copy the values of this moment and let a thread write them as the checkpoint of `step`."""
-        idle = self._wait(0.0 if self._overdue else self.patience_seconds)
+        idle = self._wait(0.0 if self._overdue else self.timeout_seconds)
         if not distributed.all_agree(idle):
             self._overdue = not idle
             self._give_up(

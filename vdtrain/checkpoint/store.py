@@ -1,6 +1,6 @@
 """Saving and resuming a run: a checkpoint is there as a whole or not at all.
 
-All processes write their own piece into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes the
+All processes write their own partition into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes the
 index, renames the folder to `step-000000123`, and only then moves `latest` to it.
 """
 
@@ -28,10 +28,10 @@ from vdtrain.checkpoint.folder import (
     step_of,
 )
 from vdtrain.checkpoint.format import (
-    PASSENGERS_FILE,
+    CARRIED_OVER_FILE,
     Index,
     PieceReader,
-    read_passengers,
+    read_carried_over,
     read_trainer_state,
     read_weights,
     shard_name,
@@ -49,7 +49,7 @@ from vdtrain.run.records import note_saved
 class HostMemory:
     """CPU memory that is taken once and used again for every copy; pinned where tensors come from a GPU.
 
-    As large as what is copied: this process's weights, both moments and average, 16 bytes per weight of its piece.
+    As large as what is copied: this process's weights, both moments and average, 16 bytes per weight of its partition.
     """
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ class Snapshot:
 
     Attributes:
         index: of the whole checkpoint, without its files.
-        pieces: "GROUP/KIND" -> this process's flat piece, float32.
-        passengers: what the stage does not train, by name; empty on all processes but the first.
+        partitions: "GROUP/KIND" -> this process's flat partition, float32.
+        carried_over: what the stage does not train, by name; empty on all processes but the first.
     """
 
     index: Index
-    pieces: Mapping[str, Tensor]
-    passengers: Mapping[str, Tensor]
+    partitions: Mapping[str, Tensor]
+    carried_over: Mapping[str, Tensor]
 
     @classmethod
     def take(
@@ -92,12 +92,12 @@ class Snapshot:
     ) -> Snapshot:
         """The engine's and the average's present values, copied: training may go on at once."""
         partitions = engine.partitions()
-        rows: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
         for position, partition in enumerate(partitions):
             group = partition.layout.group
-            rows |= {f"{group}/{kind}": row for kind, row in partition.rows.items()}
+            buffers |= {f"{group}/{kind}": buffer for kind, buffer in partition.buffers.items()}
             if ema is not None:
-                rows[f"{group}/{EMA}"] = ema.rows[position]
+                buffers[f"{group}/{EMA}"] = ema.buffers[position]
         index = Index(
             step=step,
             world_size=distributed.world_size(),
@@ -110,7 +110,7 @@ class Snapshot:
             files={},
         )
         # Passengers stay as they are for as long as the engine lives.
-        return cls(index, memory.copy(rows), engine.passengers)
+        return cls(index, memory.copy(buffers), engine.carried_over)
 
 
 __all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
@@ -174,13 +174,13 @@ class CheckpointStore:
             self._prune(final)
         return final
 
-    def latest_complete(self, thorough: bool = True) -> Path | None:
+    def latest_complete(self, verify_checksums: bool = True) -> Path | None:
         """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one.
 
         Args:
-            thorough: False goes by the files' sizes, for which no other process is asked or awaited.
+            verify_checksums: False goes by the files' sizes, for which no other process is asked or awaited.
         """
-        if not thorough:
+        if not verify_checksums:
             found, _ = latest_by_sizes(self.folder)
             return None if found is None else found.path
         for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(self.folder)])):
@@ -208,11 +208,11 @@ class CheckpointStore:
         own = tuple(partition.layout for partition in engine.partitions())
         if index.groups != own:
             raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
-        passengers = read_passengers(path, index)
-        if passengers.keys() != engine.passenger_names:
-            strange = min(passengers.keys() ^ engine.passenger_names)
+        carried_over = read_carried_over(path, index)
+        if carried_over.keys() != engine.carried_over_names:
+            strange = min(carried_over.keys() ^ engine.carried_over_names)
             raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
-        engine.load_passengers(passengers)
+        engine.load_carried_over(carried_over)
         with PieceReader(path, index) as reader:
             engine.load_partitions(reader.read, index.optimizer_steps)
             if ema is not None and index.ema_updates is not None:
@@ -313,11 +313,11 @@ def _said(error: Exception, folder: Path) -> str:
 
 
 def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """Write this process's piece, and on rank 0 the passengers; the records of the files, by name, as JSON."""
+    """Write this process's partition, and on rank 0 the carried_over; the records of the files, by name, as JSON."""
     name = shard_name(distributed.rank(), distributed.world_size())
-    records = {name: write_tensors(draft / name, snapshot.pieces)}
-    if snapshot.passengers:
-        records[PASSENGERS_FILE] = write_tensors(draft / PASSENGERS_FILE, snapshot.passengers)
+    records = {name: write_tensors(draft / name, snapshot.partitions)}
+    if snapshot.carried_over:
+        records[CARRIED_OVER_FILE] = write_tensors(draft / CARRIED_OVER_FILE, snapshot.carried_over)
     return {name: asdict(record) for name, record in records.items()}
 
 

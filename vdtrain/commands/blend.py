@@ -1,4 +1,4 @@
-"""Make samples from several captions and pictures at once.
+"""Make samples from several captions and images at once.
 
 vdtrain blend runs/stage3_four_flow "text:a red circle" image:star.png
 """
@@ -13,19 +13,19 @@ from omegaconf import DictConfig
 
 from vdtrain.commands.sample import SAMPLER_SETTINGS
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import BlendConfig
 
 if TYPE_CHECKING:
     from vdtrain.commands.sampler import Sampler
-    from vdtrain.pipeline import Ingredient
+    from vdtrain.pipeline import ContextInput
 
 USAGE = f"""\
 Usage: vdtrain blend CHECKPOINT MODALITY:INPUT ... [SETTING=VALUE ...]
        vdtrain blend CHECKPOINT 'contexts=[{{text: "...", weight: 0.4}}, {{image: FILE}}, ...]' [...]
 
-Make samples from any number of captions and pictures: the dual-context and the multi-context blender. In contexts=, a
-context may have a weight (only the ratios matter), and a picture a mask, a picture file of which white keeps and black
+Make samples from any number of captions and images: the dual-context and the multi-context blender. In contexts=, a
+context may have a weight (only the ratios matter), and an image a mask, an image file of which white keeps and black
 hides.
 
   --help              this text
@@ -72,9 +72,9 @@ def blend(config: BlendConfig, document: DictConfig) -> int:
     return sampler.write(config.output, samples)
 
 
-def _ingredient(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> Ingredient:
+def _ingredient(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> ContextInput:
     from vdtrain.media import read_mask
-    from vdtrain.pipeline import Ingredient
+    from vdtrain.pipeline import ContextInput
 
     modalities = [key for key in given if key not in ("weight", "mask")]
     if len(modalities) != 1:
@@ -83,9 +83,9 @@ def _ingredient(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> Ing
     if not isinstance(weight, int | float):
         raise ConfigError(f"{setting}.weight={weight}: not a number")
     batch = sampler.read(modalities[0], [str(given[modalities[0]])])
-    return Ingredient(modalities[0], batch[0], float(weight), None if mask is None else read_mask(str(mask)))
+    return ContextInput(modalities[0], batch[0], float(weight), None if mask is None else read_mask(str(mask)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain blend`."""
-    return run_verb(USAGE, "blend", BlendConfig, blend, sys.argv[1:] if argv is None else argv, plain=PLAIN_CONTEXTS)
+    return run_command(USAGE, "blend", BlendConfig, blend, sys.argv[1:] if argv is None else argv, plain=PLAIN_CONTEXTS)

@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 
 from vdtrain.config.command_line import PlainArguments
 from vdtrain.config.schema import EvaluateConfig
-from vdtrain.run.launch import run_verb_on_ranks
+from vdtrain.run.launch import run_command_on_ranks
 
 USAGE = """\
 Usage: vdtrain evaluate CHECKPOINT data.manifest=MANIFEST [SETTING=VALUE ...]
        torchrun --nproc-per-node=N -m vdtrain evaluate CHECKPOINT ...
 
-Measure flows on pairs that the model has not seen: for pictures FID, the same distance on CLIP's features and the CLIP
+Measure flows on pairs that the model has not seen: for images FID, the same distance on CLIP's features and the CLIP
 score, for captions the CLIP score. Processes share the samples. The same command goes on after an interruption, and
 with more samples= or flows= it adds to what is there. docs/evaluation.md says what the figures are.
 
@@ -40,7 +40,7 @@ Settings:
   flows, samples      which flows, and how many samples of each
   output_dir          where metrics.json, a contact sheet for every flow and what was made so far go
   fid.weights         Inception's weights of 2015 (docs/evaluation.md says where they are); null leaves FID out
-  fid.reference       mean and covariance of the real pictures, read where the file is, else written there
+  fid.reference       mean and covariance of the real images, read where the file is, else written there
   clip.architecture, clip.weights, clip.tokenizer   the CLIP that scores; null is that of the model's contexts
   resolution, steps, guidance_scale, solver, eta, seed, batch_size, device, precision (fp32, bf16, fp16), threads
   part_samples        samples that an interruption costs at most, for each process and flow
@@ -58,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else argv
     plain = PlainArguments(("checkpoint",))
-    return run_verb_on_ranks(USAGE, "evaluate", EvaluateConfig, action, arguments, plain)
+    return run_command_on_ranks(USAGE, "evaluate", EvaluateConfig, action, arguments, plain)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import PlanConfig
 from vdtrain.config.validation import check_settings
 from vdtrain.planning.memory import GB, StagePlan
@@ -77,7 +77,7 @@ def _check(config: PlanConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain plan`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_verb(USAGE, "plan", PlanConfig, plan, arguments)
+    return run_command(USAGE, "plan", PlanConfig, plan, arguments)
 
 
 def plan_table(made: StagePlan) -> Table:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import PreflightConfig
 from vdtrain.errors import printable
 
@@ -64,4 +64,4 @@ def preflight(config: PreflightConfig, document: DictConfig) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain preflight`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_verb(USAGE, "preflight", PreflightConfig, preflight, arguments)
+    return run_command(USAGE, "preflight", PreflightConfig, preflight, arguments)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import TrainConfig
 
 USAGE = """\
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
 
-    return run_verb(USAGE, "train", TrainConfig, action, sys.argv[1:] if argv is None else argv)
+    return run_command(USAGE, "train", TrainConfig, action, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

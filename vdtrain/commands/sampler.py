@@ -1,4 +1,4 @@
-"""What the verbs that sample share: the model that a command line asks for, its inputs, and its results as files."""
+"""What the commands that sample share: the model that a command line asks for, its inputs, and its results as files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sampler:
     """A loaded model with the settings of a command line.
 
     Args:
-        config: of the verb.
+        config: of the command.
         document: the same, for the metadata of the results.
 
     Raises:
@@ -54,7 +54,7 @@ class Sampler:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
     def read(self, modality: str, inputs: Sequence[str], size: tuple[int, int] | None = None) -> Any:
-        """Inputs of a command line as a batch; pictures as squares, or of `size`."""
+        """Inputs of a command line as a batch; images as squares, or of `size`."""
         side = min(self.size)
         return medium(modality).read(inputs, size or (side, side))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import StatusConfig
 from vdtrain.errors import unreadable
 from vdtrain.run.summary import RunSummary, age, ago, find_runs, summarise
@@ -91,7 +91,7 @@ def _lines(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "trouble", f"ended by an error, of which {run.dumps[0].parent} tells: {len(run.dumps)} processes"
     if run.tracked is not None:
         yield "W&B", run.tracked
-    yield "last line", "none yet" if run.spoke is None else ago(run.spoke)
+    yield "last line", "none yet" if run.last_log_time is None else ago(run.last_log_time)
 
 
 def _row(run: RunSummary) -> list[str]:
@@ -102,7 +102,7 @@ def _row(run: RunSummary) -> list[str]:
         f"{run.pairs_per_second:,.1f} pairs/s" if run.pairs_per_second and not run.complete else "",
         _time_left(run),
         checkpoint,
-        "no line yet" if run.spoke is None else f"last line {ago(run.spoke)}",
+        "no line yet" if run.last_log_time is None else f"last line {ago(run.last_log_time)}",
     ]
 
 
@@ -117,7 +117,7 @@ def _time_left(run: RunSummary) -> str:
     left = run.seconds_left
     if left is None:
         return "not known yet"
-    # Larger pictures take longer, and how much longer is not known before.
+    # Larger images take longer, and how much longer is not known before.
     return f"more than {age(left)}" if run.larger_phases else age(left)
 
 
@@ -153,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     arguments = sys.argv[1:] if argv is None else argv
-    return run_verb(USAGE, "status", StatusConfig, action, arguments, plain=PlainArguments(("run_dir",)))
+    return run_command(USAGE, "status", StatusConfig, action, arguments, plain=PlainArguments(("run_dir",)))

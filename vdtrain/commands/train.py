@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check
-from vdtrain.run.launch import run_verb_on_ranks
+from vdtrain.run.launch import run_command_on_ranks
 from vdtrain.run.signals import SCHEDULER_SIGNALS, StopSignal
 
 USAGE = """\
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # From now on: the imports take long enough for a signal to come between. A Ctrl-C still ends them.
     stop = StopSignal(SCHEDULER_SIGNALS)
-    status = run_verb_on_ranks(USAGE, "train", TrainConfig, action, arguments)
+    status = run_command_on_ranks(USAGE, "train", TrainConfig, action, arguments)
     if stop.number:
         stop.ignore()
     else:

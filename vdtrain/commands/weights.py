@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vdtrain.config.command_line import CommandLine, PlainArguments
-from vdtrain.config.compose import ConfigError, run_verb
+from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.overrides import Override
 from vdtrain.config.schema import WeightsConfig
 from vdtrain.files import refuse_existing
@@ -78,23 +78,23 @@ def parse(words: Sequence[str]) -> Action:
     """What the words of a command line, without its settings, ask for.
 
     Raises:
-        ConfigError: no such verb, source or format, or another number of words.
+        ConfigError: no such command, source or format, or another number of words.
     """
-    verb, name, *rest = [*words, "", ""][: max(2, len(words))]
-    if verb == "import":
+    command, name, *rest = [*words, "", ""][: max(2, len(words))]
+    if command == "import":
         if name not in SOURCES:
             raise ConfigError(f"import {name}: no such source; choose one of {', '.join(SOURCES)}")
         path = rest[0] if rest else SOURCES[name].address
         if path is None or len(rest) > 1:
             raise ConfigError(f"import {name}: takes one path, {len(rest)} given; give the file or folder to import")
         return partial(import_weights, name, path)
-    if verb == "export":
+    if command == "export":
         if name not in FORMATS:
             raise ConfigError(f"export {name}: no such format; choose one of {', '.join(FORMATS)}")
         if len(rest) != 1:
             raise ConfigError(f"export {name}: takes one output, {len(rest)} given; give the file or folder to make")
         return partial(export_weights, name, Path(rest[0]).expanduser())
-    raise ConfigError(f"weights{verb and f' {verb}'}: choose import or export (see vdtrain weights --help)")
+    raise ConfigError(f"weights{command and f' {command}'}: choose import or export (see vdtrain weights --help)")
 
 
 def import_weights(name: str, path: str, config: WeightsConfig) -> int:
@@ -166,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action(config: WeightsConfig, document: DictConfig) -> int:
         return asked[0](config)
 
-    return run_verb(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)
+    return run_command(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)

@@ -24,7 +24,7 @@ SETTING_FORM = "settings are written SETTING=VALUE, such as seed=1"
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The words of a verb's command line, sorted."""
+    """The words of a command's command line, sorted."""
 
     help: bool = False
     print: bool = False
@@ -35,7 +35,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class PlainArguments:
-    """The settings that a verb's plain arguments stand for, in their order.
+    """The settings that a command's plain arguments stand for, in their order.
 
     Attributes:
         settings: one word each. One that is given as SETTING=VALUE takes no plain argument.
@@ -82,7 +82,7 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
 
     Args:
         groups: names of the groups of settings that have options.
-        takes_plain: whether the verb has plain arguments.
+        takes_plain: whether the command has plain arguments.
 
     Raises:
         ConfigError: a word that is nothing of these.
@@ -122,7 +122,7 @@ def _flag(word: str, schema: type, takes_plain: bool) -> str:
 
 
 def _override(word: str, schema: type, groups: Collection[str], takes_plain: bool) -> Override | None:
-    """The word as an override; None if it is a plain argument, whether the verb takes any or not."""
+    """The word as an override; None if it is a plain argument, whether the command takes any or not."""
     override = Override.parse(word)
     if override is None:
         return None

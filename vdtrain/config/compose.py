@@ -1,4 +1,4 @@
-"""Hydra composition for every verb: overrides in, a checked dataclass out, and one line for whatever is wrong."""
+"""Hydra composition for every command: overrides in, a checked dataclass out, and one line for whatever is wrong."""
 
 from __future__ import annotations
 
@@ -224,23 +224,23 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
-def run_verb(
+def run_command(
     usage: str,
     config_name: str,
     schema: type[Schema],
     action: Callable[[Schema, DictConfig], int],
     argv: Sequence[str],
-    speaks: bool = True,
+    is_main: bool = True,
     plain: Callable[[CommandLine], list[Override]] | None = None,
 ) -> int:
-    """Parse a verb's command line, compose its configuration, call `action`, and return the exit status.
+    """Parse a command's command line, compose its configuration, call `action`, and return the exit status.
 
     `--help` prints `usage` and the config groups; `--cfg job` prints the configuration (`--resolve` with its
-    interpolations filled in) and stops. A ConfigError becomes one line on stderr (of the process that `speaks`, where
+    interpolations filled in) and stops. A ConfigError becomes one line on stderr (of the process that `is_main`, where
     several find the same mistake) and status 2.
 
     Args:
-        plain: the settings that plain arguments stand for; None where the verb has no such arguments.
+        plain: the settings that plain arguments stand for; None where the command has no such arguments.
     """
     try:
         line = split(argv, schema, groups(), plain is not None)
@@ -254,13 +254,13 @@ def run_verb(
             return 0
         return action(to_object(config, schema), config)
     except ConfigError as error:
-        if speaks:
+        if is_main:
             print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What no part of the verb has put into words of its own.
+        # What no part of the command has put into words of its own.
         print(f"error: {printable(said(error))}", file=sys.stderr)
         return 1
 

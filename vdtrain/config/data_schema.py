@@ -29,7 +29,7 @@ class FilterConfig:
     area_min: int | None = MISSING  # pixels
     aspect_ratio_min: float | None = MISSING  # width over height
     aspect_ratio_max: float | None = MISSING
-    similarity_min: float | None = MISSING  # of picture and caption: CLIP ViT-B/32 cosine
+    similarity_min: float | None = MISSING  # of image and caption: CLIP ViT-B/32 cosine
     nsfw_max: float | None = MISSING  # probability
     nsfw_labels: list[str] = MISSING  # labels that are dropped, where a set has labels
     watermark_max: float | None = MISSING  # probability
@@ -39,7 +39,7 @@ class FilterConfig:
     caption_characters_max: int | None = MISSING
     caption_words_min: int | None = MISSING
     duplicate_urls: str = MISSING  # keep or drop; of several rows the first stays
-    duplicate_pictures: str = MISSING  # keep or drop: rows of one perceptual hash, where a set has hashes
+    duplicate_images: str = MISSING  # keep or drop: rows of one perceptual hash, where a set has hashes
 
 
 @dataclass
@@ -48,7 +48,7 @@ class BlockListConfig:
 
     url: list[FilePath] = MISSING
     hash: list[FilePath] = MISSING  # LAION's hash of URL and caption
-    md5: list[FilePath] = MISSING  # of the picture's file, where a set has it
+    md5: list[FilePath] = MISSING  # of the image's file, where a set has it
     phash: list[FilePath] = MISSING  # perceptual, where a set has it: of COYO-700M the column image_phash
 
 
@@ -81,12 +81,12 @@ class DownloadConfig:
     min_image_size: int = MISSING
     max_aspect_ratio: float = MISSING
     max_image_pixels: int = MISSING
-    max_bytes: int = MISSING  # of a picture as it is served
-    timeout: int = MISSING  # seconds without a byte; a picture may take three times as long in all
+    max_bytes: int = MISSING  # of an image as it is served
+    timeout: int = MISSING  # seconds without a byte; an image may take three times as long in all
     retries: int = MISSING  # at once, after failures that may pass
     user_agent: str = MISSING
-    min_success_share: float = MISSING  # a part with fewer pictures is stopped
-    retry_below: float = MISSING  # share of pictures that are fetched, or failed for good, below which a shard is low
+    min_success_share: float = MISSING  # a part with fewer images is stopped
+    retry_below: float = MISSING  # share of images that are fetched, or failed for good, below which a shard is low
     retry_rounds: int = MISSING  # how often low shards are downloaded again
 
 
@@ -95,7 +95,7 @@ class IndexConfig:
     """How shards are checked before they are listed in the manifest."""
 
     processes: int = MISSING
-    decode: bool = MISSING  # every picture, which finds damage behind its header and takes some times as long
+    decode: bool = MISSING  # every image, which finds damage behind its header and takes some times as long
 
 
 @dataclass
@@ -103,7 +103,7 @@ class InspectConfig:
     """What is looked at of a manifest."""
 
     shards: int = MISSING  # drawn at random, for what is not told by the list of shards: captions, aspect ratios
-    pictures: int = MISSING  # on the contact sheet, drawn at random
+    images: int = MISSING  # on the contact sheet, drawn at random
     pixels: int = MISSING  # side of each
     seed: int = MISSING
     output: FilePath | None = MISSING  # the contact sheet; inspect.png beside the manifest by default
@@ -115,15 +115,15 @@ class LatentCacheConfig:
 
     folder: FilePath = MISSING
     resolutions: list[int] = MISSING  # that `python -m data_pipeline latents` encodes
-    batch_size: int = MISSING  # pictures that go through the encoder together
+    batch_size: int = MISSING  # images that go through the encoder together
 
 
 @dataclass
 class ShapesConfig:
-    """The drawn picture set of the demo."""
+    """The drawn image set of the demo."""
 
     folder: FilePath = MISSING
-    pictures: int = MISSING
+    images: int = MISSING
     pixels: int = MISSING
     seed: int = MISSING
     port: int = MISSING
@@ -141,7 +141,7 @@ class DataConfig:
     allow_loopback: bool = MISSING
     # What yields the batches (vdtrain.data.batch.BatchStream), a `_target_` with its arguments.
     stream: PartArguments = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
-    # inline encodes every picture as it comes; cached takes its latent's moments from `latent_cache`.
+    # inline encodes every image as it comes; cached takes its latent's moments from `latent_cache`.
     latents: str = MISSING
     select: SelectConfig = MISSING
     download: DownloadConfig = MISSING

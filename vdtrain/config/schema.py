@@ -199,7 +199,7 @@ class StatusConfig:
 class SamplingConfig:
     """How a sample is drawn; the values are the released application's."""
 
-    height: int = 512  # of pictures, in pixels
+    height: int = 512  # of images, in pixels
     width: int = 512
     steps: int = 50
     guidance_scale: float = 7.5  # 1 is no guidance
@@ -211,7 +211,7 @@ class SamplingConfig:
 
 @dataclass
 class SamplerConfig(SamplingConfig):
-    """What every verb that samples has in common: `conf/sampler.yaml`."""
+    """What every command that samples has in common: `conf/sampler.yaml`."""
 
     checkpoint: FilePath = MISSING
     weights: str = MISSING  # ema or model
@@ -227,7 +227,7 @@ class SampleConfig(SamplerConfig):
     """Root of `conf/sample.yaml`."""
 
     flow: str = MISSING
-    inputs: list[Prompt] = MISSING  # captions, or picture files, by the flow's context
+    inputs: list[Prompt] = MISSING  # captions, or image files, by the flow's context
     samples_per_input: int = MISSING
     focus: float = MISSING
     start_from: list[Prompt] = MISSING
@@ -250,7 +250,7 @@ class BlendConfig(SamplerConfig):
 class EditConfig(SamplerConfig):
     """Root of `conf/edit.yaml`."""
 
-    inputs: list[Prompt] = MISSING  # picture files
+    inputs: list[Prompt] = MISSING  # image files
     remove: Prompt = MISSING
     add: Prompt = MISSING
     text_share: float = MISSING
@@ -290,7 +290,7 @@ class FidConfig:
     """Fréchet Inception distance."""
 
     weights: FilePath | None = MISSING  # of the Inception network of 2015; null leaves FID out
-    # Mean and covariance of the real pictures, an npz file: read where it is, else written there; null for neither.
+    # Mean and covariance of the real images, an npz file: read where it is, else written there; null for neither.
     reference: FilePath | None = MISSING
 
 

@@ -1,4 +1,4 @@
-"""Captions from alternative texts of web pages: what describes no picture is taken out.
+"""Captions from alternative texts of web pages: what describes no image is taken out.
 
 The paper cleans its captions by a procedure of its own. This one takes out, in this order: HTML entities and tags,
 web and e-mail addresses, what stands in square or curly brackets, characters that are not printed, underscores and

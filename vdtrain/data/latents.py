@@ -43,7 +43,7 @@ class LatentDescription:
     """What all files of one folder have in common.
 
     Attributes:
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         min_side: shortest side in pixels from which on a sample is in the file.
         shape: of one sample's moments, e.g. (8, 32, 32).
         vae: what the encoder was (`vdtrain.models.frozen_weights.fingerprint`).
@@ -212,7 +212,7 @@ def _header(description: LatentDescription, sha256: str, count: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-# Whose latents are cached: what `vdtrain.data.stream.PairStream` calls its pictures.
+# Whose latents are cached: what `vdtrain.data.stream.PairStream` calls its images.
 MODALITY = "image"
 DESCRIPTION_FILE = "latents.json"
 OPEN_FILES = 256
@@ -278,7 +278,7 @@ class LatentShards:
 
     Args:
         folder: what `python -m data_pipeline latents` wrote, on this machine or a disk that it shares.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         vae: fingerprint of the encoder that they have to be of; None takes what is there.
         min_side: samples of this shortest side and more are to be in the cache; the resolution by default.
 
@@ -311,7 +311,7 @@ class LatentShards:
             )
         if description.min_side > min_side:
             raise ManifestError(
-                f"{self._folder.setting}: {self._folder.path} has pictures from {description.min_side} pixels on, and "
+                f"{self._folder.setting}: {self._folder.path} has images from {description.min_side} pixels on, and "
                 f"data.stream.min_side asks for those from {min_side}; remove it and {command}"
             )
         missing = self._folder.missing(manifest, min_side)
@@ -330,7 +330,7 @@ class LatentShards:
         self._lock = Lock()
 
     def is_bad(self, shard: int, row: int) -> bool:
-        """Whether the picture of a shard's row could not be encoded.
+        """Whether the image of a shard's row could not be encoded.
 
         Raises:
             StreamError: as `read`.

@@ -41,7 +41,7 @@ SAMPLE_SCHEMA: pa.Schema = pa.schema(
         pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image file's bytes in the tar
         pa.field("size", pa.int32()),
-        pa.field("orientation", pa.int8()),  # in which the picture is stored: EXIF's 1 (upright) to 8
+        pa.field("orientation", pa.int8()),  # in which the image is stored: EXIF's 1 (upright) to 8
         pa.field("width", pa.int32()),  # once it is turned upright
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
@@ -60,7 +60,7 @@ SHARD_SCHEMA: pa.Schema = pa.schema(
         pa.field("sides", pa.list_(pa.int32())),
         pa.field("side_counts", pa.list_(pa.int32())),
         pa.field("broken", pa.string()),  # JSON: reason -> samples left out
-        pa.field("decoded", pa.bool_()),  # whether every picture was decoded, and not its header alone
+        pa.field("decoded", pa.bool_()),  # whether every image was decoded, and not its header alone
         pa.field("samples_file", pa.string()),
         pa.field("row_group", pa.int32()),
     ]
@@ -79,7 +79,7 @@ class ShardRows:
     Attributes:
         offset, size: int64 [n] place of the image bytes.
         side: int32 [n] shortest side in pixels.
-        orientation: int8 [n] in which the pictures are stored: EXIF's 1 (upright) to 8.
+        orientation: int8 [n] in which the images are stored: EXIF's 1 (upright) to 8.
         captions: pyarrow strings [n].
     """
 
@@ -198,7 +198,7 @@ class Manifest:
         return (status.st_size, status.st_mtime_ns) != (int(self.bytes[shard]), written)
 
     def decoded(self, shard: int | None = None) -> bool:
-        """Whether every picture of a shard, or of all, was decoded when it was indexed."""
+        """Whether every image of a shard, or of all, was decoded when it was indexed."""
         found = self._column("decoded")
         return bool(found[shard].as_py()) if shard is not None else all(found.to_pylist())
 

@@ -30,7 +30,7 @@ OPEN_FILES = 256
 INDEX_AGAIN = f"index the shards again: {INDEX}"
 # Errors that no network has.
 OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
-# That a thread reads into; most pictures are a tenth of it.
+# That a thread reads into; most images are a tenth of it.
 READ_BYTES = 1_000_000
 
 Found = TypeVar("Found")

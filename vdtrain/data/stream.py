@@ -44,12 +44,12 @@ class PairStream:
     Args:
         manifest: folder written by `python -m data_pipeline index`.
         seed: of the order and of the crops.
-        resolution: R, side of the pictures in pixels.
+        resolution: R, side of the images in pixels.
         global_batch_size: pairs per step over all ranks.
         start: position of the first pair to deliver, a multiple of the global batch size.
         workers: decoding threads.
         prefetch: batches kept ready beyond the one that is being delivered.
-        min_side: pictures with a shorter side are left out; the resolution by default.
+        min_side: images with a shorter side are left out; the resolution by default.
         random_crop: crop at a random place (a function of seed and position), else at the centre.
         weights: by source, how much of the mixture it makes; every sample of a source comes once in that source's
             epoch. None mixes all sources as if they were one, every sample once per epoch.
@@ -62,7 +62,7 @@ class PairStream:
         latents: folder of cached moments (`python -m data_pipeline latents`), delivered with each batch.
 
     Raises:
-        ManifestError: no manifest, no picture in it is large enough, or an argument that cannot be.
+        ManifestError: no manifest, no image in it is large enough, or an argument that cannot be.
         StreamError: while iterating, if too many samples are bad or a shard cannot be read.
     """
 
@@ -161,7 +161,7 @@ class PairStream:
         large = f"has a side of {self.min_side} pixels or more"
         if counts.sum() == 0:
             raise ManifestError(
-                f"{place}: none of {len(self.manifest)} pictures {large}; lower the phase's resolution or index more "
+                f"{place}: none of {len(self.manifest)} images {large}; lower the phase's resolution or index more "
                 "shards"
             )
         numbers = np.arange(len(counts), dtype=np.int64)
@@ -177,7 +177,7 @@ class PairStream:
             own = numbers[self.manifest.sources == source]
             if counts[own].sum() == 0:
                 raise ManifestError(
-                    f"data.stream.weights: no picture of {name} {large}; lower the phase's resolution or leave the "
+                    f"data.stream.weights: no image of {name} {large}; lower the phase's resolution or leave the "
                     "source out of the manifest"
                 )
             pools.append((own, counts[own]))
@@ -214,7 +214,7 @@ class PairStream:
                         raise DecodeError("no latent: it could not be decoded")
                     self._moments.read(shard, np.array([row]), loading.moments["image"][place : place + 1])
                 data = self._reader.read(shard, rows.offset.item(row), rows.size.item(row))
-                decode_into(loading.pictures[place], data, crop, rows.orientation.item(row))
+                decode_into(loading.arrays[place], data, crop, rows.orientation.item(row))
             except DecodeError as error:
                 loading.replaced.append(str(error).split(":")[0])
                 continue
@@ -258,7 +258,7 @@ class _Loading:
         count = len(positions)
         self.positions = positions
         self.images = memory.take((count, resolution, resolution, 3), torch.uint8)
-        self.pictures: NDArray[np.uint8] = self.images.numpy()
+        self.arrays: NDArray[np.uint8] = self.images.numpy()
         self.moments = {} if moments is None else {"image": memory.take(moments, torch.float16)}
         self.captions: list[str] = [""] * count
         self.replaced: list[str] = []

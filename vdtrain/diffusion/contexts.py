@@ -1,6 +1,6 @@
-"""Semantic-style disentanglement: turning a picture's context towards its content or towards its style.
+"""Semantic-style disentanglement: turning an image's context towards its content or towards its style.
 
-Versatile Diffusion, section 4.3: the leading principal components of the local tokens carry what is in a picture, the
+Versatile Diffusion, section 4.3: the leading principal components of the local tokens carry what is in an image, the
 others how it looks. The scale of a level follows the released application (February 2023), with an exact singular
 value decomposition where that took a random approximation.
 """
@@ -106,7 +106,7 @@ def joined_by_modality(contexts: Sequence[Context], weights: Sequence[float]) ->
 def joined(contexts: Sequence[Context], weights: Sequence[float]) -> Context:
     """Contexts of one modality as one, tokens [B, M1 + M2 + ..., D], each scaled by its weight over their mean.
 
-    The released application gives several pictures to the network in this way; equal weights leave all tokens as they
+    The released application gives several images to the network in this way; equal weights leave all tokens as they
     are.
     """
     scales = [weight * len(weights) for weight in normalised(weights)]

@@ -1,8 +1,8 @@
-"""Latent image-to-text-to-image editing: a picture's text latent, changed by words, and drawn again.
+"""Latent image-to-text-to-image editing: an image's text latent, changed by words, and drawn again.
 
 Versatile Diffusion, section 4.5, with the steps of the authors' script of November 2022: image-to-text up to the
 latent; the part of it that lies along the removed words' latent is taken out, and the added words' latent put in; what
-the text VAE reads from it, and the added words themselves, draw the new picture together with the style of the old.
+the text VAE reads from it, and the added words themselves, draw the new image together with the style of the old.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE, TEXT = "image", "text"
 
 def edit(
     model: VersatileDiffusion,
-    pictures: Tensor,
+    images: Tensor,
     remove: str = "",
     add: str = "",
     *,
@@ -31,18 +31,18 @@ def edit(
     progress: Progress = list,
     **settings: Any,
 ) -> tuple[Tensor, list[str]]:
-    """Edit pictures by words.
+    """Edit images by words.
 
     Args:
-        pictures: uint8 [B, 3, h, w].
+        images: uint8 [B, 3, h, w].
         remove: what to take out; "" takes nothing out.
         add: what to put in; "" puts nothing in.
-        text_share: of the text in drawing the new picture; the old picture's style has the rest.
-        style_rank: components of the old picture's context that count as its style.
+        text_share: of the text in drawing the new image; the old image's style has the rest.
+        style_rank: components of the old image's context that count as its style.
         settings: fields of `SamplingConfig`.
 
     Returns:
-        The new pictures, uint8 [B, 3, H, W], and the captions that the changed latents read as.
+        The new images, uint8 [B, 3, H, W], and the captions that the changed latents read as.
 
     Raises:
         ConfigError: the model lacks a flow that this needs, or a setting that cannot work.
@@ -54,7 +54,7 @@ def edit(
     for name in ("image-to-text", "image-to-image", "text-to-image"):
         model.flow(name)
     chosen = model.settings(settings)
-    seen = model.encode_context(IMAGE, pictures, chosen.batch_size)
+    seen = model.encode_context(IMAGE, images, chosen.batch_size)
     latents = model.sample(TEXT, [Context(IMAGE, seen)], chosen, progress=progress, decode=False)
     captions = model.decode(TEXT, changed(model, latents, remove, add), chosen.seed)
     texts = [Context(TEXT, model.encode_context(TEXT, captions, chosen.batch_size))]

@@ -54,7 +54,7 @@ class EngineSettings:
     """Numbers of the optimiser and the way it is spread over the processes.
 
     Attributes:
-        zero_stage: 0 (every process holds everything), 1 (optimiser state in pieces) or 2 (gradients too).
+        zero_stage: 0 (every process holds everything), 1 (optimiser state in partitions) or 2 (gradients too).
         precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
         gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
         gradient_scales: factor of each layer group; a group that is not named has 1.

@@ -5,7 +5,7 @@
         engine.backward(loss, last=index == len(micro_batches) - 1)
     report = engine.step(learning_rate)
 
-How weights and gradients travel between processes is an Exchange's; norm, clipping, AdamW and the decision to leave a
+How weights and gradients travel between processes is an Strategy's; norm, clipping, AdamW and the decision to leave a
 step out are the same for all, and none of them waits for the device.
 """
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from vdtrain.engine.deepspeed import GRADIENT_MODE, LEARNING_RATE_MODE, EngineSettings
-from vdtrain.engine.partitions import EMA, GroupLayout, Partition, RowReader
-from vdtrain.engine.strategies import Replicas, ZeroPieces
+from vdtrain.engine.partitions import EMA, BufferReader, GroupLayout, Partition
+from vdtrain.engine.strategies import ReplicatedStrategy, ZeroStrategy
 from vdtrain.run import distributed
 
 
-class GuardedAdamW:
-    """AdamW (arXiv 1711.05101), one flat float32 row per layer group, each with a learning rate of its own.
+class FlatAdamW:
+    """AdamW (arXiv 1711.05101), one flat float32 buffer per layer group, each with a learning rate of its own.
 
     Args:
-        masters: the rows that are trained; updated in place.
+        masters: the buffers that are trained; updated in place.
         settings: betas, epsilon and weight decay.
     """
 
@@ -54,17 +54,17 @@ class GuardedAdamW:
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
-        """Update every row, without waiting for the device.
+        """Update every buffer, without waiting for the device.
 
         Args:
-            gradients: one to a row; what they hold afterwards is undefined.
-            rates: learning rate of each row.
+            gradients: one to a buffer; what they hold afterwards is undefined.
+            rates: learning rate of each buffer.
             divisor: by which the gradients are divided first; a scalar.
-            finite: a boolean scalar; where it is false, rows, averages and the count of updates keep every bit.
+            finite: a boolean scalar; where it is false, buffers, averages and the count of updates keep every bit.
         """
         left_out = (~finite).float()
-        rows = zip(self.masters, gradients, self.first_moments, self.second_moments, self._steps, rates, strict=True)
-        for master, gradient, first_moment, second_moment, step, rate in rows:
+        buffers = zip(self.masters, gradients, self.first_moments, self.second_moments, self._steps, rates, strict=True)
+        for master, gradient, first_moment, second_moment, step, rate in buffers:
             adamw(
                 [master],
                 [gradient],
@@ -103,7 +103,7 @@ class ShardEMA:
     Karras et al. 2024 propose (arXiv 2312.02696).
 
     Args:
-        engine: whose pieces are averaged; the average starts at their present values.
+        engine: whose partitions are averaged; the average starts at their present values.
         length, decay: see `kept_share`.
     """
 
@@ -112,9 +112,9 @@ class ShardEMA:
             raise ValueError(f"ema.length={length} is not in (0, 0.5], or ema.decay={decay} not in [0, 1)")
         self.decay, self.length = decay, length
         self._partitions = engine.partitions()
-        self.rows: list[Tensor] = [partition.master.clone() for partition in self._partitions]
+        self.buffers: list[Tensor] = [partition.master.clone() for partition in self._partitions]
         # On the device, for there it is decided whether a step counts.
-        device = self.rows[0].device
+        device = self.buffers[0].device
         self._updates = torch.zeros((), dtype=torch.float64, device=device)
         self._always = torch.ones((), dtype=torch.bool, device=device)
 
@@ -133,22 +133,22 @@ class ShardEMA:
         counts = self._always if applied is None else applied
         number = self._updates + 1
         share = torch.where(counts, 1 - kept_share(number, self.length, self.decay), 0.0).float()
-        for row, partition in zip(self.rows, self._partitions, strict=True):
-            row.lerp_(partition.master, share)
+        for buffer, partition in zip(self.buffers, self._partitions, strict=True):
+            buffer.lerp_(partition.master, share)
         self._updates += counts
 
     @torch.no_grad()
     def restart(self) -> None:
         """Start again at the present weights."""
-        for row, partition in zip(self.rows, self._partitions, strict=True):
-            row.copy_(partition.master)
+        for buffer, partition in zip(self.buffers, self._partitions, strict=True):
+            buffer.copy_(partition.master)
         self._updates.zero_()
 
     @torch.no_grad()
-    def load(self, read: RowReader, updates: int) -> None:
-        """Take this process's pieces from `read`."""
-        for partition, row in zip(self._partitions, self.rows, strict=True):
-            row.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
+    def load(self, read: BufferReader, updates: int) -> None:
+        """Take this process's partitions from `read`."""
+        for partition, buffer in zip(self._partitions, self.buffers, strict=True):
+            buffer.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
         self._updates.fill_(updates)
 
 
@@ -170,11 +170,11 @@ class StepReport:
     applied: Tensor
 
 
-class Exchange(Protocol):
+class Strategy(Protocol):
     """How weights and gradients travel between processes.
 
     Attributes:
-        masters: the float32 weights, a flat row to a layer group: whole, or this process's piece. Padding at their end.
+        masters: the float32 weights, a flat buffer to a layer group: whole, or this process's partition. Padding at their end.
     """
 
     masters: list[Tensor]
@@ -188,16 +188,16 @@ class Exchange(Protocol):
     def gradients(self) -> list[Tensor]:
         """Float32 gradients of the step, laid out as the masters; they may be overwritten."""
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Start the next step with none."""
 
-    def own_part(self, start: int, stop: int) -> slice:
-        """Where elements [start, stop) of a group's row, this process's piece, lie in its master."""
+    def local_slice(self, start: int, stop: int) -> slice:
+        """Where elements [start, stop) of a group's buffer, this process's partition, lie in its master."""
 
-    def share(self, rows: Sequence[Tensor]) -> None:
-        """Fill rows that are whole, of which this process knows its own piece, with the pieces of the others."""
+    def all_gather(self, buffers: Sequence[Tensor]) -> None:
+        """Fill buffers that are whole, of which this process knows its own partition, with the partitions of the others."""
 
-    def spread(self) -> None:
+    def broadcast(self) -> None:
         """Bring every process's module up to the masters."""
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class Engine:
     """A module with AdamW and one parameter group per layer group, trained by all processes together.
 
     Parameters that no group names take no part: they get no gradient and no optimiser state. Their float32 values are
-    kept by rank 0 in `passengers` for the stages to come.
+    kept by rank 0 in `carried_over` for the stages to come.
 
     Args:
         module: float32, the same values on every process, on this process's device. It becomes the engine's: under
@@ -233,15 +233,15 @@ class Engine:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
         carried = {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
-        self.passenger_names = frozenset(carried)
-        self.passengers: dict[str, Tensor] = {}
+        self.carried_over_names = frozenset(carried)
+        self.carried_over: dict[str, Tensor] = {}
         if distributed.rank() == 0:
-            self.passengers = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
+            self.carried_over = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
 
         layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
-        exchange_kind = Replicas if settings.zero_stage == 0 else ZeroPieces
-        self._exchange: Exchange = exchange_kind(module, groups, layouts, settings)
-        self._optimizer = GuardedAdamW(self._exchange.masters, settings)
+        strategy_kind = ReplicatedStrategy if settings.zero_stage == 0 else ZeroStrategy
+        self._strategy: Strategy = strategy_kind(module, groups, layouts, settings)
+        self._optimizer = FlatAdamW(self._strategy.masters, settings)
         self._partitions = [self._partition(index, layout) for index, layout in enumerate(layouts)]
         self._scales = [float(settings.gradient_scales.get(group, 1.0)) for group in groups]
         self._gradient_hooks = [
@@ -251,7 +251,7 @@ class Engine:
             if settings.gradient_scale_mode == GRADIENT_MODE
         ]
         # Of the step in progress: the sum of its losses, and whether the last of them came.
-        self._losses = torch.zeros((), dtype=torch.float64, device=self._exchange.masters[0].device)
+        self._losses = torch.zeros((), dtype=torch.float64, device=self._strategy.masters[0].device)
         self._gradients_complete = False
 
     @property
@@ -261,7 +261,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
-        return self._exchange.forward(*args, **kwargs)
+        return self._strategy.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's loss, a scalar already divided by the number of micro-batches.
@@ -269,7 +269,7 @@ class Engine:
         Every process must run the same flows in the same order. `last` ends the step's accumulation: the gradients are
         averaged over the processes.
         """
-        self._exchange.backward(loss, last)
+        self._strategy.backward(loss, last)
         self._losses += loss.detach()
         self._gradients_complete = last
 
@@ -278,7 +278,7 @@ class Engine:
         """Clip, update the weights, and hand them to every process; or, on all of them, leave the step out."""
         if not self._gradients_complete:
             raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
-        gradients = self._exchange.gradients()
+        gradients = self._strategy.gradients()
         report = self._examine(gradients)
         clip = self.settings.gradient_clip
         divisor = torch.ones_like(report.gradient_norm)
@@ -286,8 +286,8 @@ class Engine:
             divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
         self._optimizer.update(gradients, list(self.rates(learning_rate).values()), divisor, report.applied)
         del gradients
-        self._exchange.forget_gradients()
-        self._exchange.spread()
+        self._strategy.zero_grad()
+        self._strategy.broadcast()
         self._losses.zero_()
         self._gradients_complete = False
         return report
@@ -300,7 +300,7 @@ class Engine:
         return {group: learning_rate * scale for group, scale in zip(groups, scales, strict=True)}
 
     def partitions(self) -> list[Partition]:
-        """This process's piece of every layer group, in the order of the groups. Writing to them changes the optimiser;
+        """This process's partition of every layer group, in the order of the groups. Writing to them changes the optimiser;
         call `refresh_weights` afterwards."""
         return self._partitions
 
@@ -310,50 +310,50 @@ class Engine:
         return self._optimizer.steps
 
     @torch.no_grad()
-    def load_partitions(self, read: RowReader, optimizer_steps: int) -> None:
+    def load_partitions(self, read: BufferReader, optimizer_steps: int) -> None:
         """Take master weights and optimiser state from `read`, on every process, and refresh the weights."""
         for partition in self._partitions:
-            for kind, row in partition.rows.items():
-                row.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
-        self._exchange.share(self._optimizer.first_moments)
-        self._exchange.share(self._optimizer.second_moments)
+            for kind, buffer in partition.buffers.items():
+                buffer.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
+        self._strategy.all_gather(self._optimizer.first_moments)
+        self._strategy.all_gather(self._optimizer.second_moments)
         self._optimizer.steps = optimizer_steps
         self.refresh_weights()
 
     @torch.no_grad()
-    def load_passengers(self, passengers: Mapping[str, Tensor]) -> None:
+    def load_carried_over(self, carried_over: Mapping[str, Tensor]) -> None:
         """Set the values of everything that is not trained, on every process."""
         own = self.module.state_dict()
-        for name, tensor in passengers.items():
+        for name, tensor in carried_over.items():
             own[name].copy_(tensor)
         if distributed.rank() == 0:
-            self.passengers = dict(passengers)
+            self.carried_over = dict(carried_over)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Bring every process's module up to the master weights; every process must call it."""
-        self._exchange.share(self._exchange.masters)
-        self._exchange.spread()
+        self._strategy.all_gather(self._strategy.masters)
+        self._strategy.broadcast()
 
     def close(self) -> None:
         """Release hooks, buffers and process groups; the module keeps its last weights."""
-        self._exchange.close()
+        self._strategy.close()
         for hook in self._gradient_hooks:
             hook.remove()
-        del self._exchange, self._optimizer
+        del self._strategy, self._optimizer
         self._partitions = []
 
     def _partition(self, index: int, layout: GroupLayout) -> Partition:
-        start, stop = layout.piece(distributed.rank(), distributed.world_size())
-        part = self._exchange.own_part(start, stop)
+        start, stop = layout.partition(distributed.rank(), distributed.world_size())
+        part = self._strategy.local_slice(start, stop)
         optimizer = self._optimizer
-        rows = (optimizer.masters[index], optimizer.first_moments[index], optimizer.second_moments[index])
-        return Partition(layout, start, stop, *(row[part] for row in rows))
+        buffers = (optimizer.masters[index], optimizer.first_moments[index], optimizer.second_moments[index])
+        return Partition(layout, start, stop, *(buffer[part] for buffer in buffers))
 
     def _examine(self, gradients: Sequence[Tensor]) -> StepReport:
         """Norm of the gradients over all processes, and whether all that went into them was finite."""
         own = [
-            gradient[self._exchange.own_part(partition.start, partition.stop)]
+            gradient[self._strategy.local_slice(partition.start, partition.stop)]
             for gradient, partition in zip(gradients, self._partitions, strict=True)
         ]
         squares = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in own]).square().sum()

@@ -1,4 +1,4 @@
-"""How a layer group lies in memory: its parameters end to end in one flat row, cut into one piece per process."""
+"""How a layer group lies in memory: its parameters end to end in one flat buffer, cut into one partition per process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# DeepSpeed pads the end of each row so that every piece has the same even number of elements.
+# DeepSpeed pads the end of each buffer so that every partition has the same even number of elements.
 ALIGNMENT = 2
 
-# What a process holds of each layer group, each a flat float32 row; "ema" where averaging is on.
+# What a process holds of each layer group, each a flat float32 buffer; "ema" where averaging is on.
 MASTER, FIRST_MOMENT, SECOND_MOMENT, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
 
-# Reads elements [start, stop) of a group's row: (group, kind, start, stop) -> float32 [stop - start].
-RowReader = Callable[[str, str, int, int], Tensor]
+# Reads elements [start, stop) of a group's buffer: (group, kind, start, stop) -> float32 [stop - start].
+BufferReader = Callable[[str, str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """A parameter's place in the row of its layer group; `offset` in elements."""
+    """A parameter's place in the buffer of its layer group; `offset` in elements."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The row of a layer group. It does not depend on the number of processes: only the cuts do."""
+    """The buffer of a layer group. It does not depend on the number of processes: only the cuts do."""
 
     group: str
     slots: tuple[ParameterSlot, ...]
@@ -49,22 +49,22 @@ class GroupLayout:
 
     @property
     def numel(self) -> int:
-        """Elements of the row, padding excluded."""
+        """Elements of the buffer, padding excluded."""
         return sum(slot.numel for slot in self.slots)
 
-    def piece_size(self, world_size: int) -> int:
-        """Elements of each process's piece, padding included."""
+    def partition_size(self, world_size: int) -> int:
+        """Elements of each process's partition, padding included."""
         return math.ceil(self.numel / (ALIGNMENT * world_size)) * ALIGNMENT
 
-    def piece(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Bounds [start, stop) of a process's piece, padding excluded; the last pieces may be short or empty."""
-        size = self.piece_size(world_size)
+    def partition(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Bounds [start, stop) of a process's partition, padding excluded; the last partitions may be short or empty."""
+        size = self.partition_size(world_size)
         return min(rank * size, self.numel), min((rank + 1) * size, self.numel)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """This process's piece of a layer group: views of the optimiser's own memory, float32 [stop - start] each."""
+    """This process's partition of a layer group: views of the optimiser's own memory, float32 [stop - start] each."""
 
     layout: GroupLayout
     start: int
@@ -74,18 +74,18 @@ class Partition:
     exp_avg_sq: Tensor
 
     @property
-    def rows(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
         return {MASTER: self.master, FIRST_MOMENT: self.exp_avg, SECOND_MOMENT: self.exp_avg_sq}
 
 
 @torch.no_grad()
 def cut(parameters: Mapping[str, nn.Parameter], layout: GroupLayout, start: int, stop: int) -> Tensor:
-    """Copy elements [start, stop) of a group's row out of its parameters: float32, on their device."""
+    """Copy elements [start, stop) of a group's buffer out of its parameters: float32, on their device."""
     device = next(iter(parameters.values())).device
-    row = torch.empty(stop - start, dtype=torch.float32, device=device)
+    buffer = torch.empty(stop - start, dtype=torch.float32, device=device)
     for slot in layout.slots:
         first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)
         if first < last:
             flat = parameters[slot.name].detach().reshape(-1)
-            row[first - start : last - start] = flat[first - slot.offset : last - slot.offset]
-    return row
+            buffer[first - start : last - start] = flat[first - slot.offset : last - slot.offset]
+    return buffer

@@ -1,4 +1,4 @@
-"""ZeRO 1 and 2: DeepSpeed cuts the optimiser's rows into pieces, reduces gradients to them and gathers the weights.
+"""ZeRO 1 and 2: DeepSpeed cuts the optimiser's buffers into partitions, reduces gradients to them and gathers the weights.
 
 What DeepSpeed would do in its own step (norm, clipping, skipping, AdamW) waits for the device several times; the engine
 does it instead. Everything that DeepSpeed keeps private is read here and nowhere else.
@@ -20,8 +20,8 @@ from vdtrain.engine.partitions import GroupLayout, cut
 from vdtrain.run import distributed
 
 
-class Replicas:
-    """Whole rows of weights and gradients on every process. See engine.Exchange.
+class ReplicatedStrategy:
+    """Whole buffers of weights and gradients on every process. See engine.Strategy.
 
     Raises:
         RuntimeError: on every process, if they started from different weights.
@@ -38,7 +38,7 @@ class Replicas:
         self._hooks: list[Any] = []
         _check_same_start(module)
         world_size = distributed.world_size()
-        sizes = [layout.piece_size(world_size) * world_size for layout in layouts]
+        sizes = [layout.partition_size(world_size) * world_size for layout in layouts]
         device = next(module.parameters()).device
         self._master = torch.zeros(sum(sizes), device=device)
         self._gradient = torch.zeros_like(self._master)
@@ -48,8 +48,8 @@ class Replicas:
         module.to(settings.compute_dtype)
         # In float32 the masters are the module's weights.
         self._weights = self._master.to(settings.compute_dtype)
-        rows = zip(layouts, self._weights.split(sizes), self._gradient.split(sizes), strict=True)
-        for layout, weights, gradients in rows:
+        buffers = zip(layouts, self._weights.split(sizes), self._gradient.split(sizes), strict=True)
+        for layout, weights, gradients in buffers:
             for slot in layout.slots:
                 part = slice(slot.offset, slot.offset + slot.numel)
                 parameter = groups[layout.group][slot.name]
@@ -68,19 +68,19 @@ class Replicas:
     def gradients(self) -> list[Tensor]:
         return list(self._gradient.split([master.numel() for master in self.masters]))
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self._gradient.zero_()
 
-    def own_part(self, start: int, stop: int) -> slice:
+    def local_slice(self, start: int, stop: int) -> slice:
         return slice(start, stop)
 
-    def share(self, rows: Sequence[Tensor]) -> None:
+    def all_gather(self, buffers: Sequence[Tensor]) -> None:
         world_size = distributed.world_size()
-        for row in rows:
-            own = row.view(world_size, -1)[distributed.rank()].clone()
-            dist.all_gather(list(row.view(world_size, -1).unbind()), own)
+        for buffer in buffers:
+            own = buffer.view(world_size, -1)[distributed.rank()].clone()
+            dist.all_gather(list(buffer.view(world_size, -1).unbind()), own)
 
-    def spread(self) -> None:
+    def broadcast(self) -> None:
         if self._weights is not self._master:
             self._weights.copy_(self._master)
 
@@ -114,8 +114,8 @@ def _check_same_start(module: nn.Module) -> None:
 MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
-class ZeroPieces:
-    """This process's pieces of weights and gradients, under DeepSpeed. See engine.Exchange.
+class ZeroStrategy:
+    """This process's partitions of weights and gradients, under DeepSpeed. See engine.Strategy.
 
     Raises:
         RuntimeError: on every process, if they started from different weights, or DeepSpeed lays out its memory
@@ -130,11 +130,13 @@ class ZeroPieces:
         settings: EngineSettings,
     ) -> None:
         self._module = module
-        pieces = [layout.piece(distributed.rank(), distributed.world_size()) for layout in layouts]
+        partitions = [layout.partition(distributed.rank(), distributed.world_size()) for layout in layouts]
         # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
-        exact = [cut(groups[layout.group], layout, *piece) for layout, piece in zip(layouts, pieces, strict=True)]
+        exact = [
+            cut(groups[layout.group], layout, *partition) for layout, partition in zip(layouts, partitions, strict=True)
+        ]
         self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
-        # DeepSpeed takes groups and pieces from it; it is never stepped.
+        # DeepSpeed takes groups and partitions from it; it is never stepped.
         grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
         deepspeed = import_deepspeed(next(module.parameters()).device.type)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -142,7 +144,7 @@ class ZeroPieces:
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=grouping, config=configuration)
         self._optimizer = self._engine.optimizer
         self.masters = [master.detach() for master in _masters(self._optimizer)]
-        sizes = [layout.piece_size(distributed.world_size()) for layout in layouts]
+        sizes = [layout.partition_size(distributed.world_size()) for layout in layouts]
         fits = [master.numel() for master in self.masters] == sizes and all(
             torch.equal(master[: weights.numel()], weights.to(settings.compute_dtype).float())
             for master, weights in zip(self.masters, exact, strict=True)
@@ -168,19 +170,19 @@ class ZeroPieces:
             return list(self._optimizer.fp32_groups_gradient_flat_partition)
         return [_flat(self._optimizer.averaged_gradients[index]) for index in range(len(self.masters))]
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self._optimizer.zero_grad()
         # Left there, they would be taken for this process's gradients of the next step.
         for gradients in ("averaged_gradients", "all_grad_tensors"):
             getattr(self._optimizer, gradients, {}).clear()
 
-    def own_part(self, start: int, stop: int) -> slice:
+    def local_slice(self, start: int, stop: int) -> slice:
         return slice(0, stop - start)
 
-    def share(self, rows: Sequence[Tensor]) -> None:
-        """Nothing: a process needs its own pieces only."""
+    def all_gather(self, buffers: Sequence[Tensor]) -> None:
+        """Nothing: a process needs its own partitions only."""
 
-    def spread(self) -> None:
+    def broadcast(self) -> None:
         self._optimizer.update_lp_params()
 
     def close(self) -> None:
@@ -196,9 +198,9 @@ class ZeroPieces:
 
 
 def _flat(gradients: Any) -> Tensor:
-    """One row of a group's gradients, which DeepSpeed keeps as a list of parts, with or without the row beneath."""
-    row = getattr(gradients, "flat_partition", None)
-    return row if isinstance(row, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
+    """One buffer of a group's gradients, which DeepSpeed keeps as a list of parts, with or without the buffer beneath."""
+    buffer = getattr(gradients, "flat_partition", None)
+    return buffer if isinstance(buffer, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
 
 
 def _masters(optimizer: Any) -> list[Tensor]:

@@ -49,11 +49,11 @@ class SampleProgress:
 
     Args:
         total: samples that this process will make.
-        speaks: whether it says anything; of several processes one does, of its own share.
+        is_main: whether it says anything; of several processes one does, of its own share.
     """
 
-    def __init__(self, total: int, speaks: bool) -> None:
-        self.total, self.speaks, self.made = total, speaks, 0.0
+    def __init__(self, total: int, is_main: bool) -> None:
+        self.total, self.is_main, self.made = total, is_main, 0.0
         self.console = Console(soft_wrap=True, highlight=False)
         columns = (
             TextColumn("{task.description}"),
@@ -62,7 +62,7 @@ class SampleProgress:
             TextColumn("{task.fields[rate]} samples/s, left"),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=self.console, disable=not (speaks and self.console.is_terminal))
+        self.bar = Progress(*columns, console=self.console, disable=not (is_main and self.console.is_terminal))
         self.task = self.bar.add_task("", total=total, rate="?")
         self._begun = time.monotonic()
 
@@ -89,7 +89,7 @@ class SampleProgress:
 
     def done(self, what: str) -> None:
         """Say in a log that something is finished."""
-        if self.speaks and not self.console.is_terminal:
+        if self.is_main and not self.console.is_terminal:
             left = (self.total - self.made) / self.rate if self.made else float("inf")
             count = f"{round(self.made):,} of {self.total:,} samples"
             self.console.print(
@@ -181,11 +181,11 @@ class Evaluator:
         wanted = {flow.name: self.wanted(flow) for flow in self.flows} | {PAIRS: self.wanted_of_pairs}
         return self.parts.missing([PAIRS, *(flow.name for flow in self.flows)], wanted)
 
-    def make(self, tasks: list[tuple[int, str]], device: torch.device, speaks: bool) -> None:
+    def make(self, tasks: list[tuple[int, str]], device: torch.device, is_main: bool) -> None:
         """Make some of what is missing.
 
         Args:
-            speaks: whether to say how far it has come.
+            is_main: whether to say how far it has come.
 
         Raises:
             ConfigError: weights that cannot be loaded, pairs that cannot be read, no room on the disk.
@@ -193,7 +193,7 @@ class Evaluator:
         flows = {flow.name: flow for flow in self.flows}
         total = sum(len(self.parts.parts[number]) for number, name in tasks if name != PAIRS)
         self._load(str(device), total > 0)
-        with SampleProgress(total, speaks) as progress:
+        with SampleProgress(total, is_main) as progress:
             for number in sorted({number for number, _ in tasks}):
                 part = self.parts.parts[number]
                 samples = self.pairs.read(part)
@@ -274,7 +274,7 @@ class Evaluator:
         log_to_wandb(folder, config.tracking, result, sheets)
 
     def _real(self, pairs: Kept) -> dict[str, Statistics]:
-        """Statistics of real pictures by feature; those of Inception are kept where `fid.reference` says."""
+        """Statistics of real images by feature; those of Inception are kept where `fid.reference` says."""
         real = {}
         for feature in (CLIP, INCEPTION):
             if (features := pairs.features.get(f"image/{feature}")) is not None:
@@ -283,7 +283,7 @@ class Evaluator:
             real[INCEPTION] = self.reference
         elif INCEPTION in real and self.config.fid.reference is not None:
             write_reference(Path(self.config.fid.reference), real[INCEPTION])
-            print(f"fid.reference={self.config.fid.reference}: written, of {self.config.samples:,} pictures")
+            print(f"fid.reference={self.config.fid.reference}: written, of {self.config.samples:,} images")
         return real
 
 
@@ -298,7 +298,7 @@ def _check(config: EvaluateConfig) -> None:
             raise ConfigError(f"{setting}={value}: must be at least {least}")
     if (config.height, config.width) != (config.resolution, config.resolution):
         raise ConfigError(
-            f"height={config.height}, width={config.width}: pictures are compared with real ones cropped to squares; "
+            f"height={config.height}, width={config.width}: images are compared with real ones cropped to squares; "
             "set resolution alone"
         )
     check_tracking(config.tracking)

@@ -57,7 +57,7 @@ BLOCKS: tuple[tuple[str, Pool | None], ...] = (
 
 
 class InceptionFeatures(nn.Module):
-    """Pictures uint8 [B, 3, H, W] to features float32 [B, 2048].
+    """Images uint8 [B, 3, H, W] to features float32 [B, 2048].
 
     Args:
         weights: the published state dict, or the same as safetensors; None leaves random weights.
@@ -86,7 +86,7 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features of pictures, on the device of the weights."""
+        """Features of images, on the device of the weights."""
         device, _ = device_and_dtype(self)
         hidden = (resize_like_tensorflow(images.to(device).float(), SIDE) - 128) / 128
         # Published figures are of full float32, where PyTorch would let convolutions round to TF32.

@@ -28,7 +28,7 @@ from vdtrain.training.start import model_config, resolve_weights
 from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 
-# What `data.stream` says for training and means otherwise here, where a stream takes it: every picture once, as it is.
+# What `data.stream` says for training and means otherwise here, where a stream takes it: every image once, as it is.
 ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
 
 
@@ -119,7 +119,7 @@ class Subject:
         Raises:
             ConfigError: there is none.
         """
-        folder = resolve_weights("checkpoint", checkpoint, thorough=False)
+        folder = resolve_weights("checkpoint", checkpoint, verify_checksums=False)
         try:
             if is_weights_folder(folder):
                 model = weights_folder_model(folder)

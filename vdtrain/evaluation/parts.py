@@ -104,7 +104,7 @@ class Parts:
         ]
 
     def write(self, part: Part, name: str, features: Mapping[str, Tensor], samples: Mapping[str, Any]) -> None:
-        """Keep a part's features [n, D], all of its captions, and of its pictures a few if it is the first.
+        """Keep a part's features [n, D], all of its captions, and of its images a few if it is the first.
 
         Args:
             samples: by name, a list of captions or uint8 [n, 3, H, W].
@@ -112,8 +112,8 @@ class Parts:
         tensors = {key: value.float().cpu().contiguous() for key, value in features.items()}
         captions = {key: list(value) for key, value in samples.items() if not isinstance(value, Tensor)}
         if part.number == 0:
-            pictures = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
-            tensors |= {f"shown/{key}": value[:SHOWN].cpu().contiguous() for key, value in pictures.items()}
+            images = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
+            tensors |= {f"shown/{key}": value[:SHOWN].cpu().contiguous() for key, value in images.items()}
         metadata = {"samples": str(len(part)), "captions": json.dumps(captions)}
         path = self._path(part, name)
         with written_whole(path, f"output_dir={self.folder}", overwrite=True) as draft:

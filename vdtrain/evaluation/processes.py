@@ -15,7 +15,7 @@ from vdtrain.config.schema import EvaluateConfig
 from vdtrain.evaluation.evaluator import Evaluator
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
-from vdtrain.run.distributed import Place
+from vdtrain.run.distributed import RankInfo
 from vdtrain.run.lock import RunLock, take_together
 from vdtrain.run.signals import SCHEDULER_SIGNALS
 
@@ -53,9 +53,9 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     alone = launch["WORLD_SIZE"] == "1"
     try:
         if alone:
-            place = Place(0, 0, 1, torch.device(config.device))
+            place = RankInfo(0, 0, 1, torch.device(config.device))
         else:
-            place = distributed.start(config.device, TIMEOUT_SECONDS, words_alone=True)
+            place = distributed.start(config.device, TIMEOUT_SECONDS, control_only=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except RuntimeError as error:
@@ -92,7 +92,7 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     return 0
 
 
-def _evaluate(evaluator: Evaluator, place: Place) -> None:
+def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
     failure, missing = None, []
     if place.rank == 0:
         for line in evaluator.remarks():
@@ -108,13 +108,13 @@ def _evaluate(evaluator: Evaluator, place: Place) -> None:
     numbers = sorted({number for number, _ in missing})[place.rank :: place.world_size]
     own = [(number, name) for number, name in missing if number in set(numbers)]
     if own:
-        evaluator.make(own, place.device, speaks=place.rank == 0)
+        evaluator.make(own, place.device, is_main=place.rank == 0)
     distributed.barrier()
     if place.rank == 0:
         evaluator.report()
 
 
-def _end(place: Place, line: str, status: int) -> int:
+def _end(place: RankInfo, line: str, status: int) -> int:
     print(line, file=sys.stderr, flush=True)
     if place.world_size > 1:
         # To leave the process group in order, it would wait for the others.

@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def write_sheet(path: Path, given: Any, made: Any, flow: str) -> None:
-    """A picture: what a flow was given, above what it made of it; each uint8 [n, 3, H, W] or captions."""
+    """An image: what a flow was given, above what it made of it; each uint8 [n, 3, H, W] or captions."""
     import matplotlib
 
     matplotlib.use("Agg")

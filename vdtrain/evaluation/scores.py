@@ -1,7 +1,7 @@
 """Which figures there are for which modality, and how they follow from features.
 
-A *feature* is what one network makes of samples of one modality: "clip" of pictures and of captions, in one space, and
-"inception" of pictures. A modality that is not in these tables gets no figure.
+A *feature* is what one network makes of samples of one modality: "clip" of images and of captions, in one space, and
+"inception" of images. A modality that is not in these tables gets no figure.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ClipJudge(nn.Module):
         freeze(self)
 
     @torch.no_grad()
-    def pictures(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of pictures uint8 [B, 3, H, W]."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images uint8 [B, 3, H, W]."""
         found: Tensor = self.image.clip.encode_image(self.image.preprocess(images))
         return found
 
@@ -110,7 +110,7 @@ CLIP, INCEPTION = "clip", "inception"
 DISTANCES: Mapping[str, Mapping[str, str]] = {"image": {"fid": INCEPTION, "clip_distance": CLIP}}
 # Modalities that the judge has an embedding of.
 JUDGED = {"image", "text"}
-# Pictures that go through a network together.
+# Images that go through a network together.
 BATCH = 50
 
 Network = Callable[[Any], Tensor]
@@ -126,7 +126,7 @@ def features_of(modality: str, with_inception: bool) -> set[str]:
 
 def networks(judge: ClipJudge, inception: InceptionFeatures | None) -> dict[tuple[str, str], Network]:
     """What makes which feature of which modality."""
-    found: dict[tuple[str, str], Network] = {("image", CLIP): judge.pictures, ("text", CLIP): judge.captions}
+    found: dict[tuple[str, str], Network] = {("image", CLIP): judge.embed_images, ("text", CLIP): judge.captions}
     if inception is not None:
         found["image", INCEPTION] = inception
     return found

@@ -1,4 +1,4 @@
-"""Contexts: captions and pictures as the token sequences that the diffuser's cross-attention reads.
+"""Contexts: captions and images as the token sequences that the diffuser's cross-attention reads.
 
 Both come from one CLIP (Radford et al. 2021), built and run by open_clip. Versatile Diffusion takes every token
 through the final normalisation and the projection, and divides all of them by the norm of the projected pooled
@@ -111,11 +111,11 @@ class ClipTextContext(nn.Module):
 
 
 class ClipImageContext(nn.Module):
-    """Pictures to contexts [B, 1 + patches, D], the global token first (257 tokens of 768 in ViT-L/14 at 224 pixels).
+    """Images to contexts [B, 1 + patches, D], the global token first (257 tokens of 768 in ViT-L/14 at 224 pixels).
 
     Args:
         architecture, weights: see `build_clip`; the text context of the same arguments shares the model.
-        blank: what stands for no picture: "zeros", a context of zeros, or the encoding of a "black" or "grey" picture.
+        blank: what stands for no image: "zeros", a context of zeros, or the encoding of a "black" or "grey" image.
         blank_for: the same for single output modalities.
     """
 
@@ -135,11 +135,11 @@ class ClipImageContext(nn.Module):
         self.side = int(self.clip.visual.image_size[0])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode pictures uint8 [B, 3, H, W] of any size into [B, 1 + patches, D] in the dtype of the parameters."""
+        """Encode images uint8 [B, 3, H, W] of any size into [B, 1 + patches, D] in the dtype of the parameters."""
         return self.encode_pixels(self.preprocess(images))
 
     def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
-        """`encode` through masks [B, 1, h, w] in 0..1, stretched over what CLIP sees of a picture: 0 hides a place."""
+        """`encode` through masks [B, 1, h, w] in 0..1, stretched over what CLIP sees of an image: 0 hides a place."""
         return self.encode_pixels(self.preprocess(images), masks)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -180,14 +180,14 @@ class ClipImageContext(nn.Module):
         return torch.cat([masks.mean(dim=(2, 3)), patches.flatten(1)], dim=1)[..., None]
 
     def unconditional(self, batch: int, output: str) -> Tensor:
-        """The context of no picture, [batch, 1 + patches, D], where the modality `output` is generated."""
+        """The context of no image, [batch, 1 + patches, D], where the modality `output` is generated."""
         device, dtype = device_and_dtype(self.clip)
         blank = self.blank_for.get(output, self.blank)
         if blank == "zeros":
             rows, size = self.clip.visual.positional_embedding.shape[0], self.clip.visual.proj.shape[1]
             return torch.zeros((batch, rows, size), device=device, dtype=dtype)
-        picture = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[blank], dtype=torch.uint8)
-        return self.encode(picture).expand(batch, -1, -1)
+        image = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[blank], dtype=torch.uint8)
+        return self.encode(image).expand(batch, -1, -1)
 
 
 def _architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:

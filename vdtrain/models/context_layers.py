@@ -1,6 +1,6 @@
 """Context layers: transformer blocks whose cross-attention reads the context, of the same kind for every modality.
 
-The n-th layer serves the n-th context position of whichever modality is being generated, so it sees picture states
+The n-th layer serves the n-th context position of whichever modality is being generated, so it sees image states
 [B, C, H, W] and text states [B, C, S, 1] alike. Names are those of the released weights below `context_blocks.N.0.`.
 """
 

@@ -20,7 +20,7 @@ class VAE(Protocol):
     """Samples of a modality to latents and back."""
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of one latent for pictures of `size`, height and width in pixels; other modalities may ignore it."""
+        """Shape of one latent for images of `size`, height and width in pixels; other modalities may ignore it."""
 
     def encode(self, samples: Any, noise: Tensor | None = None) -> Tensor:
         """Latents [B, *latent_shape] of a batch; standard normal noise of that shape asks for a posterior sample."""
@@ -177,7 +177,7 @@ class FrozenParts(nn.Module):
         return self._context_encoder(flow.context).unconditional(batch, flow.output)
 
     def latent_shape(self, modality: str, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of one latent of a modality, for pictures of `size`, height and width in pixels."""
+        """Shape of one latent of a modality, for images of `size`, height and width in pixels."""
         return self._vae(modality).latent_shape(size)
 
     @torch.no_grad()

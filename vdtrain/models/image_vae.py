@@ -1,4 +1,4 @@
-"""Pictures to latents and back: the KL autoencoder of latent diffusion, frozen while the diffuser trains.
+"""Images to latents and back: the KL autoencoder of latent diffusion, frozen while the diffuser trains.
 
 Rombach et al. 2022, section 3.1 and appendix G (model kl-f8); Versatile Diffusion uses it unchanged (section 3.3).
 """
@@ -19,10 +19,10 @@ CHANNELS = 3
 
 
 class ImageVAE(nn.Module):
-    """diffusers' AutoencoderKL with uint8 pictures outside and scaled latents inside.
+    """diffusers' AutoencoderKL with uint8 images outside and scaled latents inside.
 
     Args:
-        block_out_channels: width of each level; every level after the first halves the picture.
+        block_out_channels: width of each level; every level after the first halves the image.
         layers_per_block: residual blocks of a level in the encoder; the decoder has one more.
         latent_channels: channels of a latent.
         norm_num_groups: groups of the group normalisations; divides every width.
@@ -64,7 +64,7 @@ class ImageVAE(nn.Module):
             load_weights(self.autoencoder, weights, "vae.weights")
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of one latent, [channels, H/f, W/f], for pictures of `size` (H, W) in pixels.
+        """Shape of one latent, [channels, H/f, W/f], for images of `size` (H, W) in pixels.
 
         Raises:
             ValueError: a side is no multiple of the downsampling factor f.
@@ -75,7 +75,7 @@ class ImageVAE(nn.Module):
         return self.latent_channels, height, width
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             images: uint8 [B, 3, H, W]; H and W multiples of the downsampling factor f.
@@ -89,12 +89,12 @@ class ImageVAE(nn.Module):
 
     def moments(self, images: Tensor) -> Tensor:
         """Means and logarithms of variances, unscaled and not clamped, [B, 2 * channels, H/f, W/f], in the dtype of the
-        parameters, of pictures uint8 [B, 3, H, W]: all that `encode` needs to know of a picture."""
+        parameters, of images uint8 [B, 3, H, W]: all that `encode` needs to know of an image."""
         device, dtype = device_and_dtype(self)
         return self._distribution(to_signed(images.to(device), dtype)).parameters
 
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What `encode` returns for the pictures that `moments` gave these for; of any device and precision."""
+        """What `encode` returns for the images that `moments` gave these for; of any device and precision."""
         # The distribution clamps the logarithm of the variance to -30..20.
         distribution = DiagonalGaussianDistribution(moments.to(*device_and_dtype(self)))
         mean: Tensor = distribution.mean
@@ -103,7 +103,7 @@ class ImageVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Decode latents [B, channels, h, w] of `encode` into pictures, uint8 [B, 3, h*f, w*f].
+        """Decode latents [B, channels, h, w] of `encode` into images, uint8 [B, 3, h*f, w*f].
 
         The decoder draws nothing at random: `generators` is there for the interface that all VAEs share.
         """
@@ -133,5 +133,5 @@ class ImageVAE(nn.Module):
 
 
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map uint8 pictures to -1..1."""
+    """Map uint8 images to -1..1."""
     return images.to(dtype).div(127.5).sub(1)

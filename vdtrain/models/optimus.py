@@ -114,7 +114,7 @@ class Optimus(nn.Module):
             load_weights(self, weights, "vae.weights")
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of one latent, [latent size]; a caption's does not depend on the picture's size."""
+        """Shape of one latent, [latent size]; a caption's does not depend on the image's size."""
         return (self.latent_size,)
 
     def prepare(self, captions: Sequence[str]) -> Tensor:

@@ -203,15 +203,15 @@ def _warning(phase: PhaseMemory, memory: int) -> str:
 def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
     """Bytes of the diffuser that trains `layouts`, as the engine keeps them, on the first of `gpus` processes."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
-    pieces = sum(layout.piece_size(gpus) for layout in layouts)
-    rows = pieces * gpus
-    held = rows if stage == 0 else pieces
-    gradients = pieces if stage == 2 else rows
+    partitions = sum(layout.partition_size(gpus) for layout in layouts)
+    rows = partitions * gpus
+    held = rows if stage == 0 else partitions
+    gradients = partitions if stage == 2 else rows
     if size == FLOAT32 and stage > 0:
         # These stay with the parameters that they are of, whole ones.
-        bounds = [layout.piece(0, gpus if stage == 2 else 1) for layout in layouts]
+        bounds = [layout.partition(0, gpus if stage == 2 else 1) for layout in layouts]
         gradients = sum(_numel_within(layout, *bound) for layout, bound in zip(layouts, bounds, strict=True))
-    own = sum(stop - start for start, stop in (layout.piece(0, gpus) for layout in layouts))
+    own = sum(stop - start for start, stop in (layout.partition(0, gpus) for layout in layouts))
     return StandingMemory(
         weights=size * rows,
         masters=0 if size == FLOAT32 and stage == 0 else FLOAT32 * held,
@@ -231,17 +231,17 @@ def exchange_bytes(config: TrainConfig) -> int:
 
 
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
-    """After backward: bf16 under ZeRO 1 is reduced in copies of rows; float32 copies its pieces' gradients twice."""
+    """After backward: bf16 under ZeRO 1 is reduced in copies of rows; float32 copies its partitions' gradients twice."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
-    pieces = [layout.piece_size(gpus) for layout in layouts]
+    partitions = [layout.partition_size(gpus) for layout in layouts]
     if size == FLOAT32 and stage > 0:
-        return FLOAT32 * (2 * sum(pieces) + BUCKET_ELEMENTS)
+        return FLOAT32 * (2 * sum(partitions) + BUCKET_ELEMENTS)
     if stage != 1:
         return 0
     copies: list[int] = [0]
     together: list[int] = []
-    for piece in pieces:
-        together.append(piece * gpus)
+    for partition in partitions:
+        together.append(partition * gpus)
         # A row that is alone is reduced where it lies.
         copies.append(sum(together) if len(together) > 1 else 0)
         if sum(together) > REDUCED_TOGETHER:
@@ -271,5 +271,5 @@ def _compute_bytes(config: TrainConfig) -> int:
 
 
 def _numel_within(layout: GroupLayout, start: int, stop: int) -> int:
-    """Elements of the parameters that lie, at least in part, within a piece."""
+    """Elements of the parameters that lie, at least in part, within a partition."""
     return sum(slot.numel for slot in layout.slots if slot.offset < stop and slot.offset + slot.numel > start)

@@ -19,7 +19,7 @@ ABSENT = re.compile(r"timed out after (\d+) seconds waiting for clients\. (\d+)/
 UNREACHED = re.compile(r"client socket has (?:timed out|failed)", re.IGNORECASE)
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 # A process that ends closes its connections a moment before it is gone.
-PATIENCE_SECONDS = 3.0
+GRACE_SECONDS = 3.0
 NAMED = 4
 
 
@@ -62,7 +62,7 @@ def _lost() -> str:
     peers = distributed.peers()
     own = peers[distributed.rank()] if peers else [[], 0, ""]
     here = {rank: (pid, started) for rank, (where, pid, started) in enumerate(peers) if where == own[0]}
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + GRACE_SECONDS
     while not (ended := [str(rank) for rank, (pid, started) in here.items() if process_start(pid) != started]):
         if not here or time.monotonic() > deadline:
             return f"lost the connection to another process ({_unproven(len(here))}); {then}"

@@ -36,7 +36,7 @@ class SharedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among the processes of the run."""
 
     rank: int
@@ -45,33 +45,33 @@ class Place:
     device: torch.device
 
 
-def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, words_alone: bool = False) -> Place:
+def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: bool = False) -> RankInfo:
     """Join the processes of this run and choose this process's device.
 
     Args:
         device: "cuda" or "cpu".
         timeout_seconds: how long any exchange between processes may take before it is an error.
-        words_alone: the processes will exchange no tensors of GPUs, and have no engine.
+        control_only: the processes will exchange no tensors of GPUs, and have no engine.
 
     Raises:
         ValueError: if the launcher's variables are incomplete, or no GPU stands ready for this process.
     """
     launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
-    place = Place(rank, local_rank, world_size, local_device(device, local_rank))
+    place = RankInfo(rank, local_rank, world_size, local_device(device, local_rank))
     # DeepSpeed takes the device of a process from LOCAL_RANK.
     launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
     _replaced_variables.update({name: os.environ.get(name) for name in launch})
     os.environ.update(launch)
     # Before there is a group: some modules of PyTorch that it imports take the world group of that moment as a default,
     # and would keep it alive beyond `finish`.
-    if not words_alone:
+    if not control_only:
         import_deepspeed(place.device.type)
     timeout = timedelta(seconds=timeout_seconds)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     # Words between processes travel through the CPU, whatever the gradients do.
-    nccl = place.device.type == "cuda" and not words_alone
+    nccl = place.device.type == "cuda" and not control_only
     backend, device_id = ("cpu:gloo,cuda:nccl", place.device) if nccl else ("gloo", None)
     _keep_gloo_on_loopback(launch.get("MASTER_ADDR", "127.0.0.1"))
     if world_size == 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from omegaconf import DictConfig
 
 from vdtrain.config.command_line import CommandLine
-from vdtrain.config.compose import ConfigError, Schema, run_verb
+from vdtrain.config.compose import ConfigError, Schema, run_command
 from vdtrain.config.overrides import Override
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -95,7 +95,7 @@ def number(environment: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def run_verb_on_ranks(
+def run_command_on_ranks(
     usage: str,
     config_name: str,
     schema: type[Schema],
@@ -103,7 +103,7 @@ def run_verb_on_ranks(
     argv: Sequence[str],
     plain: Callable[[CommandLine], list[Override]] | None = None,
 ) -> int:
-    """`vdtrain.config.compose.run_verb` in one of several processes, of which rank 0 alone names a mistake.
+    """`vdtrain.config.compose.run_command` in one of several processes, of which rank 0 alone names a mistake.
 
     `action` gets the launcher's variables too; where they cannot be used, that is such a mistake.
     """
@@ -119,7 +119,7 @@ def run_verb_on_ranks(
     def on_rank(config: Schema, document: DictConfig) -> int:
         return action(config, document, launch)
 
-    return run_verb(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain)
+    return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain)
 
 
 def _slurm_launch() -> dict[str, str]:

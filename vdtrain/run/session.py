@@ -95,7 +95,7 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
     early = Start()
     with contextlib.suppress(CheckpointError):
-        early = find_start(config, document, thorough=False)
+        early = find_start(config, document, verify_checksums=False)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:
@@ -106,14 +106,14 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     try:
         waiting = "waiting for the run folder, in which another job may still be at work"
         # A complete run may lie where nothing can be written.
-        take_together(lock, lambda: watchdog.beat(waiting), needed=not _is_complete(early, config))
-        watchdog.beat("looking for the checkpoint to start from")
+        take_together(lock, lambda: watchdog.heartbeat(waiting), needed=not _is_complete(early, config))
+        watchdog.heartbeat("looking for the checkpoint to start from")
         start = find_start(config, document)
         if _is_complete(start, config):
             return True
         remarks = [*start.remarks, *check_frozen(start, config)]
         _begin(config, document, start, place, remarks)
-        watchdog.beat("building the model")
+        watchdog.heartbeat("building the model")
         return Trainer(config, document, start, place, watchdog).run(stop)
     finally:
         lock.release()
@@ -124,7 +124,7 @@ def _is_complete(start: Start, config: TrainConfig) -> bool:
 
 
 def _begin(
-    config: TrainConfig, document: DictConfig, start: Start, place: distributed.Place, remarks: Sequence[str]
+    config: TrainConfig, document: DictConfig, start: Start, place: distributed.RankInfo, remarks: Sequence[str]
 ) -> None:
     """Note the start in the run folder and say what it is."""
     step = 0 if start.position is None else start.position.step

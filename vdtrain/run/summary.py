@@ -112,9 +112,9 @@ class RunSummary:
         phase: number of the phase that the newest line belongs to, from 1, of `phases`.
         step, samples: of the newest line, or of the checkpoint where that is newer.
         pairs_per_second: over the newest lines of the phase; None before the first one.
-        larger_phases: whether phases of larger pictures, and so of another pace, are still to come.
+        larger_phases: whether phases of larger images, and so of another pace, are still to come.
         record: the newest line of the log, as the trainer wrote it; empty before the first one.
-        spoke: when it was written, in seconds since 1970; None before the first one.
+        last_log_time: when it was written, in seconds since 1970; None before the first one.
         checkpoint: the newest that is whole by its files' sizes.
         damages: a line on each better one that is not.
         starts: of the trainer, oldest first; empty in folders of earlier versions.
@@ -134,7 +134,7 @@ class RunSummary:
     pairs_per_second: float | None
     larger_phases: bool
     checkpoint: CheckpointSummary | None
-    spoke: float | None
+    last_log_time: float | None
     record: dict[str, Any] = field(default_factory=dict)
     damages: list[str] = field(default_factory=list)
     starts: list[Event] = field(default_factory=list)
@@ -197,7 +197,7 @@ def summarise(folder: Path) -> RunSummary:
         pairs_per_second=_pace(records),
         larger_phases=any(each > resolutions[phase] for each in resolutions[phase + 1 :]),
         checkpoint=checkpoint,
-        spoke=_spoke(folder, record),
+        last_log_time=_spoke(folder, record),
         record=record,
         damages=damages,
         starts=starts,

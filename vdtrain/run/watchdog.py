@@ -35,14 +35,14 @@ class Watchdog:
     """Watches the main thread of this process.
 
     Args:
-        seconds: longest time between two beats; None watches nothing, and only `record` has an effect.
+        seconds: longest time between two heartbeats; None watches nothing, and only `record` has an effect.
         folder: for the records; made when it is needed.
         rank: of this process.
     """
 
     def __init__(self, seconds: float | None, folder: Path, rank: int) -> None:
         self.seconds, self.folder, self.rank = seconds, folder, rank
-        # What the main thread is at; set freely, it is no beat.
+        # What the main thread is at; set freely, it is no heartbeat.
         self.place = "starting"
         self._beat = time.monotonic()
         self._closed = threading.Event()
@@ -53,7 +53,7 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True)
             self._thread.start()
 
-    def beat(self, place: str) -> None:
+    def heartbeat(self, place: str) -> None:
         """Progress: the main thread has come to `place`."""
         self.place, self._beat = place, time.monotonic()
 

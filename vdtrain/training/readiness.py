@@ -116,7 +116,7 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     for line in damages:
         yield Finding(WARNING, f"{line}; it is passed over")
     try:
-        start = find_start(config, document, thorough=False)
+        start = find_start(config, document, verify_checksums=False)
         step = 0 if start.position is None else start.position.step
         yield Finding(OK, _origin(config, start, step))
         for line in start.remarks:
@@ -188,7 +188,7 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
 
     if start.resume is not None:
         return summary(start.resume).bytes
-    weights = initial_weights(start, config.model, thorough=False)
+    weights = initial_weights(start, config.model, verify_checksums=False)
     with torch.device("meta"):
         diffuser = Diffuser(config.model, layer_groups(config, weights))
     check_weights(diffuser, weights)

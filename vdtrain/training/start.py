@@ -136,12 +136,12 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True) -> Start:
+def find_start(config: TrainConfig, document: DictConfig, verify_checksums: bool = True) -> Start:
     """Look for the stage's starting point on disk.
 
     Args:
         document: the composed configuration, unresolved.
-        thorough: check every byte of the run's own checkpoint, each process its share; False goes by its files' sizes,
+        verify_checksums: check every byte of the run's own checkpoint, each process its share; False goes by its files' sizes,
             and tells of mistaken settings before there are other processes to talk to.
 
     Raises:
@@ -150,7 +150,7 @@ def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True)
     """
     folder = Path(config.run_dir) / CHECKPOINTS
     try:
-        own = CheckpointStore(folder, keep=config.checkpoint.keep).latest_complete(thorough)
+        own = CheckpointStore(folder, keep=config.checkpoint.keep).latest_complete(verify_checksums)
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); mend that") from error
     if own is not None:
@@ -159,13 +159,13 @@ def find_start(config: TrainConfig, document: DictConfig, thorough: bool = True)
         return Start(resume=own, position=position(content), remarks=tuple(news))
     # All processes are to say the same, and may not see the same.
     lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
-    if thorough:
+    if verify_checksums:
         lost = distributed.broadcast_json(lost)
     if lost is not None:
         raise ConfigError(lost)
     if config.stage.init_from is None:
         return Start()
-    weights = resolve_weights("stage.init_from", config.stage.init_from, thorough, config.model.name)
+    weights = resolve_weights("stage.init_from", config.stage.init_from, verify_checksums, config.model.name)
     check_schedule(config, weights)
     unfinished = unfinished_stage(weights)
     remarks = () if unfinished is None else (f"stage.init_from={config.stage.init_from}: {unfinished}",)
@@ -228,7 +228,7 @@ def check_schedule(config: TrainConfig, weights: Path) -> None:
             )
 
 
-def resolve_weights(setting: str, value: str, thorough: bool = True, model: str | None = None) -> Path:
+def resolve_weights(setting: str, value: str, verify_checksums: bool = True, model: str | None = None) -> Path:
     """The folder that a setting names: a weights folder, a checkpoint folder, or a run folder's latest checkpoint.
 
     Args:
@@ -242,14 +242,14 @@ def resolve_weights(setting: str, value: str, thorough: bool = True, model: str 
         return path
     if not is_checkpoint(path) and not (path / CHECKPOINTS).is_dir() and is_published(path):
         raise import_first(setting, value, model)
-    return resolve_checkpoint(setting, value, thorough)
+    return resolve_checkpoint(setting, value, verify_checksums)
 
 
-def resolve_checkpoint(setting: str, value: str, thorough: bool = True) -> Path:
+def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) -> Path:
     """The checkpoint that a setting names: a checkpoint folder, or a run folder, of which the latest is taken.
 
     Args:
-        thorough: pass over damaged ones, for which all files are read; see `find_start`.
+        verify_checksums: pass over damaged ones, for which all files are read; see `find_start`.
 
     Raises:
         ConfigError: there is no complete checkpoint.
@@ -260,7 +260,7 @@ def resolve_checkpoint(setting: str, value: str, thorough: bool = True) -> Path:
     remedy = f"train that stage first, or make it with `{import_of(path)}`"
     if not path.exists():
         raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
-    latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete(thorough)
+    latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete(verify_checksums)
     if latest is None:
         raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
     return latest
@@ -283,11 +283,11 @@ def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelCon
         raise ConfigError(f"{setting}={value}: {error}") from error
 
 
-def initial_weights(start: Start, model: ModelConfig, thorough: bool = True) -> Mapping[str, Tensor]:
+def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = True) -> Mapping[str, Tensor]:
     """The weights by name that a new stage starts from; empty where it resumes or starts at random.
 
     Args:
-        thorough: check every byte, each process its share; False goes by the files' sizes.
+        verify_checksums: check every byte, each process its share; False goes by the files' sizes.
 
     Raises:
         ConfigError: they are of a model of other sizes, or a weights folder is damaged.
@@ -302,8 +302,8 @@ def initial_weights(start: Start, model: ModelConfig, thorough: bool = True) -> 
             f"choose model={theirs.name}, or other weights"
         )
     if is_weights_folder(start.weights):
-        return open_weights_folder(start.weights, "stage.init_from", hashed=thorough)
-    if thorough:
+        return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
+    if verify_checksums:
         # Each process checks its share of the files, where reading would check all of them on every process.
         CheckpointStore(start.weights.parent, keep=1).verify(start.weights)
     else:

@@ -68,7 +68,7 @@ class StepOutcome:
     replaced: int = 0
 
 
-class StepConsensus:
+class StepSync:
     """Sends what this process knows of a step, and gives what all of them know.
 
     Args:
@@ -197,7 +197,7 @@ class Trainer:
         config: TrainConfig,
         document: DictConfig,
         start: Start,
-        place: distributed.Place,
+        place: distributed.RankInfo,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.config, self.place = config, place
@@ -223,7 +223,7 @@ class Trainer:
         if start.resume is not None:
             self._resume(start.resume)
         self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
-        self.watchdog.beat("starting the tracker")
+        self.watchdog.heartbeat("starting the tracker")
         self.reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), self.state.step, place.rank)
 
     def run(self, stop: StopSignal | None = None) -> bool:
@@ -268,7 +268,7 @@ class Trainer:
             self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
         consensus, bad_steps = (
-            StepConsensus(self.flow_names, self.place.device),
+            StepSync(self.flow_names, self.place.device),
             BadSteps(config.optimizer.max_bad_steps),
         )
         interval, asked = Interval(), False
@@ -286,7 +286,7 @@ class Trainer:
 
         try:
             while self.state.phase_step < steps and not asked:
-                self.watchdog.beat(f"step {self.state.step + 1}, waiting for data")
+                self.watchdog.heartbeat(f"step {self.state.step + 1}, waiting for data")
                 asked_at = time.monotonic()
                 batch = next(batches)
                 interval.waited += time.monotonic() - asked_at
@@ -413,13 +413,13 @@ class Trainer:
         self.saver.saved_step = self.state.step
 
     def _begin_save(self) -> None:
-        self.watchdog.beat(f"step {self.state.step}, saving")
+        self.watchdog.heartbeat(f"step {self.state.step}, saving")
         content = {STATE: self.state.to_dict(), CONFIG: self.document, FROZEN: self.frozen_contents}
         self.saver.begin(self.engine, self.ema, content, self.state.step)
 
     def _settle_saves(self) -> None:
         """Wait for the save under way, before the model's or the data's shape changes or the process ends."""
-        self.watchdog.beat(f"step {self.state.step}, waiting for the checkpoint to be written")
+        self.watchdog.heartbeat(f"step {self.state.step}, waiting for the checkpoint to be written")
         self.saver.settle()
         self._report_saves()
 
@@ -440,5 +440,5 @@ class Trainer:
 
 
 def _to(values: Any, device: torch.device) -> Any:
-    # Streams may give pictures with their channels last.
+    # Streams may give images with their channels last.
     return values.to(device, non_blocking=True).contiguous() if isinstance(values, Tensor) else values

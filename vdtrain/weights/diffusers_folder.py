@@ -2,7 +2,7 @@
 
 pipeline = diffusers.VersatileDiffusionPipeline.from_pretrained(folder)
 
-The published folder shi-labs/versatile-diffusion has the same layout. A diffusers pipeline makes pictures alone, so the
+The published folder shi-labs/versatile-diffusion has the same layout. A diffusers pipeline makes images alone, so the
 text VAE is not part of it.
 """
 
@@ -24,7 +24,7 @@ from vdtrain.models.frozen_weights import WeightsError, compare
 from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.text_layers import FlatLinear, TextDataLayers
-from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE, UnetNames
+from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames
 from vdtrain.weights.folder import write_shards
 from vdtrain.weights.tensor_files import LazyTensors
 
@@ -149,7 +149,7 @@ def _unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     with torch.device("meta"):
         return unet(
-            sample_size=PICTURE_SIDE // model.latent_downsampling,
+            sample_size=IMAGE_SIDE // model.latent_downsampling,
             in_channels=latent,
             out_channels=latent,
             block_out_channels=list(config.channels),

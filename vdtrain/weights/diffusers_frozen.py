@@ -17,7 +17,7 @@ from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.tokenizers import released_tokenizer
-from vdtrain.weights.diffusers_names import MODEL_STEM, PICTURE_SIDE
+from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM
 from vdtrain.weights.folder import write_shards
 from vdtrain.weights.frozen_names import to_hugging_face
 
@@ -30,7 +30,7 @@ def write_vae(folder: Path, model: ModelConfig, image: str, dtype: torch.dtype) 
     """Write `AutoencoderKL` of the modality `image`."""
     vae = _built(model, image, "vae", ImageVAE)
     autoencoder: Any = vae.autoencoder
-    autoencoder.register_to_config(scaling_factor=vae.latent_scale, sample_size=PICTURE_SIDE)
+    autoencoder.register_to_config(scaling_factor=vae.latent_scale, sample_size=IMAGE_SIDE)
     folder.mkdir()
     autoencoder.save_config(folder)
     write_shards(folder, MODEL_STEM, ((name, tensor.to(dtype)) for name, tensor in autoencoder.state_dict().items()))

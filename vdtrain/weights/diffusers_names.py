@@ -18,12 +18,12 @@ from vdtrain.models.layer_plan import NORM_EPSILON, ContextStep, LayerPlan, Role
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]
-"""Of a U-Net: on pictures [B, C, H, W], or on latents without extent in space."""
+"""Of a U-Net: on images [B, C, H, W], or on latents without extent in space."""
 
 MODEL_STEM = "diffusion_pytorch_model"
 """Of the weights files of diffusers' own classes."""
-PICTURE_SIDE = 512
-"""Pixels of a picture where a pipeline's caller names no size."""
+IMAGE_SIDE = 512
+"""Pixels of an image where a pipeline's caller names no size."""
 GLOBAL_LAYERS = {"0": "time_embedding.linear_1", "2": "time_embedding.linear_2"}
 BLOCK = {
     "in_layers.0": "norm1",

@@ -132,7 +132,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _diffusers_name(name: str, levels: int) -> str:
     def upper(match: re.Match[str]) -> str:
-        # CompVis counts the decoder's levels from the picture, diffusers from the latent.
+        # CompVis counts the decoder's levels from the image, diffusers from the latent.
         return f".up_blocks.{levels - 1 - int(match[1])}."
 
     def attention(match: re.Match[str]) -> str:

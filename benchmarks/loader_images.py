@@ -1,4 +1,4 @@
-"""Shards for benchmarks/loader.py: JPEG pictures with the statistics of photographs, and long-tailed captions.
+"""Shards for benchmarks/loader.py: JPEG images with the statistics of photographs, and long-tailed captions.
 
 The shards lie as img2dataset leaves them: 512 pixels on the shortest side, quality 88 to 95, mixed aspect ratios, about
 1.5 bits per pixel (64 KB), as the web's photographs have at this size; every member with its text and JSON beside it.
@@ -48,12 +48,12 @@ def write_shard(path: Path, samples: int, seed: int) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(samples):
             key = f"{seed:05d}{number:04d}"
-            picture, text = photograph(generator), caption(generator, words)
+            image, text = photograph(generator), caption(generator, words)
             file = io.BytesIO()
-            picture.save(file, "JPEG", quality=int(generator.integers(88, 96)))
+            image.save(file, "JPEG", quality=int(generator.integers(88, 96)))
             described = {
                 **{"caption": text, "url": f"http://127.0.0.1/{key}.jpg", "key": key, "status": "success"},
-                **{"width": picture.width, "height": picture.height, "exif": "{}"},
+                **{"width": image.width, "height": image.height, "exif": "{}"},
             }
             members = {"jpg": file.getvalue(), "json": json.dumps(described, indent=4).encode(), "txt": text.encode()}
             for suffix, data in members.items():
@@ -74,8 +74,8 @@ def photograph(generator: np.random.Generator) -> Image.Image:
         channels = 3 if side >= 16 else 1
         cells = generator.standard_normal((height // side + 2, width // side + 2, channels), np.float32)
         levels += deviation * generator.uniform(0.4, 1.6) * enlarged(cells, width, height)
-    picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    over = picture.copy()
+    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    over = image.copy()
     pen = ImageDraw.Draw(over)
     for _ in range(int(generator.integers(4, 14))):
         x, y = generator.uniform(0, width), generator.uniform(0, height)
@@ -85,7 +85,7 @@ def photograph(generator: np.random.Generator) -> Image.Image:
         (pen.ellipse if generator.random() < 0.5 else pen.rectangle)(box, fill=colour)
     over = over.filter(ImageFilter.GaussianBlur(0.8))
     # Shapes keep some of the noise: no surface of a photograph is even.
-    return Image.blend(picture, over, 0.55)
+    return Image.blend(image, over, 0.55)
 
 
 def enlarged(cells: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
