@@ -15,7 +15,7 @@ def test_activation_checkpointing_reaches_the_layers(mode: str, data: int, conte
     overrides = ["model=tiny", "hardware=cpu", f"hardware.activation_checkpointing={mode}"]
     diffuser = starting_diffuser(to_object(compose("train", overrides), TrainConfig), Start())
 
-    def all_gather(layers: nn.ModuleDict) -> float:
+    def share(layers: nn.ModuleDict) -> float:
         """Of the layers, those that are computed again in the backward pass."""
         chosen = ["forward" in vars(layer) for modality in layers.values() for layer in modality]
         return sum(chosen) / len(chosen)

@@ -1,7 +1,7 @@
 """Saving and resuming a run: a checkpoint is there as a whole or not at all.
 
-All processes write their own partition into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes the
-index, renames the folder to `step-000000123`, and only then moves `latest` to it.
+Every process writes its own partition into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes
+the index, renames the folder to `step-000000123`, and then moves `latest` to it.
 """
 
 from __future__ import annotations

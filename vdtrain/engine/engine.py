@@ -174,7 +174,8 @@ class Strategy(Protocol):
     """How weights and gradients travel between processes.
 
     Attributes:
-        masters: the float32 weights, a flat buffer to a layer group: whole, or this process's partition. Padding at their end.
+        masters: the float32 weights, one flat buffer per layer group, padded at its end. A buffer is whole, or it is
+            this process's partition.
     """
 
     masters: list[Tensor]
@@ -195,7 +196,7 @@ class Strategy(Protocol):
         """Where elements [start, stop) of a group's buffer, this process's partition, lie in its master."""
 
     def all_gather(self, buffers: Sequence[Tensor]) -> None:
-        """Fill buffers that are whole, of which this process knows its own partition, with the partitions of the others."""
+        """All-gather each flat buffer from the ranks' partitions."""
 
     def broadcast(self) -> None:
         """Bring every process's module up to the masters."""
@@ -300,8 +301,10 @@ class Engine:
         return {group: learning_rate * scale for group, scale in zip(groups, scales, strict=True)}
 
     def partitions(self) -> list[Partition]:
-        """This process's partition of every layer group, in the order of the groups. Writing to them changes the optimiser;
-        call `refresh_weights` afterwards."""
+        """This process's partition of every layer group, in the order of the groups.
+
+        They are the optimiser's own memory: call `refresh_weights` after writing to them.
+        """
         return self._partitions
 
     @property

@@ -1,4 +1,4 @@
-"""How a layer group lies in memory: its parameters end to end in one flat buffer, cut into one partition per process."""
+"""Memory layout of a layer group: parameters end to end in one flat buffer, with one partition per process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class GroupLayout:
         return math.ceil(self.numel / (ALIGNMENT * world_size)) * ALIGNMENT
 
     def partition(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Bounds [start, stop) of a process's partition, padding excluded; the last partitions may be short or empty."""
+        """Bounds [start, stop) of a process's partition without padding; the last ones may be short or empty."""
         size = self.partition_size(world_size)
         return min(rank * size, self.numel), min((rank + 1) * size, self.numel)
 

@@ -1,4 +1,6 @@
-"""ZeRO 1 and 2: DeepSpeed cuts the optimiser's buffers into partitions, reduces gradients to them and gathers the weights.
+"""How weights and gradients travel between processes: replicas under ZeRO 0, DeepSpeed under ZeRO 1 and 2.
+
+DeepSpeed partitions the optimiser's buffers, reduces gradients to the partitions and gathers the weights.
 
 What DeepSpeed would do in its own step (norm, clipping, skipping, AdamW) waits for the device several times; the engine
 does it instead. Everything that DeepSpeed keeps private is read here and nowhere else.
@@ -198,7 +200,7 @@ class ZeroStrategy:
 
 
 def _flat(gradients: Any) -> Tensor:
-    """One buffer of a group's gradients, which DeepSpeed keeps as a list of parts, with or without the buffer beneath."""
+    """The flat buffer of a group's gradients. DeepSpeed keeps a list of parts, which may lie in one buffer."""
     buffer = getattr(gradients, "flat_partition", None)
     return buffer if isinstance(buffer, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
 

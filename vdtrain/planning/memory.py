@@ -231,7 +231,7 @@ def exchange_bytes(config: TrainConfig) -> int:
 
 
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
-    """After backward: bf16 under ZeRO 1 is reduced in copies of rows; float32 copies its partitions' gradients twice."""
+    """After backward: bf16 under ZeRO 1 reduces copies of buffers; float32 copies its partition's gradients twice."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
     partitions = [layout.partition_size(gpus) for layout in layouts]
     if size == FLOAT32 and stage > 0:

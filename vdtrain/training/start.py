@@ -141,8 +141,8 @@ def find_start(config: TrainConfig, document: DictConfig, verify_checksums: bool
 
     Args:
         document: the composed configuration, unresolved.
-        verify_checksums: check every byte of the run's own checkpoint, each process its share; False goes by its files' sizes,
-            and tells of mistaken settings before there are other processes to talk to.
+        verify_checksums: check every byte of the run's own checkpoint, each process its share. False compares the
+            sizes of its files, and finds mistaken settings before other processes have started.
 
     Raises:
         ConfigError: the run folder holds another run, or had checkpoints that are not to be seen, or `stage.init_from`
