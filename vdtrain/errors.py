@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; the name of its class if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 # How libraries in Rust and Arrow word the number of an error that they wrap.
 WRAPPED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 PROBE_BYTES = 4096
@@ -57,7 +62,7 @@ class Trouble:
         """The trouble that an action on `path` met."""
         number = error.errno
         if number is None:
-            return cls(" ".join(str(error).split()) or type(error).__name__, "")
+            return cls(one_line(error), "")
         cause, remedy = _described(number, path)
         return cls(cause or os.strerror(number), remedy, number not in OF_THE_PROCESS)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.data.decode import IMAGE_ERRORS
-from vdtrain.errors import unreadable
+from vdtrain.errors import one_line, unreadable
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _open(path: str) -> Image.Image:
     except (*IMAGE_ERRORS, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ConfigError(f"{path}: {unreadable(error, Path(path), 'give an image file')}") from error
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; give an image file") from error
+        raise ConfigError(f"{path}: {one_line(error)}; give an image file") from error
 
 
 def write_images(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:

@@ -23,7 +23,7 @@ from vdtrain.config.schema import LatentsConfig
 from vdtrain.config.validation import check_resolution, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.errors import unwritable
+from vdtrain.errors import one_line, unwritable
 from vdtrain.files import check_output, sync, write_text
 from vdtrain.run.launch import run_command_on_ranks
 
@@ -68,7 +68,7 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
         folders = [LatentFolder(config.data.latent_cache.folder, side) for side in config.data.latent_cache.resolutions]
         before = [folder.description() for folder in folders]
     except ManifestError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
     for folder, found in zip(folders, before, strict=True):
         _refuse_other(folder, found, vae, config)
     for resolution in config.data.latent_cache.resolutions:
@@ -88,7 +88,7 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
         encode, shape_of = _encoder(config, int(launch["LOCAL_RANK"]))
         reader = ShardReader(manifest, ShardCache(**cache) if cache is not None else None)
     except ManifestError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
     try:
         for folder, resolution in zip(folders, config.data.latent_cache.resolutions, strict=True):
             description = LatentDescription(
@@ -113,7 +113,7 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
             if launch["RANK"] == "0":
                 print(_summary(folder, manifest, description, made), flush=True)
     except (StreamError, ManifestError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
     except OSError as error:
         cache = config.data.latent_cache.folder
         raise ConfigError(f"data.latent_cache.folder={cache}: {unwritable(error, Path(cache))}") from error

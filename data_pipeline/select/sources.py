@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.errors import system_error, unreadable
+from vdtrain.errors import one_line, system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"
@@ -180,9 +180,7 @@ def find_columns(setting: str, schema_name: str, file: Path) -> FileColumns:
         found = system_error(error)
         if found is not None and found.errno is not None:
             raise ConfigError(f"{place} {unreadable(found, file, 'fetch it again')}") from error
-        raise ConfigError(
-            f"{place} is no whole parquet file ({' '.join(str(error).split())}); fetch it again"
-        ) from error
+        raise ConfigError(f"{place} is no whole parquet file ({one_line(error)}); fetch it again") from error
     spelt: dict[str, list[pa.Field]] = {}
     for each in fields:
         spelt.setdefault(each.name.lower(), []).append(each)

@@ -22,7 +22,7 @@ from data_pipeline.select.selection import SELECTION_FILE, fingerprint, write_js
 from data_pipeline.select.sources import URL, FileColumns, Schema, read_columns
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig, FilterConfig
-from vdtrain.errors import system_error, unreadable
+from vdtrain.errors import one_line, system_error, unreadable
 from vdtrain.files import INCOMPLETE, written_whole
 
 PLAN_FILE = "plan.json"
@@ -142,7 +142,7 @@ class Unit:
             place, found = f"data.sources.{self.source}.metadata: {self.file}", system_error(error)
             if found is not None and found.errno is not None:
                 raise ConfigError(f"{place} {unreadable(found, self.file, 'fetch it again')}") from error
-            raise ConfigError(f"{place} cannot be read ({' '.join(str(error).split())}); fetch it again") from error
+            raise ConfigError(f"{place} cannot be read ({one_line(error)}); fetch it again") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot
 from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.errors import one_line
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 
@@ -92,7 +93,7 @@ class BackgroundSaver:
         try:
             self.store.write(snapshot, lambda value: distributed.gather_json(value, group))
         except Exception as error:
-            self._failure = connection_problem(error) or " ".join(str(error).split())
+            self._failure = connection_problem(error) or one_line(error)
 
     def _wait(self, seconds: float | None) -> bool:
         """Wait for the save under way, at most so long, and take note of its outcome; False if it is not done."""

@@ -40,7 +40,7 @@ from vdtrain.checkpoint.format import (
 )
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.engine.partitions import EMA
-from vdtrain.errors import system_error, unwritable
+from vdtrain.errors import one_line, system_error, unwritable
 from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
 from vdtrain.run import distributed
 from vdtrain.run.records import note_saved
@@ -308,7 +308,7 @@ def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str
 def _said(error: Exception, folder: Path) -> str:
     found = system_error(error)
     if found is None:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}; see its log"
+        return f"{type(error).__name__}: {one_line(error)}; see its log"
     return unwritable(found, folder if found.filename is None else Path(str(found.filename)), "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vdtrain.config.compose import ConfigError
+from vdtrain.errors import one_line
 
 
 def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any) -> Any:
@@ -41,7 +42,7 @@ def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callabl
         target = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise ConfigError(
-            f"{setting}._target_={name}: cannot be imported ({' '.join(str(error).split())}); "
+            f"{setting}._target_={name}: cannot be imported ({one_line(error)}); "
             "give package.module.Name, its folder on PYTHONPATH"
         ) from error
     parameters = inspect.signature(target).parameters

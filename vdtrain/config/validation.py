@@ -11,6 +11,7 @@ from typing import Any
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target
 from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
+from vdtrain.errors import one_line
 from vdtrain.flows import Flow, active_groups
 
 TRACKING_MODES = ("online", "offline", "disabled")
@@ -296,14 +297,14 @@ def _latent_problems(config: TrainConfig) -> Iterator[str]:
         vae = latent_encoder(config.model, MODALITY)
         manifest = Manifest(Path(config.data.manifest))
     except (ConfigError, ManifestError) as error:
-        yield " ".join(str(error).split())
+        yield one_line(error)
         return
     min_side = config.data.stream.get("min_side")
     for resolution in dict.fromkeys(phase.resolution for phase in config.stage.phases):
         try:
             LatentShards(config.data.latent_cache.folder, manifest, resolution, vae=vae, min_side=min_side)
         except ManifestError as error:
-            yield " ".join(str(error).split())
+            yield one_line(error)
 
 
 def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:

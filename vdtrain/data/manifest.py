@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vdtrain.errors import system_error, unreadable
+from vdtrain.errors import one_line, system_error, unreadable
 from vdtrain.files import sync
 
 
@@ -296,7 +296,7 @@ def _unreadable(error: Exception, path: Path) -> str:
         return unreadable(found, path)
     if isinstance(error, FileNotFoundError):
         return f"is not there; run {INDEX}, which reads its shards again"
-    return f"cannot be read ({' '.join(str(error).split())}); {_anew(path.parent)}"
+    return f"cannot be read ({one_line(error)}); {_anew(path.parent)}"
 
 
 def _anew(folder: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from vdtrain.data.manifest import INDEX, Manifest, ManifestError
-from vdtrain.errors import output_problem, unreadable, unwritable
+from vdtrain.errors import one_line, output_problem, unreadable, unwritable
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
@@ -283,7 +283,7 @@ def patiently(address: str, action: Callable[[], Found], copy: Path | None = Non
                 place = Path("." if copy is None else copy)
                 raise StreamError(f"{address}: its copy {place} {unwritable(error, place)}") from error
             if attempt == ATTEMPTS - 1:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error)
                 raise StreamError(f"{address}: {reason}, {ATTEMPTS} times; see that it can be reached") from error
             time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")

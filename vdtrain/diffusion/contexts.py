@@ -7,7 +7,6 @@ value decomposition where that took a random approximation.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from vdtrain.diffusion.sampling import Mixing
 from vdtrain.models.diffuser import Context, ContextRoute
+from vdtrain.seeds import generator_of
 
 MIXINGS = ("attention", "layer")
 
@@ -87,7 +87,9 @@ def make_mixing(name: str, ratios: Sequence[float], positions: int, seed: int) -
     if name == "attention":
         return lambda contexts, timestep: mixed(contexts, shares)
     if name == "layer":
-        return lambda contexts, timestep: by_layer(contexts, draw_choices(shares, positions, _drawer(seed, timestep)))
+        return lambda contexts, timestep: by_layer(
+            contexts, draw_choices(shares, positions, generator_of(seed, timestep))
+        )
     raise ValueError(f"mixing={name}: choose one of {', '.join(MIXINGS)}")
 
 
@@ -112,11 +114,6 @@ def joined(contexts: Sequence[Context], weights: Sequence[float]) -> Context:
     scales = [weight * len(weights) for weight in normalised(weights)]
     tokens = [context.tokens * scale for context, scale in zip(contexts, scales, strict=True)]
     return Context(contexts[0].modality, torch.cat(tokens, dim=1))
-
-
-def _drawer(seed: int, timestep: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{timestep}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _applied(layers: nn.ModuleDict, position: int, h: Tensor, context: Context) -> Tensor:

@@ -7,7 +7,6 @@ layers, so they go through them in one batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, by_output
 from vdtrain.models.diffuser import Context, DiffuserInput
 from vdtrain.models.frozen import Encoded, FrozenParts
+from vdtrain.seeds import generator_of
 
 
 class StepDraws:
@@ -36,8 +36,7 @@ class StepDraws:
         self.device = device
 
     def _generator(self, purpose: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.key}/{purpose}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return generator_of(self.key, purpose, device=self.device)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Unit normal noise [rows, *shape], float32."""

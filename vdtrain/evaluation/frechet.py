@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.errors import unreadable
+from vdtrain.errors import one_line, unreadable
 from vdtrain.files import written_whole
 
 
@@ -68,7 +68,7 @@ def read_reference(path: Path, width: int) -> Statistics:
     except OSError as error:
         raise ConfigError(f"{place}: {unreadable(error, path)}") from error
     except (ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, EOFError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{place}: no npz file with mu and sigma ({reason}); remove it to have it made") from error
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ConfigError(f"{place}: features of {list(mean.shape)} instead of [{width}]; remove it to have it made")

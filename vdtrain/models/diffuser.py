@@ -6,7 +6,6 @@ the context layers of k. Nothing here names a modality; each brings its layers t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import GLOBAL_GROUP
 from vdtrain.models.layer_plan import ContextStep, DataStep, make_plan
+from vdtrain.seeds import seed_of
 
 # Applies a context position to the state: (context layers by modality, position, state) -> state.
 ContextRoute = Callable[[nn.ModuleDict, int, Tensor], Tensor]
@@ -143,7 +143,6 @@ def parameters_by_group(diffuser: nn.Module) -> dict[str, dict[str, nn.Parameter
 @contextmanager
 def _seeded(seed: int, group: str) -> Iterator[None]:
     """Draw initial weights from a stream of the group's own, leaving the global generator as it was."""
-    digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        torch.manual_seed(seed_of(seed, group))
         yield

@@ -9,6 +9,7 @@ import time
 
 import torch.distributed as dist
 
+from vdtrain.errors import one_line
 from vdtrain.run import distributed
 from vdtrain.run.lock import process_start
 
@@ -30,7 +31,7 @@ def connection_problem(error: BaseException) -> str | None:
     """
     if not isinstance(error, RuntimeError):
         return None
-    text = " ".join(str(error).split())
+    text = one_line(error)
     ours = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
     if not ours:
         return None

@@ -18,7 +18,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.errors import said, unwritable
+from vdtrain.errors import one_line, said, unwritable
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.lock import RunLock, take_together
@@ -152,7 +152,7 @@ def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts:
 
 def _line(error: Exception, rank: int) -> str | None:
     """What this process says of an error: nothing where another one says the same; None if it is no known one."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, SHARED_ERRORS):
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):

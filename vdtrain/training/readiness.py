@@ -17,7 +17,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import phase_steps, problems, stage_flows, warmup_samples
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.errors import output_problem, unreadable
+from vdtrain.errors import one_line, output_problem, unreadable
 from vdtrain.flows import active_groups
 from vdtrain.run.lock import RunLock
 from vdtrain.run.wandb_run import wandb_problem
@@ -82,7 +82,7 @@ def data(config: TrainConfig, ranks: int, settled: bool = True) -> Iterator[Find
     try:
         count, needed = len(Manifest(Path(manifest)).shards), ranks * workers
     except ManifestError as error:
-        yield Finding(ERROR, " ".join(str(error).split()))
+        yield Finding(ERROR, one_line(error))
         return
     if count < needed:
         fewer = f"set hardware.loader_workers={count // ranks}, " if count >= ranks else ""

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vdtrain.config.schema import ModelConfig
+from vdtrain.errors import one_line
 from vdtrain.files import FileRecord, damage, sync, write_text, written_whole
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
@@ -167,7 +168,7 @@ def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig
         document = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path / MODEL_FILE))
         model = OmegaConf.to_object(document)
     except (OSError, OmegaConfBaseException, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise WeightsError(
             f"{setting}={path}: {MODEL_FILE} cannot be read ({reason}); import the weights again"
         ) from error

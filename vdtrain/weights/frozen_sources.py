@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import ModelConfig
+from vdtrain.errors import one_line
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import ASSET, WeightsError, compare
 from vdtrain.models.image_vae import ImageVAE
@@ -97,7 +98,7 @@ def _read(path: Path, names: tuple[str, ...], build: Callable[..., Tokenizer], p
     except WeightsError:
         raise
     except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise WeightsError(
             f"{place}: no tokenizer ({reason}); give {TOKENIZER_FILE} or {' and '.join(names)}"
         ) from error

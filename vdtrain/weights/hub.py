@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from vdtrain.errors import one_line
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.tensor_files import SUFFIXES, choose
 
@@ -43,7 +44,7 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
         raise
     # The client raises errors of its own, of its HTTP library and of the system, which change with its version.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise WeightsError(
             f"path={path}: cannot be fetched ({reason}); check the name and the network, or fetch it elsewhere and "
             "give the local path"
