@@ -109,7 +109,7 @@ class Snapshot:
             groups=tuple(partition.layout for partition in partitions),
             files={},
         )
-        # Passengers stay as they are for as long as the engine lives.
+        # What is carried over stays as it is for as long as the engine lives.
         return cls(index, memory.copy(buffers), engine.carried_over)
 
 
@@ -313,7 +313,7 @@ def _said(error: Exception, folder: Path) -> str:
 
 
 def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """Write this process's partition, and on rank 0 the carried_over; the records of the files, by name, as JSON."""
+    """Write this process's partition, and on rank 0 what the stage carries over; the records of the files, by name, as JSON."""
     name = shard_name(distributed.rank(), distributed.world_size())
     records = {name: write_tensors(draft / name, snapshot.partitions)}
     if snapshot.carried_over:
