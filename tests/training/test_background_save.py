@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from read_back import read_weights
 from test_checkpoints import Run, build, trained_part
 from toy import RunOnRanks, same_bits
 
 from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.saver import BackgroundSaver
-from vdtrain.checkpoint.store import CheckpointStore, read_weights
+from vdtrain.checkpoint.store import CheckpointStore, latest
 from vdtrain.run import distributed
 
 
@@ -106,8 +107,8 @@ def meet_a_small_disk(folder: Path, run: Run) -> dict[str, Any]:
     saver.begin(run.engine, run.ema, {}, 3)
     saver.settle()
     distributed.barrier()
-    latest = saver.store.latest_complete()
-    found = {"failures": failures, "saved": saved, "names": names, "next": latest and latest.name}
+    newest = latest(saver.store.folder)
+    found = {"failures": failures, "saved": saved, "names": names, "next": newest and newest.path.name}
     saver.close()
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from read_back import read_trainer_state, read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import (
@@ -28,15 +29,9 @@ from toy import (
 )
 
 from vdtrain.checkpoint import store as checkpoints
-from vdtrain.checkpoint.format import CARRIED_OVER_FILE, INDEX_FILE, Index, shard_name
-from vdtrain.checkpoint.store import (
-    CheckpointError,
-    CheckpointStore,
-    HostMemory,
-    Snapshot,
-    read_trainer_state,
-    read_weights,
-)
+from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
+from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, latest, load
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.run import distributed
 
@@ -107,12 +102,12 @@ def train_save_train(folder: Path, name: str, run: Run) -> dict[str, Any]:
 def take_up(folder: Path, name: str, stage: int, precision: str = "fp32") -> dict[str, Any]:
     """Load the checkpoint `name` into a run that started from other weights, and go on."""
     run = build(stage, precision, seed=7)
-    store = CheckpointStore(folder / name, keep=1)
-    path = store.latest_complete()
-    assert path is not None
-    state = store.load(path, run.engine, run.ema)
+    checkpoint = latest(folder / name)
+    assert checkpoint is not None
+    load(checkpoint, run.engine, run.ema)
+    path = checkpoint.path
     found = {
-        "state": state,
+        "state": checkpoint.state,
         "model_bits": same_bits(trained_part(read_weights(path)), run.model_weights()),
         "ema_bits": same_bits(trained_part(read_weights(path, "ema")), run.ema_weights()),
         "carried_over": difference(
@@ -175,14 +170,14 @@ def save_on_a_full_disk(folder: Path) -> dict[str, Any]:
     message = failure(lambda: save(store, run, {}, 2))
     checkpoints.write_tensors = write
     names = sorted(path.name for path in store.folder.iterdir())
-    latest = store.latest_complete()
+    newest = latest(store.folder)
     distributed.barrier()
     save(store, run, {}, 3)
     run.engine.close()
     return {
         "message": message,
         "names": names,
-        "latest": latest and latest.name,
+        "latest": newest and newest.path.name,
         "next": (store.folder / "latest").read_text(),
     }
 
@@ -191,19 +186,18 @@ def save_a_state_that_is_no_json(folder: Path) -> dict[str, Any]:
     run, store = build(1), CheckpointStore(folder / "no_json", keep=1)
     message = failure(lambda: save(store, run, {"generator": torch.zeros(3)}, 1))
     run.engine.close()
-    return {"message": message, "latest": store.latest_complete()}
+    return {"message": message, "latest": latest(store.folder)}
 
 
 def load_into_others(folder: Path) -> dict[str, str]:
-    run, store = build(1, trained=(*TRAINED, "context.text")), CheckpointStore(folder / "full", keep=1)
-    path = store.latest_complete()
-    assert path is not None
-    stage = failure(lambda: store.load(path, run.engine, run.ema))
+    run, checkpoint = build(1, trained=(*TRAINED, "context.text")), latest(folder / "full")
+    assert checkpoint is not None
+    stage = failure(lambda: load(checkpoint, run.engine, run.ema))
     run.engine.close()
     module = Toy()
     del module.context_layers["text"]
     engine = Engine(module, toy_groups(module, TRAINED), settings())
-    model = failure(lambda: store.load(path, engine, None))
+    model = failure(lambda: load(checkpoint, engine, None))
     engine.close()
     return {"stage": stage, "model": model}
 
@@ -241,13 +235,13 @@ def take_over_alone(folder: Path, report: Report) -> None:
         for stage in STAGES:
             found[f"two-{written}-on-one-{stage}"] = take_up(folder, f"two-{written}-fp32", stage)
     run, store = build(1), CheckpointStore(folder / "killed", keep=2)
-    latest = store.latest_complete()
-    assert latest is not None
-    state = store.load(latest, run.engine, run.ema)
+    before = latest(store.folder)
+    assert before is not None
+    load(before, run.engine, run.ema)
     for position in (2, 3):
         save(store, run, {"position": position}, 2)
     found["after_kill"] = {
-        "state": state,
+        "state": before.state,
         "names": sorted(path.name for path in store.folder.iterdir()),
         "saved": read_trainer_state(store.folder / "step-000000002"),
     }
@@ -255,7 +249,7 @@ def take_over_alone(folder: Path, report: Report) -> None:
     without.train(0, 1)
     path = bare.write(Snapshot.take(without.engine, None, {}, 1, HostMemory()))
     found["no_average"] = failure(lambda: read_weights(path, "ema"))
-    bare.load(path, run.engine, run.ema)
+    load(Checkpoint.open(path), run.engine, run.ema)
     found["average_restarts"] = same_bits(run.ema_weights(), without.model_weights())
     for each in (run, without):
         each.engine.close()
@@ -398,8 +392,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     with pytest.raises(CheckpointError, match="step-000000004"):
         read_weights(harmed)
     with pytest.raises(CheckpointError, match="step-000000004"):
-        CheckpointStore(copy, keep=2).load(harmed, None, None)  # the engine is not reached
-    assert CheckpointStore(copy, keep=2).latest_complete() == copy / "step-000000003"
+        load(Checkpoint(harmed, Index.read(copy / "step-000000003")), None, None)  # the engine is not reached
+    found = latest(copy)
+    assert found is not None
+    assert found.path == copy / "step-000000003"
     assert "step-000000004 is passed over" in caplog.text
 
 
@@ -410,11 +406,13 @@ def test_a_stop_between_the_renames_of_a_replacement_loses_nothing(
     shutil.copytree(folder / "many", copy)
     (copy / "step-000000004").rename(copy / "step-000000004.replaced")
     (copy / "step-000000004.incomplete").mkdir()
-    assert CheckpointStore(copy, keep=2).latest_complete() == copy / "step-000000004.replaced"
+    found = latest(copy)
+    assert found is not None
+    assert found.path == copy / "step-000000004.replaced"
 
 
 def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path / "none", keep=1).latest_complete() is None
+    assert latest(tmp_path / "none") is None
 
 
 def test_keeping_nothing_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pairs import write_pairs
-from vdtrain.checkpoint.format import Index, PieceReader
+from vdtrain.checkpoint.format import Index, SliceReader
 from vdtrain.run.tracking import read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
@@ -161,7 +161,7 @@ def rows(checkpoint: Path) -> dict[str, Tensor]:
     """Everything that a checkpoint holds of each layer group, whole."""
     index = Index.read(checkpoint)
     kinds = ["master", "exp_avg", "exp_avg_sq", "ema"]
-    with PieceReader(checkpoint, index) as reader:
+    with SliceReader(checkpoint, index) as reader:
         return {
             f"{layout.group}/{kind}": reader.read(layout.group, kind, 0, layout.numel)
             for layout in index.groups

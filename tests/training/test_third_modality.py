@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from read_back import read_weights
 from torch import Tensor
 
-from vdtrain.checkpoint.store import read_weights
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import ConfigError, compose, to_object
@@ -32,7 +32,8 @@ from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import ContextInput, VersatileDiffusion
 from vdtrain.run import distributed
 from vdtrain.run.tracking import read_metrics
-from vdtrain.training.start import find_start
+from vdtrain.training.build import build_trainer
+from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def make_trainer(*arguments: Any) -> Trainer:
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     place = distributed.RankInfo(0, 0, 1, torch.device("cpu"))
-    return Trainer(config, document, find_start(config, document), place)
+    return build_trainer(config, document, resolve_start(config, document), place)
 
 
 def nine_flows(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from read_back import read_trainer_state, read_weights
 from safetensors.torch import load_file, save_file
 from toy import gather
 
-from vdtrain.checkpoint.store import read_trainer_state, read_weights
 from vdtrain.commands.sample import main as sample
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
@@ -26,7 +26,8 @@ from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.run import distributed
 from vdtrain.run.tracking import read_metrics
-from vdtrain.training.start import find_start
+from vdtrain.training.build import build_trainer
+from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
@@ -61,7 +62,7 @@ def make_trainer(folder: Path, stage: str, *overrides: str) -> Trainer:
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     place = distributed.RankInfo(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))
-    return Trainer(config, document, find_start(config, document), place)
+    return build_trainer(config, document, resolve_start(config, document), place)
 
 
 def newest(folder: Path, run: str) -> Path:
@@ -339,4 +340,4 @@ def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], 
     overrides = [f"run_dir={folder}/runs/four-1-zero1", "stage.init_from=null", "seed=1"]
     document = compose("train", [*MINIATURE, f"stage={STAGES[2]}", phases(STEPS, 0), *overrides])
     with pytest.raises(ConfigError, match=r"seed=1: 0 in run_dir=.*put it back"):
-        find_start(to_object(document, TrainConfig), document)
+        resolve_start(to_object(document, TrainConfig), document)

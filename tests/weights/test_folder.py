@@ -17,7 +17,8 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.files import written_whole
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.training.start import Start, find_start, initial_weights, load_weights, open_weights
+from vdtrain.training.build import initial_weights, load_weights
+from vdtrain.training.start import Start, open_weights, resolve_start
 from vdtrain.weights import folder as shards
 from vdtrain.weights.folder import (
     is_weights_folder,
@@ -137,7 +138,7 @@ def config(*overrides: str) -> tuple[TrainConfig, object]:
 
 
 def start(folder: str) -> Start:
-    return find_start(*config(f"stage.init_from={folder}"))  # type: ignore[arg-type]
+    return resolve_start(*config(f"stage.init_from={folder}"))  # type: ignore[arg-type]
 
 
 def test_a_stage_starts_from_it(folder: Path) -> None:

@@ -12,7 +12,7 @@ from tests.weights.published import compvis_unet
 from tests.weights.small import GROUPS, MODEL, PLAN, weights
 from vdtrain.config.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.training.start import load_weights
+from vdtrain.training.build import load_weights
 from vdtrain.weights.diffuser_sources import stable_diffusion
 from vdtrain.weights.stable_diffusion import UNET_PREFIX
 

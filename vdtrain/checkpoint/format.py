@@ -114,7 +114,7 @@ class Index:
         )
 
 
-class PieceReader:
+class SliceReader:
     """Reads any slice of a group's buffer, whatever the number of processes that wrote it."""
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -145,62 +145,88 @@ class PieceReader:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def read_weights(folder: Path, which: str = "model", verify: bool = True) -> LazyTensors:
-    """Full weights of a checkpoint by parameter name, float32 on the CPU, bitwise as the processes held them.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and its index, which is read once.
 
-    All files are checked first; a weight is then read on access. Needs no process group. What the stage did not train
-    is included; it has no average, so "ema" gives it as it is.
-
-    Args:
-        folder: a complete checkpoint.
-        which: "model", the weights last trained, or "ema", their average.
-        verify: False where the files have just been checked, e.g. by `CheckpointStore.verify`.
-
-    Raises:
-        ValueError: if `which` is neither.
-        CheckpointError: if the checkpoint is damaged, or keeps no average.
+    Attributes:
+        verified: every byte was checked against the index. False: only the sizes of the files were.
     """
-    kinds = {"model": MASTER, "ema": EMA}
-    if which not in kinds:
-        raise ValueError(f"weights: {which!r} is neither model nor ema")
-    index = Index.read(folder)
-    if verify and (damaged := damage(folder, index.files)):
-        raise CheckpointError(damaged)
-    if which == "ema" and index.ema_updates is None:
-        raise CheckpointError(f"{folder}: keeps no averaged weights (it was trained with ema.enabled=false); use model")
-    reader = PieceReader(folder, index)
 
-    def entry(group: str, slot: ParameterSlot) -> Entry:
-        def read() -> Tensor:
-            return reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel).view(slot.shape)
+    path: Path
+    index: Index
+    verified: bool = False
 
-        return Entry(torch.Size(slot.shape), torch.float32, read)
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """A checkpoint whose files are there and have the sizes in its index.
 
-    trained = {slot.name: entry(layout.group, slot) for layout in index.groups for slot in layout.slots}
-    return LazyTensors({**read_carried_over(folder, index).entries, **trained})
+        Raises:
+            CheckpointError: a file is missing or has another size, or the index is damaged.
+        """
+        index = Index.read(path)
+        if damaged := damage(path, index.files, hashed=False):
+            raise CheckpointError(damaged)
+        return cls(path, index)
 
+    def __str__(self) -> str:
+        return str(self.path)
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer's own state in a checkpoint.
+    @property
+    def state(self) -> dict[str, Any]:
+        """The trainer's own state."""
+        return self.index.trainer
 
-    Raises:
-        CheckpointError: if the index is missing or damaged.
-    """
-    return Index.read(folder).trainer
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(record.bytes for record in self.index.files.values())
 
+    def weights(self, which: str = "model") -> LazyTensors:
+        """Full weights by parameter name, float32 on the CPU, bitwise as the processes held them.
 
-def read_carried_over(folder: Path, index: Index) -> LazyTensors:
-    """What the stage did not train, by name."""
-    if CARRIED_OVER_FILE not in index.files:
-        return LazyTensors({})
-    return open_tensors(folder / CARRIED_OVER_FILE, "checkpoint")
+        Every file is checked first, unless that was done. A weight is then read on access. Needs no process group.
+        Weights that the stage did not train are included. They have no EMA, so "ema" gives them as they are.
 
+        Args:
+            which: "model", the weights last trained, or "ema", their moving average.
 
-def weight_names(folder: Path) -> list[str]:
-    """Names of all weights in a checkpoint, trained or not."""
-    index = Index.read(folder)
-    trained = [slot.name for layout in index.groups for slot in layout.slots]
-    return trained + list(read_carried_over(folder, index))
+        Raises:
+            ValueError: `which` is neither.
+            CheckpointError: the checkpoint is damaged, or holds no EMA.
+        """
+        if not self.verified and (damaged := damage(self.path, self.index.files)):
+            raise CheckpointError(damaged)
+        return self.unchecked_weights(which)
+
+    def unchecked_weights(self, which: str) -> LazyTensors:
+        """`weights` without a look at the files' checksums: for names and shapes."""
+        kinds = {"model": MASTER, "ema": EMA}
+        if which not in kinds:
+            raise ValueError(f"weights must be model or ema, got {which!r}")
+        if which == "ema" and self.index.ema_updates is None:
+            raise CheckpointError(f"{self.path}: holds no EMA (it was trained with ema.enabled=false); use model")
+        reader = SliceReader(self.path, self.index)
+
+        def entry(group: str, slot: ParameterSlot) -> Entry:
+            def read() -> Tensor:
+                return reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel).view(slot.shape)
+
+            return Entry(torch.Size(slot.shape), torch.float32, read)
+
+        trained = {slot.name: entry(layout.group, slot) for layout in self.index.groups for slot in layout.slots}
+        return LazyTensors({**self.carried_over().entries, **trained})
+
+    def carried_over(self) -> LazyTensors:
+        """What the stage did not train, by name."""
+        if CARRIED_OVER_FILE not in self.index.files:
+            return LazyTensors({})
+        return open_tensors(self.path / CARRIED_OVER_FILE, "checkpoint")
+
+    def weight_names(self) -> list[str]:
+        """Names of all weights, trained or not."""
+        trained = [slot.name for layout in self.index.groups for slot in layout.slots]
+        return trained + list(self.carried_over())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:

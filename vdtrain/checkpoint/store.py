@@ -18,26 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import (
-    LATEST_FILE,
-    CheckpointError,
-    candidates,
-    checkpoint_name,
-    is_checkpoint,
-    latest_by_sizes,
-    step_of,
-)
-from vdtrain.checkpoint.format import (
-    CARRIED_OVER_FILE,
-    Index,
-    PieceReader,
-    read_carried_over,
-    read_trainer_state,
-    read_weights,
-    shard_name,
-    weight_names,
-    write_tensors,
-)
+from vdtrain.checkpoint.folder import LATEST_FILE, CheckpointError, candidates, checkpoint_name, step_of
+from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, SliceReader, shard_name, write_tensors
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.engine.partitions import EMA
 from vdtrain.errors import one_line, system_error, unwritable
@@ -113,8 +95,6 @@ class Snapshot:
         return cls(index, memory.copy(buffers), engine.carried_over)
 
 
-__all__ = ["CheckpointError", "CheckpointStore", "is_checkpoint", "read_trainer_state", "read_weights", "weight_names"]
-
 # Every process's value, by rank, on every process.
 Gather = Callable[[Any], list[Any]]
 
@@ -138,7 +118,6 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self.keep_every_steps = keep_every_steps
-        self._verified: set[Path] = set()
 
     def write(self, snapshot: Snapshot, gather: Gather = distributed.gather_json) -> Path:
         """Write a checkpoint, make it the latest, and remove those that are too many.
@@ -169,71 +148,9 @@ class CheckpointStore:
             if first:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
-        self._verified.discard(final)
         if first:
             self._prune(final)
         return final
-
-    def latest_complete(self, verify_checksums: bool = True) -> Path | None:
-        """The checkpoint to resume from: the one that `latest` names, or, if it is damaged, the newest whole one.
-
-        Args:
-            verify_checksums: False goes by the files' sizes, for which no other process is asked or awaited.
-        """
-        if not verify_checksums:
-            found, _ = latest_by_sizes(self.folder)
-            return None if found is None else found.path
-        for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(self.folder)])):
-            try:
-                self.verify(path)
-            except CheckpointError as error:
-                if distributed.rank() == 0:
-                    logger.warning("checkpoint %s is passed over: %s", path.name, error)
-            else:
-                return path
-        return None
-
-    def load(self, path: Path, engine: Engine, ema: ShardEMA | None) -> dict[str, Any]:
-        """Bring the engine and the average to where they stood when the checkpoint was written.
-
-        The number of processes and the ZeRO stage may differ from those that wrote it.
-
-        Returns:
-            The trainer's state.
-
-        Raises:
-            CheckpointError: if the checkpoint is damaged, or was written by a stage that trains other layers.
-        """
-        index = self.verify(path)
-        own = tuple(partition.layout for partition in engine.partitions())
-        if index.groups != own:
-            raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
-        carried_over = read_carried_over(path, index)
-        if carried_over.keys() != engine.carried_over_names:
-            strange = min(carried_over.keys() ^ engine.carried_over_names)
-            raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
-        engine.load_carried_over(carried_over)
-        with PieceReader(path, index) as reader:
-            engine.load_partitions(reader.read, index.optimizer_steps)
-            if ema is not None and index.ema_updates is not None:
-                ema.load(reader.read, index.ema_updates)
-            elif ema is not None:
-                logger.warning("%s keeps no averaged weights: the average starts at its weights", path)
-                ema.restart()
-        return index.trainer
-
-    def verify(self, path: Path) -> Index:
-        """Check every file of a checkpoint, once in the life of this store and each process its share of them.
-
-        Raises:
-            CheckpointError: on every process, if any of the files is damaged.
-        """
-        if path not in self._verified:
-            damages = [damage for damage in distributed.gather_json(_damage_in_own_share(path)) if damage]
-            if damages:
-                raise CheckpointError(damages[0])
-            self._verified.add(path)
-        return Index.read(path)
 
     def _prepare(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -277,13 +194,72 @@ class CheckpointStore:
                 draft.unlink()
 
 
-def _damage_in_own_share(path: Path) -> str | None:
-    """Check the index and this process's share of the files: one line about what is damaged, if anything is."""
+def latest(folder: Path, verify_checksums: bool = True) -> Checkpoint | None:
+    """The checkpoint to resume from: the one that `latest` names, or the newest whole one if that is damaged.
+
+    Args:
+        folder: of a run's checkpoints.
+        verify_checksums: False compares the sizes of the files. No other process is then asked or awaited.
+    """
+    if not verify_checksums:
+        for path in candidates(folder):
+            with contextlib.suppress(CheckpointError):
+                return Checkpoint.open(path)
+        return None
+    for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(folder)])):
+        try:
+            return verify(path)
+        except CheckpointError as error:
+            if distributed.rank() == 0:
+                logger.warning("checkpoint %s is passed over: %s", path.name, error)
+    return None
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check every file of a checkpoint; each process reads its share of them.
+
+    Raises:
+        CheckpointError: on every process, if any of the files is damaged.
+    """
+    found, damaged = None, None
     try:
         index = Index.read(path)
+        damaged = damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+        found = Checkpoint(path, index, verified=True)
     except CheckpointError as error:
-        return str(error)
-    return damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+        damaged = str(error)
+    damages = [each for each in distributed.gather_json(damaged) if each]
+    if damages or found is None:
+        raise CheckpointError(damages[0])
+    return found
+
+
+def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
+    """Bring the engine and the EMA to where they stood when the checkpoint was written.
+
+    The number of processes and the ZeRO stage may differ from those that wrote it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was written by a stage that trains other layers.
+    """
+    if not checkpoint.verified:
+        checkpoint = verify(checkpoint.path)
+    path, index = checkpoint.path, checkpoint.index
+    own = tuple(partition.layout for partition in engine.partitions())
+    if index.groups != own:
+        raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
+    carried_over = checkpoint.carried_over()
+    if carried_over.keys() != engine.carried_over_names:
+        strange = min(carried_over.keys() ^ engine.carried_over_names)
+        raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
+    engine.load_carried_over(carried_over)
+    with SliceReader(path, index) as reader:
+        engine.load_partitions(reader.read, index.optimizer_steps)
+        if ema is not None and index.ema_updates is not None:
+            ema.load(reader.read, index.ema_updates)
+        elif ema is not None:
+            logger.warning("%s holds no EMA: the EMA starts at its weights", path)
+            ema.restart()
 
 
 def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
@@ -313,7 +289,11 @@ def _said(error: Exception, folder: Path) -> str:
 
 
 def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """Write this process's partition, and on rank 0 what the stage carries over; the records of the files, by name, as JSON."""
+    """Write this process's partition, and on rank 0 what the stage carries over.
+
+    Returns:
+        The record of each file by name, as JSON.
+    """
     name = shard_name(distributed.rank(), distributed.world_size())
     records = {name: write_tensors(draft / name, snapshot.partitions)}
     if snapshot.carried_over:

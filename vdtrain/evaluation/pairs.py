@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
-from vdtrain.checkpoint.store import read_weights
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
 from vdtrain.config.schema import EvaluateConfig, ModelConfig
@@ -24,9 +23,9 @@ from vdtrain.evaluation.parts import Part
 from vdtrain.files import FileRecord
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import layer_group
-from vdtrain.training.start import model_config, resolve_weights
+from vdtrain.training.start import model_of, resolve_weights
 from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
-from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
+from vdtrain.weights.folder import open_weights_folder
 
 # What `data.stream` says for training and means otherwise here, where a stream takes it: every image once, as it is.
 ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
@@ -119,18 +118,17 @@ class Subject:
         Raises:
             ConfigError: there is none.
         """
-        folder = resolve_weights("checkpoint", checkpoint, verify_checksums=False)
         try:
-            if is_weights_folder(folder):
-                model = weights_folder_model(folder)
-                tensors: Mapping[str, Tensor] = open_weights_folder(folder, hashed=False)
+            source = resolve_weights("checkpoint", checkpoint, verify_checksums=False)
+            if isinstance(source, Path):
+                tensors, record = open_weights_folder(source, hashed=False), source / WEIGHTS_FILE
             else:
-                model, tensors = model_config(folder), read_weights(folder, weights, verify=False)
+                tensors, record = source.unchecked_weights(weights), source.path / INDEX_FILE
         except CheckpointError as error:
             raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
-        record = folder / (WEIGHTS_FILE if is_weights_folder(folder) else INDEX_FILE)
         groups = frozenset(layer_group(name) for name in tensors)
-        return cls(folder, FileRecord.of(record).sha256, weights, model, groups)
+        model = model_of(source, "checkpoint")
+        return cls(record.parent, FileRecord.of(record).sha256, weights, model, groups)
 
     def flows(self, names: list[str]) -> list[Flow]:
         """Flows by name.

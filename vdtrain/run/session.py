@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vdtrain.checkpoint.store import CheckpointError
+from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.manifest import ManifestError
@@ -26,9 +26,9 @@ from vdtrain.run.restarts import record_start
 from vdtrain.run.signals import StopSignal
 from vdtrain.run.summary import next_command
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
+from vdtrain.training.build import build_trainer
 from vdtrain.training.continuation import stage_steps
-from vdtrain.training.start import Start, check_frozen, find_start
-from vdtrain.training.trainer import Trainer
+from vdtrain.training.start import Start, check_frozen, resolve_start
 
 FAILED = 1
 # Whoever started the run is to start it again: EX_TEMPFAIL. After Ctrl-C, a person decides.
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
     early = Start()
     with contextlib.suppress(CheckpointError):
-        early = find_start(config, document, verify_checksums=False)
+        early = resolve_start(config, document, verify_checksums=False)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:
@@ -108,13 +108,13 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
         # A complete run may lie where nothing can be written.
         take_together(lock, lambda: watchdog.heartbeat(waiting), needed=not _is_complete(early, config))
         watchdog.heartbeat("looking for the checkpoint to start from")
-        start = find_start(config, document)
+        start = resolve_start(config, document)
         if _is_complete(start, config):
             return True
         remarks = [*start.remarks, *check_frozen(start, config)]
         _begin(config, document, start, place, remarks)
         watchdog.heartbeat("building the model")
-        return Trainer(config, document, start, place, watchdog).run(stop)
+        return build_trainer(config, document, start, place, watchdog).run(stop)
     finally:
         lock.release()
 

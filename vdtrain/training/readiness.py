@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, candidates, latest_by_sizes, summary
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, candidates, latest_by_sizes
 from vdtrain.config.command_line import shell
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
@@ -108,7 +108,7 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     """
     # Late, for they import PyTorch.
     from vdtrain.run.distributed import SharedError
-    from vdtrain.training.start import check_frozen, find_start
+    from vdtrain.training.start import check_frozen, resolve_start
 
     own, damages = latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)
     if own is None and config.stage.init_from is not None:
@@ -116,7 +116,7 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     for line in damages:
         yield Finding(WARNING, f"{line}; it is passed over")
     try:
-        start = find_start(config, document, verify_checksums=False)
+        start = resolve_start(config, document, verify_checksums=False)
         step = 0 if start.position is None else start.position.step
         yield Finding(OK, _origin(config, start, step))
         for line in start.remarks:
@@ -184,10 +184,10 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     from vdtrain.engine.partitions import GroupLayout
     from vdtrain.models.diffuser import Diffuser, parameters_by_group
     from vdtrain.planning.memory import checkpoint_bytes, tensor_bytes
-    from vdtrain.training.start import check_weights, initial_weights, layer_groups
+    from vdtrain.training.build import check_weights, initial_weights, layer_groups
 
     if start.resume is not None:
-        return summary(start.resume).bytes
+        return start.resume.bytes
     weights = initial_weights(start, config.model, verify_checksums=False)
     with torch.device("meta"):
         diffuser = Diffuser(config.model, layer_groups(config, weights))

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS, summary
-from vdtrain.checkpoint.store import (
-    CheckpointError,
-    CheckpointStore,
-    is_checkpoint,
-    read_trainer_state,
-    read_weights,
-    weight_names,
-)
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, is_checkpoint
+from vdtrain.checkpoint.format import Checkpoint
+from vdtrain.checkpoint.store import latest, verify
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig, TrainConfig
-from vdtrain.config.validation import gradient_scales, stage_flows
-from vdtrain.engine.deepspeed import EngineSettings
-from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
-from vdtrain.models.context_layers import use_kernel
-from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.run import distributed
 from vdtrain.run.records import lost_checkpoints
 from vdtrain.training.continuation import (
@@ -46,77 +32,6 @@ from vdtrain.training.continuation import (
 from vdtrain.training.state import TrainState
 from vdtrain.weights.catalogue import import_first, import_of, is_published
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
-from vdtrain.weights.tensor_files import LazyTensors
-
-
-def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
-    """The diffuser with the weights that a new stage starts from, on the CPU.
-
-    Beside the layers that the stage trains it has those that an earlier stage trained: they are carried along to the
-    stages after this one. Where the stage resumes, its weights come with the checkpoint, afterwards.
-    """
-    weights = initial_weights(start, config.model)
-    names = weight_names(start.resume) if start.resume is not None else weights
-    diffuser = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
-    load_weights(diffuser, weights)
-    use_kernel(diffuser, config.hardware.attention)
-    recompute_activations(diffuser, config.hardware.activation_checkpointing)
-    return diffuser
-
-
-def layer_groups(config: TrainConfig, names: Iterable[str]) -> set[str]:
-    """The groups that a stage trains, and those that the weights of these names bring along."""
-    return {*active_groups(stage_flows(config)), *map(layer_group, names)}
-
-
-def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name. Every layer group comes whole or not at all; one that does not keeps its random start.
-
-    Raises:
-        ConfigError: see `check_weights`.
-    """
-    check_weights(diffuser, weights)
-    own = diffuser.state_dict()
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-
-
-def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes, which reads no weights.
-
-    Raises:
-        ConfigError: a name or a shape that the model does not have, or a group of which a part is missing.
-    """
-    own = diffuser.state_dict()
-    given = {layer_group(name) for name in weights}
-    expected = {name for name in own if layer_group(name) in given}
-    for problem, names in (("unknown", weights.keys() - own.keys()), ("missing", expected - weights.keys())):
-        if names:
-            raise ConfigError(
-                f"stage.init_from: {len(names)} {problem} weights, e.g. {min(names)}; is it the same model?"
-            )
-    for name, tensor in LazyTensors.of(weights).outline().items():
-        if own[name].shape != tensor.shape:
-            raise ConfigError(
-                f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"
-            )
-
-
-def engine_settings(config: TrainConfig) -> EngineSettings:
-    """The engine's share of a training configuration."""
-    optimizer, hardware = config.optimizer, config.hardware
-    first, second = optimizer.betas
-    return EngineSettings(
-        zero_stage=hardware.zero_stage,
-        precision=hardware.precision,
-        gradient_clip=optimizer.gradient_clip,
-        betas=(first, second),
-        epsilon=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay,
-        gradient_scales=gradient_scales(config),
-        gradient_scale_mode=config.stage.gradient_scale_mode,
-    )
 
 
 @dataclass(frozen=True)
@@ -130,14 +45,14 @@ class Start:
         remarks: a line on everything that a person should know: settings that are not what they were, and so on.
     """
 
-    resume: Path | None = None
-    weights: Path | None = None
+    resume: Checkpoint | None = None
+    weights: Checkpoint | Path | None = None
     position: TrainState | None = None
     remarks: tuple[str, ...] = ()
 
 
-def find_start(config: TrainConfig, document: DictConfig, verify_checksums: bool = True) -> Start:
-    """Look for the stage's starting point on disk.
+def resolve_start(config: TrainConfig, document: DictConfig, verify_checksums: bool = True) -> Start:
+    """Decide where a stage starts: from its own checkpoint, from `stage.init_from`, or from random weights.
 
     Args:
         document: the composed configuration, unresolved.
@@ -150,13 +65,12 @@ def find_start(config: TrainConfig, document: DictConfig, verify_checksums: bool
     """
     folder = Path(config.run_dir) / CHECKPOINTS
     try:
-        own = CheckpointStore(folder, keep=config.checkpoint.keep).latest_complete(verify_checksums)
+        own = latest(folder, verify_checksums)
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); mend that") from error
     if own is not None:
-        content = read_trainer_state(own)
-        news = changes(content, document, config.stage, config.run_dir)
-        return Start(resume=own, position=position(content), remarks=tuple(news))
+        news = changes(own.state, document, config.stage, config.run_dir)
+        return Start(resume=own, position=position(own.state), remarks=tuple(news))
     # All processes are to say the same, and may not see the same.
     lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
     if verify_checksums:
@@ -184,9 +98,9 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
         ConfigError: the run was begun with other ones.
     """
     origin = start.resume or start.weights
-    if origin is None or is_weights_folder(origin):
+    if not isinstance(origin, Checkpoint):
         return []
-    content = read_trainer_state(origin)
+    content = origin.state
     now, files = frozen_contents(config.model), frozen_files(config.model)
     recorded: dict[str, str] = dict(content.get(FROZEN, {}))
     lines = []
@@ -213,13 +127,13 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
     return lines
 
 
-def check_schedule(config: TrainConfig, weights: Path) -> None:
+def check_schedule(config: TrainConfig, weights: Checkpoint | Path) -> None:
     """Refuse another noise schedule than that of the weights, which have learnt to remove noise by theirs.
 
     Raises:
         ConfigError: it is another one.
     """
-    theirs, ours = asdict(_model_of(weights, "stage.init_from").schedule), asdict(config.model.schedule)
+    theirs, ours = asdict(model_of(weights, "stage.init_from").schedule), asdict(config.model.schedule)
     for name, value in ours.items():
         if theirs[name] != value:
             raise ConfigError(
@@ -228,8 +142,10 @@ def check_schedule(config: TrainConfig, weights: Path) -> None:
             )
 
 
-def resolve_weights(setting: str, value: str, verify_checksums: bool = True, model: str | None = None) -> Path:
-    """The folder that a setting names: a weights folder, a checkpoint folder, or a run folder's latest checkpoint.
+def resolve_weights(
+    setting: str, value: str, verify_checksums: bool = True, model: str | None = None
+) -> Checkpoint | Path:
+    """What a setting names: a weights folder, as its path, or a checkpoint: itself, or the latest of a run folder.
 
     Args:
         model: that wants the weights, by name, for the command that imports published ones.
@@ -245,7 +161,7 @@ def resolve_weights(setting: str, value: str, verify_checksums: bool = True, mod
     return resolve_checkpoint(setting, value, verify_checksums)
 
 
-def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) -> Path:
+def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) -> Checkpoint:
     """The checkpoint that a setting names: a checkpoint folder, or a run folder, of which the latest is taken.
 
     Args:
@@ -256,14 +172,14 @@ def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) 
     """
     path = Path(value).expanduser()
     if is_checkpoint(path):
-        return path
+        return verify(path) if verify_checksums else Checkpoint.open(path)
     remedy = f"train that stage first, or make it with `{import_of(path)}`"
     if not path.exists():
         raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
-    latest = CheckpointStore(path / CHECKPOINTS, keep=1).latest_complete(verify_checksums)
-    if latest is None:
+    found = latest(path / CHECKPOINTS, verify_checksums)
+    if found is None:
         raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
-    return latest
+    return found
 
 
 def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelConfig, Mapping[str, Tensor]]:
@@ -276,70 +192,34 @@ def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelCon
     Raises:
         ConfigError: there is nothing complete to read.
     """
-    folder = resolve_weights(setting, value)
     try:
-        return _model_of(folder, setting), _weights_of(folder, setting, which)
+        source = resolve_weights(setting, value)
+        return model_of(source, setting), weights_of(source, setting, which)
     except CheckpointError as error:
         raise ConfigError(f"{setting}={value}: {error}") from error
 
 
-def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = True) -> Mapping[str, Tensor]:
-    """The weights by name that a new stage starts from; empty where it resumes or starts at random.
-
-    Args:
-        verify_checksums: check every byte, each process its share; False goes by the files' sizes.
-
-    Raises:
-        ConfigError: they are of a model of other sizes, or a weights folder is damaged.
-        CheckpointError: a checkpoint is damaged.
-    """
-    if start.weights is None:
-        return {}
-    theirs = _model_of(start.weights, "stage.init_from")
-    if theirs.diffuser != model.diffuser:
-        raise ConfigError(
-            f"stage.init_from={start.weights}: of a model with {theirs.diffuser}, and this one has {model.diffuser}; "
-            f"choose model={theirs.name}, or other weights"
-        )
-    if is_weights_folder(start.weights):
-        return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
-    if verify_checksums:
-        # Each process checks its share of the files, where reading would check all of them on every process.
-        CheckpointStore(start.weights.parent, keep=1).verify(start.weights)
-    else:
-        summary(start.weights)
-    return read_weights(start.weights, verify=False)
+def weights_of(source: Checkpoint | Path, setting: str, which: str) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint or of a weights folder, by name; each is read on access."""
+    return source.weights(which) if isinstance(source, Checkpoint) else open_weights_folder(source, setting)
 
 
-def _model_of(folder: Path, setting: str) -> ModelConfig:
-    return weights_folder_model(folder, setting) if is_weights_folder(folder) else model_config(folder)
-
-
-def _weights_of(folder: Path, setting: str, which: str) -> Mapping[str, Tensor]:
-    return open_weights_folder(folder, setting) if is_weights_folder(folder) else read_weights(folder, which)
-
-
-def run_document(document: DictConfig) -> dict[str, Any]:
-    """The configuration as a checkpoint keeps it: interpolations unresolved, so that it can move between machines."""
-    container = OmegaConf.to_container(document, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def model_config(checkpoint: Path) -> ModelConfig:
-    """The model that a checkpoint was trained with."""
-    document = OmegaConf.create(read_trainer_state(checkpoint)["config"])
+def model_of(source: Checkpoint | Path, setting: str) -> ModelConfig:
+    """The model of a checkpoint or of a weights folder."""
+    if isinstance(source, Path):
+        return weights_folder_model(source, setting)
+    document = OmegaConf.create(source.state["config"])
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), document.model)
     found = OmegaConf.to_object(model)
     assert isinstance(found, ModelConfig)
     return found
 
 
-def unfinished_stage(weights: Path) -> str | None:
+def unfinished_stage(weights: Checkpoint | Path) -> str | None:
     """What a person should know of weights that a stage starts from and whose own stage did not come to its end."""
-    if is_weights_folder(weights):
+    if isinstance(weights, Path):
         return None
-    content = read_trainer_state(weights)
+    content = weights.state
     stage, state = trained_stage(content), TrainState.from_dict(content[STATE])
     steps = stage_steps(stage)
     if state.completes(steps):

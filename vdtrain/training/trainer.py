@@ -11,17 +11,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS
+from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.checkpoint.saver import BackgroundSaver
-from vdtrain.checkpoint.store import CheckpointError, CheckpointStore
 from vdtrain.config.schema import PhaseConfig, TrainConfig
 from vdtrain.config.validation import micro_batches, phase_steps, stage_flows, warmup_samples
 from vdtrain.data.batch import Batch, BatchStream
@@ -29,18 +26,13 @@ from vdtrain.data.loading import Prefetcher, data_problem, open_stream
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import Objective, StepDraws
-from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
-from vdtrain.flows import active_groups
-from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.models.frozen import build_frozen
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Interval, Reporter
 from vdtrain.run.signals import StopSignal
-from vdtrain.run.watchdog import DUMPS, Watchdog
-from vdtrain.training.continuation import CONFIG, FROZEN, STATE, frozen_contents, position, stage_steps
-from vdtrain.training.start import Start, engine_settings, run_document, starting_diffuser
+from vdtrain.run.watchdog import Watchdog
+from vdtrain.training.continuation import STATE, stage_steps
 from vdtrain.training.state import TrainState
 
 # Sums of squares of such numbers are exact in float64 for up to 8192 processes.
@@ -182,49 +174,35 @@ def fingerprint(step: int, flows: Sequence[str]) -> int:
 
 
 class Trainer:
-    """One stage on this process's device, from wherever it starts to its end.
+    """One stage on this process's device, from wherever it starts to its end. `build_trainer` makes one.
 
     Args:
-        config: checked by `vdtrain.config.validation.check`.
-        document: the same configuration, unresolved, for the checkpoints.
-        start: from `find_start`.
-        place: from `distributed.start`.
-        watchdog: fed with every step; without it, nothing is watched.
+        ema: None trains without one.
+        watchdog: gets a heartbeat at every step.
+        state: where the stage stands; updated in place.
+        record: what every checkpoint holds beside the state.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        document: DictConfig,
-        start: Start,
         place: distributed.RankInfo,
-        watchdog: Watchdog | None = None,
+        *,
+        engine: Engine,
+        objective: Objective,
+        ema: ShardEMA | None,
+        saver: BackgroundSaver,
+        reporter: Reporter,
+        watchdog: Watchdog,
+        state: TrainState,
+        record: dict[str, Any],
     ) -> None:
         self.config, self.place = config, place
-        self.watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
-        self.document = run_document(document)
-        flows = stage_flows(config)
-        self.flow_names = [flow.name for flow in flows]
-        diffuser = starting_diffuser(config, start).to(place.device)
-        trained = parameters_by_group(diffuser)
-        self.engine = Engine(
-            diffuser,
-            {group: trained[group] for group in active_groups(flows)},
-            engine_settings(config),
-        )
-        self.frozen_contents = frozen_contents(config.model)
-        frozen = build_frozen(config.model).to(place.device, self.engine.compute_dtype)
-        self.objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
-        self.ema = ShardEMA(self.engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
-        keep = config.checkpoint
-        store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps)
-        self.saver = BackgroundSaver(store, config.watchdog_seconds and config.watchdog_seconds / 2)
-        self.state = TrainState()
-        if start.resume is not None:
-            self._resume(start.resume)
+        self.engine, self.objective, self.ema = engine, objective, ema
+        self.saver, self.reporter, self.watchdog = saver, reporter, watchdog
+        self.state, self.record = state, record
+        self.flow_names = [flow.name for flow in stage_flows(config)]
         self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
-        self.watchdog.heartbeat("starting the tracker")
-        self.reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), self.state.step, place.rank)
 
     def run(self, stop: StopSignal | None = None) -> bool:
         """Train to the end of the stage, or until a signal asks to stop; True if the stage is complete.
@@ -402,20 +380,9 @@ class Trainer:
             **interval.summary(self.place.device),
         }
 
-    def _resume(self, checkpoint: Path) -> None:
-        try:
-            content = self.saver.store.load(checkpoint, self.engine, self.ema)
-        except CheckpointError:
-            self.saver.close()
-            self.engine.close()
-            raise
-        self.state = position(content)
-        self.saver.saved_step = self.state.step
-
     def _begin_save(self) -> None:
         self.watchdog.heartbeat(f"step {self.state.step}, saving")
-        content = {STATE: self.state.to_dict(), CONFIG: self.document, FROZEN: self.frozen_contents}
-        self.saver.begin(self.engine, self.ema, content, self.state.step)
+        self.saver.begin(self.engine, self.ema, {STATE: self.state.to_dict(), **self.record}, self.state.step)
 
     def _settle_saves(self) -> None:
         """Wait for the save under way, before the model's or the data's shape changes or the process ends."""

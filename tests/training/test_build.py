@@ -7,7 +7,8 @@ from torch import nn
 
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.training.start import Start, starting_diffuser
+from vdtrain.training.build import starting_diffuser
+from vdtrain.training.start import Start
 
 
 @pytest.mark.parametrize(("mode", "data", "context"), [("none", 0, 0), ("context", 0, 1), ("blocks", 1, 1)])

@@ -1,0 +1,191 @@
+"""Builds a trainer's parts from a configuration and a start: diffuser, engine, objective, EMA, saver, reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from vdtrain.checkpoint.folder import CHECKPOINTS
+from vdtrain.checkpoint.saver import BackgroundSaver
+from vdtrain.checkpoint.store import CheckpointStore, load
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import ModelConfig, TrainConfig
+from vdtrain.config.validation import gradient_scales, stage_flows
+from vdtrain.diffusion.objective import Objective
+from vdtrain.diffusion.schedule import Schedule
+from vdtrain.engine.deepspeed import EngineSettings
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.flows import active_groups
+from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.context_layers import use_kernel
+from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
+from vdtrain.models.frozen import build_frozen
+from vdtrain.run import distributed
+from vdtrain.run.reporting import Reporter
+from vdtrain.run.watchdog import DUMPS, Watchdog
+from vdtrain.training.continuation import CONFIG, FROZEN, frozen_contents
+from vdtrain.training.start import Start, model_of
+from vdtrain.training.state import TrainState
+from vdtrain.training.trainer import Trainer
+from vdtrain.weights.folder import open_weights_folder
+from vdtrain.weights.tensor_files import LazyTensors
+
+
+def build_trainer(
+    config: TrainConfig,
+    document: DictConfig,
+    start: Start,
+    place: distributed.RankInfo,
+    watchdog: Watchdog | None = None,
+) -> Trainer:
+    """A trainer at a stage's start. Every process calls this together.
+
+    Args:
+        config: checked by `vdtrain.config.validation.check`.
+        document: the same configuration, unresolved, for the checkpoints.
+        start: from `resolve_start`.
+        place: from `distributed.start`.
+        watchdog: None watches nothing.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from does not fit the stage.
+    """
+    watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
+    diffuser = starting_diffuser(config, start).to(place.device)
+    groups, flows = parameters_by_group(diffuser), stage_flows(config)
+    engine = Engine(diffuser, {group: groups[group] for group in active_groups(flows)}, engine_settings(config))
+    try:
+        record = {CONFIG: run_document(document), FROZEN: frozen_contents(config.model)}
+        frozen = build_frozen(config.model).to(place.device, engine.compute_dtype)
+        objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
+        ema = ShardEMA(engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
+        if start.resume is not None:
+            load(start.resume, engine, ema)
+    except BaseException:
+        engine.close()
+        raise
+    state = start.position or TrainState()
+    keep = config.checkpoint
+    store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps)
+    saver = BackgroundSaver(store, config.watchdog_seconds and config.watchdog_seconds / 2)
+    if start.resume is not None:
+        saver.saved_step = state.step
+    watchdog.heartbeat("starting the tracker")
+    reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), state.step, place.rank)
+    return Trainer(
+        config,
+        place,
+        engine=engine,
+        objective=objective,
+        ema=ema,
+        saver=saver,
+        reporter=reporter,
+        watchdog=watchdog,
+        state=state,
+        record=record,
+    )
+
+
+def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
+    """The diffuser with the weights that a new stage starts from, on the CPU.
+
+    Beside the layers that the stage trains it has those that an earlier stage trained: they are carried along to the
+    stages after this one. Where the stage resumes, its weights come with the checkpoint, afterwards.
+    """
+    weights = initial_weights(start, config.model)
+    names = start.resume.weight_names() if start.resume is not None else weights
+    diffuser = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
+    load_weights(diffuser, weights)
+    use_kernel(diffuser, config.hardware.attention)
+    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    return diffuser
+
+
+def layer_groups(config: TrainConfig, names: Iterable[str]) -> set[str]:
+    """The groups that a stage trains, and those that the weights of these names bring along."""
+    return {*active_groups(stage_flows(config)), *map(layer_group, names)}
+
+
+def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights by name. Every layer group comes whole or not at all; one that does not keeps its random start.
+
+    Raises:
+        ConfigError: see `check_weights`.
+    """
+    check_weights(diffuser, weights)
+    own = diffuser.state_dict()
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes, which reads no weights.
+
+    Raises:
+        ConfigError: a name or a shape that the model does not have, or a group of which a part is missing.
+    """
+    own = diffuser.state_dict()
+    given = {layer_group(name) for name in weights}
+    expected = {name for name in own if layer_group(name) in given}
+    for problem, names in (("unknown", weights.keys() - own.keys()), ("missing", expected - weights.keys())):
+        if names:
+            raise ConfigError(
+                f"stage.init_from: {len(names)} {problem} weights, e.g. {min(names)}; is it the same model?"
+            )
+    for name, tensor in LazyTensors.of(weights).outline().items():
+        if own[name].shape != tensor.shape:
+            raise ConfigError(
+                f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"
+            )
+
+
+def engine_settings(config: TrainConfig) -> EngineSettings:
+    """The engine's share of a training configuration."""
+    optimizer, hardware = config.optimizer, config.hardware
+    first, second = optimizer.betas
+    return EngineSettings(
+        zero_stage=hardware.zero_stage,
+        precision=hardware.precision,
+        gradient_clip=optimizer.gradient_clip,
+        betas=(first, second),
+        epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        gradient_scales=gradient_scales(config),
+        gradient_scale_mode=config.stage.gradient_scale_mode,
+    )
+
+
+def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = True) -> Mapping[str, Tensor]:
+    """The weights by name that a new stage starts from; empty where it resumes or starts at random.
+
+    Args:
+        verify_checksums: check every byte, each process its share; False goes by the files' sizes.
+
+    Raises:
+        ConfigError: they are of a model of other sizes, or a weights folder is damaged.
+        CheckpointError: a checkpoint is damaged.
+    """
+    if start.weights is None:
+        return {}
+    theirs = model_of(start.weights, "stage.init_from")
+    if theirs.diffuser != model.diffuser:
+        raise ConfigError(
+            f"stage.init_from={start.weights}: of a model with {theirs.diffuser}, and this one has {model.diffuser}; "
+            f"choose model={theirs.name}, or other weights"
+        )
+    if isinstance(start.weights, Path):
+        return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
+    return start.weights.weights() if verify_checksums else start.weights.unchecked_weights("model")
+
+
+def run_document(document: DictConfig) -> dict[str, Any]:
+    """The configuration as a checkpoint keeps it: interpolations unresolved, so that it can move between machines."""
+    container = OmegaConf.to_container(document, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
