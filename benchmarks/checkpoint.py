@@ -17,6 +17,7 @@ import platform
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,11 @@ from vdtrain.engine.partitions import GroupLayout, ParameterSlot, Partition
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")
+
+
+def saving() -> bool:
+    """Whether a save is being written in the background."""
+    return any(thread.name.startswith("save-") for thread in threading.enumerate())
 
 
 def stand_in(elements: int, device: torch.device) -> Any:
@@ -97,8 +103,8 @@ def measure(folder: Path, device: torch.device, elements: int, rounds: int) -> d
         began = time.perf_counter()
         saver.begin(engine, ema, {}, step)
         blocked.append(time.perf_counter() - began)
-        beside.append(steps.run(lambda: not saver.busy))
-        saver.settle()
+        beside.append(steps.run(lambda: not saving()))
+        saver.wait()
         total.append(time.perf_counter() - began)
         assert not saver.failures()
     # The first save also takes the memory.

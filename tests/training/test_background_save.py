@@ -63,7 +63,7 @@ def go_on_while_writing(folder: Path, run: Run) -> dict[str, Any]:
         # Both have looked before the slow disk is released.
         distributed.barrier()
         disk.restore()
-        saver.settle()
+        saver.wait()
         distributed.barrier()
         path = folder / f"step-{step:09d}"
         found[f"model {step}"] = same_bits(trained_part(read_weights(path)), then)
@@ -81,9 +81,9 @@ def meet_a_slow_disk(folder: Path, run: Run) -> dict[str, Any]:
         saver.begin(run.engine, run.ema, {}, step)
     given_up = saver.failures()
     disk.restore()
-    saver.settle()
+    saver.wait()
     saver.begin(run.engine, run.ema, {}, 4)
-    saver.settle()
+    saver.wait()
     distributed.barrier()
     found = {"given_up": given_up, "failed": saver.failed, "names": sorted(path.name for path in folder.iterdir())}
     saver.close()
@@ -94,18 +94,18 @@ def meet_a_small_disk(folder: Path, run: Run) -> dict[str, Any]:
     """One rank may write files of 100 bytes only, as if its disk were full."""
     saver = BackgroundSaver(CheckpointStore(folder, keep=3))
     saver.begin(run.engine, run.ema, {}, 1)
-    saver.settle()
+    saver.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if distributed.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     saver.begin(run.engine, run.ema, {}, 2)
-    saver.settle()
+    saver.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     failures, saved = saver.failures(), saver.saved_step
     distributed.barrier()
     names = sorted(path.name for path in folder.iterdir())
     saver.begin(run.engine, run.ema, {}, 3)
-    saver.settle()
+    saver.wait()
     distributed.barrier()
     newest = latest(saver.store.folder)
     found = {"failures": failures, "saved": saved, "names": names, "next": newest and newest.path.name}
@@ -117,7 +117,7 @@ def save_many(folder: Path, run: Run) -> list[str]:
     saver = BackgroundSaver(CheckpointStore(folder, keep=2, keep_every_steps=3))
     for step in range(1, 9):
         saver.begin(run.engine, run.ema, {}, step)
-    saver.settle()
+    saver.wait()
     distributed.barrier()
     saver.close()
     return sorted(path.name for path in folder.iterdir())

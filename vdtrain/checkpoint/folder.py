@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder has, as a look at names, sizes and records tells. Needs no PyTorch."""
+"""The checkpoints of a run folder, by names, sizes and records. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ INDEX_FILE, LATEST_FILE = "checkpoint.json", "latest"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or must not be read; the message says which and why."""
+    """A checkpoint that cannot be written or must not be read; the message names it and the cause."""
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What the record of a checkpoint whose files have their sizes says of it.
+    """The record of a checkpoint whose files have the recorded sizes.
 
     Attributes:
         step: optimiser steps of its stage.
@@ -45,12 +45,12 @@ def step_of(path: Path) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint, whole or damaged."""
+    """Whether a folder holds a checkpoint; it may be damaged."""
     return (folder / INDEX_FILE).is_file()
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Folders that may be checkpoints: first the one that `latest` names, then by step, newest first."""
+    """Possible checkpoint folders: the one that `latest` names, then the others, newest first."""
     if not folder.is_dir():
         return []
     pattern = re.compile(rf"step-(\d+)({re.escape(REPLACED)})?")
@@ -64,9 +64,9 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def latest_by_sizes(folder: Path) -> tuple[CheckpointSummary | None, list[str]]:
-    """The checkpoint that a run would resume from, as far as sizes tell, and a line on each better one that is damaged.
+    """The newest checkpoint whose files have their sizes, and one line per newer, damaged one.
 
-    A run checks every byte besides: it may pass over this one too.
+    A run also checks every byte, so it may skip this one too.
     """
     damages: list[str] = []
     for path in candidates(folder):
@@ -78,7 +78,7 @@ def latest_by_sizes(folder: Path) -> tuple[CheckpointSummary | None, list[str]]:
 
 
 def summary(path: Path) -> CheckpointSummary:
-    """A checkpoint whose files are there and have the sizes in its record.
+    """Read a checkpoint's record and compare the sizes of its files with it.
 
     Raises:
         CheckpointError: the record is missing or damaged, or a file is missing or of another size.
@@ -92,7 +92,7 @@ def summary(path: Path) -> CheckpointSummary:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Contents of checkpoint.json, whose own checksum is checked.
+    """Contents of checkpoint.json, after a check of its own checksum.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another format.
@@ -102,14 +102,14 @@ def read_index(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = document["checkpoint"]
         whole = document["sha256"] == index_checksum(content)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {INDEX_FILE}, so this is no complete checkpoint") from None
+        raise CheckpointError(f"{folder}: no {INDEX_FILE}, so this is not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX_FILE}: cannot be read ({error})") from error
     if not whole:
         raise CheckpointError(f"{folder / INDEX_FILE}: its checksum does not match, the file is damaged")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder}: checkpoint format {content['format']}, and this version of vdtrain reads format {FORMAT}"
+            f"{folder}: checkpoint format {content['format']}; this version of vdtrain reads format {FORMAT}"
         )
     return content
 
@@ -119,7 +119,7 @@ def file_records(content: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def index_checksum(content: Any) -> str:
-    """Checksum of an index before it is written, and of the same index read back."""
-    # JSON turns numbers that are keys into text, which sorts in another order: 64 before 256, but "256" before "64".
+    """Checksum of an index, equal before it is written and after it is read back."""
+    # JSON turns number keys into text, which sorts differently: 64 before 256, but "256" before "64".
     written = json.loads(json.dumps(content))
     return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()

@@ -1,13 +1,13 @@
-"""What a checkpoint folder holds, how it is checked, and how any slice of it is read.
+"""The checkpoint format: its files, its checks, and reading any slice of it.
 
     step-000000123/
         rank-00000-of-00002.safetensors    "GROUP/KIND" -> flat float32 partition, one file per process
         rank-00001-of-00002.safetensors
-        passengers.safetensors             what the stage did not train, by name; absent if it trained everything
-        checkpoint.json                    the index, written last: its presence says that all else is there
+        passengers.safetensors             parameters that the stage did not train, by name; absent if there are none
+        checkpoint.json                    the index, written last: if it exists, all other files are complete
 
-The buffer of a layer group does not depend on the number of processes, so any number of them, or none, can read it back
-from the partitions. Nothing is unpickled.
+A layer group's buffer does not depend on the number of processes, so any number of processes can read it back from the
+partitions. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vdtrain.files import FileRecord, damage, write_text
 from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
 
 CARRIED_OVER_FILE = "passengers.safetensors"
-# Bytes that are written at a time: an error of the disk is noticed soon.
+# Bytes per write: small enough to notice a disk error soon.
 BLOCK_BYTES = 1 << 24
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -44,9 +44,9 @@ class Index:
 
     Attributes:
         step: the trainer's step.
-        world_size: number of processes that wrote it.
-        optimizer_steps: updates that AdamW has applied.
-        ema_updates: updates of the averaged weights; None if none were kept.
+        world_size: number of writing processes.
+        optimizer_steps: updates applied by AdamW.
+        ema_updates: updates of the EMA; None if there is no EMA.
         trainer: the trainer's own state.
     """
 
@@ -61,7 +61,7 @@ class Index:
     files: Mapping[str, FileRecord]
 
     def write(self, folder: Path) -> None:
-        """Write checkpoint.json, with a checksum of its own, and see it onto the disk."""
+        """Write checkpoint.json with its own checksum, and sync it to disk."""
         content = {
             "format": FORMAT,
             "step": self.step,
@@ -115,7 +115,7 @@ class Index:
 
 
 class SliceReader:
-    """Reads any slice of a group's buffer, whatever the number of processes that wrote it."""
+    """Reads any slice of a group's buffer, whatever number of processes wrote it."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self._index = index
@@ -230,18 +230,18 @@ class Checkpoint:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a safetensors file and see it onto the disk.
+    """Write a safetensors file and sync it to disk.
 
-    Its checksum is taken of what is written, not of what is read back. Other threads run meanwhile: hashing and writing
-    do without Python's lock, which the safetensors package holds for as long as it writes.
+    The checksum is that of the written bytes; nothing is read back. Hashing and writing release Python's lock, so other
+    threads keep running. The safetensors package holds the lock while it writes.
 
     Args:
         tensors: on the CPU.
 
     Raises:
-        OSError: if it cannot be written, also when the disk is full.
+        OSError: it cannot be written, for example because the disk is full.
     """
-    # The format wants every tensor aligned to its own item size.
+    # The format requires each tensor to be aligned to its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, end = {}, 0
     for name, tensor in ordered:
@@ -252,7 +252,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(head)
-    # Hashing takes as long as a fast disk does, so that the two run side by side.
+    # Hashing takes as long as writing to a fast disk, so they run in parallel.
     with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
         file.write(head)
         for _, tensor in ordered:

@@ -1,10 +1,10 @@
-"""Checkpoints written beside training: the step loop waits only while its values are copied.
+"""Checkpoints written in the background: training waits only while the values are copied.
 
-    saver.begin(engine, ema, trainer_state, step)      copies, and returns while a thread writes and publishes
-    for line in saver.failures(): ...                  at any later step: saves that were given up
-    saver.settle()                                     waits until nothing is being written
+    saver.begin(engine, ema, trainer_state, step)      copies and returns; a thread writes and publishes
+    for line in saver.failures(): ...                  at any later step: saves that failed
+    saver.wait()                                       returns when nothing is being written
 
-The threads of all processes agree over a process group of their own, so that they never meet a collective of training.
+The threads of all processes use a process group of their own, so their collectives never mix with those of training.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vdtrain.errors import one_line
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 
-# A process whose disk is slow keeps the others' threads waiting, and no one else; one that ends breaks the connection.
+# A slow disk delays only the other processes' threads. A process that ends breaks the connection.
 GROUP_TIMEOUT = timedelta(days=1)
 
 
 class BackgroundSaver:
     """Writes a store's checkpoints, one at a time. Every process calls each method together, after the same step.
 
-    A save that fails on one process is given up on all of them; the next one tries again.
+    A save that fails on one process fails on all. The next save tries again.
 
     Args:
-        timeout_seconds: how long `begin` waits for the save before it, after which the new one is given up; None for
-            as long as it takes.
+        timeout_seconds: how long `begin` waits for the previous save before it gives up the new one; None waits until
+            it is done.
     """
 
     def __init__(self, store: CheckpointStore, timeout_seconds: float | None = None) -> None:
@@ -46,13 +46,13 @@ class BackgroundSaver:
         )
         self._thread: threading.Thread | None = None
         self._overdue = False
-        # Of the save under way; set by its thread as the last thing that it does.
+        # Of the current save; its thread sets it last.
         self._failure: str | None = None
         self._step: int | None = None
         self._news: list[str] = []
 
     def begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
-        """Copy the values of this moment and let a thread write them as the checkpoint of `step`."""
+        """Copy the present values; a thread writes them as the checkpoint of `step`."""
         idle = self._wait(0.0 if self._overdue else self.timeout_seconds)
         if not distributed.all_agree(idle):
             self._overdue = not idle
@@ -63,27 +63,22 @@ class BackgroundSaver:
             return
         self._overdue, self._step = False, step
         snapshot = Snapshot.take(engine, ema, trainer_state, step, self._memory)
-        # Not waited for when the interpreter ends: a run that fails must not hang on a dead file system.
+        # A daemon: a failing run must not hang on a dead file system when the interpreter ends.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
-    @property
-    def busy(self) -> bool:
-        """Whether this process still writes."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Return when nothing is being written."""
         self._wait(None)
 
     def failures(self) -> list[str]:
-        """One line about every save that was given up since the last call."""
+        """One line per save that failed since the last call."""
         self._wait(0.0)
         news, self._news = self._news, []
         return news
 
     def close(self) -> None:
-        """Leave the group of the threads. What is still being written then, after an error, is not published."""
+        """Leave the threads' process group. A save that is still running after an error is not published."""
         if self._group is not None and self._thread is None:
             dist.destroy_process_group(self._group)
         self._group = None
@@ -96,7 +91,7 @@ class BackgroundSaver:
             self._failure = connection_problem(error) or one_line(error)
 
     def _wait(self, seconds: float | None) -> bool:
-        """Wait for the save under way, at most so long, and take note of its outcome; False if it is not done."""
+        """Wait at most `seconds` for the current save and record its outcome; False if it is not done."""
         if self._thread is None:
             return True
         self._thread.join(seconds)

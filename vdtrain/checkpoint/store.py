@@ -1,4 +1,4 @@
-"""Saving and resuming a run: a checkpoint is there as a whole or not at all.
+"""Saving and resuming a run. A checkpoint is published as a whole or not at all.
 
 Every process writes its own partition into `step-000000123.incomplete`. When every file is on the disk, rank 0 writes
 the index, renames the folder to `step-000000123`, and then moves `latest` to it.
@@ -29,9 +29,9 @@ from vdtrain.run.records import note_saved
 
 
 class HostMemory:
-    """CPU memory that is taken once and used again for every copy; pinned where tensors come from a GPU.
+    """CPU buffers, allocated once and reused for every copy; pinned if the tensors are on a GPU.
 
-    As large as what is copied: this process's weights, both moments and average, 16 bytes per weight of its partition.
+    They take 16 bytes per weight of this process's partition: weight, two moments and EMA.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class HostMemory:
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors' present values, whole when this returns; overwritten by the next call."""
+        """Copies of the tensors, complete on return; the next call overwrites them."""
         for name, tensor in tensors.items():
             if name not in self._places:
                 self._places[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -54,9 +54,9 @@ class Snapshot:
     """One process's share of a checkpoint.
 
     Attributes:
-        index: of the whole checkpoint, without its files.
+        index: of the whole checkpoint, without the file records.
         partitions: "GROUP/KIND" -> this process's flat partition, float32.
-        carried_over: what the stage does not train, by name; empty on all processes but the first.
+        carried_over: parameters that the stage does not train, by name; empty except on rank 0.
     """
 
     index: Index
@@ -72,7 +72,7 @@ class Snapshot:
         step: int,
         memory: HostMemory,
     ) -> Snapshot:
-        """The engine's and the average's present values, copied: training may go on at once."""
+        """Copy the present values of the engine and the EMA; training may continue at once."""
         partitions = engine.partitions()
         buffers: dict[str, Tensor] = {}
         for position, partition in enumerate(partitions):
@@ -91,7 +91,7 @@ class Snapshot:
             groups=tuple(partition.layout for partition in partitions),
             files={},
         )
-        # What is carried over stays as it is for as long as the engine lives.
+        # What is carried over does not change while the engine lives.
         return cls(index, memory.copy(buffers), engine.carried_over)
 
 
@@ -104,12 +104,12 @@ logger = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of one run.
 
-    Where a process group was started, every process calls each method together, and all succeed or fail together.
+    In a process group, all processes call each method together, and all succeed or fail together.
 
     Args:
         folder: on a file system that every process sees.
-        keep: how many checkpoints stay, the newest included.
-        keep_every_steps: those of a step that is a multiple of it stay as well; None for none.
+        keep: number of checkpoints to keep, the newest included.
+        keep_every_steps: also keep those of every step that it divides; None keeps no others.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every_steps: int | None = None) -> None:
@@ -120,15 +120,15 @@ class CheckpointStore:
         self.keep_every_steps = keep_every_steps
 
     def write(self, snapshot: Snapshot, gather: Gather = distributed.gather_json) -> Path:
-        """Write a checkpoint, make it the latest, and remove those that are too many.
+        """Write a checkpoint, make it the latest, and remove surplus ones.
 
         Args:
-            snapshot: this process's share; its step names the checkpoint, and one of the same step is replaced.
-            gather: the exchange between the processes, e.g. of a group that belongs to the calling thread.
+            snapshot: this process's share. Its step names the checkpoint; one of the same step is replaced.
+            gather: the exchange between processes, for example over a group of the calling thread.
 
         Raises:
-            CheckpointError: on every process, if any of them failed. The earlier checkpoints are untouched, and
-                training may go on.
+            CheckpointError: on every process, if one of them failed. Earlier checkpoints are untouched, and training
+                may continue.
         """
         final = self.folder / checkpoint_name(snapshot.index.step)
         draft = final.with_name(final.name + INCOMPLETE)
@@ -175,12 +175,12 @@ class CheckpointStore:
         os.replace(pointer, self.folder / LATEST_FILE)
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        # The checkpoint is there, whatever becomes of the note.
+        # The checkpoint is complete even if the note cannot be written.
         with contextlib.suppress(OSError):
             note_saved(self.folder.parent, step_of(final))
 
     def _prune(self, newest: Path) -> None:
-        """Remove all that no rule keeps; checkpoints after `newest`, of a run that was set back, stay."""
+        """Remove checkpoints that no rule keeps. Those after `newest` stay: the run was set back."""
         older = sorted(path for path in candidates(self.folder) if path.name < newest.name)
         for path in older[: max(0, len(older) - (self.keep - 1))]:
             if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:
@@ -263,15 +263,15 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
 
 
 def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
-    """Run `action` on every process; its results by rank, or an error on every process if any of them failed.
+    """Run `action` on every process: its results by rank, or an error on every process if one of them failed.
 
     Args:
-        folder: that is written.
+        folder: the written folder, for the error.
     """
     result, failure = None, None
     try:
         result = action()
-    # Whatever it is: a process that stays away from the exchange leaves the others waiting.
+    # Any error: a process that skips the exchange would leave the others waiting.
     except Exception as error:
         failure = f"process {distributed.rank()}: {_said(error, folder)}"
     outcomes = gather({"result": result, "failure": failure})
@@ -302,11 +302,11 @@ def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any
 
 
 def _difference(index: Index, engine: Engine) -> str:
-    """How the layer groups of a checkpoint differ from the engine's, in words."""
+    """A line on how the layer groups of a checkpoint differ from the engine's."""
     theirs = [layout.group for layout in index.groups]
     ours = [partition.layout.group for partition in engine.partitions()]
     if theirs != ours:
-        return f"was written by a stage that trains {', '.join(theirs)}, and this one trains {', '.join(ours)}"
+        return f"was written by a stage that trains {', '.join(theirs)}; this one trains {', '.join(ours)}"
     changed = [
         layout.group
         for layout, partition in zip(index.groups, engine.partitions(), strict=True)

@@ -1,4 +1,4 @@
-"""The engine's settings, and DeepSpeed's configuration made of them."""
+"""The engine's settings, DeepSpeed's import and its configuration."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DEEPSPEED_VERSION = "0.19.8"
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """Import DeepSpeed for a kind of device, without building anything: a machine may have no compiler."""
-    # Otherwise it searches for an accelerator and warns that it found none.
+    """Import DeepSpeed for a device type without compiling anything: a machine may have no compiler."""
+    # Without it, DeepSpeed searches for an accelerator and warns if it finds none.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Said to be unavailable, its shared-memory collectives are neither compiled nor used; gloo does their work.
+    # This turns off its shared-memory collectives, which it would compile; gloo does their work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _dynamo_disabled():
-        # Muon's module compiles functions as it is imported, which costs seconds and is never used here.
+        # Muon's module compiles functions on import. It costs seconds and is not used here.
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     return deepspeed
 
@@ -51,13 +51,13 @@ LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Numbers of the optimiser and the way it is spread over the processes.
+    """Settings of the optimiser and of its partitions.
 
     Attributes:
-        zero_stage: 0 (every process holds everything), 1 (optimiser state in partitions) or 2 (gradients too).
-        precision: "fp32", or "bf16" for forward and backward with float32 weights, sums and reductions behind it.
-        gradient_clip: largest global norm of the gradient; 0 leaves it as it is.
-        gradient_scales: factor of each layer group; a group that is not named has 1.
+        zero_stage: 0 (replicas), 1 (optimiser state is partitioned) or 2 (gradients too).
+        precision: "fp32", or "bf16" for forward and backward; weights, sums and reductions stay float32.
+        gradient_clip: largest global norm of the gradient; 0 disables clipping.
+        gradient_scales: factor of each layer group; 1 by default.
         gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
     """
 
@@ -88,18 +88,18 @@ class EngineSettings:
 def deepspeed_configuration(settings: EngineSettings) -> dict[str, Any]:
     """DeepSpeed's configuration for ZeRO 1 and 2.
 
-    What is said here, it would choose otherwise, or choose anew in another version.
+    Set explicitly, because DeepSpeed's defaults differ or may change.
     """
     configuration: dict[str, Any] = {
-        # Micro-batches and their weights are the trainer's; DeepSpeed only counts with these two.
+        # The trainer weights micro-batches itself; DeepSpeed only counts with these two.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
-        # The engine clips; absent, it would be 1.0.
+        # The engine clips. DeepSpeed's default is 1.0.
         "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": settings.zero_stage,
-            # Under ZeRO 1 it would reduce the last micro-batch's gradients only.
+            # With overlap, ZeRO 1 reduces only the last micro-batch's gradients.
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,

@@ -1,12 +1,12 @@
-"""The training engine behind a small, typed face: ZeRO 0, 1 and 2, float32 or bf16.
+"""The training engine: ZeRO 0, 1 and 2, float32 or bf16.
 
     for index, micro_batch in enumerate(micro_batches):
         loss = engine(micro_batch) / len(micro_batches)
         engine.backward(loss, last=index == len(micro_batches) - 1)
     report = engine.step(learning_rate)
 
-How weights and gradients travel between processes is an Strategy's; norm, clipping, AdamW and the decision to leave a
-step out are the same for all, and none of them waits for the device.
+A `Strategy` moves weights and gradients between processes. Norm, clipping, AdamW and the decision to skip a step are the
+same for every strategy. None of them waits for the device.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from vdtrain.run import distributed
 
 
 class FlatAdamW:
-    """AdamW (arXiv 1711.05101), one flat float32 buffer per layer group, each with a learning rate of its own.
+    """AdamW (arXiv 1711.05101) on flat float32 buffers, one per layer group, each with its own learning rate.
 
     Args:
-        masters: the buffers that are trained; updated in place.
+        masters: the trained buffers; updated in place.
         settings: betas, epsilon and weight decay.
     """
 
@@ -38,13 +38,13 @@ class FlatAdamW:
         self.masters = list(masters)
         self.first_moments = [torch.zeros_like(master) for master in self.masters]
         self.second_moments = [torch.zeros_like(master) for master in self.masters]
-        # On the device, for there it is decided whether a step counts.
+        # On the device, which decides whether a step counts.
         self._steps = [torch.zeros((), device=master.device) for master in self.masters]
         self._settings = settings
 
     @property
     def steps(self) -> int:
-        """Updates applied so far, from which the averages are corrected. Reading it waits for the device."""
+        """Updates applied so far, for the bias correction. Reading it waits for the device."""
         return int(self._steps[0].item())
 
     @steps.setter
@@ -54,15 +54,15 @@ class FlatAdamW:
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
-        """Update every buffer, without waiting for the device.
+        """Update every buffer without waiting for the device.
 
         Args:
-            gradients: one to a buffer; what they hold afterwards is undefined.
+            gradients: one per buffer; their contents are undefined afterwards.
             rates: learning rate of each buffer.
-            divisor: by which the gradients are divided first; a scalar.
-            finite: a boolean scalar; where it is false, buffers, averages and the count of updates keep every bit.
+            divisor: scalar; the gradients are divided by it first.
+            finite: boolean scalar; if false, buffers, moments and the count of updates keep every bit.
         """
-        left_out = (~finite).float()
+        skipped = (~finite).float()
         buffers = zip(self.masters, gradients, self.first_moments, self.second_moments, self._steps, rates, strict=True)
         for master, gradient, first_moment, second_moment, step, rate in buffers:
             adamw(
@@ -74,7 +74,7 @@ class FlatAdamW:
                 [step],
                 fused=True,
                 grad_scale=divisor.float(),
-                found_inf=left_out,
+                found_inf=skipped,
                 amsgrad=False,
                 beta1=self._settings.betas[0],
                 beta2=self._settings.betas[1],
@@ -86,24 +86,24 @@ class FlatAdamW:
 
 
 def kept_share(number: Tensor, length: float, decay: float | None = None) -> Tensor:
-    """What an average keeps of itself at updates `number`, counted from 1: float64, of the same shape.
+    """The share of itself that an EMA keeps at updates `number`, counted from 1: float64, same shape.
 
     Args:
-        length: mean age of what is in the average after many updates, as a share of their number; in (0, 0.5].
-        decay: upper limit, from which on the average looks back over 1 / (1 - decay) updates; None for none.
+        length: mean age of the averaged weights after many updates, as a share of their number; in (0, 0.5].
+        decay: upper limit of the result; the EMA then looks back over 1 / (1 - decay) updates. None sets no limit.
     """
     keep = (1 + number) / (1 / length + number)
     return keep if decay is None else torch.clamp(keep, max=decay)
 
 
 class ShardEMA:
-    """Moving average of the master weights, whose memory grows with the number of updates since it started.
+    """Exponential moving average of the master weights. It looks back further the more updates it has seen.
 
-    See `kept_share`. After many updates its profile is a power of their number, with the exponent 1 / length - 2, as
-    Karras et al. 2024 propose (arXiv 2312.02696).
+    See `kept_share`. After many updates its profile is a power law with the exponent 1 / length - 2
+    (Karras et al. 2024, arXiv 2312.02696).
 
     Args:
-        engine: whose partitions are averaged; the average starts at their present values.
+        engine: its partitions are averaged; the EMA starts at their present values.
         length, decay: see `kept_share`.
     """
 
@@ -113,7 +113,7 @@ class ShardEMA:
         self.decay, self.length = decay, length
         self._partitions = engine.partitions()
         self.buffers: list[Tensor] = [partition.master.clone() for partition in self._partitions]
-        # On the device, for there it is decided whether a step counts.
+        # On the device, which decides whether a step counts.
         device = self.buffers[0].device
         self._updates = torch.zeros((), dtype=torch.float64, device=device)
         self._always = torch.ones((), dtype=torch.bool, device=device)
@@ -125,10 +125,10 @@ class ShardEMA:
 
     @torch.no_grad()
     def update(self, applied: Tensor | None = None) -> None:
-        """Move the average towards the present weights, without waiting for the device; call it after every step.
+        """Move the EMA towards the present weights. Call it after every step; it does not wait for the device.
 
         Args:
-            applied: a boolean scalar; where it is false, the average and its count keep every bit.
+            applied: boolean scalar; if false, the EMA and its count keep every bit.
         """
         counts = self._always if applied is None else applied
         number = self._updates + 1
@@ -139,14 +139,14 @@ class ShardEMA:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again at the present weights."""
+        """Restart at the present weights."""
         for buffer, partition in zip(self.buffers, self._partitions, strict=True):
             buffer.copy_(partition.master)
         self._updates.zero_()
 
     @torch.no_grad()
     def load(self, read: BufferReader, updates: int) -> None:
-        """Take this process's partitions from `read`."""
+        """Load this process's partitions through `read`."""
         for partition, buffer in zip(self._partitions, self.buffers, strict=True):
             buffer.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
         self._updates.fill_(updates)
@@ -157,13 +157,12 @@ __all__ = ["Engine", "EngineSettings", "StepReport"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimiser step did: scalars on the device, the same on every process. Reading them waits for the device.
+    """Outcome of an optimiser step: scalars on the device, equal on every process. Reading them waits for the device.
 
     Attributes:
-        gradient_norm: float64, global 2-norm after gradient scales and before clipping; infinite if the step was left
-            out.
-        applied: bool; false if a loss or a gradient was not finite, in which case every process kept its weights,
-            averages and count of updates bit for bit.
+        gradient_norm: float64, global 2-norm after gradient scales and before clipping; infinite in a skipped step.
+        applied: bool; false if a loss or a gradient was not finite. The step is then skipped: every process keeps its
+            weights, moments and count of updates bit for bit.
     """
 
     gradient_norm: Tensor
@@ -184,43 +183,43 @@ class Strategy(Protocol):
         """Run the module."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a loss; after the last one of a step, average over the processes."""
+        """Add the gradient of a loss; after a step's last loss, average over the processes."""
 
     def gradients(self) -> list[Tensor]:
-        """Float32 gradients of the step, laid out as the masters; they may be overwritten."""
+        """The step's float32 gradients in the layout of the masters; the caller may overwrite them."""
 
     def zero_grad(self) -> None:
-        """Start the next step with none."""
+        """Clear the gradients for the next step."""
 
     def local_slice(self, start: int, stop: int) -> slice:
-        """Where elements [start, stop) of a group's buffer, this process's partition, lie in its master."""
+        """Where this process's partition, elements [start, stop) of a group, lies in its master."""
 
     def all_gather(self, buffers: Sequence[Tensor]) -> None:
         """All-gather each flat buffer from the ranks' partitions."""
 
     def broadcast(self) -> None:
-        """Bring every process's module up to the masters."""
+        """Copy the masters into every process's module."""
 
     def close(self) -> None:
-        """Let go of the module, which keeps its last weights."""
+        """Release the module; it keeps its last weights."""
 
 
 class Engine:
-    """A module with AdamW and one parameter group per layer group, trained by all processes together.
+    """A module that all processes train together, with AdamW and one parameter group per layer group.
 
-    Parameters that no group names take no part: they get no gradient and no optimiser state. Their float32 values are
-    kept by rank 0 in `carried_over` for the stages to come.
+    Parameters outside the groups get no gradient and no optimiser state. Rank 0 keeps their float32 values in
+    `carried_over` for later stages.
 
     Args:
-        module: float32, the same values on every process, on this process's device. It becomes the engine's: under
-            bf16 it is converted in place.
-        groups: layer group -> parameter name -> parameter, for every group that is trained.
+        module: float32, with equal values on every process, on this process's device. The engine owns it: bf16
+            converts it in place.
+        groups: layer group -> parameter name -> parameter, for every trained group.
         settings: see EngineSettings.
 
     Raises:
-        ValueError: if the groups do not fit the module.
-        RuntimeError: without a process group, from different weights on the processes, or with a DeepSpeed laid out
-            otherwise than the pinned one.
+        ValueError: the groups do not fit the module.
+        RuntimeError: there is no process group, the processes have different weights, or DeepSpeed's memory layout is
+            not that of the pinned version.
     """
 
     def __init__(
@@ -251,13 +250,13 @@ class Engine:
             for parameter in parameters.values()
             if settings.gradient_scale_mode == GRADIENT_MODE
         ]
-        # Of the step in progress: the sum of its losses, and whether the last of them came.
+        # Of the step in progress: the sum of its losses, and whether the last one was added.
         self._losses = torch.zeros((), dtype=torch.float64, device=self._strategy.masters[0].device)
         self._gradients_complete = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of the module's weights; inputs are not converted, so they must come in it."""
+        """Type of the module's weights. Inputs must have it: they are not converted."""
         return self.settings.compute_dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,10 +264,10 @@ class Engine:
         return self._strategy.forward(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a micro-batch's loss, a scalar already divided by the number of micro-batches.
+        """Add the gradient of a micro-batch's loss: a scalar, already divided by the number of micro-batches.
 
-        Every process must run the same flows in the same order. `last` ends the step's accumulation: the gradients are
-        averaged over the processes.
+        Every process must run the same flows in the same order. `last` ends the accumulation and averages the gradients
+        over the processes.
         """
         self._strategy.backward(loss, last)
         self._losses += loss.detach()
@@ -276,7 +275,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
-        """Clip, update the weights, and hand them to every process; or, on all of them, leave the step out."""
+        """Clip, update and broadcast the weights, or skip the step on all processes."""
         if not self._gradients_complete:
             raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
         gradients = self._strategy.gradients()
@@ -294,7 +293,7 @@ class Engine:
         return report
 
     def rates(self, learning_rate: float) -> dict[str, float]:
-        """What a step at `learning_rate` applies to each layer group."""
+        """The learning rate of each layer group in a step at `learning_rate`."""
         by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
         groups = [partition.layout.group for partition in self._partitions]
         scales = self._scales if by_rate else [1.0] * len(groups)
@@ -309,12 +308,12 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates applied so far, from which AdamW corrects its averages. Reading it waits for the device."""
+        """Updates applied so far, for AdamW's bias correction. Reading it waits for the device."""
         return self._optimizer.steps
 
     @torch.no_grad()
     def load_partitions(self, read: BufferReader, optimizer_steps: int) -> None:
-        """Take master weights and optimiser state from `read`, on every process, and refresh the weights."""
+        """Load master weights and optimiser state through `read`, then refresh the weights; on every process."""
         for partition in self._partitions:
             for kind, buffer in partition.buffers.items():
                 buffer.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
@@ -325,7 +324,7 @@ class Engine:
 
     @torch.no_grad()
     def load_carried_over(self, carried_over: Mapping[str, Tensor]) -> None:
-        """Set the values of everything that is not trained, on every process."""
+        """Set every parameter that is not trained, on every process."""
         own = self.module.state_dict()
         for name, tensor in carried_over.items():
             own[name].copy_(tensor)
@@ -334,7 +333,7 @@ class Engine:
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Bring every process's module up to the master weights; every process must call it."""
+        """Copy the master weights into every process's module; every process must call it."""
         self._strategy.all_gather(self._strategy.masters)
         self._strategy.broadcast()
 
@@ -354,7 +353,7 @@ class Engine:
         return Partition(layout, start, stop, *(buffer[part] for buffer in buffers))
 
     def _examine(self, gradients: Sequence[Tensor]) -> StepReport:
-        """Norm of the gradients over all processes, and whether all that went into them was finite."""
+        """The global gradient norm, and whether every loss and gradient was finite."""
         own = [
             gradient[self._strategy.local_slice(partition.start, partition.stop)]
             for gradient, partition in zip(gradients, self._partitions, strict=True)
@@ -363,7 +362,7 @@ class Engine:
         sums = torch.stack([squares, self._losses])
         if distributed.world_size() > 1:
             dist.all_reduce(sums)
-        # Finite gradients whose squares float32 cannot hold would be the end of the second moments.
+        # Finite gradients whose squares overflow float32 would ruin the second moments.
         applied = torch.isfinite(sums.float()).all()
         return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied)
 
@@ -377,7 +376,9 @@ def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Param
             raise ValueError(f"layer group {group!r} has no parameters")
         for name, parameter in parameters.items():
             if own.get(name) is not parameter or name in names:
-                raise ValueError(f"layer group {group!r}: {name!r} is no parameter of the module, or is in two groups")
+                raise ValueError(
+                    f"layer group {group!r}: {name!r} is not a parameter of the module, or is in two groups"
+                )
             if parameter.dtype != torch.float32:
                 raise ValueError(f"parameter {name!r} is {parameter.dtype}; the engine starts from float32 weights")
             names.add(name)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# DeepSpeed pads the end of each buffer so that every partition has the same even number of elements.
+# DeepSpeed pads each buffer so that all partitions have the same even number of elements.
 ALIGNMENT = 2
 
-# What a process holds of each layer group, each a flat float32 buffer; "ema" where averaging is on.
+# What a process holds of each layer group, as flat float32 buffers; "ema" only if EMA is enabled.
 MASTER, FIRST_MOMENT, SECOND_MOMENT, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
 
 # Reads elements [start, stop) of a group's buffer: (group, kind, start, stop) -> float32 [stop - start].
@@ -21,7 +21,7 @@ BufferReader = Callable[[str, str, int, int], Tensor]
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """A parameter's place in the buffer of its layer group; `offset` in elements."""
+    """A parameter's position in its layer group's buffer; `offset` in elements."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The buffer of a layer group. It does not depend on the number of processes: only the cuts do."""
+    """The buffer of a layer group. Only its partitions depend on the number of processes."""
 
     group: str
     slots: tuple[ParameterSlot, ...]
@@ -64,7 +64,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class Partition:
-    """This process's partition of a layer group: views of the optimiser's own memory, float32 [stop - start] each."""
+    """This process's partition of a layer group: views of the optimiser's memory, float32 [stop - start]."""
 
     layout: GroupLayout
     start: int
@@ -80,7 +80,7 @@ class Partition:
 
 @torch.no_grad()
 def cut(parameters: Mapping[str, nn.Parameter], layout: GroupLayout, start: int, stop: int) -> Tensor:
-    """Copy elements [start, stop) of a group's buffer out of its parameters: float32, on their device."""
+    """Elements [start, stop) of a group's buffer, copied from its parameters: float32, on their device."""
     device = next(iter(parameters.values())).device
     buffer = torch.empty(stop - start, dtype=torch.float32, device=device)
     for slot in layout.slots:

@@ -2,8 +2,8 @@
 
 DeepSpeed partitions the optimiser's buffers, reduces gradients to the partitions and gathers the weights.
 
-What DeepSpeed would do in its own step (norm, clipping, skipping, AdamW) waits for the device several times; the engine
-does it instead. Everything that DeepSpeed keeps private is read here and nowhere else.
+DeepSpeed's own step (norm, clipping, skipping, AdamW) waits for the device several times, so the engine does that work.
+Only this file reads DeepSpeed's private attributes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ReplicatedStrategy:
     """Whole buffers of weights and gradients on every process. See engine.Strategy.
 
     Raises:
-        RuntimeError: on every process, if they started from different weights.
+        RuntimeError: on every process, if their weights differ.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ReplicatedStrategy:
 def _add_mean_to(total: Tensor, share: float) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        # Each backward's gradient goes into the float32 sum as it comes, and its own memory is free at once.
+        # Each gradient joins the float32 sum as it arrives, and its own memory is free at once.
         total.add_(parameter.grad, alpha=share)
         parameter.grad = None
 
@@ -111,8 +111,8 @@ def _check_same_start(module: nn.Module) -> None:
         raise RuntimeError("the processes started from different weights; build the module from the same seed and file")
 
 
-# ZeRO 1 and 2 keep this process's flat float32 weights under the first name; the bf16 optimiser that DeepSpeed
-# takes for ZeRO 1 with float32 accumulation, under the second.
+# Where DeepSpeed keeps this process's flat float32 weights: ZeRO 1 and 2 under the first name; its bf16 optimiser (ZeRO 1
+# with float32 accumulation) under the second.
 MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
@@ -120,8 +120,8 @@ class ZeroStrategy:
     """This process's partitions of weights and gradients, under DeepSpeed. See engine.Strategy.
 
     Raises:
-        RuntimeError: on every process, if they started from different weights, or DeepSpeed lays out its memory
-            otherwise than the pinned one.
+        RuntimeError: on every process, if their weights differ, or if DeepSpeed's memory layout is not that of the
+            pinned version.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ZeroStrategy:
             cut(groups[layout.group], layout, *partition) for layout, partition in zip(layouts, partitions, strict=True)
         ]
         self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
-        # DeepSpeed takes groups and partitions from it; it is never stepped.
+        # DeepSpeed reads the groups from it; it never steps.
         grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
         deepspeed = import_deepspeed(next(module.parameters()).device.type)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -174,7 +174,7 @@ class ZeroStrategy:
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
-        # Left there, they would be taken for this process's gradients of the next step.
+        # DeepSpeed would take leftovers for the next step's gradients.
         for gradients in ("averaged_gradients", "all_grad_tensors"):
             getattr(self._optimizer, gradients, {}).clear()
 
@@ -182,7 +182,7 @@ class ZeroStrategy:
         return slice(0, stop - start)
 
     def all_gather(self, buffers: Sequence[Tensor]) -> None:
-        """Nothing: a process needs its own partitions only."""
+        """Do nothing: a process needs only its own partitions."""
 
     def broadcast(self) -> None:
         self._optimizer.update_lp_params()
@@ -190,7 +190,7 @@ class ZeroStrategy:
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.destroy()
-        # What DeepSpeed leaves behind on the module would keep its engine, and the process groups, alive.
+        # DeepSpeed's leftovers on the module would keep its engine and the process groups alive.
         for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
             hook.remove()
         for name, parameter in self._module.named_parameters():
@@ -200,7 +200,7 @@ class ZeroStrategy:
 
 
 def _flat(gradients: Any) -> Tensor:
-    """The flat buffer of a group's gradients. DeepSpeed keeps a list of parts, which may lie in one buffer."""
+    """A group's gradients as one flat buffer; DeepSpeed keeps a list of parts."""
     buffer = getattr(gradients, "flat_partition", None)
     return buffer if isinstance(buffer, Tensor) else torch.cat([part.reshape(-1) for part in gradients])
 

@@ -387,7 +387,7 @@ class Trainer:
     def _settle_saves(self) -> None:
         """Wait for the save under way, before the model's or the data's shape changes or the process ends."""
         self.watchdog.heartbeat(f"step {self.state.step}, waiting for the checkpoint to be written")
-        self.saver.settle()
+        self.saver.wait()
         self._report_saves()
 
     def _report_saves(self) -> None:
@@ -400,7 +400,7 @@ class Trainer:
         if self.saver.saved_step == self.state.step:
             return
         self._begin_save()
-        self.saver.settle()
+        self.saver.wait()
         failures = self.saver.failures()
         if failures:
             raise CheckpointError(f"{failures[0]}, then run the same command again")
