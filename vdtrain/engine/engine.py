@@ -5,8 +5,8 @@
         engine.backward(loss, last=index == len(micro_batches) - 1)
     report = engine.step(learning_rate)
 
-A `Strategy` moves weights and gradients between processes. Norm, clipping, AdamW and the decision to skip a step are the
-same for every strategy. None of them waits for the device.
+A `Strategy` moves weights and gradients between processes. Norm, clipping, AdamW and the decision to skip a step are
+the same for every strategy. None of them waits for the device.
 """
 
 from __future__ import annotations

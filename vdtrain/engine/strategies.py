@@ -111,8 +111,8 @@ def _check_same_start(module: nn.Module) -> None:
         raise RuntimeError("the processes started from different weights; build the module from the same seed and file")
 
 
-# Where DeepSpeed keeps this process's flat float32 weights: ZeRO 1 and 2 under the first name; its bf16 optimiser (ZeRO 1
-# with float32 accumulation) under the second.
+# Where DeepSpeed keeps this process's flat float32 weights: ZeRO 1 and 2 under the first name; its bf16 optimiser
+# (ZeRO 1 with float32 accumulation) under the second.
 MASTER_ATTRIBUTES = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
