@@ -94,7 +94,7 @@ def test_a_stage_that_starts_from_an_unfinished_one(tiny_runs: TinyRuns, capsys:
     status, good, bad = found(capsys, f"stage={STAGES[2]}", *tiny_runs.overrides)
     assert (status, bad) == (0, [])
     (warning,) = (line for line in good if line.startswith("warning: "))
-    assert f"stage.init_from={tiny_runs.run(2)}: {STAGES[1]} stopped at step" in warning
+    assert f"stage.init_from={tiny_runs.run(2)}: {STAGES[1]} stopped there at step" in warning
 
 
 def test_the_size_of_a_first_checkpoint_is_that_of_the_real_one(
@@ -198,7 +198,7 @@ def test_weights_of_another_model(tiny_runs: TinyRuns, tmp_path: Path, capsys: p
     own = [f"stage={STAGES[1]}", *tiny_runs.overrides, f"run_dir={tmp_path}/new", "model.diffuser.heads=1"]
     status, _, bad = found(capsys, *own)
     assert (status, len(bad)) == (2, 1)
-    assert "of a model with" in bad[0]
+    assert "its model has" in bad[0]
 
 
 def test_how_many_processes_will_train() -> None:

@@ -118,7 +118,7 @@ def test_more_samples_on_a_complete_run_extend_its_last_phase_to_the_bit(drill: 
     ending = drill.endings["lengthened"]
     assert ending.statuses == [0], ending
     was, becomes = HIGH * BATCH, (HIGH + LONGER) * BATCH
-    assert f"warning: stage.phases.1.samples={becomes}: {was} until here" in ending.logs[0].splitlines()
+    assert f"warning: stage.phases.1.samples={becomes}: was {was} until now" in ending.logs[0].splitlines()
     one, other = (
         load_file(newest(drill.folder / run) / "rank-00000-of-00001.safetensors") for run in ("short", "long")
     )
@@ -134,7 +134,7 @@ def test_a_scale_that_moves_trained_phases_is_refused_with_what_trains_as_long(d
     assert ending.statuses == [2]
     (line,) = ending.logs[0].splitlines()
     # The two phases again, all of it at the end: what the next start in the drill was given.
-    assert f"put it back and train as long by stage.phases.1.samples={(HIGH + LONGER) * BATCH}" in line
+    assert f"restore it and train as long with stage.phases.1.samples={(HIGH + LONGER) * BATCH}" in line
     assert LONGER == STEPS
 
 
@@ -143,11 +143,14 @@ def test_a_moved_vae_file_resumes_and_another_one_does_not(drill: Drill) -> None
     refused = drill.endings["with another VAE"]
     assert refused.statuses == [2]
     assert refused.logs[0].count("\n") == 1
-    assert f"error: {VAE}={drill.folder}/other/vae-other.safetensors: other contents than run_dir=" in refused.logs[0]
+    assert (
+        f"error: {VAE}={drill.folder}/other/vae-other.safetensors: contents differ from those that run_dir="
+        in refused.logs[0]
+    )
     moved = drill.endings["with its VAE elsewhere"]
     assert moved.statuses == [0], moved
     warnings = [line for line in moved.logs[0].splitlines() if line.startswith("warning: ")]
-    assert "warning: ema.decay=0.99: null until here" in warnings
+    assert "warning: ema.decay=0.99: was null until now" in warnings
     assert not any("vae" in line for line in warnings)
 
 
@@ -155,7 +158,7 @@ def test_a_stage_with_another_vae_than_the_one_before_says_so(drill: Drill) -> N
     ending = drill.endings["next stage"]
     assert ending.statuses == [0], ending
     assert (
-        f"warning: {VAE}={drill.folder}/other/vae-other.safetensors: other contents than stage.init_from="
+        f"warning: {VAE}={drill.folder}/other/vae-other.safetensors: contents differ from those that stage.init_from="
         in (ending.logs[0])
     )
 
@@ -173,7 +176,10 @@ def test_the_same_path_with_other_contents_is_refused_by_preflight(
     ]
     assert preflight(own) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"error: {VAE}={tmp_path}/vae.safetensors: other contents than run_dir={tmp_path}/run was trained" in line
+    assert (
+        f"error: {VAE}={tmp_path}/vae.safetensors: contents differ from those that run_dir={tmp_path}/run was trained"
+        in line
+    )
     shutil.copy(drill.folder / "before" / "vae-before.safetensors", tmp_path / "vae.safetensors")
     assert preflight(own) == 0
 
@@ -188,7 +194,7 @@ def test_the_same_path_with_other_contents_is_refused_by_preflight(
         # One in front, one between, one less.
         (phases((64, 1), (32, LOW), (64, HIGH)), "stage.phases.0.resolution=64: 32 in run_dir=RUN"),
         (phases((32, LOW), (32, 1), (64, HIGH)), "stage.phases.1.resolution=32: 64 in run_dir=RUN"),
-        (phases((32, LOW)), "stage.phases: 1 of them, and 2 are trained in run_dir=RUN"),
+        (phases((32, LOW)), "stage.phases: has 1 phases, but run_dir=RUN has trained 2"),
         ("model.schedule.beta_end=0.02", "model.schedule.beta_end=0.02: 0.012 in run_dir=RUN"),
         ("model.schedule=paper", "model.schedule.beta_start=8.5e-05: 0.00085 in run_dir=RUN"),
         ("stage.flows=[text-to-image]", "stage.flows=[text-to-image]: [image-to-image] in run_dir=RUN"),
@@ -205,7 +211,7 @@ def test_what_has_no_meaning_for_the_run_is_refused(
     before = sorted((tmp_path / "run").rglob("*"))
     line = refusal(capsys, [*complete, change])
     assert line.startswith("error: " + expected.replace("RUN", f"{tmp_path}/run"))
-    assert "put it back" in line or "put them back" in line
+    assert "restore" in line
     assert "another run_dir" in line
     assert sorted((tmp_path / "run").rglob("*")) == before
 
@@ -223,23 +229,23 @@ def test_what_comes_after_the_position_may_change(
     changed += ["+objective.flow_weights.text-to-image=2", "log_every_steps=7", "checkpoint.keep=4"]
     assert preflight([*arguments, *changed]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    again = "; in this epoch some samples come again, and others do not come"
+    again = "; in this epoch some samples repeat and others are missed"
     assert sorted(lines) == sorted(
         f"warning: {line}"
         for line in (
-            "stage.learning_rate=3e-05: 0.0001 until here",
-            f"data.stream.lanes=2: 64 until here{again}",
-            f"data.stream._target_=vdtrain.data.stream.PairStream: tests.tiny_runs.EndingStream until here{again}",
-            "data.stream.name=unset: SIGUSR1 until here",
-            "data.stream.at=unset: 2 until here",
-            "hardware.precision=bf16: fp32 until here",
-            "ema.enabled=false: true until here",
-            "objective.flow_weights.text-to-image=2.0: unset until here",
-            f"stage.phases.0.samples={(LOW + 1) * BATCH}: {LOW * BATCH} until here",
-            "stage.phases.1.resolution=32: 64 until here",
-            f"stage.phases.1.samples={7 * BATCH}: {HIGH * BATCH} until here",
-            "stage.phases.2.resolution=64: unset until here",
-            f"stage.phases.2.samples={BATCH}: unset until here",
+            "stage.learning_rate=3e-05: was 0.0001 until now",
+            f"data.stream.lanes=2: was 64 until now{again}",
+            f"data.stream._target_=vdtrain.data.stream.PairStream: was tests.tiny_runs.EndingStream until now{again}",
+            "data.stream.name=unset: was SIGUSR1 until now",
+            "data.stream.at=unset: was 2 until now",
+            "hardware.precision=bf16: was fp32 until now",
+            "ema.enabled=false: was true until now",
+            "objective.flow_weights.text-to-image=2.0: was unset until now",
+            f"stage.phases.0.samples={(LOW + 1) * BATCH}: was {LOW * BATCH} until now",
+            "stage.phases.1.resolution=32: was 64 until now",
+            f"stage.phases.1.samples={7 * BATCH}: was {HIGH * BATCH} until now",
+            "stage.phases.2.resolution=64: was unset until now",
+            f"stage.phases.2.samples={BATCH}: was unset until now",
         )
     )
 
@@ -272,7 +278,7 @@ def test_a_run_of_a_version_that_kept_no_record_of_the_frozen_parts_goes_on(
 
     rewrite(checkpoint, at_a_path)
     assert preflight([*complete, f"{VAE}={moved}"]) == 0
-    assert f"warning: {VAE}={moved}: {gone} until here; taken for the same" in capsys.readouterr().out
+    assert f"warning: {VAE}={moved}: was {gone}; assumed to be the same file" in capsys.readouterr().out
     save_file({"something": torch.zeros(1)}, gone)
     assert preflight([*complete, f"{VAE}={moved}"]) == 2
     assert "other contents" in capsys.readouterr().err

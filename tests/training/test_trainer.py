@@ -339,5 +339,5 @@ def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], fold
 def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], folder: Path) -> None:
     overrides = [f"run_dir={folder}/runs/four-1-zero1", "stage.init_from=null", "seed=1"]
     document = compose("train", [*MINIATURE, f"stage={STAGES[2]}", phases(STEPS, 0), *overrides])
-    with pytest.raises(ConfigError, match=r"seed=1: 0 in run_dir=.*put it back"):
+    with pytest.raises(ConfigError, match=r"seed=1: run_dir=.* has 0; restore it"):
         resolve_start(to_object(document, TrainConfig), document)

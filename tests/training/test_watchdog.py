@@ -149,7 +149,7 @@ def test_a_stage_that_starts_from_an_unfinished_one_warns(endings: dict[str, End
     ending = endings["next stage"]
     assert ending.statuses == [0]
     (warning,) = [line for line in ending.logs[0].splitlines() if line.startswith("warning: ")]
-    assert re.search("stage1_single_flow stopped at step [23] of 10", warning)
+    assert re.search("stage1_single_flow stopped there at step [23] of 10", warning)
 
 
 def test_no_limit_watches_nothing_and_still_records(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Builds a trainer's parts from a configuration and a start: diffuser, engine, objective, EMA, saver, reporter."""
+"""Builds the parts of a trainer: diffuser, engine, objective, EMA, saver and reporter."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def build_trainer(
     place: distributed.RankInfo,
     watchdog: Watchdog | None = None,
 ) -> Trainer:
-    """A trainer at a stage's start. Every process calls this together.
+    """Build a trainer that stands at a stage's start. Every process calls this together.
 
     Args:
         config: checked by `vdtrain.config.validation.check`.
         document: the same configuration, unresolved, for the checkpoints.
         start: from `resolve_start`.
         place: from `distributed.start`.
-        watchdog: None watches nothing.
+        watchdog: None disables it.
 
     Raises:
         CheckpointError: the checkpoint to resume from does not fit the stage.
@@ -92,10 +92,10 @@ def build_trainer(
 
 
 def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
-    """The diffuser with the weights that a new stage starts from, on the CPU.
+    """The diffuser with a new stage's starting weights, on the CPU.
 
-    Beside the layers that the stage trains it has those that an earlier stage trained: they are carried along to the
-    stages after this one. Where the stage resumes, its weights come with the checkpoint, afterwards.
+    It also has the layers that earlier stages trained: this stage carries them over to later ones. If the stage
+    resumes, the checkpoint fills in the weights afterwards.
     """
     weights = initial_weights(start, config.model)
     names = start.resume.weight_names() if start.resume is not None else weights
@@ -107,12 +107,12 @@ def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
 
 
 def layer_groups(config: TrainConfig, names: Iterable[str]) -> set[str]:
-    """The groups that a stage trains, and those that the weights of these names bring along."""
+    """The layer groups that a stage trains, and those of the given weight names."""
     return {*active_groups(stage_flows(config)), *map(layer_group, names)}
 
 
 def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name. Every layer group comes whole or not at all; one that does not keeps its random start.
+    """Copy weights by name. A layer group is given whole or not at all; missing groups keep their random start.
 
     Raises:
         ConfigError: see `check_weights`.
@@ -125,10 +125,10 @@ def load_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes, which reads no weights.
+    """Compare names and shapes; reads no weights.
 
     Raises:
-        ConfigError: a name or a shape that the model does not have, or a group of which a part is missing.
+        ConfigError: a name or a shape is not the model's, or part of a layer group is missing.
     """
     own = diffuser.state_dict()
     given = {layer_group(name) for name in weights}
@@ -146,7 +146,7 @@ def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
 
 
 def engine_settings(config: TrainConfig) -> EngineSettings:
-    """The engine's share of a training configuration."""
+    """The engine settings of a training configuration."""
     optimizer, hardware = config.optimizer, config.hardware
     first, second = optimizer.betas
     return EngineSettings(
@@ -162,13 +162,13 @@ def engine_settings(config: TrainConfig) -> EngineSettings:
 
 
 def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = True) -> Mapping[str, Tensor]:
-    """The weights by name that a new stage starts from; empty where it resumes or starts at random.
+    """A new stage's starting weights by name; empty if it resumes or starts at random.
 
     Args:
-        verify_checksums: check every byte, each process its share; False goes by the files' sizes.
+        verify_checksums: check every byte. False compares the sizes of the files.
 
     Raises:
-        ConfigError: they are of a model of other sizes, or a weights folder is damaged.
+        ConfigError: the weights are of a model with other sizes, or their folder is damaged.
         CheckpointError: a checkpoint is damaged.
     """
     if start.weights is None:
@@ -176,7 +176,7 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
     theirs = model_of(start.weights, "stage.init_from")
     if theirs.diffuser != model.diffuser:
         raise ConfigError(
-            f"stage.init_from={start.weights}: of a model with {theirs.diffuser}, and this one has {model.diffuser}; "
+            f"stage.init_from={start.weights}: its model has {theirs.diffuser}, this one has {model.diffuser}; "
             f"choose model={theirs.name}, or other weights"
         )
     if isinstance(start.weights, Path):
@@ -185,7 +185,7 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
 
 
 def run_document(document: DictConfig) -> dict[str, Any]:
-    """The configuration as a checkpoint keeps it: interpolations unresolved, so that it can move between machines."""
+    """The configuration for a checkpoint. Interpolations stay unresolved, so it can move between machines."""
     container = OmegaConf.to_container(document, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

@@ -1,7 +1,7 @@
-"""A run that is taken up again with other settings: what its position means under them, and what it may not change.
+"""Resuming a run with changed settings: what its position then means, and which settings must not change.
 
-A position counts the steps of every phase. Phases that were trained keep their resolution and their steps; the last one
-that was begun may become longer, or end at any step that it has not passed; those after it may be anything.
+A position counts the steps of each phase. Trained phases keep their resolution and steps. The last started phase may
+become longer, or end at any later step. Phases after it may change freely.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vdtrain.training.state import TrainState
 
 
 def frozen_files(model: ModelConfig | DictConfig) -> dict[str, str]:
-    """The files of all frozen parts, by the setting that names each."""
+    """The files of all frozen parts by setting."""
     files: dict[str, str] = {}
     for name, modality in model.modalities.items():
         for part in ("vae", "context_encoder"):
@@ -35,7 +35,7 @@ def frozen_files(model: ModelConfig | DictConfig) -> dict[str, str]:
 
 
 def frozen_contents(model: ModelConfig) -> dict[str, str]:
-    """SHA-256 of every file of the frozen parts, by the setting that names it.
+    """SHA-256 of every file of the frozen parts, by setting.
 
     Every process calls this together and reads its share of the files.
 
@@ -56,7 +56,7 @@ def frozen_contents(model: ModelConfig) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """A file's hash; taken once in the life of this process unless the file changes."""
+    """A file's hash, computed once per process unless the file changes."""
     found = path.stat()
     return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -67,11 +67,11 @@ def _sha256(path: Path, *version: int) -> str:
 
 
 def differing(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
-    """Settings whose file is another one than was recorded; what only one of the two has is not compared."""
+    """Settings whose file differs from the record; settings in only one of the two are not compared."""
     return [setting for setting, value in contents.items() if recorded.get(setting, value) != value]
 
 
-# The meaning of a run's weights and of its position.
+# These define a run's weights and position: they must not change.
 FIXED = (
     "seed",
     "stage.name",
@@ -82,20 +82,20 @@ FIXED = (
     "model.schedule",
     "model.latent_downsampling",
 )
-# What may change, and is said; everything else is about the machine, the disk and what is shown.
+# These may change and are reported. All others concern the machine, the disk or the display.
 SAID = ("stage", "optimizer", "objective", "ema", "data.stream", "data.latents", "hardware.precision")
 UNSAID = ("data.stream.cache", "data.stream.shard_root")
-# Tables whose entries are the user's, so that one that is new is a change; elsewhere it came with a newer version.
+# Tables of the user's own entries: a new entry is a change. Elsewhere a new setting comes from a newer version.
 TABLES = ("stage.gradient_scales", "stage.phases", "objective.flow_weights", "data.stream", "model.modalities")
-# A position in the data is a number of samples, whichever these make it.
+# These define which samples a position in the data stands for.
 ORDER = ("weights", "lanes", "block", "min_side", "_target_")
 UNSET = "unset"
-# In a checkpoint's trainer state: the configuration, the position, the contents of the frozen parts' files.
+# Keys of a checkpoint's trainer state: configuration, position, contents of the frozen parts' files.
 CONFIG, STATE, FROZEN = "config", "state", "frozen"
 
 
 def trained_stage(content: Mapping[str, Any]) -> StageConfig:
-    """The stage of a checkpoint's trainer state, as it was when it was written."""
+    """The stage in a checkpoint's trainer state, as it was when written."""
     document = OmegaConf.create(content[CONFIG])
     OmegaConf.resolve(document)
     stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
@@ -109,79 +109,79 @@ def stage_steps(stage: StageConfig) -> list[int]:
 
 
 def position(content: Mapping[str, Any]) -> TrainState:
-    """The position in a checkpoint's trainer state, which means the same under every configuration it maps to.
+    """The position in a checkpoint's trainer state, in a form that holds under every configuration it maps to.
 
     Raises:
-        ValueError: its phases were changed on the way by a version of vdtrain that let them.
+        ValueError: an earlier version of vdtrain allowed its phases to change on the way.
     """
     return TrainState.from_dict(content[STATE]).settled(stage_steps(trained_stage(content)))
 
 
 def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig, run_dir: str) -> list[str]:
-    """A line on every setting that a run is taken up again with, and that it did not have before.
+    """One line per setting that differs from the checkpoint's.
 
     Args:
-        content: of the checkpoint that it continues from.
+        content: trainer state of the checkpoint.
         document: the composed configuration, unresolved.
-        stage: of it.
+        stage: the composed stage.
 
     Raises:
-        ConfigError: a setting that cannot change, or phases in which the position has no place.
+        ConfigError: a setting must not change, or the position does not fit the phases.
     """
     before = OmegaConf.create(content[CONFIG])
     old, new = _flat(before), _flat(document)
-    other_run = f"give another run_dir, with stage.init_from={run_dir} to go on from its weights"
+    other_run = f"give another run_dir, with stage.init_from={run_dir} to continue from its weights"
     lines = []
     mid_epoch = TrainState.from_dict(content[STATE]).phase_step > 0
     _check_position(content, stage, run_dir, other_run)
     for setting in [*new, *(each for each in old if each not in new)]:
         was, becomes = old.get(setting, UNSET), new.get(setting, UNSET)
         other_version = (setting in old) != (setting in new) and not _within(setting, TABLES)
-        # Files are compared by their contents, by `curriculum.check_frozen`.
+        # `start.check_frozen` compares files by their contents.
         if was == becomes or other_version or (names_file(was) and names_file(becomes)):
             continue
         if _within(setting, FIXED):
-            # The weights go with their model alone.
+            # Weights fit only their own model.
             remedy = "give another run_dir" if setting.startswith("model.") else other_run
-            earlier = f"{_shown(was)} in run_dir={run_dir}"
-            raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; put it back, or {remedy}")
+            earlier = f"run_dir={run_dir} has {_shown(was)}"
+            raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; restore it, or {remedy}")
         if not _within(setting, SAID) or _within(setting, UNSAID):
             continue
         note = ""
         if setting == "stage.init_from":
             if _text(before, setting) == _text(document, setting):
-                # What was called by the name of another folder has moved.
+                # The same reference; only the folder behind it has moved.
                 continue
-            note = "; without effect, for the run has weights of its own"
+            note = "; no effect, because the run has its own weights"
         elif mid_epoch and setting.split(".")[:2] == ["data", "stream"] and setting.split(".")[2] in ORDER:
-            note = "; in this epoch some samples come again, and others do not come"
-        lines.append(f"{setting}={_shown(becomes)}: {_shown(was)} until here{note}")
+            note = "; in this epoch some samples repeat and others are missed"
+        lines.append(f"{setting}={_shown(becomes)}: was {_shown(was)} until now{note}")
     return lines
 
 
 def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str, other_run: str) -> None:
-    """Refuse phases other than those that were trained, up to the position in the last one begun."""
+    """Refuse phases that differ from the trained ones, up to the position in the last started phase."""
     before = trained_stage(content)
     old, new = stage_steps(before), stage_steps(stage)
     try:
         done = TrainState.from_dict(content[STATE]).done(old)
     except ValueError as error:
         raise ConfigError(
-            f"run_dir={run_dir}: its phases were changed on the way, and its position has no meaning ({error}); "
+            f"run_dir={run_dir}: its phases were changed on the way, so its position is undefined ({error}); "
             f"{other_run}"
         ) from error
     for index, trained in enumerate(done):
         place = f"stage.phases.{index}"
         if index >= len(new):
             raise ConfigError(
-                f"stage.phases: {len(new)} of them, and {len(done)} are trained in run_dir={run_dir}; put them back, "
-                f"or {other_run}"
+                f"stage.phases: has {len(new)} phases, but run_dir={run_dir} has trained {len(done)}; restore them, or "
+                f"{other_run}"
             )
         was, becomes = before.phases[index].resolution, stage.phases[index].resolution
         if was != becomes:
             raise ConfigError(
-                f"{place}.resolution={becomes}: {was} in run_dir={run_dir}, which has trained {trained} steps of it; "
-                f"put it back and change only phases after phase {len(done) - 1}, or {other_run}"
+                f"{place}.resolution={becomes}: run_dir={run_dir} has trained {trained} steps at {was}; "
+                f"restore it and change only phases after phase {len(done) - 1}, or {other_run}"
             )
         last = index == len(done) - 1
         if trained == new[index] or (last and trained < new[index]):
@@ -194,33 +194,33 @@ def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str
         if stage.samples_scale != before.samples_scale:
             changed = ("stage.samples_scale", before.samples_scale, stage.samples_scale)
         setting, was_value, value = changed
-        remedy = "put it back"
+        remedy = "restore it"
         if sum(new) > sum(old):
-            remedy += f" and train as long by {_longer(before, sum(new) - sum(old[:-1]))}"
+            remedy += f" and train as long with {_longer(before, sum(new) - sum(old[:-1]))}"
         done_there = f"all {trained}" if trained == old[index] else f"{trained}"
         raise ConfigError(
-            f"{setting}={value}: {was_value} in run_dir={run_dir}, which has trained {done_there} steps at {was} "
-            f"pixels where there would be {new[index]}; {remedy}, or {other_run}"
+            f"{setting}={value}: was {was_value}; run_dir={run_dir} has trained {done_there} steps at {was} pixels, "
+            f"but this setting gives {new[index]}; {remedy}, or {other_run}"
         )
 
 
 def _longer(stage: StageConfig, steps: int) -> str:
-    """The override that gives a stage's last phase so many steps."""
+    """The override that gives a stage's last phase `steps` steps."""
     samples = int(steps * stage.global_batch_size / stage.samples_scale)
-    # Rounding of the scale may leave it a sample short.
+    # Rounding may leave it a sample short.
     while int(samples * stage.samples_scale) // stage.global_batch_size < steps:
         samples += 1
     return f"stage.phases.{len(stage.phases) - 1}.samples={samples}"
 
 
 def _flat(document: DictConfig) -> dict[str, Any]:
-    """Every value of a configuration by its full name; phases by their numbers, other lists whole."""
+    """All values of a configuration by full name; phases by index, other lists whole."""
     return dict(_leaves("", OmegaConf.to_container(document, resolve=True)))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     prefix = f"{name}." if name else ""
-    # An empty table is no value of its own.
+    # An empty table has no values.
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _leaves(f"{prefix}{key}", entry)
@@ -232,7 +232,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _text(document: DictConfig, setting: str) -> Any:
-    """A setting as it stands there, with the names of other settings in it."""
+    """A setting's unresolved text."""
     value: Any = OmegaConf.to_container(document, resolve=False)
     for name in setting.split("."):
         value = value[name]

@@ -1,4 +1,4 @@
-"""Where a stage starts: at its own latest checkpoint, else at what `stage.init_from` names, else at random weights."""
+"""Where a stage starts: its own latest checkpoint, else `stage.init_from`, else random weights."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Start:
     """A stage's starting point.
 
     Attributes:
-        resume: this run's own checkpoint, continued with optimiser and position.
-        weights: another run's checkpoint, of which only the weights are taken, or a weights folder.
+        resume: this run's own checkpoint; optimiser and position continue.
+        weights: another run's checkpoint, used only for its weights, or the path of a weights folder.
         position: of `resume`, under the present settings.
-        remarks: a line on everything that a person should know: settings that are not what they were, and so on.
+        remarks: lines for the user, such as settings that have changed.
     """
 
     resume: Checkpoint | None = None
@@ -60,18 +60,20 @@ def resolve_start(config: TrainConfig, document: DictConfig, verify_checksums: b
             sizes of its files, and finds mistaken settings before other processes have started.
 
     Raises:
-        ConfigError: the run folder holds another run, or had checkpoints that are not to be seen, or `stage.init_from`
-            names nothing that can be read.
+        ConfigError: the run folder holds another run, or its checkpoints are missing, or `stage.init_from` cannot be
+            read.
     """
     folder = Path(config.run_dir) / CHECKPOINTS
     try:
         own = latest(folder, verify_checksums)
     except OSError as error:
-        raise ConfigError(f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); mend that") from error
+        raise ConfigError(
+            f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); check the disk"
+        ) from error
     if own is not None:
         news = changes(own.state, document, config.stage, config.run_dir)
         return Start(resume=own, position=position(own.state), remarks=tuple(news))
-    # All processes are to say the same, and may not see the same.
+    # Processes may see different files but must report the same.
     lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
     if verify_checksums:
         lost = distributed.broadcast_json(lost)
@@ -87,15 +89,15 @@ def resolve_start(config: TrainConfig, document: DictConfig, verify_checksums: b
 
 
 def check_frozen(start: Start, config: TrainConfig) -> list[str]:
-    """Compare the files of the frozen parts with those that the weights were trained with, by their contents.
+    """Compare the contents of the frozen parts' files with those that the weights were trained with.
 
-    Every process calls this together: all files are read, by each its share.
+    Every process calls this together and reads its share of the files.
 
     Returns:
-        A line on everything that could not be compared, or that is another one than in the stage before.
+        One line per file that could not be compared, or that differs from the previous stage's.
 
     Raises:
-        ConfigError: the run was begun with other ones.
+        ConfigError: the run itself started with other files.
     """
     origin = start.resume or start.weights
     if not isinstance(origin, Checkpoint):
@@ -105,7 +107,7 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
     recorded: dict[str, str] = dict(content.get(FROZEN, {}))
     lines = []
     if start.resume is not None:
-        # Of files that an earlier version kept no record of, those that lie elsewhere now are compared with the old.
+        # Earlier versions recorded no contents. A file that has moved is compared with the one at its old path.
         document = OmegaConf.create(content[CONFIG])
         for setting, path in frozen_files(document.model).items():
             if setting in recorded or setting not in files or files[setting] == path:
@@ -114,44 +116,40 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
                 recorded[setting] = sha256(Path(path).expanduser())
             else:
                 lines.append(
-                    f"{setting}={files[setting]}: {path} until here; taken for the same, which cannot be checked"
+                    f"{setting}={files[setting]}: was {path}; assumed to be the same file, which cannot be checked"
                 )
     for setting in differing(recorded, now):
-        other = f"{setting}={files[setting]}: other contents than"
+        other = f"{setting}={files[setting]}: contents differ from those that"
         if start.resume is not None:
             raise ConfigError(
                 f"{other} run_dir={config.run_dir} was trained with (SHA-256 {recorded[setting][:12]}, now "
-                f"{now[setting][:12]}); bring that file back, or give another run_dir"
+                f"{now[setting][:12]}); restore that file, or give another run_dir"
             )
         lines.append(f"{other} stage.init_from={config.stage.init_from} was trained with")
     return lines
 
 
 def check_schedule(config: TrainConfig, weights: Checkpoint | Path) -> None:
-    """Refuse another noise schedule than that of the weights, which have learnt to remove noise by theirs.
-
-    Raises:
-        ConfigError: it is another one.
-    """
+    """Refuse a noise schedule that differs from the one that the weights were trained with."""
     theirs, ours = asdict(model_of(weights, "stage.init_from").schedule), asdict(config.model.schedule)
     for name, value in ours.items():
         if theirs[name] != value:
             raise ConfigError(
-                f"model.schedule.{name}={value}: {theirs[name]} in stage.init_from={config.stage.init_from}, whose "
-                f"weights were trained with that; set model.schedule.{name}={theirs[name]}, or start from other weights"
+                f"model.schedule.{name}={value}: stage.init_from={config.stage.init_from} was trained with "
+                f"{theirs[name]}; set model.schedule.{name}={theirs[name]}, or start from other weights"
             )
 
 
 def resolve_weights(
     setting: str, value: str, verify_checksums: bool = True, model: str | None = None
 ) -> Checkpoint | Path:
-    """What a setting names: a weights folder, as its path, or a checkpoint: itself, or the latest of a run folder.
+    """The weights folder (its path) or checkpoint that a setting names; of a run folder, its latest checkpoint.
 
     Args:
-        model: that wants the weights, by name, for the command that imports published ones.
+        model: name of the model that needs the weights, for the import command in the error.
 
     Raises:
-        ConfigError: there is nothing of these. Where the setting names published weights, it has their command.
+        ConfigError: neither is there. If the setting names published weights, the error holds their import command.
     """
     path = Path(value).expanduser()
     if is_weights_folder(path):
@@ -162,10 +160,10 @@ def resolve_weights(
 
 
 def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) -> Checkpoint:
-    """The checkpoint that a setting names: a checkpoint folder, or a run folder, of which the latest is taken.
+    """The checkpoint that a setting names: a checkpoint folder, or the latest of a run folder.
 
     Args:
-        verify_checksums: pass over damaged ones, for which all files are read; see `find_start`.
+        verify_checksums: read all files and skip damaged checkpoints; see `resolve_start`.
 
     Raises:
         ConfigError: there is no complete checkpoint.
@@ -183,14 +181,14 @@ def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) 
 
 
 def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """The diffuser that a setting names: its model, and its tensors by our names, each read on access.
+    """The model of the diffuser that a setting names, and its tensors by name; each is read on access.
 
     Args:
         value: a run folder, a checkpoint folder or a weights folder.
-        which: "ema" or "model", of a checkpoint. A weights folder holds one set of weights, which serves as both.
+        which: "ema" or "model" of a checkpoint. A weights folder holds one set of weights for both.
 
     Raises:
-        ConfigError: there is nothing complete to read.
+        ConfigError: it holds nothing complete.
     """
     try:
         source = resolve_weights(setting, value)
@@ -216,7 +214,7 @@ def model_of(source: Checkpoint | Path, setting: str) -> ModelConfig:
 
 
 def unfinished_stage(weights: Checkpoint | Path) -> str | None:
-    """What a person should know of weights that a stage starts from and whose own stage did not come to its end."""
+    """A line about starting weights whose own stage is not complete; None if it is."""
     if isinstance(weights, Path):
         return None
     content = weights.state
@@ -225,4 +223,4 @@ def unfinished_stage(weights: Checkpoint | Path) -> str | None:
     if state.completes(steps):
         return None
     total = sum(steps)
-    return f"{stage.name} stopped at step {state.step} of {total} there; train it to its end first, or go on from this"
+    return f"{stage.name} stopped there at step {state.step} of {total}; finish it first, or continue from this"

@@ -1,4 +1,4 @@
-"""Everything about a run's progress that must survive a restart, beside the weights and the optimiser."""
+"""The progress of a run that a restart needs, beside weights and optimiser."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Position in a stage. Data order, noise and learning rate are all functions of it and of the configuration.
+    """Position in a stage. Data order, noise and learning rate are functions of it and the configuration.
 
     Attributes:
-        step: optimiser steps since the stage began.
-        phase: index of the phase that the next step belongs to.
-        phase_step: optimiser steps of that phase already done.
-        skipped: steps that were left out because a gradient was not finite.
-        replaced: bad samples that others stood in for.
-        data: identity of the files that the phase's stream reads, "" where it has none.
+        step: optimiser steps since the start of the stage.
+        phase: index of the next step's phase.
+        phase_step: finished optimiser steps of that phase.
+        skipped: steps skipped because a loss or a gradient was not finite.
+        replaced: bad samples replaced by others.
+        data: identity of the stream's files; "" if it has none.
     """
 
     step: int = 0
@@ -28,13 +28,13 @@ class TrainState:
     data: str = ""
 
     def done(self, steps: Sequence[int]) -> list[int]:
-        """Steps done of every phase that has begun, first phase first.
+        """Finished steps of every started phase, in order.
 
         Args:
-            steps: of the phases of the configuration that the position belongs to.
+            steps: of each phase, in the configuration that the position belongs to.
 
         Raises:
-            ValueError: no run with these phases comes to this position.
+            ValueError: a run with these phases cannot reach this position.
         """
         done = [*steps[: self.phase], self.phase_step]
         while len(done) > 1 and done[-1] == 0:
@@ -44,12 +44,12 @@ class TrainState:
         return done
 
     def settled(self, steps: Sequence[int]) -> TrainState:
-        """The same position, at the end of a phase rather than before the next one, which may come to be another."""
+        """The same position, expressed as the end of a phase: the next phase may change."""
         done = self.done(steps)
         return replace(self, phase=len(done) - 1, phase_step=done[-1])
 
     def completes(self, steps: Sequence[int]) -> bool:
-        """Whether nothing is left to train of phases of so many steps."""
+        """Whether phases with these numbers of steps are complete."""
         return self.phase >= len(steps) or (self.phase == len(steps) - 1 and self.phase_step >= steps[-1])
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,9 +47,9 @@ class StepOutcome:
         step: its number.
         losses: mean over the processes of each flow that ran.
         gradient_norm: see StepReport.
-        applied: False if the step was left out because a loss or a gradient was not finite.
-        stop: whether a process was asked to stop: all do, after the same step.
-        replaced: bad samples that others stood in for, over all processes.
+        applied: False if the step was skipped because a loss or a gradient was not finite.
+        stop: whether a process was asked to stop; all processes then stop after the same step.
+        replaced: number of bad samples replaced by others, over all processes.
     """
 
     step: int
@@ -61,11 +61,11 @@ class StepOutcome:
 
 
 class StepSync:
-    """Sends what this process knows of a step, and gives what all of them know.
+    """Agreement between processes on each step: one all-reduce of losses, norm, signals and a fingerprint.
 
     Args:
         flows: names of all flows that a step may run, the same on every process.
-        device: where losses and reports are.
+        device: of the losses and reports.
     """
 
     def __init__(self, flows: Sequence[str], device: torch.device) -> None:
@@ -76,15 +76,17 @@ class StepSync:
     def submit(
         self, step: int, losses: Mapping[str, Tensor], report: StepReport, signal_number: int, replaced: int = 0
     ) -> None:
-        """Send this process's losses, by flow in the order that they ran, the number of the signal it received, and how
-        many bad samples were replaced in its batch.
+        """Start the exchange of a step. Every process must call it once per step, after `collect`.
 
-        Every process must call it in every step, and collect what it submitted before.
+        Args:
+            losses: by flow, in the order that they ran.
+            signal_number: of the signal that this process received; 0 for none.
+            replaced: number of bad samples replaced in this process's batch.
         """
         ran = list(losses)
         number = fingerprint(step, ran)
         count = len(self.flows)
-        # Filled in one by one: a tensor made of Python numbers on a GPU would wait for it.
+        # Filled one by one: building a GPU tensor from Python numbers would wait for the GPU.
         vector = torch.zeros(count + 6, dtype=torch.float64, device=self.device)
         for slot, name in enumerate(self.flows):
             if name in losses:
@@ -95,7 +97,7 @@ class StepSync:
         work = dist.all_reduce(vector, async_op=True) if distributed.world_size() > 1 else None
         if self.device.type == "cuda":
             if work is not None:
-                work.wait()  # The stream does, not this process.
+                work.wait()  # The stream waits, not this process.
             vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
@@ -104,10 +106,10 @@ class StepSync:
             self._pending = _Pending(step, ran, vector, None if work is None else work.wait)
 
     def collect(self) -> StepOutcome | None:
-        """The submitted step; None if nothing was submitted since.
+        """The outcome of the submitted step; None if no step was submitted since.
 
         Raises:
-            SharedError: on every process, if they are not at the same step or did not run the same flows in it.
+            SharedError: on every process, if their steps or flows differ.
         """
         if self._pending is None:
             return None
@@ -116,22 +118,22 @@ class StepSync:
             pending.wait()
         *losses, norm, applied, signals, replaced, number, squares = pending.vector.tolist()
         processes = distributed.world_size()
-        # Equality holds for equal numbers only (Cauchy and Schwarz).
+        # Equality holds only if all numbers are equal (Cauchy-Schwarz).
         if processes * int(squares) != int(number) ** 2:
             raise SharedError(
-                f"step {pending.step}: the processes are not at the same step with the same flows (process "
-                f"{distributed.rank()} ran {', '.join(pending.ran)}), so that their weights are of no use; give all of "
-                "them the same configuration and seed, and run the same command again"
+                f"step {pending.step}: the processes differ in their step or flows (process {distributed.rank()} ran "
+                f"{', '.join(pending.ran)}), so their weights are wrong; give all processes the same configuration and "
+                "seed, and run the same command again"
             )
         means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in pending.ran}
         return StepOutcome(pending.step, means, norm / processes, applied == processes, signals > 0, int(replaced))
 
 
 class BadSteps:
-    """Counts steps that were left out, and ends a run that no longer gets anywhere.
+    """Counts skipped steps and ends a run that makes no progress.
 
     Args:
-        limit: as many of them in a row are an error (optimizer.max_bad_steps).
+        limit: number of skipped steps in a row that is an error (optimizer.max_bad_steps).
     """
 
     def __init__(self, limit: int) -> None:
@@ -139,10 +141,10 @@ class BadSteps:
         self._in_a_row = 0
 
     def add(self, outcome: StepOutcome) -> None:
-        """Take note of a step.
+        """Count a step.
 
         Raises:
-            SharedError: on every process, if it is one too many.
+            SharedError: on every process, if the limit is reached.
         """
         if outcome.applied:
             self._in_a_row = 0
@@ -152,10 +154,10 @@ class BadSteps:
             return
         bad = [name for name, loss in outcome.losses.items() if not math.isfinite(loss)]
         raise SharedError(
-            f"step {outcome.step}: the last {self._in_a_row} steps were left out for a loss or a gradient that was not "
-            f"finite (losses not finite: {', '.join(bad) or 'none'}; optimizer.max_bad_steps={self.limit}); the "
-            "weights are those of before: continue from the last checkpoint with a lower stage.learning_rate, or look "
-            "for the cause in the data"
+            f"step {outcome.step}: the last {self._in_a_row} steps were skipped because a loss or a gradient was not "
+            f"finite (losses not finite: {', '.join(bad) or 'none'}; optimizer.max_bad_steps={self.limit}); they "
+            "changed no weights: continue from the last checkpoint with a lower stage.learning_rate, or look for the "
+            "cause in the data"
         )
 
 
@@ -168,19 +170,19 @@ class _Pending:
 
 
 def fingerprint(step: int, flows: Sequence[str]) -> int:
-    """A number below 2^20 of a step and its flows in their order; a million to one, others have another."""
+    """A hash below 2^20 of a step and its flows in order; two different steps collide once in a million."""
     digest = hashlib.sha256(f"{step} {' '.join(flows)}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> (32 - HASH_BITS)
 
 
 class Trainer:
-    """One stage on this process's device, from wherever it starts to its end. `build_trainer` makes one.
+    """Trains one stage on this process's device, from its start to its end. `build_trainer` makes one.
 
     Args:
-        ema: None trains without one.
-        watchdog: gets a heartbeat at every step.
-        state: where the stage stands; updated in place.
-        record: what every checkpoint holds beside the state.
+        ema: None trains without EMA.
+        watchdog: receives a heartbeat at every step.
+        state: the position in the stage; updated in place.
+        record: constant content of every checkpoint, beside the state.
     """
 
     def __init__(
@@ -208,10 +210,10 @@ class Trainer:
         """Train to the end of the stage, or until a signal asks to stop; True if the stage is complete.
 
         Args:
-            stop: signals that came since the process started; by default, those that come from now on.
+            stop: signals received since the process started; by default, those from now on.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written; the one before is there.
+            CheckpointError: the last checkpoint could not be written; the previous one remains.
             SharedError: on every process, if the data cannot be read on one of them.
             StreamError: the data can no longer be read on this process.
         """
@@ -231,13 +233,13 @@ class Trainer:
             self.close()
 
     def close(self) -> None:
-        """Let go of the tracker, the engine and their process groups."""
+        """Release the tracker, the saver, the engine and their process groups."""
         self.reporter.close()
         self.saver.close()
         self.engine.close()
 
     def _run_phase(self, phase: PhaseConfig, stop: StopSignal) -> bool:
-        """Train the phase from the present position to its end; True if asked to stop before."""
+        """Train the phase from the present position to its end; True if a signal stopped it."""
         config, batch_size = self.config, self.config.stage.global_batch_size
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
@@ -245,15 +247,15 @@ class Trainer:
         if self.ema is not None and self.state.phase_step == 0:
             self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
-        consensus, bad_steps = (
+        sync, bad_steps = (
             StepSync(self.flow_names, self.place.device),
             BadSteps(config.optimizer.max_bad_steps),
         )
         interval, asked = Interval(), False
 
         def collect() -> bool:
-            """Take in what all processes know of the step submitted last; True if one was asked to stop."""
-            outcome = consensus.collect()
+            """Take in the outcome of the last submitted step; True if a process was asked to stop."""
+            outcome = sync.collect()
             if outcome is None:
                 return False
             bad_steps.add(outcome)
@@ -270,9 +272,9 @@ class Trainer:
                 interval.waited += time.monotonic() - asked_at
                 self.watchdog.place = f"step {self.state.step + 1}"
                 losses, report = self._step(batch, phase)
-                # The previous step's outcome arrives now; this step's travels while the next one computes.
+                # The previous step's outcome arrives now. This step's exchange overlaps with the next step.
                 asked = collect()
-                consensus.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
+                sync.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
                 interval.pairs += batch_size
                 last = self.state.phase_step == steps
                 saves = last or self.state.step % config.checkpoint.every_steps == 0
@@ -287,13 +289,13 @@ class Trainer:
                 self._report_saves()
                 self.reporter.advance(batch_size)
             asked = collect() or asked
-            self._settle_saves()
+            self._finish_saves()
         finally:
             batches.close()
         return asked
 
     def _open_stream(self) -> BatchStream:
-        """The phase's stream from the present position, on every process or on none."""
+        """Open the phase's stream at the present position, on every process or on none."""
         config, failure = self.config, None
         stream: BatchStream | None = None
         try:
@@ -311,14 +313,14 @@ class Trainer:
         identity = getattr(stream, "identity", "")
         if self.state.phase_step > 0 and identity != self.state.data:
             self.reporter.warn(
-                f"data.manifest={config.data.manifest}: its shards have changed since the checkpoint, and with them "
-                "the order of the samples: in this epoch some come again, and others do not come"
+                f"data.manifest={config.data.manifest}: its shards have changed since the checkpoint, so the order of "
+                "the samples has too: in this epoch some samples repeat and others are missed"
             )
         self.state.data = identity
         return stream
 
     def _step(self, batch: Batch, phase: PhaseConfig) -> tuple[dict[str, Tensor], StepReport]:
-        """One update over the local batch; this rank's mean loss of each flow, and what the engine did."""
+        """One update over the local batch: this rank's mean loss of each flow, and the engine's report."""
         count = micro_batches(self.config, phase.resolution, self.place.world_size)
         local = self.config.stage.global_batch_size // self.place.world_size
         micro = local // count
@@ -356,7 +358,7 @@ class Trainer:
         return f"{self.config.seed}/{self.config.stage.name}/{self.state.phase}"
 
     def _learning_rate(self, step: int) -> float:
-        """Of a step, counted from 1: linear warm-up over samples, then constant."""
+        """The learning rate of a step, counted from 1: linear warm-up over samples, then constant."""
         optimizer, stage = self.config.optimizer, self.config.stage
         rise = warmup_samples(self.config)
         warm = min(1.0, step * stage.global_batch_size / rise) if rise > 0 else 1.0
@@ -371,7 +373,7 @@ class Trainer:
             "resolution": phase.resolution,
             "samples": self.state.step * batch_size,
             "total_samples": self.total_steps * batch_size,
-            # Of this step; a group's is that times its scale.
+            # The base rate of this step; a group's rate is this times its scale.
             "learning_rate": learning_rate,
             "learning_rates": self.engine.rates(learning_rate),
             "skipped": self.state.skipped,
@@ -384,8 +386,8 @@ class Trainer:
         self.watchdog.heartbeat(f"step {self.state.step}, saving")
         self.saver.begin(self.engine, self.ema, {STATE: self.state.to_dict(), **self.record}, self.state.step)
 
-    def _settle_saves(self) -> None:
-        """Wait for the save under way, before the model's or the data's shape changes or the process ends."""
+    def _finish_saves(self) -> None:
+        """Wait for the current save, before shapes change or the process ends."""
         self.watchdog.heartbeat(f"step {self.state.step}, waiting for the checkpoint to be written")
         self.saver.wait()
         self._report_saves()
@@ -395,8 +397,8 @@ class Trainer:
             self.reporter.warn(f"{line}; training goes on, and the next save tries again")
 
     def _save_last(self) -> None:
-        """Leave with a checkpoint of the present step, or with an error."""
-        self._settle_saves()
+        """Save the present step, or raise."""
+        self._finish_saves()
         if self.saver.saved_step == self.state.step:
             return
         self._begin_save()
@@ -407,5 +409,5 @@ class Trainer:
 
 
 def _to(values: Any, device: torch.device) -> Any:
-    # Streams may give images with their channels last.
+    # Streams may deliver images with channels last.
     return values.to(device, non_blocking=True).contiguous() if isinstance(values, Tensor) else values
