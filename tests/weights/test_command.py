@@ -44,7 +44,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, source in ((MASTER, weights()), (EMA, weights(seed=1))):
             for layout in layouts:
                 row = torch.cat([source[slot.name].reshape(-1) for slot in layout.slots])
-                pieces[f"{layout.group}/{kind}"] = row[slice(*layout.piece(rank, 2))]
+                pieces[f"{layout.group}/{kind}"] = row[slice(*layout.partition(rank, 2))]
         name = form.shard_name(rank, 2)
         records[name] = form.write_tensors(folder / name, pieces)
     document = OmegaConf.to_container(compose("train", ["model=tiny"]), resolve=False)
