@@ -16,7 +16,7 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
 from vdtrain.engine.engine import Engine, FlatAdamW, StepReport
-from vdtrain.run.reporting import Interval, log_line
+from vdtrain.run.reporting import Meters, log_line
 from vdtrain.run.tracking import read_metrics
 from vdtrain.training.trainer import StepOutcome
 
@@ -138,7 +138,7 @@ def test_a_number_of_steps_that_becomes_another_is_said(
 
 def test_an_interval_whose_steps_were_all_left_out_has_no_norm() -> None:
     """0 would be the norm of a run that has stopped to learn."""
-    interval = Interval()
+    interval = Meters()
     interval.add(StepOutcome(1, {"text-to-image": float("nan")}, float("inf"), applied=False, stop=False))
     summary = interval.summary(torch.device("cpu"))
     assert (summary["loss"], summary["gradient_norm"]) == ({}, None)

@@ -30,7 +30,7 @@ from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
-from vdtrain.run.reporting import Interval
+from vdtrain.run.reporting import Meters
 from vdtrain.training.trainer import BadSteps, StepOutcome, StepSync
 
 STAGES, PRECISIONS = (0, 1, 2), ("fp32", "bf16")
@@ -238,7 +238,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
 
 
 def test_a_step_left_out_does_not_hide_the_figures_of_the_others() -> None:
-    interval = Interval()
+    interval = Meters()
     for step, applied in enumerate((True, False)):
         interval.add(outcome(step, applied))
     summary = interval.summary(torch.device("cpu"))

@@ -13,21 +13,21 @@ from vdtrain.errors import one_line
 from vdtrain.run import distributed
 from vdtrain.run.lock import process_start
 
-# How gloo and NCCL word it that nothing comes from the other end any more.
+# How gloo and NCCL report a lost connection.
 LOST = re.compile(r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE)
 LATE = re.compile(r"timed out waiting (\d+)ms for \w+ operation", re.IGNORECASE)
 ABSENT = re.compile(r"timed out after (\d+) seconds waiting for clients\. (\d+)/(\d+) clients joined", re.IGNORECASE)
 UNREACHED = re.compile(r"client socket has (?:timed out|failed)", re.IGNORECASE)
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-# A process that ends closes its connections a moment before it is gone.
+# A process closes its connections a moment before it is gone.
 GRACE_SECONDS = 3.0
 NAMED = 4
 
 
 def connection_problem(error: BaseException) -> str | None:
-    """A line about an error of PyTorch's collectives, or of their start, with its remedy; None if it is no such error.
+    """A line with the remedy for an error of PyTorch's collectives or their start; None for any other error.
 
-    That another process has ended is said only where its number is gone from this machine.
+    It claims that another process has ended only if its number is gone from this machine.
     """
     if not isinstance(error, RuntimeError):
         return None

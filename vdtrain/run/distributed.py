@@ -1,6 +1,6 @@
-"""Starting and ending the processes of a run, and the short words that they exchange outside of training.
+"""Starting and ending the process group, and the small exchanges between processes outside training.
 
-A run is started by torchrun (RANK, WORLD_SIZE, ...), by Slurm's srun (SLURM_PROCID, ...) or plainly, as one process.
+torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_PROCID, ...) starts a run; without them it is a single process.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from vdtrain.run.lock import machine, process_start
 TIMEOUT_SECONDS = 1800.0
 
 
-# Machine, process number and its start of every process, by rank, as `vdtrain.run.lock` tells them.
+# Machine, process number and start of every process, by rank; see `vdtrain.run.lock`.
 _peers: list[list[Any]] = []
-# Variables of the launcher as they were before `start`; None for those that were not set.
+# The launcher's variables before `start`; None for unset ones.
 _replaced_variables: dict[str, str | None] = {}
 
 
 class SharedError(RuntimeError):
-    """An error that every process raises alike, whichever of them met it."""
+    """An error that every process raises, whichever of them met it."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this process stands among the processes of the run."""
+    """This process's rank, local rank and device."""
 
     rank: int
     local_rank: int
@@ -50,32 +50,31 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
 
     Args:
         device: "cuda" or "cpu".
-        timeout_seconds: how long any exchange between processes may take before it is an error.
-        control_only: the processes will exchange no tensors of GPUs, and have no engine.
+        timeout_seconds: time limit of every collective.
+        control_only: gloo group only, no NCCL and no engine.
 
     Raises:
-        ValueError: if the launcher's variables are incomplete, or no GPU stands ready for this process.
+        ValueError: the launcher's variables are incomplete, or this process has no GPU.
     """
     launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
     place = RankInfo(rank, local_rank, world_size, local_device(device, local_rank))
-    # DeepSpeed takes the device of a process from LOCAL_RANK.
+    # DeepSpeed chooses the device by LOCAL_RANK.
     launch["LOCAL_RANK"] = str(place.device.index if place.device.index is not None else local_rank)
     _replaced_variables.update({name: os.environ.get(name) for name in launch})
     os.environ.update(launch)
-    # Before there is a group: some modules of PyTorch that it imports take the world group of that moment as a default,
-    # and would keep it alive beyond `finish`.
+    # Before the group exists: some PyTorch modules that it imports would keep the world group alive after `finish`.
     if not control_only:
         import_deepspeed(place.device.type)
     timeout = timedelta(seconds=timeout_seconds)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
-    # Words between processes travel through the CPU, whatever the gradients do.
+    # Control messages always use gloo.
     nccl = place.device.type == "cuda" and not control_only
     backend, device_id = ("cpu:gloo,cuda:nccl", place.device) if nccl else ("gloo", None)
     _keep_gloo_on_loopback(launch.get("MASTER_ADDR", "127.0.0.1"))
     if world_size == 1:
-        # Neither a port nor a name server is needed to speak to oneself.
+        # A single process needs neither a port nor a name server.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
@@ -84,17 +83,17 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
 
 
 def finish() -> None:
-    """Leave the process group; every process must come here, engines closed, or end by an error.
+    """Leave the process group. Every process must call it with its engines closed, or end by an error.
 
-    A gloo thread that outlives the interpreter's objects aborts the process now and then, so that every reference to
-    the groups must go first, those that DeepSpeed keeps among them.
+    A gloo thread that outlives the interpreter's objects sometimes aborts the process. So all references to the groups
+    must go first, including DeepSpeed's.
     """
     if dist.is_initialized():
         deepspeed: Any = sys.modules.get("deepspeed.comm")
         started = deepspeed is not None and deepspeed.is_initialized()
         (deepspeed if started else dist).destroy_process_group()
         gc.collect()
-    # A process that trains again, or something else, is not to take itself for one of several.
+    # A later run in this process must not take itself for one of several.
     for name, value in _replaced_variables.items():
         if value is None:
             os.environ.pop(name, None)
@@ -104,22 +103,22 @@ def finish() -> None:
 
 
 def rank() -> int:
-    """This process's number; 0 where no group was started."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes; 1 where no group was started."""
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def peers() -> list[list[Any]]:
-    """Machine, of which the host comes first, process number and its start of every process, by rank."""
+    """Machine (host first), process number and process start of every process, by rank."""
     return _peers
 
 
 def barrier() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called it."""
     all_agree(True)
 
 
@@ -133,10 +132,10 @@ def all_agree(flag: bool) -> bool:
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every process's `value`, by rank, on every process. The values must be JSON: nothing is ever unpickled.
+    """All-gather one JSON value per process, by rank. Nothing is unpickled.
 
     Args:
-        group: all processes, as another group than the one that training uses, for a thread beside it.
+        group: another group of all processes, for use beside training.
     """
     if world_size() == 1:
         return [value]
@@ -152,7 +151,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
 
 
 def raise_if_any(failure: str | None) -> None:
-    """Raise a SharedError with the first process's `failure` on every process, unless it is None on all of them."""
+    """Raise a SharedError with the first `failure` on every process, unless it is None on all."""
     failures = [found for found in gather_json(failure) if found is not None]
     if failures:
         raise SharedError(failures[0])
@@ -164,10 +163,10 @@ def broadcast_json(value: Any, source: int = 0) -> Any:
 
 
 def local_device(kind: str, local_rank: int) -> torch.device:
-    """The device of a process, "cuda" or "cpu", by its number among those of its node.
+    """The device of a process ("cuda" or "cpu") by its local rank.
 
     Raises:
-        ValueError: no GPU stands ready for it.
+        ValueError: there is no GPU for it.
     """
     if kind == "cpu":
         return torch.device("cpu")
@@ -176,7 +175,7 @@ def local_device(kind: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
-    # Under --gpus-per-task=1 each process sees one GPU only, and calls it 0.
+    # With --gpus-per-task=1 each process sees only its own GPU, as number 0.
     index = 0 if count == 1 else local_rank
     if index >= count:
         raise ValueError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
@@ -184,6 +183,6 @@ def local_device(kind: str, local_rank: int) -> torch.device:
 
 
 def _keep_gloo_on_loopback(address: str) -> None:
-    """Let gloo skip the look-up of the host's own name, which fails on machines without a name server."""
+    """Keep gloo from resolving the host's own name, which fails without a name server."""
     if address in ("127.0.0.1", "localhost") and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

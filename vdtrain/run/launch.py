@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, from the variables of whoever started it. Needs no PyTorch."""
+"""This process's rank, from the launcher's environment variables. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vdtrain.config.compose import ConfigError, Schema, run_command
 from vdtrain.config.overrides import Override
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Of launchers that are not read here: the variable with the number of their processes, and that with a process's own.
+# Launchers that are not supported: their variables for the number of processes and for the rank.
 FOREIGN_LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI, and what comes of it
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI and its derivatives
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
     "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",  # LSF's jsrun
     "PMI_SIZE": "PMI_RANK",  # MPICH, Intel MPI, Cray
 }
-# Below the range from which Linux hands out ports to outgoing connections.
+# Below Linux's range for outgoing connections.
 FIRST_PORT, PORTS = 12_000, 20_000
-# Of them, and of Slurm, those that are numbers, with the least that they can be.
+# Numeric variables of torchrun and Slurm, with their minimum.
 NUMBERS = {
     "RANK": 0,
     "LOCAL_RANK": 0,
@@ -38,19 +38,19 @@ NUMBERS = {
     "SLURM_RESTART_COUNT": 0,
 }
 OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
-# Slurm numbers the batch script and an interactive shell of `salloc` from here on, beside srun's own steps from 0.
+# Slurm gives batch scripts and `salloc` shells step ids from here on; srun's steps count from 0.
 FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
 
 
 class OwnNumberError(ConfigError):
-    """A number of this process alone is wrong, of which no other process knows."""
+    """A variable of this process alone is wrong; the other processes do not see it."""
 
 
 def launch_variables() -> dict[str, str]:
-    """The five variables of torchrun, whoever started this process; without an address for a single process.
+    """The five variables of torchrun, under any launcher; a single process has no address.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete or not numbers, or the launcher is not one that is read.
+        ConfigError: the launcher's variables are incomplete or not numbers, or the launcher is not supported.
     """
     environment = os.environ
     for name in NUMBERS:
@@ -63,11 +63,11 @@ def launch_variables() -> dict[str, str]:
         if rank >= processes:
             raise OwnNumberError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
-    # Slurm sets SLURM_PROCID in a batch script too, where there is one process whatever SLURM_NTASKS says.
+    # Slurm sets SLURM_PROCID in a batch script too, which is one process whatever SLURM_NTASKS is.
     in_step = bool(environment.get("SLURM_STEP_ID")) and number(environment, "SLURM_STEP_ID") < FIRST_STEP_WITHOUT_SRUN
     by_srun = in_step and "SLURM_PROCID" in environment
     for name in FOREIGN_LAUNCHERS:
-        # Under srun there may be PMI_SIZE too; mpirun hands down what srun set for its helper on each node.
+        # srun may set PMI_SIZE too; mpirun passes on what srun set for its helper on each node.
         known = _slurm_tasks() if by_srun and name == "PMI_SIZE" else "1"
         if environment.get(name, known) != known:
             raise ConfigError(
@@ -80,10 +80,10 @@ def launch_variables() -> dict[str, str]:
 
 
 def number(environment: Mapping[str, str], name: str) -> int:
-    """A launcher's variable that is a number; the least that it can be where it is not set.
+    """A numeric variable of a launcher; its minimum if it is not set.
 
     Raises:
-        ConfigError: it is no number, or too small.
+        ConfigError: it is not a number, or below its minimum.
     """
     value, least = environment.get(name, ""), NUMBERS[name]
     if not value:
@@ -103,9 +103,9 @@ def run_command_on_ranks(
     argv: Sequence[str],
     plain: Callable[[CommandLine], list[Override]] | None = None,
 ) -> int:
-    """`vdtrain.config.compose.run_command` in one of several processes, of which rank 0 alone names a mistake.
+    """`vdtrain.config.compose.run_command` in one of several processes; only rank 0 prints a mistake.
 
-    `action` gets the launcher's variables too; where they cannot be used, that is such a mistake.
+    `action` also receives the launcher's variables. Unusable variables are a mistake too.
     """
     try:
         launch = launch_variables()
@@ -127,7 +127,7 @@ def _slurm_launch() -> dict[str, str]:
     tasks = _slurm_tasks()
     launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     if tasks != "1":
-        # Rank 0 is on the first node of its step, which need not be the job's.
+        # Rank 0 is on the step's first node, which may differ from the job's.
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
         offset = number(environment, "SLURM_JOB_ID") + number(environment, "SLURM_STEP_ID")
         launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)

@@ -1,10 +1,10 @@
-"""One folder, one job: whoever writes in a run's folder leaves in it who it is, and gives a sign of life.
+"""The lock of a run folder: one job at a time writes in it.
 
-    RUN_DIR/lock.json    host, process, Slurm job; its time of change is the sign, given every BEAT_SECONDS
+    RUN_DIR/lock.json    host, process and Slurm job of the holder; its mtime is a heartbeat every HEARTBEAT_SECONDS
 
-A lock of this machine holds as long as its process lives. One of another machine holds as long as its sign comes: for
-that it is watched, at most STALE_SECONDS. One of an earlier start of the same Slurm job holds no more. The kernel's own
-file locks are not used: many network file systems keep them to one machine. Needs no PyTorch.
+A lock of this machine is valid while its process lives. A lock of another machine is valid while its heartbeat
+continues, which is watched for at most STALE_SECONDS. A lock of an earlier start of the same Slurm job is stale. Kernel
+file locks are not used, because many network file systems do not share them between machines. Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from vdtrain.errors import unwritable
 from vdtrain.run.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
-BEAT_SECONDS = 15.0
-# Some network file systems keep everyone waiting for a minute or two.
+HEARTBEAT_SECONDS = 15.0
+# Some network file systems stall for a minute or two.
 STALE_SECONDS = 180.0
 POLL_SECONDS = 1.0
-# For how long one that took a dead process's place looks whether another did so at the same moment.
+# After replacing a dead holder: how long to look for another process that did the same.
 SETTLE_SECONDS = 0.5
-# The status of a mistake in the settings: a batch job that ends with it is not put back into the queue.
+# The status of a mistake in the settings: a batch job that ends with it is not requeued.
 LOST_STATUS = 2
 
 
 def machine() -> list[str]:
-    """What has one set of process numbers: a host since its start, or a container of it."""
+    """Identity of a process-number space: a host since its boot, or a container on it."""
     parts = [socket.gethostname()]
     for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
@@ -51,9 +51,9 @@ def machine() -> list[str]:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in the kernel's ticks, by which a number that was given anew is told.
+    """When a process of this machine started, in kernel ticks. This tells a reused process number from the old one.
 
-    None if there is no such process, "" where the system does not say when.
+    None if there is no such process, "" if the system does not tell.
     """
     try:
         os.kill(pid, 0)
@@ -62,7 +62,7 @@ def process_start(pid: int) -> str | None:
     except PermissionError:
         pass
     try:
-        # The name of the program, in parentheses, may have anything in it.
+        # The program's name, in parentheses, may hold any character.
         state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except FileNotFoundError:
         return None if Path("/proc/self/stat").exists() else ""
@@ -73,7 +73,7 @@ def process_start(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The holder of a lock."""
 
     machine: list[str] = field(default_factory=list)
     pid: int = 0
@@ -100,7 +100,7 @@ class Holder:
 
     @classmethod
     def read(cls, text: str) -> Holder:
-        """One that cannot be read is somebody of another machine, of whom nothing is known."""
+        """An unreadable holder counts as an unknown process of another machine."""
         known = {each.name for each in fields(cls)}
         try:
             values = json.loads(text)
@@ -109,7 +109,7 @@ class Holder:
             return cls(token=text)
 
     def lives(self) -> bool:
-        """Whether the process, one of this machine, is there."""
+        """Whether the process, on this machine, is alive."""
         started = process_start(self.pid)
         return started is not None and (not self.started or not started or started == self.started)
 
@@ -123,21 +123,21 @@ class Holder:
 
 
 class HeldError(RuntimeError):
-    """Another job holds the lock; the message says who, in a line."""
+    """Another job holds the lock; the message names it in one line."""
 
 
-class Verdict(Enum):
+class LockState(Enum):
     FREE, STALE, HELD, WATCHED = range(4)
 
 
 class RunLock:
-    """The lock of a folder, taken by one process of a job for all of them.
+    """The lock of a folder; one process of a job takes it for all.
 
     Args:
-        folder: on a file system that all jobs see; made when the lock is taken.
-        setting: names the folder, in errors.
-        lost: called on a thread of its own when another job has taken this one's place, which happens to a process that
-            stood still for long; by default it says so and ends the process.
+        folder: on a file system that all jobs share; created with the lock.
+        setting: the folder's setting, for errors.
+        lost: called on its own thread when another job has taken the lock, which happens after this process stood
+            still for long. By default it prints an error and ends the process.
     """
 
     def __init__(self, folder: Path, setting: str = "run_dir", lost: Callable[[str], None] | None = None) -> None:
@@ -146,83 +146,83 @@ class RunLock:
         self.own: Holder | None = None
         self._lost = lost or _end
         self._released = threading.Event()
-        self._beating: threading.Thread | None = None
-        # Whose sign of life is watched, when it was last given, and since when on this process's clock.
+        self._heartbeats: threading.Thread | None = None
+        # The watched holder: its token, its last heartbeat, and when this process began to watch.
         self._seen: tuple[str, float, float] | None = None
         self._waits = False
 
     def attempt(self) -> bool:
-        """Take the lock: True. False if it has to be watched for a while longer; then call this again.
+        """Take the lock: True. False if its holder must be watched longer; then call this again.
 
         Raises:
             HeldError: another job holds it.
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        verdict, holder = self._judge(exactly=True)
-        if verdict is Verdict.HELD:
+        state, holder = self._look(exactly=True)
+        if state is LockState.HELD:
             raise HeldError(self._refusal(holder))
-        if verdict is Verdict.WATCHED:
+        if state is LockState.WATCHED:
             return False
         own = Holder.here()
-        if not (self._create(own) if verdict is Verdict.FREE else self._replace(own, holder)):
+        if not (self._create(own) if state is LockState.FREE else self._replace(own, holder)):
             return False
         self.own = own
-        self._beating = threading.Thread(target=self._beat, name="run-lock", daemon=True)
-        self._beating.start()
+        self._heartbeats = threading.Thread(target=self._keep_alive, name="run-lock", daemon=True)
+        self._heartbeats.start()
         return True
 
     def held(self) -> str | None:
-        """Why the lock cannot be had, in a line, or None; nothing is taken or written. May take STALE_SECONDS."""
+        """A line on who holds the lock; None if it is free. Takes and writes nothing; may take STALE_SECONDS."""
         while True:
-            verdict, holder = self._judge(exactly=False)
-            if verdict is Verdict.HELD:
+            state, holder = self._look(exactly=False)
+            if state is LockState.HELD:
                 return self._refusal(holder)
-            if verdict is not Verdict.WATCHED:
+            if state is not LockState.WATCHED:
                 return None
             time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Give the lock back, if it was taken and nobody else took it."""
+        """Release the lock, if this process still holds it."""
         self._released.set()
-        if self._beating is not None:
-            self._beating.join()
-            self._beating = None
+        if self._heartbeats is not None:
+            self._heartbeats.join()
+            self._heartbeats = None
         if self.own is not None:
             with contextlib.suppress(OSError):
                 if self._read()[0].token == self.own.token:
                     self.path.unlink()
         self.own = None
 
-    def _judge(self, exactly: bool) -> tuple[Verdict, Holder]:
+    def _look(self, exactly: bool) -> tuple[LockState, Holder]:
         try:
             holder, beaten = self._read()
         except FileNotFoundError:
-            return Verdict.FREE, Holder()
+            return LockState.FREE, Holder()
         if holder.machine == machine():
-            return (Verdict.HELD if holder.lives() else Verdict.STALE), holder
+            return (LockState.HELD if holder.lives() else LockState.STALE), holder
         job, count = slurm_job()
         if holder.job is not None and holder.job == job and count > holder.restart_count:
-            return Verdict.STALE, holder
+            return LockState.STALE, holder
         now = time.monotonic()
         if self._seen is None or self._seen[0] != holder.token:
             self._seen = (holder.token, beaten, now)
         _, first, since = self._seen
         if beaten != first:
-            return Verdict.HELD, holder
-        # Where it matters, by the file system's own clock: those of two machines may differ.
+            return LockState.HELD, holder
+        # By the file system's clock, because the clocks of two machines may differ.
         still = max(now - since, (self._clock() if exactly else time.time()) - beaten)
         if still > STALE_SECONDS:
-            return Verdict.STALE, holder
+            return LockState.STALE, holder
         if not self._waits:
             self._waits = True
             place = f"{self.setting}={self.folder}"
             wait = f"waits {STALE_SECONDS:.0f} s at most to see whether that is still at work"
             print(f"warning: {place}: has the lock of {holder}; {wait}", file=sys.stderr, flush=True)
-        return Verdict.WATCHED, holder
+        return LockState.WATCHED, holder
 
     def _read(self) -> tuple[Holder, float]:
-        """Who holds the lock, and when it last gave a sign. Opened anew: network file systems then ask the server."""
+        """The holder and its last heartbeat. Opening the file makes network file systems ask the server."""
         with self.path.open(encoding="utf-8", errors="replace") as file:
             return Holder.read(file.read()), os.fstat(file.fileno()).st_mtime
 
@@ -242,7 +242,7 @@ class RunLock:
         return True
 
     def _replace(self, own: Holder, dead: Holder) -> bool:
-        """Take a dead one's place; of several that do so the last one has it."""
+        """Replace a dead holder; of several processes that do so, the last one wins."""
         draft = self.path.with_name(f"{LOCK_FILE}.{own.token}")
         draft.write_text(json.dumps(asdict(own)) + "\n")
         try:
@@ -256,9 +256,9 @@ class RunLock:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT_SECONDS):
-            # Whatever the file system has: the next sign may come through.
+    def _keep_alive(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            # A file system error passes: the next heartbeat may succeed.
             with contextlib.suppress(OSError):
                 assert self.own is not None
                 try:
@@ -281,17 +281,17 @@ class RunLock:
 
 
 def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, needed: bool = True) -> None:
-    """Take a lock on rank 0, for all processes of a job, each of which calls this.
+    """Take a lock on rank 0 for all processes of a job; every process calls this.
 
     Args:
-        waiting: called again and again.
-        needed: False where the job may find nothing to do, so that a folder that cannot be written is no error.
+        waiting: called repeatedly while this waits.
+        needed: False if the job may have nothing to do; a folder that cannot be written is then not an error.
 
     Raises:
         ConfigError: on every process, if another job holds it.
         SharedError: on every process, if the folder cannot be written.
     """
-    # Late, for it imports PyTorch.
+    # Imported late, because it imports PyTorch.
     from vdtrain.run import distributed
 
     while True:

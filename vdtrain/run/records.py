@@ -1,6 +1,6 @@
-"""What a run folder's own records tell of checkpoints that it had, for where these are not to be seen any more.
+"""What a run folder's records tell about checkpoints that can no longer be found.
 
-The checkpoints of a run are often on another disk than its folder, by a link. Needs no PyTorch.
+Checkpoints are often on another disk, behind a link that may be unmounted. Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAVED_FILE = "saved.json"
 
 
 def note_saved(run_dir: Path, step: int) -> None:
-    """Note in the run folder that its newest checkpoint is that of `step`.
+    """Record in the run folder that its newest checkpoint is that of `step`.
 
     Raises:
         OSError: it cannot be written.
@@ -34,10 +34,10 @@ def note_saved(run_dir: Path, step: int) -> None:
 
 
 def lost_checkpoints(run_dir: Path, every_steps: int) -> str | None:
-    """Why a run folder without a whole checkpoint is not to be begun anew, in a line; None if it is a new one.
+    """A line on why a run folder without a whole checkpoint must not start from scratch; None if the folder is new.
 
     Args:
-        every_steps: `checkpoint.every_steps`, where the folder does not say what it was.
+        every_steps: `checkpoint.every_steps`, if the folder does not record its own.
     """
     found = max(
         (
@@ -70,10 +70,10 @@ def _saved(run_dir: Path) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        # There is no folder behind a link to itself.
+        # A link to itself leads to no folder.
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             return 0
-        # It was written once; of which step does not matter.
+        # It was written once; the step does not matter.
         return 1
 
 
@@ -87,7 +87,7 @@ def _latest(run_dir: Path) -> int:
 def _trained_past_a_save(run_dir: Path, every_steps: int) -> int:
     """The last step in the figures, if a checkpoint before it must have been written; else 0.
 
-    For runs of versions that kept no other record: a save is over, or has failed and was counted, when the next begins.
+    For runs of versions without other records: a save has ended, or was counted as failed, when the next begins.
     """
     record = next(iter(last_metrics(run_dir, 1)), {})
     try:

@@ -1,4 +1,4 @@
-"""Rank 0's voice: log lines, a progress bar on a terminal, the tracker. Silent on every other rank."""
+"""What a run reports: log lines, a progress bar on a terminal, the tracker. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Interval:
-    """Sums since the last log line."""
+class Meters:
+    """Sums since the last log line: losses, gradient norms, waiting, pairs."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     gradient_norms: list[float] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Interval:
     began: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: StepOutcome) -> None:
-        """Take in a step, unless it was left out: its figures are no numbers, and would hide those of the others."""
+        """Add a step. Skipped steps do not count: their figures are not finite."""
         if not outcome.applied:
             return
         self.gradient_norms.append(outcome.gradient_norm)
@@ -47,7 +47,7 @@ class Interval:
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
-            # None where all steps of the interval were left out.
+            # None if all steps of the interval were skipped.
             "gradient_norm": sum(self.gradient_norms) / len(self.gradient_norms) if self.gradient_norms else None,
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
@@ -56,7 +56,7 @@ class Interval:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    """Peak memory of this process in GB (1e9 bytes): of the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -64,7 +64,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def log_line(record: Mapping[str, Any]) -> str:
-    """One record as the line that a person reads."""
+    """A record as a log line."""
     losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items()) or "no step counted"
     norm = "-" if record["gradient_norm"] is None else f"{record['gradient_norm']:.3f}"
     return (
@@ -77,7 +77,7 @@ def log_line(record: Mapping[str, Any]) -> str:
     )
 
 
-# Share of the watchdog's limit that W&B may take at the start: it is to end a run that stands still, and no outage.
+# Share of the watchdog's limit that W&B may take at the start, so that an outage does not look like a hang.
 WANDB_OF_WATCHDOG = 0.25
 
 
@@ -114,11 +114,11 @@ class Reporter:
         self.tracker.log(record)
 
     def warn(self, line: str) -> None:
-        """Print what a person should see to; training goes on."""
+        """Print a warning; training continues."""
         self._say(f"warning: {line}")
 
     def _say(self, line: str) -> None:
-        # Standard output may be a file on the disk that is full.
+        # Standard output may be a file on a full disk.
         with contextlib.suppress(OSError):
             self.console.print(line, markup=False)
 

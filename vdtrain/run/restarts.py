@@ -1,6 +1,6 @@
-"""A run's record of its starts, and whether a batch job that runs it is to be put back into the queue.
+"""A run's record of its starts, and the decision whether its batch job should be requeued.
 
-    python -m vdtrain.run.restarts RUN_DIR [--limit N]     # exit status 0: requeue; 3: do not, and a line says why
+    python -m vdtrain.run.restarts RUN_DIR [--limit N]     # exit status 0: requeue; 3: do not, with the reason
 
 Needs no PyTorch: a batch script asks between a signal and the end of its time.
 """
@@ -34,11 +34,11 @@ class Event:
 
     Attributes:
         kind: "start" or "requeue".
-        step: of the checkpoint that a start continues from, or that the next one will; 0 for the beginning of a stage.
+        step: of the checkpoint that the start, or the next start, continues from; 0 at the beginning of a stage.
         time: seconds since 1970.
-        job: Slurm's number of the job, which a requeued one keeps; None outside of Slurm.
-        restart_count: how often Slurm has started the job again.
-        total_steps, max_restarts: of the configuration; with a start only, as are hosts and world_size.
+        job: Slurm's job id, which survives a requeue; None outside Slurm.
+        restart_count: how often Slurm has restarted the job.
+        total_steps, max_restarts, hosts, world_size: of a start only.
     """
 
     kind: str
@@ -53,10 +53,10 @@ class Event:
 
 
 def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
-    """The job that this process runs in, and how often Slurm has started it again.
+    """The Slurm job of this process, and how often Slurm has restarted it.
 
     Raises:
-        ConfigError: Slurm's count is no number.
+        ConfigError: Slurm's count is not a number.
     """
     return environment.get("SLURM_JOB_ID"), number(environment, "SLURM_RESTART_COUNT")
 
@@ -64,7 +64,7 @@ def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, 
 def record_start(
     run_dir: Path, step: int, total_steps: int, max_restarts: int, world_size: int, hosts: Sequence[str]
 ) -> None:
-    """Note that the trainer begins at `step`, on one process of the run.
+    """Record that the trainer starts at `step`; one process of the run calls it.
 
     Raises:
         OSError: it cannot be written.
@@ -86,15 +86,15 @@ def record_start(
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """The record, oldest first; lines that a kill cut short are left out."""
+    """The record, oldest first; truncated lines are skipped."""
     return list(_events(run_dir))
 
 
 def restarts(events: Sequence[Event], job: str | None = None, count: int = 0) -> int:
-    """How often a job, or without Slurm the run, has been started again.
+    """How often a job (outside Slurm: the run) has been restarted.
 
     Args:
-        count: what Slurm says of the job that asks.
+        count: Slurm's own count for the asking job.
     """
     own = [event for event in events if event.job == job]
     starts = sum(event.kind == START for event in own)
@@ -103,11 +103,10 @@ def restarts(events: Sequence[Event], job: str | None = None, count: int = 0) ->
 
 
 def refusal(run_dir: Path, limit: int | None = None) -> str | None:
-    """Why the job is not to be started again, in a line; None if it is.
+    """A line on why the job must not be restarted; None if it may be.
 
-    Not when the stage is complete, when the job was restarted as often as it may be, and when no checkpoint with a
-    later step was published since the last start, or since the last requeueing if the trainer did not come as far as
-    to start: such a run would crash for ever.
+    It must not if the stage is complete, if the limit is reached, or if no later checkpoint was published since the
+    last start or requeue. Such a run would crash again and again.
 
     Args:
         limit: of restarts; by default max_restarts of the run's last start.
@@ -135,7 +134,7 @@ def refusal(run_dir: Path, limit: int | None = None) -> str | None:
 
 
 def note_requeue(run_dir: Path) -> None:
-    """Note that the job is put back into the queue, and from which step it will go on.
+    """Record that the job is requeued, and the step that it will continue from.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""One process of a training run, from joining the others to its exit status."""
+"""One process of a training run, from joining the process group to its exit status."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from vdtrain.training.continuation import stage_steps
 from vdtrain.training.start import Start, check_frozen, resolve_start
 
 FAILED = 1
-# Whoever started the run is to start it again: EX_TEMPFAIL. After Ctrl-C, a person decides.
+# EX_TEMPFAIL: the launcher should restart the run. After Ctrl-C, a person decides.
 STOPPED, INTERRUPTED = os.EX_TEMPFAIL, 128 + signal.SIGINT
 SHARED_ERRORS = (CheckpointError, distributed.SharedError)
-# Exchanges between processes time out after the watchdog: it is to speak first, for it knows where each stands.
+# Collectives time out after the watchdog, which knows where each process stands and reports first.
 TIMEOUT_OVER_WATCHDOG = 2.0
 
 
@@ -42,16 +42,16 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
     """Train a stage whose configuration has been checked.
 
     Args:
-        stop: signals that came since the process started; from now on it notes a Ctrl-C too.
-        overrides: of the command line, for the command that is to come after this one.
+        stop: signals received since the process started; from now on it records Ctrl-C too.
+        overrides: of the command line, for the next stage's command.
 
     Returns:
-        Exit status: on every process alike 0 if the stage is complete, 75 if it was stopped and saved, 130 if a Ctrl-C
-        did it; 1 after an error. A known one is said in a line, and its traceback is in the process's record. One of
-        several processes ends here and now after an error, and with the watchdog's status where it stands still.
+        Exit status, equal on every process: 0 if the stage is complete, 75 if it was stopped and saved, 130 after
+        Ctrl-C, 1 after an error. A known error prints one line; its traceback is in the process's record. One of
+        several processes exits at once after an error, and with the watchdog's status if it hangs.
 
     Raises:
-        ConfigError: on every process alike.
+        ConfigError: on every process.
     """
     dumps = Path(config.run_dir) / DUMPS
     watchdog = Watchdog(config.watchdog_seconds, dumps, rank)
@@ -59,7 +59,7 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
     try:
         record_collectives(dumps)
         complete = _train(config, document, stop, watchdog)
-        # All come here before one of them ends, which could end the others.
+        # All processes meet here: one that ended early could end the others.
         interrupted = not distributed.all_agree(not stop.interrupted)
         if complete and rank == 0:
             print(f"{config.stage.name} is complete; next: {next_command(config, overrides)}", flush=True)
@@ -74,11 +74,11 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
         elif line:
             print(f"error: {line}", file=sys.stderr, flush=True)
         if isinstance(error, SHARED_ERRORS):
-            # All come here; one that went ahead could look to the others as if it had been lost.
+            # All processes meet here: to the others, one that left early would look lost.
             with contextlib.suppress(RuntimeError):
                 distributed.barrier()
         if distributed.world_size() > 1:
-            # To leave the process group in order, it would wait for the others, and they wait for this one.
+            # Leaving the process group in order would wait for the others, which wait for this process.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(FAILED)
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
     """True if the stage is complete; else it was stopped by a signal."""
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    # Mistaken settings are said at once; whether what is there is whole, the processes look at together, below.
+    # Report mistaken settings at once. The processes verify the files together, below.
     early = Start()
     with contextlib.suppress(CheckpointError):
         early = resolve_start(config, document, verify_checksums=False)
@@ -104,8 +104,8 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
         raise ConfigError(str(error)) from error
     lock = RunLock(Path(config.run_dir))
     try:
-        waiting = "waiting for the run folder, in which another job may still be at work"
-        # A complete run may lie where nothing can be written.
+        waiting = "waiting for the run folder's lock"
+        # A complete run may be on a read-only disk.
         take_together(lock, lambda: watchdog.heartbeat(waiting), needed=not _is_complete(early, config))
         watchdog.heartbeat("looking for the checkpoint to start from")
         start = resolve_start(config, document)
@@ -126,7 +126,7 @@ def _is_complete(start: Start, config: TrainConfig) -> bool:
 def _begin(
     config: TrainConfig, document: DictConfig, start: Start, place: distributed.RankInfo, remarks: Sequence[str]
 ) -> None:
-    """Note the start in the run folder and say what it is."""
+    """Record the start in the run folder and print it."""
     step = 0 if start.position is None else start.position.step
     hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
     distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
@@ -140,7 +140,7 @@ def _begin(
 
 
 def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts: list[str]) -> str | None:
-    """Write the configuration and the start into the run folder; what is wrong with it, if anything is."""
+    """Write the configuration and the start into the run folder; a line on what failed, or None."""
     run_dir, total = Path(config.run_dir), sum(stage_steps(config.stage))
     try:
         OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
@@ -151,7 +151,7 @@ def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts:
 
 
 def _line(error: Exception, rank: int) -> str | None:
-    """What this process says of an error: nothing where another one says the same; None if it is no known one."""
+    """The message this rank prints: "" if another rank prints it, None if the error is unexpected."""
     text = one_line(error)
     if isinstance(error, SHARED_ERRORS):
         return text if rank == 0 else ""

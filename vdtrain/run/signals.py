@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted on by all ranks at the same step boundary."""
+"""Signals that stop a run: recorded on arrival; all ranks act on them at the same step boundary."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-# By which schedulers stop a run.
+# Schedulers stop a run with these.
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
 
 
 class StopSignal:
-    """Notes the first stop signal; a second SIGINT ends the process at once, as users expect of Ctrl-C.
+    """Records the first stop signal. A second SIGINT ends the process at once, as users expect of Ctrl-C.
 
     Args:
-        numbers: of the signals to note, to begin with.
+        numbers: the signals to record.
     """
 
     def __init__(self, numbers: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -25,7 +25,7 @@ class StopSignal:
         self.note(*numbers)
 
     def note(self, *numbers: signal.Signals) -> None:
-        """Note these signals too, from now on."""
+        """Record these signals too, from now on."""
         for number in numbers:
             self._previous.setdefault(number, signal.signal(number, self._note))
 
@@ -36,18 +36,18 @@ class StopSignal:
 
     @property
     def interrupted(self) -> bool:
-        """Whether it was a person's Ctrl-C."""
+        """Whether it was Ctrl-C."""
         return self.number == signal.SIGINT
 
     def ignore(self) -> None:
-        """Let further SIGTERMs and SIGUSR1s pass: this process is about to end, with the status that it should have.
+        """Ignore further SIGTERMs and SIGUSR1s: this process is about to end with its proper status.
 
-        Slurm's `srun --kill-on-bad-exit` sends SIGTERM to those that end a moment later than the first one.
+        Slurm's `srun --kill-on-bad-exit` sends SIGTERM to processes that end a moment after the first.
         """
         for number in SCHEDULER_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""How a run stands, by the files in its folder alone. Needs no PyTorch."""
+"""The progress of a run, read from its folder, and the command that follows it. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vdtrain.run.restarts import RECORD_FILE, START, Event, read_events
 from vdtrain.run.tracking import METRICS_FILE, last_metrics
 from vdtrain.run.wandb_run import WANDB_URL_FILE
 
-# What makes a stage that stage.
+# Settings that define a stage.
 OWN_SETTINGS = ("stage", "stage.name", "stage.flows", "stage.gradient_scales", "stage.init_from", "run_dir")
 SCRIPTS = "slurm"
 
 
 def next_stage(stage: str) -> str | None:
-    """The stage whose file has it start from the run of `stage`; None after the last one."""
+    """The stage whose file starts from the run of `stage`; None after the last stage."""
     for name in options("stage"):
         document = OmegaConf.to_container(OmegaConf.load(config_folder() / "stage" / f"{name}.yaml"), resolve=False)
         if isinstance(document, dict) and document.get("init_from") == f"${{runs_dir}}/{stage}":
@@ -36,10 +36,9 @@ def next_stage(stage: str) -> str | None:
 
 
 def next_command(config: TrainConfig, overrides: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """The command that comes after a complete stage, ready for a shell; after the last one, that which samples.
+    """The command after a complete stage, quoted for a shell. After the last stage it is a sampling command.
 
-    The user's overrides stay, but for those that make the stage what it is. Started by sbatch, torchrun or plainly, as
-    this process was.
+    It keeps the user's overrides, except those that define the stage, and the launcher: sbatch, torchrun or none.
 
     Args:
         overrides: of the command line.
@@ -73,7 +72,7 @@ def _overrides(config: TrainConfig, name: str, given: Sequence[str], environment
 
 
 def _moved(run_dir: Path, stage: str, following: str) -> Path:
-    """Beside `run_dir`, under the same name but for the stage in it."""
+    """A sibling of `run_dir` whose name has the next stage in place of this one."""
     return run_dir.with_name(run_dir.name.replace(stage, following) if stage in run_dir.name else following)
 
 
@@ -93,14 +92,14 @@ def _launcher(name: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def _script(name: str, environment: Mapping[str, str]) -> Path | None:
-    """The batch script of a stage, from where the running job was submitted."""
+    """The batch script of a stage, in the folder where the running job was submitted."""
     script = Path(SCRIPTS) / f"{name}.sh"
     submitted = Path(environment.get("SLURM_SUBMIT_DIR", "."))
     return script if "SLURM_JOB_ID" in environment and (submitted / script).is_file() else None
 
 
 CONFIG_FILE = "config.yaml"
-# The pace is that of the newest lines, within one phase.
+# The pace is that of the newest log lines, within one phase.
 PACE_LINES = 10
 
 
@@ -109,17 +108,17 @@ class RunSummary:
     """One stage's run.
 
     Attributes:
-        phase: number of the phase that the newest line belongs to, from 1, of `phases`.
-        step, samples: of the newest line, or of the checkpoint where that is newer.
-        pairs_per_second: over the newest lines of the phase; None before the first one.
-        larger_phases: whether phases of larger images, and so of another pace, are still to come.
-        record: the newest line of the log, as the trainer wrote it; empty before the first one.
+        phase: the newest log line's phase, from 1 to `phases`.
+        step, samples: of the newest log line, or of the checkpoint if that is newer.
+        pairs_per_second: over the newest log lines of the phase; None before the first one.
+        larger_phases: whether phases with larger images, and so another pace, follow.
+        record: the newest log line, as the trainer wrote it; empty before the first one.
         last_log_time: when it was written, in seconds since 1970; None before the first one.
-        checkpoint: the newest that is whole by its files' sizes.
-        damages: a line on each better one that is not.
+        checkpoint: the newest one whose files have their sizes.
+        damages: one line per newer, damaged checkpoint.
         starts: of the trainer, oldest first; empty in folders of earlier versions.
-        tracked: where W&B has the run, or how it gets there; None where it is not tracked.
-        dumps: files in which processes left where they stood when the run ended by an error, since the last start.
+        tracked: the run's address on W&B, or how to send it there; None if it is not tracked.
+        dumps: files in which processes recorded an error since the last start.
     """
 
     folder: Path
@@ -143,12 +142,12 @@ class RunSummary:
 
     @property
     def complete(self) -> bool:
-        """Whether the stage's last checkpoint is there."""
+        """Whether the stage's last checkpoint exists."""
         return self.checkpoint is not None and 0 < self.total_steps <= self.checkpoint.step
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present pace; None where it is not known."""
+        """At the present pace; None if that is unknown."""
         if self.complete or not self.pairs_per_second:
             return 0.0 if self.complete else None
         return (self.total_samples - self.samples) / self.pairs_per_second
@@ -159,19 +158,19 @@ class RunSummary:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
+    """Whether a folder is a run folder."""
     return any((folder / name).exists() for name in (METRICS_FILE, RECORD_FILE, CHECKPOINTS))
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it is that of a run, else the runs in it, by name."""
+    """The folder itself if it is a run folder, else the run folders in it, by name."""
     if is_run(folder):
         return [folder]
     return sorted(each for each in folder.iterdir() if each.is_dir() and is_run(each)) if folder.is_dir() else []
 
 
 def summarise(folder: Path) -> RunSummary:
-    """Read a run's files; what is missing of them, or cannot be read, is taken as not there yet."""
+    """Read a run's files; missing or unreadable files count as not written yet."""
     stage, tracking = _settings(folder)
     steps = [phase_steps(TrainConfig(stage=stage), phase) for phase in stage.phases] if stage is not None else []
     records = last_metrics(folder, PACE_LINES)
@@ -211,7 +210,7 @@ def _settings(folder: Path) -> tuple[StageConfig | None, TrackingConfig | None]:
         document = OmegaConf.load(folder / CONFIG_FILE)
         stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
         tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackingConfig), document.tracking))
-    # Whatever is wrong with the file: a person wants to know how the run stands.
+    # Any damage to the file must not hide the rest of the run's state.
     except Exception:
         return None, None
     assert isinstance(stage, StageConfig)
@@ -220,7 +219,7 @@ def _settings(folder: Path) -> tuple[StageConfig | None, TrackingConfig | None]:
 
 
 def _pace(records: list[dict[str, Any]]) -> float | None:
-    """Pairs a second over the lines of the last one's phase, each of as many pairs."""
+    """Pairs per second over the log lines of the last line's phase; each covers the same number of pairs."""
     rates = [each["pairs_per_second"] for each in records if each.get("phase") == records[-1].get("phase")]
     return len(rates) / sum(1 / rate for rate in rates) if rates and min(rates) > 0 else None
 
@@ -253,7 +252,7 @@ def _dumps(folder: Path, since: float) -> list[Path]:
 
 
 def age(seconds: float) -> str:
-    """A length of time in the two units that matter: "3 d 4 h", "12 min", "8 s"."""
+    """A duration in its two largest units: "3 d 4 h", "12 min", "8 s"."""
     whole = max(0, round(seconds))
     for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= unit:

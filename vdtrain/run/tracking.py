@@ -1,4 +1,4 @@
-"""Where a run's figures go: a JSON-lines file in the run folder always, Weights & Biases by configuration."""
+"""A run's figures: always a JSON-lines file in the run folder, and Weights & Biases if configured."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TAIL_BYTES = 1 << 17
 
 
 class Tracker:
-    """Writes one record per log interval. Only rank 0 has one. Nothing that befalls it ends a run.
+    """Writes one record per log interval, on rank 0 only. Its failures never end a run.
 
     Args:
         run_dir: holds metrics.jsonl, the W&B run id and the offline W&B files.
-        step: the step that the run continues from; later records, of work that was lost, are dropped.
-        warn: says a line on figures that could not be written or sent.
-        wandb_seconds: how long W&B may take to open the run.
+        step: the step that the run continues from; later records, of lost work, are dropped.
+        warn: receives a line on figures that could not be written or sent.
+        wandb_seconds: time limit for W&B to open the run.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Tracker:
             self._wandb = start_run(run_dir, self.path, config, run_config, kept, warn, wandb_seconds)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record with at least "step" and "loss", and the time of day."""
+        """Append a record with at least "step" and "loss"; the time is added."""
         record = {**record, "time": round(time.time(), 3)}
         try:
             append_line(self.path, json.dumps(record))
@@ -77,9 +77,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
-    """The last whole records of a run, oldest first, without reading all of them.
+    """The last `count` whole records of a run, oldest first, read from the end of the file.
 
-    Lines that a kill cut short are left out, and so are records of steps that the run did again.
+    Truncated lines are skipped, and so are records of steps that the run repeated.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():

@@ -1,7 +1,7 @@
-"""A run on Weights & Biases over all its starts. Whatever befalls it there is a line, and training goes on.
+"""A run on Weights & Biases across all its starts. Any failure prints one line, and training continues.
 
-W&B drops records of a step that is not above its own. A run that goes on from an earlier checkpoint repeats steps, so
-that W&B counts records by itself, and "step" is a figure like others, which is the axis of all of them.
+W&B drops records whose step is not above its own counter. A resumed run repeats steps, so W&B counts records itself.
+"step" is an ordinary metric that serves as the axis of all others.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from vdtrain.files import INCOMPLETE, write_text
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)
-# All processes wait for the one that opens the run: an outage may hold them this long, and no longer.
+# All processes wait for the one that opens the run, so an outage may delay them only this long.
 INIT_SECONDS = 20.0
 # A scheduler that has asked a job to stop does not wait for uploads.
 FINISH_SECONDS = 20.0
-# For the end of its own process, which only has to go.
+# For the end of W&B's own process.
 END_SECONDS = 5.0
 REASON_LENGTH = 300
 
 
 class WandbError(RuntimeError):
-    """W&B does not take a run. The message is a line on why."""
+    """W&B did not accept a run; the message gives the reason in one line."""
 
 
 def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **arguments: Any) -> Any:
-    """A run of the wandb package, which is never asked of a person at a terminal.
+    """Open a run with the wandb package, without any prompt at a terminal.
 
     Args:
         tracking: its mode is "online" or "offline".
-        seconds: how long W&B's server may take.
+        seconds: time limit for W&B's server.
         arguments: of `wandb.init`.
 
     Raises:
-        WandbError: for whatever reason there is none.
+        WandbError: the run could not be opened.
     """
     try:
         import wandb
 
-        # What its own telemetry cannot send is no one's trouble here.
+        # Failures of W&B's own telemetry do not matter here.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         wandb.setup(_settings(tracking))
         if tracking.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -72,19 +72,19 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
         )
     except WandbError:
         raise
-    # Its package may be missing or broken, its process may not start, its server may answer anything.
+    # The package may be missing or broken, its process may fail, its server may answer anything.
     except Exception as error:
         raise WandbError(reason(error)) from error
 
 
 def end_wandb() -> None:
-    """End W&B's own process, which waits for its server where it can; this process does not, when it ends."""
+    """End W&B's own process. It waits for its server; this process waits END_SECONDS at most."""
     wandb: Any = sys.modules.get("wandb")
     if wandb is None:
         return
 
     def end() -> None:
-        # It may be gone already, killed with all processes of a job.
+        # It may be gone already, killed with the job.
         with contextlib.suppress(Exception):
             wandb.teardown()
 
@@ -94,7 +94,7 @@ def end_wandb() -> None:
 
 
 def wandb_problem(tracking: TrackingConfig) -> str | None:
-    """A line on why a run could not be tracked; None if it can be, or needs no network. Takes 20 seconds at most."""
+    """A line on why a run cannot be tracked; None if it can or needs no network. Takes at most 20 seconds."""
     if tracking.mode != "online":
         return None
     setting = f"tracking.mode={tracking.mode}"
@@ -120,13 +120,13 @@ def wandb_problem(tracking: TrackingConfig) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """An error of the wandb package as a line, without its advice on its own settings."""
+    """An error of the wandb package in one line, without its advice on its own settings."""
     text = " ".join(str(error).partition("Consider increasing")[0].split())
     return textwrap.shorten(text or type(error).__name__, REASON_LENGTH, placeholder=" ...")
 
 
 def _settings(tracking: TrackingConfig) -> Any:
-    """Of the whole process; the mode that was asked for stands above that of the environment."""
+    """Process-wide settings; the configured mode overrides the environment's."""
     import wandb
 
     return wandb.Settings(silent=True, mode=tracking.mode)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def _no_key(address: str) -> str:
 
 
 def _unreachable(address: str) -> str | None:
-    """Why a server gives no answer, or none but that it is out of order; None if it does."""
+    """Why a server does not answer, or answers that it is out of order; None if it works."""
     try:
         with urllib.request.urlopen(address, timeout=PROBE_SECONDS):
             return None
@@ -150,7 +150,7 @@ def _unreachable(address: str) -> str | None:
 WANDB_ID_FILE = "wandb_id"
 WANDB_URL_FILE = "wandb_url"
 WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-# What W&B answers where a run of that id was deleted in its web page; the id is then of no use any more.
+# W&B's answer if the run was deleted on its web page; the id can then never be used again.
 DELETED = re.compile(r"previously created and deleted", re.IGNORECASE)
 
 Warn = Callable[[str], None]
@@ -158,11 +158,11 @@ Record = Mapping[str, Any]
 
 
 class WandbRun:
-    """Sends records, and says by `warn` where that comes to an end; then it does nothing.
+    """Sends records to W&B. After a failure it warns once and sends nothing more.
 
     Args:
-        run: of the wandb package; None where W&B did not take it.
-        file: where all figures are, whatever W&B has of them.
+        run: of the wandb package; None if W&B did not accept it.
+        file: holds all figures, whatever W&B received.
     """
 
     def __init__(self, run: Any, file: Path, warn: Warn) -> None:
@@ -179,7 +179,7 @@ class WandbRun:
                 self._give_up(error)
 
     def close(self) -> None:
-        """End the run, and give what is not sent yet a little time."""
+        """End the run; records that are not sent yet get FINISH_SECONDS."""
         if self._run is None:
             end_wandb()
             return
@@ -197,9 +197,9 @@ class WandbRun:
         end_wandb()
 
     def _give_up(self, error: Exception) -> None:
-        """W&B's own process ends at a SIGTERM to all processes of a job, amid the last steps of a run that saves."""
+        """Stop sending. A SIGTERM to a whole job ends W&B's process while the run still saves."""
         self._run = None
-        # It would try again, and say so, when this process ends.
+        # W&B would otherwise try again, and print so, when this process ends.
         end_wandb()
         self._warn(f"W&B takes no more of this run ({reason(error)}); its figures are in {self._file}")
 
@@ -213,12 +213,12 @@ def start_run(
     warn: Warn,
     seconds: float,
 ) -> WandbRun:
-    """Open the run that a folder has on W&B, or a new one; where W&B does not take it, a line says so.
+    """Open a run folder's run on W&B, or a new one; warn in one line if W&B does not accept it.
 
     Args:
-        file: where all figures are.
-        records: of the run so far; those that W&B does not have are sent.
-        seconds: how long W&B may take.
+        file: holds all figures.
+        records: of the run so far; those that W&B lacks are sent.
+        seconds: time limit for W&B.
     """
     try:
         run, new = _open(run_dir, tracking, run_config, warn, seconds)
@@ -240,7 +240,7 @@ def start_run(
 
 
 def _newest_step(run: Any, tracking: TrackingConfig) -> float | None:
-    """The step of the newest record that W&B has; None where nobody can know before the offline folders are sent."""
+    """The step of W&B's newest record; None offline, where it is unknown until the folders are sent."""
     newest = run.summary.get("step")
     known = newest if isinstance(newest, int | float) else -1
     return known if tracking.mode == "online" else None
@@ -249,7 +249,7 @@ def _newest_step(run: Any, tracking: TrackingConfig) -> float | None:
 def _open(
     run_dir: Path, tracking: TrackingConfig, run_config: Mapping[str, Any], warn: Warn, seconds: float
 ) -> tuple[Any, bool]:
-    """The run of the wandb package, and whether it is a new one."""
+    """The run of the wandb package, and whether it is new."""
 
     def opened(number: str) -> Any:
         return open_run(
@@ -275,7 +275,7 @@ def _open(
 
 
 def _run_id(path: Path, warn: Warn) -> tuple[str, bool]:
-    """The id that the run folder holds, or a new one, which it holds from now on; and whether it is new.
+    """The run folder's W&B id, written if it is new, and whether it is new.
 
     Raises:
         OSError: it cannot be read or written.
@@ -306,9 +306,9 @@ def _flat(record: Record) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            # "learning_rates" would stand beside its groups.
+            # The singular, so that groups appear below "learning_rate".
             flat |= {f"{key.removesuffix('s') if key != 'loss' else key}/{name}": each for name, each in value.items()}
         elif key != "time":
             flat[key] = value
-    # Records that are sent later keep their time.
+    # Records sent later keep their time.
     return flat | ({"_timestamp": record["time"]} if "time" in record else {})

@@ -1,9 +1,9 @@
-"""Ends a run that stands still, and leaves a record of where every process stood.
+"""Ends a run that hangs, and records where every process stood.
 
     run_dir/dumps/rank-N.txt             Python stacks of all threads, the last collectives, what ended the process
     run_dir/dumps/collectives-rank-N     PyTorch's flight recorder, for `torchfrtrace`
 
-Every process has a watchdog of its own: those that wait for one that hangs stand still as well, and tell where.
+Every process has its own watchdog. Those that wait for a hanging process stand still too, and report where.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DUMPS = "dumps"
 COLLECTIVES = "collectives-rank-"
 # Collectives that the record in text names.
 LAST_COLLECTIVES = 8
-# Share of the limit after which a process that told where it stands leaves, so that the others can do the same.
+# Share of the limit that a process waits between its report and its exit, so that the others can report too.
 GRACE = 0.1
 
 
@@ -35,27 +35,27 @@ class Watchdog:
     """Watches the main thread of this process.
 
     Args:
-        seconds: longest time between two heartbeats; None watches nothing, and only `record` has an effect.
-        folder: for the records; made when it is needed.
+        seconds: longest time between two heartbeats; with None only `record` has an effect.
+        folder: for the records; created when needed.
         rank: of this process.
     """
 
     def __init__(self, seconds: float | None, folder: Path, rank: int) -> None:
         self.seconds, self.folder, self.rank = seconds, folder, rank
-        # What the main thread is at; set freely, it is no heartbeat.
+        # What the main thread is doing. Setting it is not a heartbeat.
         self.place = "starting"
-        self._beat = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if seconds is not None:
-            # Before the thread's first turn already: a start with warm caches is at its first step by then.
+            # Armed before the thread first runs: a start with warm caches is at its first step by then.
             _arm(seconds)
             self._thread = threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True)
             self._thread.start()
 
     def heartbeat(self, place: str) -> None:
-        """Progress: the main thread has come to `place`."""
-        self.place, self._beat = place, time.monotonic()
+        """Report progress: the main thread has reached `place`."""
+        self.place, self._last_heartbeat = place, time.monotonic()
 
     def record(self, reason: str, error: BaseException | None = None) -> None:
         """Append the state of this process to its record: the reason, the error, all stacks, the last collectives."""
@@ -71,7 +71,7 @@ class Watchdog:
             self._write(sys.stderr, reason, error)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -82,7 +82,7 @@ class Watchdog:
         pause = min(1.0, seconds / 10)
         while not self._closed.wait(pause):
             _arm(seconds)
-            still = time.monotonic() - self._beat
+            still = time.monotonic() - self._last_heartbeat
             if still > seconds:
                 self._end(still)
 
@@ -95,7 +95,7 @@ class Watchdog:
             self.record(reason)
         print(f"error: {reason}; see {self.folder}", file=sys.stderr, flush=True)
         time.sleep(GRACE * (self.seconds or 0.0))
-        # Neither destructors nor other threads can be trusted to come to an end.
+        # Destructors and other threads may never end.
         os._exit(EXIT_STATUS)
 
     def _write(self, file: IO[str], reason: str, error: BaseException | None) -> None:
@@ -111,18 +111,18 @@ class Watchdog:
 
 
 def _arm(seconds: float) -> None:
-    """Set the watchdog's own watchdog anew.
+    """Rearm the watchdog's own watchdog.
 
-    The watching thread needs Python's lock. Where the main thread hangs and holds it, one without it takes over.
+    The watching thread needs Python's lock. If the main thread hangs while holding it, faulthandler takes over.
     """
     with contextlib.suppress(OSError):
         faulthandler.dump_traceback_later((1 + 2 * GRACE) * seconds, exit=True, file=2)
 
 
 def record_collectives(folder: Path) -> None:
-    """Let PyTorch keep a record of collectives, and write it when one of them times out.
+    """Make PyTorch record collectives, and write the record when one of them times out.
 
-    It reads these variables when the process group starts; one that is set already stays as it is.
+    PyTorch reads these variables when the process group starts. Variables that are already set stay.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_FR_DUMP_ON_TIMEOUT", "1")
@@ -130,7 +130,7 @@ def record_collectives(folder: Path) -> None:
 
 
 def _flight_record(function: str) -> bytes | None:
-    """The recorder's content by a function that PyTorch keeps private; None where there is none, or nothing in it."""
+    """The flight recorder's content, by a private function of PyTorch; None if there is none."""
     library: Any = getattr(torch._C, "_distributed_c10d", None)
     dump = getattr(library, function.format("nccl" if torch.cuda.is_available() else "fr"), None)
     try:

@@ -29,7 +29,7 @@ from vdtrain.diffusion.objective import Objective, StepDraws
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
-from vdtrain.run.reporting import Interval, Reporter
+from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training.continuation import STATE, stage_steps
@@ -251,7 +251,7 @@ class Trainer:
             StepSync(self.flow_names, self.place.device),
             BadSteps(config.optimizer.max_bad_steps),
         )
-        interval, asked = Interval(), False
+        meters, asked = Meters(), False
 
         def collect() -> bool:
             """Take in the outcome of the last submitted step; True if a process was asked to stop."""
@@ -259,7 +259,7 @@ class Trainer:
             if outcome is None:
                 return False
             bad_steps.add(outcome)
-            interval.add(outcome)
+            meters.add(outcome)
             self.state.skipped += not outcome.applied
             self.state.replaced += outcome.replaced
             return outcome.stop
@@ -269,21 +269,21 @@ class Trainer:
                 self.watchdog.heartbeat(f"step {self.state.step + 1}, waiting for data")
                 asked_at = time.monotonic()
                 batch = next(batches)
-                interval.waited += time.monotonic() - asked_at
+                meters.waited += time.monotonic() - asked_at
                 self.watchdog.place = f"step {self.state.step + 1}"
                 losses, report = self._step(batch, phase)
                 # The previous step's outcome arrives now. This step's exchange overlaps with the next step.
                 asked = collect()
                 sync.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
-                interval.pairs += batch_size
+                meters.pairs += batch_size
                 last = self.state.phase_step == steps
                 saves = last or self.state.step % config.checkpoint.every_steps == 0
                 logs = last or self.state.step % config.log_every_steps == 0
                 if saves or logs:
                     asked = collect() or asked
                 if logs:
-                    self.reporter.log(self._record(phase, interval))
-                    interval = Interval()
+                    self.reporter.log(self._record(phase, meters))
+                    meters = Meters()
                 if saves:
                     self._begin_save()
                 self._report_saves()
@@ -364,7 +364,7 @@ class Trainer:
         warm = min(1.0, step * stage.global_batch_size / rise) if rise > 0 else 1.0
         return stage.learning_rate * optimizer.learning_rate_scale * warm
 
-    def _record(self, phase: PhaseConfig, interval: Interval) -> dict[str, Any]:
+    def _record(self, phase: PhaseConfig, meters: Meters) -> dict[str, Any]:
         batch_size = self.config.stage.global_batch_size
         learning_rate = self._learning_rate(self.state.step)
         return {
@@ -379,7 +379,7 @@ class Trainer:
             "skipped": self.state.skipped,
             "replaced": self.state.replaced,
             "failed_saves": self.saver.failed,
-            **interval.summary(self.place.device),
+            **meters.summary(self.place.device),
         }
 
     def _begin_save(self) -> None:
