@@ -26,7 +26,7 @@ HALTS = """
 import sys
 from pathlib import Path
 import data_pipeline.index
-from data_pipeline.shard_reading import read_shard
+from data_pipeline.index.shard_reading import read_shard
 
 def halting(path, *arguments):
     if path.name == "000002.tar":

@@ -246,7 +246,7 @@ def test_the_end_of_one_that_lost_its_lock_is_a_line_and_the_status_of_a_mistake
     script = f"""
 import json, os, time
 from pathlib import Path
-from vdtrain.training import run_lock
+from vdtrain.run import lock as run_lock
 run_lock.HEARTBEAT_SECONDS = 0.1
 lock = run_lock.RunLock(Path({str(tmp_path)!r}))
 assert lock.attempt()

@@ -17,8 +17,8 @@ from vdtrain.run.tracking import METRICS_FILE, Tracker, last_metrics, read_metri
 WITHOUT_WANDB = """
 import os, signal, sys
 from pathlib import Path
-from vdtrain.config import TrackingConfig
-from vdtrain.training.tracking import Tracker
+from vdtrain.config.schema import TrackingConfig
+from vdtrain.run.tracking import Tracker
 
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig(name="offline", mode="offline", project="test", entity=None), {}, 0)
 states = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]
