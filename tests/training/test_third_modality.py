@@ -293,7 +293,9 @@ ROOMS = ("training/*", "engine/*", "checkpoint/*", "diffusion/*", "planning/memo
 PLACES = (*ROOMS, "config/validation", "pipeline", "commands/sampler")
 MODELS = ("diffuser", "layer_plan", "context_layers", "frozen")
 PATTERNS = (*PLACES, *(f"models/{name}" for name in MODELS))
-BLIND = sorted({file for pattern in PATTERNS for file in (ROOT / "vdtrain").glob(f"{pattern}.py")})
+# Editing is defined as image-to-text-to-image, so it names both modalities.
+EDITING = ROOT / "vdtrain" / "diffusion" / "editing.py"
+BLIND = sorted({file for pattern in PATTERNS for file in (ROOT / "vdtrain").glob(f"{pattern}.py")} - {EDITING})
 
 
 def modalities_named(source: str) -> set[str]:
