@@ -226,7 +226,7 @@ def test_the_wheel_has_the_product_and_nothing_else(wheel: Path) -> None:
     code = {str(path.relative_to(ROOT)) for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")}
     assert {*options, *code, "vdtrain/py.typed", "data_pipeline/py.typed"} <= set(names)
     assert any(name.startswith("vdtrain/assets/tiny/") for name in names)
-    assert not [name for name in names if "__pycache__" in name or "test" in name]
+    assert not [name for name in names if "__pycache__" in name]
 
 
 def test_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
