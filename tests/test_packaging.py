@@ -22,7 +22,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tests.world import DATA, PICTURES, SAMPLER, TRAIN, World
+from tests.world import DATA, IMAGES, SAMPLER, TRAIN, World
 from vdtrain.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -194,8 +194,8 @@ def test_preflight_names_the_extras_that_a_stage_needs(lean: Path, world: World)
 def test_a_download_without_its_extra_is_one_line(
     lean: Path, world: World, distributor: str, lacking: str, extras: str
 ) -> None:
-    for verb in ("shapes", "select"):
-        assert world.type("python", "-m", "data_pipeline", verb, *DATA, *PICTURES)[0] == 0
+    for command in (["miniature", "draw"], ["data_pipeline", "select"]):
+        assert world.type("python", "-m", *command, *DATA, *IMAGES)[0] == 0
     words = ["-m", "data_pipeline", "download", *DATA, f"data.download.distributor={distributor}"]
     done = typed(lean, world.folder, "python", *words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -239,6 +239,14 @@ def test_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
         done = typed(programs, tmp_path, *words, "--cfg", "job")
         assert done.returncode == 0, done.stderr
         assert yaml.safe_load(done.stdout)["data"]["name"] == "laion2b_en_coyo700m"
+
+
+def test_the_guide_names_every_folder_of_the_code() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (pipeline,) = re.findall(r"^\| `(data_pipeline/.*) \|.*$", guide, re.MULTILINE)
+    named = {*re.findall(r"^\| `vdtrain/(\w+)/`", guide, re.MULTILINE), *re.findall(r"(\w+)/`", pipeline)}
+    there = {path.name for folder in PRODUCT for path in (ROOT / folder).iterdir() if any(path.glob("*.py"))}
+    assert named == there
 
 
 # --- what other programs read ----------------------------------------------------------------------------------------
