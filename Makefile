@@ -1,9 +1,10 @@
 # `make help` lists the targets. uv keeps the environment in .venv as uv.lock says.
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 SCRIPTS := $(wildcard examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
+SYNC := $(UV) sync --locked --quiet --inexact --all-extras
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo rehearsal test lint golden frozen help
+.PHONY: demo rehearsal test lint shellcheck golden frozen help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +22,9 @@ lint: .venv/.complete  ## style, types, shell scripts
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+	@$(MAKE) --no-print-directory shellcheck
+
+shellcheck: .venv/.complete  ## shell scripts alone
 	@bash -n $(SCRIPTS)
 	@$(RUN) shellcheck --external-sources $(filter-out examples/%,$(SCRIPTS))
 	@$(RUN) shellcheck --exclude=SC2086 $(filter examples/%,$(SCRIPTS))  # settings that are several words
@@ -32,12 +36,12 @@ frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/
 	@$(RUN) python -m miniature.frozen
 
 .venv/.complete: pyproject.toml uv.lock | $(UV)
-	@$(UV) sync --locked --quiet --inexact
+	@$(SYNC) --no-extra distributed
 	@touch $@
 
 # The tests also run the engines that a download can be spread with; a demo does without their half gigabyte.
 .venv/.distributed: .venv/.complete
-	@$(UV) sync --locked --quiet --inexact --extra distributed
+	@$(SYNC)
 	@touch $@
 
 .tools/bin/uv:

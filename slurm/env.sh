@@ -6,7 +6,7 @@
 # Modules, for the driver's libraries or a Python of the site's own:
 # module load cuda
 
-# The environment with vdtrain in it; `uv sync` makes this one.
+# The environment with vdtrain in it; `make .venv/.complete` makes this one.
 export PATH="$PWD/.venv/bin:$PATH"
 
 # Paths that all nodes see, as overrides that stand before those of the command line. Training takes both lists, the

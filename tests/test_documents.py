@@ -11,7 +11,8 @@ from tests.documents.commands import PAGES, ROOT
 from vdtrain.cli import COMMANDS
 from vdtrain.cli import main as vdtrain_main
 
-LINKS = {(ROOT / page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())}
+LINKED = (*PAGES, "CHANGELOG.md", "SECURITY.md")
+LINKS = {(ROOT / page, link) for page in LINKED for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())}
 
 
 @pytest.mark.parametrize(("page", "link"), sorted(LINKS))

@@ -145,9 +145,13 @@ TRIED = {
 # They look, and change nothing; what they look at, a failing disk, cannot be made here.
 LOOK = {"dmesg", "sysctl", "fuser"}
 # What cannot be tried on a test's machine, and why.
-OUTSIDE = {"git": "takes a repository with large files", "wandb": "takes a server and an account"}
+OUTSIDE = {
+    "git": "takes a repository with large files",
+    "pip": "takes a package index",
+    "wandb": "takes a server and an account",
+}
 # No command: a name in a sentence.
-NAMES = {"tokenizers", "distributed", "output", "${"}
+NAMES = {"tokenizers", "output", "${"}
 # Values that stand for those that a message fills in, by the words before them.
 FILLED = {"import ": "clip", "data=": "shapes", "resolutions=[": "32"}
 GAP = "\0"

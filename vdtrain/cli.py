@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import vdtrain
+
 # Verb -> its module, and what it does.
 COMMANDS = {
     "train": ("vdtrain.commands.train", "train one stage of the curriculum"),
@@ -28,6 +30,7 @@ Commands:
 {commands}
 
 `vdtrain COMMAND --help` explains a command; `vdtrain COMMAND --cfg job` prints its configuration.
+`vdtrain --version` prints the version.
 The data that a training run streams is made by `python -m data_pipeline --help`.
 """
 
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(usage, end="")
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"vdtrain {vdtrain.__version__}")
+        return 0
     command, *rest = arguments
     if command not in COMMANDS:
         print(

@@ -23,6 +23,7 @@ from data_pipeline.failures import Tally
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
+from vdtrain.extras import install
 
 __all__ = ["DownloadError", "download"]
 
@@ -90,10 +91,11 @@ def check_environment(config: DownloadConfig) -> None:
         raise ConfigError(
             f"data.download.python={python}: cannot be run ({error}); give a Python interpreter"
         ) from error
-    if found.stdout.strip():
+    if lacking := found.stdout.split():
+        remedy = "install it there" if config.python else f"run {install(*lacking)}"
         raise ConfigError(
-            f"data.download.distributor={config.distributor}: {python} lacks {found.stdout.strip()}; install it "
-            "(the extra `distributed` has pyspark and ray), or name another interpreter by data.download.python"
+            f"data.download.distributor={config.distributor}: {python} lacks {' '.join(lacking)}; {remedy}, or name "
+            "another interpreter by data.download.python"
         )
     home = os.environ.get("JAVA_HOME")
     if config.distributor == "pyspark" and not (shutil.which("java") or (home and Path(home, "bin/java").exists())):

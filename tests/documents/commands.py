@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
 # What a command in the middle of a sentence begins with.
 PROGRAMS = "vdtrain|python3?|torchrun|make|bash|sbatch|scontrol|scancel|uv|pip|apt-get|curl|mkdir|tail|slurm/\\S+\\.sh"
 INLINE = re.compile(rf"(?:{PROGRAMS})(?: |$)")

@@ -58,6 +58,8 @@ CURRICULUM = f"{JOBS}test_the_curriculum_runs_to_its_end"
 # Form of a command -> the test that runs it.
 ELSEWHERE = {
     r"make test": ".ci/run",
+    r"make (lint|test-slow)": ".github/workflows/ci.yml",
+    r"make golden": "tests/golden_losses/test_golden_losses.py::test_losses_are_those_recorded",
     r"make rehearsal|python benchmarks/rehearsal\.py .*": "tests/test_rehearsal.py::"
     "test_the_whole_road_with_the_tiny_model",
     r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,

@@ -222,7 +222,7 @@ def _broken_setting(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPa
         pytest.param(_mood("broken"), "500", id="broken"),
         pytest.param(_no_key, "no API key for http://127.0.0.1:", id="no key"),
         pytest.param(_no_server, "connection refused", id="no server"),
-        pytest.param(_no_package, "wandb", id="no package"),
+        pytest.param(_no_package, "wandb is not installed; run `pip install 'vdtrain[tracking]'`", id="no package"),
         pytest.param(_folder_for_id, "Is a directory", id="folder for the id"),
         pytest.param(_full_disk, "No space left on device", id="full disk"),
         pytest.param(_broken_setting, "init_timeout", id="broken setting"),

@@ -12,6 +12,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target
 from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
 from vdtrain.errors import one_line
+from vdtrain.extras import missing
 from vdtrain.flows import Flow, active_groups
 
 TRACKING_MODES = ("online", "offline", "disabled")
@@ -165,6 +166,8 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
 def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     """A line on everything that `check` refuses, found one after another."""
     yield from setting_problems(config, world_size)
+    if config.hardware.attention == "xformers" and (line := missing("xformers")) is not None:
+        yield f"hardware.attention=xformers: {line}, or choose sdpa"
     for name, modality in config.model.modalities.items():
         for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
             yield from _file_problems(f"model.modalities.{name}.{part}", arguments, config.model)

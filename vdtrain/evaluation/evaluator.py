@@ -38,6 +38,7 @@ from vdtrain.evaluation.scores import (
     in_batches,
     networks,
 )
+from vdtrain.extras import missing
 from vdtrain.files import FileRecord, check_output, write_text, written_whole
 from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import locate
@@ -302,6 +303,8 @@ def _check(config: EvaluateConfig) -> None:
             "set resolution alone"
         )
     check_tracking(config.tracking)
+    if (line := missing("matplotlib")) is not None:
+        raise ConfigError(f"contact sheets: {line}")
 
 
 def _inception_file(config: EvaluateConfig) -> FileRecord | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.config.schema import TrackingConfig
+from vdtrain.extras import missing
 from vdtrain.files import INCOMPLETE, write_text
 
 PROBE_SECONDS = 8.0
@@ -49,6 +50,8 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
     Raises:
         WandbError: the run could not be opened.
     """
+    if (line := missing("wandb")) is not None:
+        raise WandbError(line)
     try:
         import wandb
 
@@ -72,7 +75,7 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
         )
     except WandbError:
         raise
-    # The package may be missing or broken, its process may fail, its server may answer anything.
+    # The package may be broken, its process may fail, its server may answer anything.
     except Exception as error:
         raise WandbError(reason(error)) from error
 
@@ -95,9 +98,13 @@ def end_wandb() -> None:
 
 def wandb_problem(tracking: TrackingConfig) -> str | None:
     """A line on why a run cannot be tracked; None if it can or needs no network. Takes at most 20 seconds."""
-    if tracking.mode != "online":
+    if tracking.mode == "disabled":
         return None
     setting = f"tracking.mode={tracking.mode}"
+    if (line := missing("wandb")) is not None:
+        return f"{setting}: {line}, or choose tracking=none"
+    if tracking.mode != "online":
+        return None
     remedy = "choose tracking=offline, and send the run later by `wandb sync`"
     try:
         import wandb
@@ -105,7 +112,7 @@ def wandb_problem(tracking: TrackingConfig) -> str | None:
         wandb.setup(_settings(tracking))
         address = wandb.setup().settings.base_url
     except Exception as error:
-        return f"{setting}: {reason(error)}; install wandb or repair its settings, or choose tracking=none"
+        return f"{setting}: {reason(error)}; repair the settings of wandb, or choose tracking=none"
     try:
         if not wandb.login(prompt=False, verify=True):
             return f"{setting}: {_no_key(address)}, or {remedy}"
