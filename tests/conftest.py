@@ -1,4 +1,7 @@
-"""Settings of every test: one thread, so that two cores are not fought over, and a Ctrl-C that arrives."""
+"""Settings of every test: one thread, so that two cores are not fought over, and a Ctrl-C that arrives.
+
+The summary names what was not proven.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +27,19 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 # A script's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """End the summary with a line for each reason to skip tests: where they are, and how many."""
+    yield
+    skipped = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        # A skip is reported as file, line and "Skipped: REASON".
+        skipped[report.longrepr[2].removeprefix("Skipped: ")].append(report.nodeid.partition("::")[0])
+    for reason, files in sorted(skipped.items()):
+        tests = f"{len(files)} test{'s' * (len(files) > 1)}"
+        terminalreporter.write_line(f"not proven here: {os.path.commonpath(files)} ({reason}) - {tests}")
 
 
 @pytest.fixture(scope="session")

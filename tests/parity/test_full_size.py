@@ -1,13 +1,12 @@
 """The full-size model on the meta device against the keys, shapes and parameter counts of the original classes."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.parity.recorded import REFERENCE, rows
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import ModelConfig, TrainConfig
@@ -15,12 +14,6 @@ from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.weights.versatile_diffusion import to_released
-
-GOLDEN = Path(os.environ.get("VDTRAIN_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
-
-pytestmark = pytest.mark.skipif(
-    not (GOLDEN / "full_keys.txt").is_file(), reason=f"no reference lists in {GOLDEN} (set VDTRAIN_GOLDEN)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +29,9 @@ def diffuser(model: ModelConfig) -> Diffuser:
 
 def shapes(prefix: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor below a prefix of the original's keys."""
-    rows = [line.split("\t") for line in (GOLDEN / "full_keys.txt").read_text().splitlines()]
     return {
         row[0]: tuple(int(size) for size in row[1].strip("()").split(",") if size.strip())
-        for row in rows
+        for row in rows("full_keys.txt")
         if len(row) == 3 and row[0].startswith(prefix)
     }
 
@@ -56,7 +48,7 @@ def test_every_tensor_of_the_diffuser_has_the_released_key_and_shape(diffuser: D
 
 
 def test_parameter_counts_of_the_frozen_parts(model: ModelConfig) -> None:
-    expected = json.loads((GOLDEN / "full_counts.json").read_text())
+    expected = json.loads((REFERENCE / "full_counts.json").read_text())
     without_files = {"weights": None, "encoder_tokenizer": None, "decoder_tokenizer": None}
     with torch.device("meta"):
         image, text = (
