@@ -48,7 +48,7 @@ def test_a_configuration_of_ones_own_that_cannot_be_read_is_named(world: World, 
         world.type_all(line)
         assert own.read_text(encoding="utf-8") == "name: café\n"
     else:
-        assert f"{own}: not YAML in line 2; correct that file" in line
+        assert f"{own}: invalid YAML in line 2; correct that file" in line
     own.write_text((ROOT / "conf/tracking/none.yaml").read_text())
     status, said = world.type(*words)
     assert status == 0, said
