@@ -21,8 +21,8 @@ class SourceConfig:
 
     schema: str = setting("layout of the metadata", choices=("laion2b_en", "coyo700m", "table"))
     metadata: FilePath = setting("a parquet file, or a folder of them; their columns may differ")
-    selected: FilePath = setting("folder of the rows that `select` keeps, as parquet files")
-    shards: FilePath = setting("folder of the tar shards that `download` writes")
+    selected: FilePath = setting("folder of the rows that select keeps, as parquet files")
+    shards: FilePath = setting("folder of the tar shards that download writes")
 
 
 @dataclass
@@ -81,7 +81,7 @@ class DownloadConfig:
     processes: int = setting("downloading processes", least=1)
     threads: int = setting("threads of each process", least=1)
     parts: list[int] | None = setting("numbers of the parts to download; null for all", None, least=0)
-    task: int = setting("number of this task, of `tasks` tasks that share the parts, as in a Slurm array", 0, least=0)
+    task: int = setting("number of this task, of several tasks that share the parts, as in a Slurm array", 0, least=0)
     tasks: int = setting("number of tasks that share the parts", 1, least=1)
     samples_per_shard: int = setting("rows that one shard is made of", least=1)
     image_size: int = setting("pixels of the shortest side after resizing", least=1)
@@ -124,7 +124,7 @@ class LatentCacheConfig:
     """Image latents that are encoded once and kept, for `data.latents=cached`."""
 
     folder: FilePath = setting("folder of the cached latents")
-    resolutions: list[int] = setting("resolutions that `latents` encodes")
+    resolutions: list[int] = setting("resolutions that latents encodes")
     batch_size: int = setting("images that go through the encoder together", least=1)
 
 
@@ -136,7 +136,7 @@ class ShapesConfig:
     images: int = setting("number of images", least=1)
     pixels: int = setting("side of each image", least=1)
     seed: int = setting("seed of the drawings")
-    port: int = setting("port that `serve` listens on", least=0, most=65535)
+    port: int = setting("port that serve listens on", least=0, most=65535)
 
 
 @dataclass
@@ -153,7 +153,7 @@ class DataConfig:
         factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"},
     )
     latents: str = setting(
-        "encode images in training, or read the cached latents of `latents`",
+        "encode images in training, or read the cached latents",
         choices=("inline", "cached"),
     )
     select: SelectConfig = MISSING
