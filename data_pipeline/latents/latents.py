@@ -204,7 +204,7 @@ def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescri
 def main(argv: Sequence[str]) -> int:
     """Entry point of `python -m data_pipeline latents`; returns its exit status."""
 
-    def action(config: LatentsConfig, document: DictConfig, launch: dict[str, str]) -> int:
+    def action(config: LatentsConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         make_latents(config, launch)
         return 0
 

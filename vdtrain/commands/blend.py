@@ -45,11 +45,11 @@ def _context(word: str) -> dict[str, str]:
 PLAIN_CONTEXTS = PlainArguments(("checkpoint",), rest="contexts", item=_context)
 
 
-def blend(config: BlendConfig, document: DictConfig) -> int:
+def blend(config: BlendConfig, raw_config: DictConfig) -> int:
     """Sample and write the results; returns the exit status."""
     from vdtrain.commands.sampler import Sampler
 
-    sampler = Sampler(config, document)
+    sampler = Sampler(config, raw_config)
     samples = sampler.model.blend(
         config.output,
         [_context_input(sampler, f"contexts.{index}", given) for index, given in enumerate(config.contexts)],

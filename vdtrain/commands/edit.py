@@ -26,7 +26,7 @@ Examples:
 """
 
 
-def edit(config: EditConfig, document: DictConfig) -> int:
+def edit(config: EditConfig, raw_config: DictConfig) -> int:
     """Edit and write the results; returns the exit status."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one image file")
@@ -34,7 +34,7 @@ def edit(config: EditConfig, document: DictConfig) -> int:
     from vdtrain.diffusion.editing import IMAGE
     from vdtrain.diffusion.editing import edit as edit_images
 
-    sampler = Sampler(config, document)
+    sampler = Sampler(config, raw_config)
     images, captions = edit_images(
         sampler.model,
         sampler.read(IMAGE, config.inputs),

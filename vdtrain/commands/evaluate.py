@@ -35,7 +35,7 @@ Examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain evaluate`."""
 
-    def action(config: EvaluateConfig, document: DictConfig, launch: dict[str, str]) -> int:
+    def action(config: EvaluateConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         # Heavy imports come last, so that a mistake on the command line is reported at once.
         from vdtrain.evaluation.processes import run
 

@@ -35,7 +35,7 @@ Examples:
 """
 
 
-def plan(config: PlanConfig, document: DictConfig) -> int:
+def plan(config: PlanConfig, raw_config: DictConfig) -> int:
     """Print the plan; exit status 0, even if it does not fit."""
     check_settings(config, config.gpus)
     # Heavy imports come after the checks, so that a mistake is reported at once.

@@ -46,13 +46,13 @@ def rank_count(setting: int | None, environment: Mapping[str, str] = os.environ)
     return int(value)
 
 
-def preflight(config: PreflightConfig, document: DictConfig) -> int:
+def preflight(config: PreflightConfig, raw_config: DictConfig) -> int:
     """Print the result of every check; exit status 0, or 2 if one failed."""
     ranks = rank_count(config.ranks)
     from vdtrain.training.readiness import ERROR, findings
 
     wrong = 0
-    for finding in findings(config, document, ranks):
+    for finding in findings(config, raw_config, ranks):
         failed = finding.kind == ERROR
         wrong += failed
         print(f"{finding.kind}: {printable(finding.line)}", file=sys.stderr if failed else sys.stdout, flush=True)

@@ -27,7 +27,7 @@ in the settings, which is printed on standard error.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m vdtrain.commands.run_folder`."""
 
-    def action(config: TrainConfig, document: DictConfig) -> int:
+    def action(config: TrainConfig, raw_config: DictConfig) -> int:
         if "\n" in config.run_dir or not config.run_dir:
             raise ConfigError(f"run_dir={config.run_dir!r}: empty, or not one line; give another folder")
         # As bytes, as the encoding of the terminal may lack characters of the name.

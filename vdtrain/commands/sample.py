@@ -35,7 +35,7 @@ Examples:
 PLAIN_INPUTS = PlainArguments(("checkpoint",), rest="inputs")
 
 
-def sample(config: SampleConfig, document: DictConfig) -> int:
+def sample(config: SampleConfig, raw_config: DictConfig) -> int:
     """Sample and write the results; returns the exit status."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one caption or image file")
@@ -45,7 +45,7 @@ def sample(config: SampleConfig, document: DictConfig) -> int:
         )
     from vdtrain.commands.sampler import Sampler
 
-    sampler = Sampler(config, document)
+    sampler = Sampler(config, raw_config)
     flow = sampler.model.flow(config.flow)
     start = _repeated(config.start_from, config.samples_per_input)
     samples = sampler.model.generate(

@@ -130,7 +130,7 @@ def _watch(folder: Path, seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain status`."""
 
-    def action(config: StatusConfig, document: DictConfig) -> int:
+    def action(config: StatusConfig, raw_config: DictConfig) -> int:
         folder = Path(config.run_dir)
         try:
             if config.watch is None:

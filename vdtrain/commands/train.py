@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain train`."""
     arguments = sys.argv[1:] if argv is None else argv
 
-    def action(config: TrainConfig, document: DictConfig, launch: dict[str, str]) -> int:
+    def action(config: TrainConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         check(config, int(launch["WORLD_SIZE"]))
         # Heavy imports come after the checks, so that a mistake is reported at once.
         from vdtrain.run import session
 
         overrides = [argument for argument in arguments if not argument.startswith("-")]
-        return session.run(config, document, int(launch["RANK"]), stop, overrides)
+        return session.run(config, raw_config, int(launch["RANK"]), stop, overrides)
 
     # Before the slow imports, during which a signal may arrive. Ctrl-C still interrupts them.
     stop = StopSignal(SCHEDULER_SIGNALS)

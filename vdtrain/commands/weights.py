@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked.append(parse(words[:3] if words[:1] == ["export"] else words))
         return PlainArguments(("checkpoint",))(replace(line, plain=words[3:] if words[:1] == ["export"] else []))
 
-    def action(config: WeightsConfig, document: DictConfig) -> int:
+    def action(config: WeightsConfig, raw_config: DictConfig) -> int:
         return asked[0](config)
 
     return run_command(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)

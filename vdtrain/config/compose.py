@@ -204,8 +204,8 @@ def _by_name(override: Override) -> list[Override]:
     names = options(SCHEDULES)
     if name not in names:
         raise ConfigError(f"{override.shown}: choose from {', '.join(names)}, or set its beta_start and beta_end")
-    document = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
-    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in document.items()]
+    loaded = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
+    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in loaded.items()]
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
@@ -226,10 +226,10 @@ def options(group: str) -> list[str]:
 @cache
 def command_groups(config_name: str) -> list[tuple[str, str]]:
     """The groups of settings that `conf/<config_name>.yaml` has, each with its default option."""
-    document = OmegaConf.to_container(OmegaConf.load(config_folder() / f"{config_name}.yaml"))
-    assert isinstance(document, dict)
+    loaded = OmegaConf.to_container(OmegaConf.load(config_folder() / f"{config_name}.yaml"))
+    assert isinstance(loaded, dict)
     found: list[tuple[str, str]] = []
-    for each in document.get("defaults", []):
+    for each in loaded.get("defaults", []):
         if isinstance(each, dict):
             found += [(group.removeprefix("optional "), str(option)) for group, option in each.items()]
         elif (config_folder() / f"{each}.yaml").is_file():

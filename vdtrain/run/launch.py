@@ -118,8 +118,8 @@ def run_command_on_ranks(
             print(f"error: {error}", file=sys.stderr)
         return 2
 
-    def on_rank(config: Schema, document: DictConfig) -> int:
-        return action(config, document, launch)
+    def on_rank(config: Schema, raw_config: DictConfig) -> int:
+        return action(config, raw_config, launch)
 
     return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain, parts)
 

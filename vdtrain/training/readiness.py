@@ -37,11 +37,11 @@ class Finding:
     line: str
 
 
-def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[Finding]:
+def findings(config: TrainConfig, raw_config: DictConfig, ranks: int) -> Iterator[Finding]:
     """Look at everything, what costs least first; errors do not end the looking.
 
     Args:
-        document: the composed configuration, unresolved.
+        raw_config: the composed configuration, unresolved.
         ranks: number of processes that will train.
     """
     mistakes: set[str] = set()
@@ -55,7 +55,7 @@ def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[
     if Path(config.data.manifest).exists():
         yield from data(config, ranks, settled=not mistakes)
     yield from in_use(config)
-    yield from start_and_room(config, document, settled=not mistakes)
+    yield from start_and_room(config, raw_config, settled=not mistakes)
     yield tracking(config)
 
 
@@ -97,7 +97,7 @@ def data(config: TrainConfig, ranks: int, settled: bool = True) -> Iterator[Find
         yield from _streams(config, ranks)
 
 
-def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = True) -> Iterator[Finding]:
+def start_and_room(config: TrainConfig, raw_config: DictConfig, settled: bool = True) -> Iterator[Finding]:
     """Is what the stage starts from there and whole, and is there room for the checkpoints to come?
 
     Whole means here that every file is there and has the size in the checkpoint's record, whose own checksum is right:
@@ -116,7 +116,7 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     for line in damages:
         yield Finding(WARNING, f"{line}; it is passed over")
     try:
-        start = resolve_start(config, document, verify_checksums=False)
+        start = resolve_start(config, raw_config, verify_checksums=False)
         step = 0 if start.position is None else start.position.step
         yield Finding(OK, _origin(config, start, step))
         for line in start.remarks:
