@@ -49,13 +49,13 @@ def rank_count(setting: int | None, environment: Mapping[str, str] = os.environ)
 def preflight(config: PreflightConfig, raw_config: DictConfig) -> int:
     """Print the result of every check; exit status 0, or 2 if one failed."""
     ranks = rank_count(config.ranks)
-    from vdtrain.training.readiness import ERROR, findings
+    from vdtrain.training.checks import ERROR, checks
 
     wrong = 0
-    for finding in findings(config, raw_config, ranks):
-        failed = finding.kind == ERROR
+    for check in checks(config, raw_config, ranks):
+        failed = check.kind == ERROR
         wrong += failed
-        print(f"{finding.kind}: {printable(finding.line)}", file=sys.stderr if failed else sys.stdout, flush=True)
+        print(f"{check.kind}: {printable(check.line)}", file=sys.stderr if failed else sys.stdout, flush=True)
     return 2 if wrong else 0
 
 
