@@ -14,7 +14,7 @@ from vdtrain.config.fields import check_values
 from vdtrain.config.help import help_text
 from vdtrain.config.overrides import Override
 from vdtrain.config.settings import REMOVED, unknown
-from vdtrain.errors import ConfigError, printable, said
+from vdtrain.errors import ConfigError, described, printable
 
 Schema = TypeVar("Schema")
 
@@ -64,7 +64,7 @@ def run_command(
         raise
     except OSError as error:
         # An error that no part of the command has described.
-        print(f"error: {printable(said(error))}", file=sys.stderr)
+        print(f"error: {printable(described(error))}", file=sys.stderr)
         return 1
 
 

@@ -37,7 +37,7 @@ from vdtrain.config.schema import (
 )
 from vdtrain.config.settings import apply, complete, explained, unknown
 from vdtrain.errors import ConfigError as ConfigError
-from vdtrain.errors import not_utf8, printable, said
+from vdtrain.errors import described, not_utf8, printable
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -170,7 +170,7 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
     if mark is not None:
         return ConfigError(f"{mark.name}: invalid YAML in line {mark.line + 1}; correct that file")
     if isinstance(error, OSError):
-        return ConfigError(f"{words}: {said(error)}")
+        return ConfigError(f"{words}: {described(error)}")
     if re.search(r"(^| )[+~]*hydra\.(?!searchpath=)", words):
         return ConfigError(f"{words}: no such setting or value; below hydra, only {SEARCH_PATH} can be set")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

@@ -18,7 +18,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.errors import one_line, said, unwritable
+from vdtrain.errors import described, one_line, unwritable
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.lock import RunLock, take_together
@@ -157,5 +157,5 @@ def _line(error: Exception, rank: int) -> str | None:
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):
         return f"process {rank}: {text}"
-    problem = said(error) if isinstance(error, OSError) else connection_problem(error)
+    problem = described(error) if isinstance(error, OSError) else connection_problem(error)
     return None if problem is None else f"process {rank}: {problem}"
