@@ -146,7 +146,7 @@ def test_everything_that_is_wrong_is_said(
             "none of 80 images",
         ),
         (["data.manifest=FOLDER/data"], "python -m data_pipeline index"),
-        (["seed=1"], "seed=1: 0 in run_dir="),
+        (["seed=1"], "seed=1: run_dir="),
         # More than any disk has.
         (
             ["stage.samples_scale=1e9", "checkpoint.keep=100000000", "run_dir=FOLDER/new"],
