@@ -1,40 +1,45 @@
-"""`python -m data_pipeline COMMAND`: from published metadata to indexed tar shards."""
+"""`vdtrain data COMMAND`, or `python -m data_pipeline COMMAND`: from published metadata to indexed tar shards."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.schema import DataPipelineConfig
+from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
 
 USAGE = """\
-Usage: python -m data_pipeline COMMAND [data=NAME] [SETTING=VALUE ...]
+Usage: vdtrain data COMMAND [data=NAME] [SETTING=VALUE ...]
+       python -m data_pipeline COMMAND [data=NAME] [SETTING=VALUE ...]
+
+Prepare the data that training streams.
 
 Commands:
-  select     choose the rows of the metadata that are worth their download
-  download   fetch the images of every source with img2dataset, into tar shards
-  index      check the shards and write the manifest that training streams from
-  latents    encode the images with the image VAE, once (also by torchrun or srun: latents --help)
-  inspect    say what a manifest holds, and draw some of its pairs on a contact sheet: inspect [MANIFEST]
+{commands}
 
-Every command takes up what an earlier, interrupted run left complete.
-
-  --help              this text
-  --cfg job           print the configuration and stop
+`vdtrain data COMMAND --help` lists the settings of a command. An interrupted command continues if it is run again.
 
 Examples:
   python -m data_pipeline select data.select.filters.similarity_min=0.28
   python -m data_pipeline download data.download.processes=32
   python -m data_pipeline index data=shapes
   python -m data_pipeline inspect data/manifest data.inspect.images=100
+"""
+
+COMMAND_USAGE = """\
+Usage: vdtrain data {command} {plain}[data=NAME] [SETTING=VALUE ...]
+       python -m data_pipeline {command} {plain}[data=NAME] [SETTING=VALUE ...]
+
+{text}.
 """
 
 
@@ -73,8 +78,6 @@ def _index(data: DataConfig) -> None:
     from vdtrain.data.manifest import ManifestError
 
     settings = data.index
-    if settings.processes < 1:
-        raise ConfigError(f"data.index.processes={settings.processes}: must be at least 1")
     _outputs({"data.manifest": data.manifest}, beside=True)
     sources = {name: Path(source.shards) for name, source in data.sources.items()}
     try:
@@ -93,49 +96,98 @@ def _inspect(data: DataConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-COMMANDS: dict[str, Callable[[DataConfig], None]] = {
-    "select": _select,
-    "download": _download,
-    "index": _index,
-    "inspect": _inspect,
+@dataclass(frozen=True)
+class Command:
+    """A command on data.
+
+    Attributes:
+        text: what it does, in a line of help.
+        parts: of `data`, those that it reads.
+        plain: the setting that its plain argument stands for.
+    """
+
+    run: Callable[[DataConfig], None]
+    text: str
+    parts: tuple[str, ...]
+    plain: str | None = None
+
+
+COMMANDS = {
+    "select": Command(
+        _select,
+        "select the rows of the metadata that are worth their download",
+        ("sources", "allow_loopback", "select"),
+    ),
+    "download": Command(
+        _download,
+        "download the selected images with img2dataset, as tar shards",
+        ("sources", "allow_loopback", "download"),
+    ),
+    "index": Command(
+        _index, "check the shards and write the manifest that training streams from", ("sources", "manifest", "index")
+    ),
+    "inspect": Command(
+        _inspect,
+        "report what a manifest holds, and draw some of its pairs on a contact sheet",
+        ("manifest", "inspect"),
+        "data.manifest",
+    ),
 }
 
 # Commands of 0.1 that are now the miniature's.
 MOVED = {"shapes": "draw data=shapes", "serve": "serve data=shapes"}
 
 # The one command with settings of a model and of hardware beside those of data.
-LATENTS = "latents"
+LATENTS, LATENTS_TEXT = (
+    "latents",
+    "encode the images with the image VAE, once (on several processes by torchrun or srun)",
+)
+
+
+def _usage() -> str:
+    texts = {name: command.text for name, command in COMMANDS.items()} | {LATENTS: LATENTS_TEXT}
+    order = ("select", "download", "index", LATENTS, "inspect")
+    return USAGE.format(commands="\n".join(f"  {name:<10} {texts[name]}" for name in order))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else "--help"
-    if command in ("--help", "-h"):
-        print(USAGE, end="")
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h"):
+        print(_usage(), end="")
         return 0 if arguments else 2
-    if command in MOVED:
-        print(f"error: {command}: now `python -m miniature {MOVED[command]}`", file=sys.stderr)
+    if name in MOVED:
+        print(f"error: {name}: now `python -m miniature {MOVED[name]}`", file=sys.stderr)
         return 2
-    if command not in (*COMMANDS, LATENTS):
-        print(f"error: {command!r} is no command; choose one of {', '.join((*COMMANDS, LATENTS))}", file=sys.stderr)
+    if name not in (*COMMANDS, LATENTS):
+        print(f"error: unknown command {name!r}; choose from {', '.join((*COMMANDS, LATENTS))}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
-
-    def action(config: DataPipelineConfig, document: DictConfig) -> int:
-        COMMANDS[command](config.data)
-        return 0
-
     try:
-        if command == LATENTS:
+        if name == LATENTS:
             from data_pipeline.latents.latents import main as latents
 
             return latents(arguments[1:])
-        plain = PlainArguments(("data.manifest",)) if command == "inspect" else None
-        return run_command(USAGE, "data_pipeline", DataPipelineConfig, action, arguments[1:], plain=plain)
+        return _run(name, arguments[1:])
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
         return 130
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    command = COMMANDS[name]
+
+    def action(config: DataPipelineConfig, raw_config: DictConfig) -> int:
+        command.run(config.data)
+        return 0
+
+    usage = COMMAND_USAGE.format(
+        command=name, plain="[MANIFEST] " if command.plain else "", text=command.text[0].upper() + command.text[1:]
+    )
+    plain = PlainArguments((command.plain,)) if command.plain else None
+    parts = [f"data.{part}" for part in ("root", *command.parts)]
+    return run_command(usage, "data_pipeline", DataPipelineConfig, action, argv, plain=plain, parts=parts)
 
 
 if __name__ == "__main__":

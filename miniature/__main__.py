@@ -1,4 +1,4 @@
-"""`python -m miniature COMMAND data=shapes`: the demo's drawn images."""
+"""`python -m miniature COMMAND`: the demo's drawn images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from miniature.image_set import serve, write_image_set
-from vdtrain.config.compose import ConfigError, run_command
+from vdtrain.config.command import run_command
+from vdtrain.config.command_line import HELP
 from vdtrain.config.data_schema import DataConfig, ShapesConfig
 from vdtrain.config.schema import DataPipelineConfig
+from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
 
 USAGE = """\
 Usage: python -m miniature COMMAND data=shapes [SETTING=VALUE ...]
 
 Commands:
-  draw       draw the demo's images and write their metadata
-  serve      serve these images on this machine, for the download (stop with Ctrl-C)
+{commands}
 
+`python -m miniature COMMAND --help` lists the settings of a command.
 `python -m miniature.frozen` trains the frozen parts of the tiny preset.
+"""
+
+COMMAND_USAGE = """\
+Usage: python -m miniature {command} data=shapes [SETTING=VALUE ...]
+
+{text}.
 """
 
 
@@ -52,26 +60,34 @@ def _serve(data: DataConfig) -> None:
         ) from error
 
 
-COMMANDS: dict[str, Callable[[DataConfig], None]] = {"draw": _draw, "serve": _serve}
+COMMANDS: dict[str, tuple[Callable[[DataConfig], None], str]] = {
+    "draw": (_draw, "draw the demo's images and write their metadata"),
+    "serve": (_serve, "serve these images on this machine, for the download (stop with Ctrl-C)"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(USAGE, end="")
+        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())), end="")
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
 
-    def action(config: DataPipelineConfig, document: DictConfig) -> int:
-        COMMANDS[command](config.data)
+    run, text = COMMANDS[command]
+
+    def action(config: DataPipelineConfig, raw_config: DictConfig) -> int:
+        run(config.data)
         return 0
 
+    usage, parts = COMMAND_USAGE.format(command=command, text=text[0].upper() + text[1:]), ("data.root", "data.shapes")
     try:
-        return run_command(USAGE, "data_pipeline", DataPipelineConfig, action, rest)
+        # The defaults in the help are those of data=shapes.
+        rest = ["data=shapes", *rest] if set(HELP) & set(rest) else rest
+        return run_command(usage, "data_pipeline", DataPipelineConfig, action, rest, parts=parts)
     except KeyboardInterrupt:
         print("stopped; run it again to continue", file=sys.stderr)
         return 130

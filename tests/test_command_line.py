@@ -19,12 +19,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_pipeline.__main__ import main as data_pipeline
+from miniature.__main__ import main as miniature
 from tests.pairs import write_pairs
 from tests.weights.small import weights
 from vdtrain.cli import COMMANDS, main
 from vdtrain.config.command_line import plain_path, shell
 from vdtrain.config.compose import SCHEMAS, compose, groups
-from vdtrain.config.overrides import QUOTED, Mark, escaped, keys, look_up, unquoted, word_for
+from vdtrain.config.fields import Mark, keys, look_up
+from vdtrain.config.overrides import QUOTED, escaped, unquoted, word_for
 from vdtrain.errors import printable
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 
@@ -258,7 +260,7 @@ MISTAKES = [
     (
         "train",
         "stage.phases=[{resolution:",
-        "must be a list [...], of which each is a table {resolution: ..., samples: ...}",
+        "must be a list [...], each entry a table {resolution: ..., samples: ...}",
     ),
     ("train", "stage.phases=[{resolution:abc,samples:1}]", "must be"),
     ("train", "stage.phases=" + "[" * 2000, "must be a list"),
@@ -266,59 +268,59 @@ MISTAKES = [
     ("train", "stage.phases.7.samples=3", "stage.phases has no '7', only 0, 1"),
     ("train", "stage.phases.x.samples=3", "no such setting"),
     ("train", "hardware.micro_batch_size={a: 1}", "must be a table"),
-    ("train", "hardware.micro_batch_size.99=1", "has no '99', only 256, 512; a + before it adds a new entry"),
-    ("train", "objective.flow_weights.x=1", "a + before it adds a new entry"),
-    ("train", "stage=stage4", "stage=stage4: no such option; choose one of stage1_single_flow"),
+    ("train", "hardware.micro_batch_size.99=1", "has no '99', only 256, 512; write + before it to add an entry"),
+    ("train", "objective.flow_weights.x=1", "write + before it to add an entry"),
+    ("train", "stage=stage4", "stage=stage4: no such option; choose from stage1_single_flow"),
     ("train", "stage=", "stage=: no such option"),
     ("train", "stage=stage1_single_flow,stage2_dual_flow", "no such option"),
     ("train", "stage=[stage1_single_flow]", "no such option"),
     ("train", "stage=it's", "no such option"),
-    ("train", "tracking=null", "no such option; choose one of none, offline, wandb"),
+    ("train", "tracking=null", "no such option; choose from none, offline, wandb"),
     ("train", "model=${x}", "no such option"),
-    ("train", "+stage=stage2_dual_flow", "choose it by stage=OPTION"),
-    ("train", "~tracking", "choose it by tracking=OPTION"),
+    ("train", "+stage=stage2_dual_flow", "write stage=OPTION"),
+    ("train", "~tracking", "write tracking=OPTION"),
     ("train", "tracking@x=none", "no such setting"),
-    ("train", "~seed", "every run has this setting"),
+    ("train", "~seed", "this setting cannot be removed"),
     ("train", "~nope", "nope: no such setting"),
-    ("train", "~data.stream.nope", "not there"),
-    ("train", "~data.stream.lanes=3", "it is 64; leave out the value"),
-    ("train", "+seed=1", "seed is there already; leave out the +"),
+    ("train", "~data.stream.nope", "no such entry to remove"),
+    ("train", "~data.stream.lanes=3", "its value is 64; leave out the value to remove it"),
+    ("train", "+seed=1", "seed exists already; leave out the +"),
     ("train", "+ema.dcay=1", "did you mean 'ema.decay'"),
     ("train", "learning_rate=1", "did you mean 'stage.learning_rate'"),
     ("train", "stage3_four_flow", "did you mean stage=stage3_four_flow"),
-    ("train", "a b=1", "settings are written SETTING=VALUE"),
-    ("train", "=x", "settings are written SETTING=VALUE"),
-    ("train", "", "settings are written SETTING=VALUE"),
+    ("train", "a b=1", "write settings as SETTING=VALUE"),
+    ("train", "=x", "write settings as SETTING=VALUE"),
+    ("train", "", "write settings as SETTING=VALUE"),
     ("train", "seed", "has no value"),
     ("train", "--seed=3", "write seed=3"),
-    ("train", "--fast", "unknown flag --fast: settings are written"),
-    ("train", "hardware.micro_batch_size={48: 2}", "an entry that is not there yet, only 256, 512; a + before it"),
-    ("train", "--cfg=hydra", "choose --cfg job"),
+    ("train", "--fast", "unknown flag --fast: write settings as"),
+    ("train", "hardware.micro_batch_size={48: 2}", "no such entry, only 256, 512; write + before it"),
+    ("train", "--cfg=hydra", "write --cfg job"),
     ("train", "run_dir=", "run_dir=: empty; give a file or folder"),
     ("train", "run_dir=''", "empty"),
     ("train", "run_dir= ", "empty"),
     ("train", "runs_dir=", "runs_dir=: empty"),
     ("train", "data.root=", "data.root=: empty"),
     ("train", "run_dir=" + "x" * 300, "too long"),
-    ("train", "run_dir=~nosuchuser/x", "there is no user 'nosuchuser'; ./~nosuchuser"),
-    ("train", "run_dir=${x}", "run_dir=${x}: its ${...} names nothing that there is"),
-    ("train", "run_dir=a${b", "run_dir=a${b: not the form of a reference"),
-    ("train", "run_dir=${foo:1}", "names nothing that there is"),
+    ("train", "run_dir=~nosuchuser/x", "no such user 'nosuchuser'; write ./~nosuchuser"),
+    ("train", "run_dir=${x}", "run_dir=${x}: its ${...} names no setting"),
+    ("train", "run_dir=a${b", "run_dir=a${b: not a valid reference"),
+    ("train", "run_dir=${foo:1}", "names no setting"),
     ("train", "run_dir=${run_dir}/x", "run_dir"),
     ("train", "stage.flows=${runs_dir}", "must be a list"),
     ("train", "hydra.searchpath=[nowhere]", "hydra.searchpath=nowhere: no such folder"),
-    ("train", "hydra.nope=[", "of those below hydra, hydra.searchpath alone matters here"),
+    ("train", "hydra.nope=[", "below hydra, only hydra.searchpath can be set"),
     ("train", "hardware=nan", "hardware=nan: no such option"),
-    ("train", "data.shapes.port=1", "data.shapes is null; give it as a whole"),
-    ("train", "+data.shapes.port=1", "data.shapes is null; give it as a whole"),
+    ("train", "data.shapes.port=1", "data.shapes is null; set the whole table"),
+    ("train", "+data.shapes.port=1", "data.shapes is null; set the whole table"),
     ("sample", "checkpoint=a red circle", "checkpoint=a red circle: does not exist; give a run"),
-    ("sample", "sede=3", "did you mean 'seed'?; a plain argument with = in it comes last, after --"),
+    ("sample", "sede=3", "did you mean 'seed'?; put a plain argument with = in it last, after --"),
     ("sample", "hardware=h100", "hardware: no such setting"),
-    ("sample", "-v", "a plain argument that begins with - comes last, after --"),
+    ("sample", "-v", "put a plain argument that begins with - last, after --"),
     ("sample", "output_dir=", "output_dir=: empty"),
     ("sample", "flow=a\nb", "does not exist"),
     ("sample", "inputs=???", "stands for a missing value"),
-    ("blend", "contexts=[{text: 'red}]", "put its texts into quotes"),
+    ("blend", "contexts=[{text: 'red}]", "put the texts in quotes"),
     ("blend", "contexts=a red circle", "must be a list"),
     ("edit", "text_share=", "must be a number"),
     ("status", "run_dir=", "empty"),
@@ -349,19 +351,22 @@ def test_mistakes_of_several_words(model: Path, capsys: pytest.CaptureFixture[st
     ):
         assert expected in refusal(capsys, *words)
     assert data_pipeline(["index", "stage3"]) == 2
-    assert "settings are written" in capsys.readouterr().err
+    assert "write settings as" in capsys.readouterr().err
 
 
 def test_mistakes_in_a_users_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my conf, é=1"
     (folder / "tracking").mkdir(parents=True)
     for content, expected in (
-        (b"mode: [", "mine.yaml: not YAML in line 1"),
+        (b"mode: [", "mine.yaml: invalid YAML in line 1"),
         (b"mode: \xff", "mine"),
         (b"mdoe: online", "mdoe: no such setting; did you mean"),
         (b"mode: [1]", "tracking/mine.yaml: "),
         (b"- a", "tracking/mine.yaml: "),
-        (b"name: ${nope}\nmode: offline\nproject: x\nentity: null", "tracking.name=${nope}: its ${...} names nothing"),
+        (
+            b"name: ${nope}\nmode: offline\nproject: x\nentity: null",
+            "tracking.name=${nope}: its ${...} names no setting",
+        ),
     ):
         (folder / "tracking" / "mine.yaml").write_bytes(content)
         assert expected in refusal(capsys, "train", f"hydra.searchpath={folder}", "tracking=mine")
@@ -512,6 +517,56 @@ def test_help_tells_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
             for group in groups()
             if command in ("train", "plan", "preflight") and "_" not in group
         )
+
+
+def test_help_lists_the_settings_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its default, its meaning and its limits; a command on data shows its own part alone."""
+    for words, lines in (
+        (["train"], ["stage.learning_rate=0.0001", "hardware.zero_stage=1", "[0, 1, 2]", "checkpoint.keep=3"]),
+        (["train", "hardware=cpu"], ["hardware.threads=1 ", "CPU threads of each process"]),
+        (["plan"], ["gpus=8", "format=table", "[table, json]"]),
+        (["preflight"], ["ranks=null"]),
+        (["status"], ["watch=null", "null prints once [above 0]"]),
+        (["sample"], ["solver=ddim", "[ddim, dpm-solver++, unipc]", "focus=0.5"]),
+        (["weights"], ["overwrite=false", "[fp32, fp16, bf16, keep]"]),
+        (["data", "select"], ["data.select.filters.nsfw_max=0.3", "data.sources.NAME.metadata"]),
+        (["data", "download"], ["data.download.threads=64"]),
+        (["data", "index"], ["data.index.decode=false"]),
+        (["data", "latents"], ["data.latent_cache.batch_size=64", "hardware.precision=bf16"]),
+        (["data", "inspect"], ["data.inspect.images=48"]),
+    ):
+        assert main([*words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(line in shown for line in lines), words
+        parts = set(re.findall(r"^  data\.(select|download|index|inspect|shapes)\.", shown, re.MULTILINE))
+        assert parts == ({words[1]} if words[1:] and words[1] != "latents" and words[0] == "data" else set()), words
+    assert miniature(["draw", "--help"]) == 0
+    assert "data.shapes.images=6000" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_library() -> None:
+    script = (
+        "import sys; from vdtrain.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'deepspeed', 'diffusers', 'wandb'} & set(sys.modules)))"
+    )
+    for words in (
+        ["--help"],
+        ["train", "--help"],
+        ["data", "--help"],
+        ["data", "index", "--help"],
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
+        assert done.stdout.endswith("\n[]\n"), words
+
+
+def test_commands_on_data_are_commands_of_vdtrain_too(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for call in (lambda words: main(["data", *words]), data_pipeline):
+        for words in (["--help"], ["select", "--help"], ["index", "data=shapes", "--cfg", "job"], ["slect"]):
+            status = call(words)
+            shown.append((status, capsys.readouterr()))
+    assert shown[:4] == shown[4:]
+    assert [status for status, _ in shown[:4]] == [0, 0, 0, 2]
 
 
 def test_a_stage_and_the_next_under_names_that_need_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from vdtrain.commands.train import main
-from vdtrain.config.compose import ConfigError, compose, options, to_object
-from vdtrain.config.schema import TrainConfig
+from vdtrain.config.compose import SCHEMAS, ConfigError, compose, options, to_object
+from vdtrain.config.fields import check_values, keys, look_up, value_problems
+from vdtrain.config.schema import BlendConfig, DataPipelineConfig, SampleConfig, TrainConfig
 from vdtrain.config.validation import check, gradient_scales
 
 MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
@@ -101,10 +102,10 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("stage.phases=[{resolution:32,samples:5}]", ["stage.phases.0.samples=5", "one batch"]),
         ("stage.gradient_scales.data.image=0", ["stage.gradient_scales.data.image=0", "positive"]),
         ("stage.gradient_scale_mode=both", ["stage.gradient_scale_mode=both", "learning_rate, gradient"]),
-        ("hardware.zero_stage=3", ["hardware.zero_stage=3", "gradient again", "0, 1, 2"]),
+        ("hardware.zero_stage=3", ["hardware.zero_stage=3: choose from 0, 1, 2"]),
         ("hardware.zero_stage=4", ["hardware.zero_stage=4", "0, 1, 2"]),
-        ("hardware.offload_optimizer=true", ["hardware.offload_optimizer=true", "loses", "hardware.zero_stage=2"]),
-        ("optimizer.gradient_clip=-1", ["optimizer.gradient_clip=-1", "0 clips nothing"]),
+        ("hardware.offload_optimizer=true", ["hardware.offload_optimizer: removed", "leave it out"]),
+        ("optimizer.gradient_clip=-1", ["optimizer.gradient_clip=-1: must be at least 0; 0 does not clip"]),
         ("optimizer.max_bad_steps=0", ["optimizer.max_bad_steps=0", "at least 1"]),
         ("hardware.attention=xformers", ["hardware.attention=xformers", "sdpa"]),
         ("hardware.activation_checkpointing=all", ["hardware.activation_checkpointing=all", "none, context, blocks"]),
@@ -112,10 +113,10 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
         ("ema.decay=1", ["ema.decay=1"]),
         ("ema.length=0.6", ["ema.length=0.6", "0.1 its last tenth"]),
-        ("model.schedule=papre", ["model.schedule=papre", "choose one of paper, released"]),
+        ("model.schedule=papre", ["model.schedule=papre", "choose from paper, released"]),
         (
             "model.schedule.beta_start=0.5",
-            ["model.schedule=ScheduleConfig(steps=1000, beta_start=0.5", "choose released"],
+            ["model.schedule.beta_start=0.5: above beta_end=0.012", "model.schedule=released"],
         ),
         ("data.manifest=nowhere", ["data.manifest=nowhere", "data_pipeline index"]),
         ("stage=stage2_dual_flow", ["stage.init_from=", "stage1_single_flow", "train that stage first"]),
@@ -136,6 +137,91 @@ def test_a_mistake_is_one_line_that_names_setting_and_remedy(
     assert shown.err.startswith("error: ")
     for part in expected:
         assert part in shown.err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data.shapes.pictures=5", "data.shapes.pictures: renamed; write data.shapes.images\n"),
+        ("data.inspect.pictures=5", "data.inspect.pictures: renamed; write data.inspect.images\n"),
+        (
+            "data.select.filters.duplicate_pictures=keep",
+            "data.select.filters.duplicate_pictures: renamed; write data.select.filters.duplicate_images\n",
+        ),
+    ],
+)
+def test_a_renamed_setting_is_named_with_its_new_name(
+    word: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*MINIATURE, word]) == 2
+    assert capsys.readouterr().err == f"error: {expected}"
+
+
+def test_a_removed_setting_is_accepted_with_its_only_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As an old command has it; any other value, and a file of options that has it, get the same line as an error."""
+    line = "hardware.offload_optimizer: removed, as false was its only legal value; leave it out\n"
+    assert main([*MINIATURE, "hardware.offload_optimizer=false", "--cfg", "job"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"warning: {line}"
+    assert "offload" not in shown.out
+    assert main([*MINIATURE, "hardware.offload_optimizer=true", "--cfg", "job"]) == 2
+    assert capsys.readouterr().err == f"error: {line}"
+    (tmp_path / "hardware").mkdir()
+    own = (Path(__file__).parents[1] / "conf/hardware/cpu.yaml").read_text() + "offload_optimizer: false\n"
+    (tmp_path / "hardware/own.yaml").write_text(own)
+    assert main([f"hydra.searchpath=[{tmp_path}]", "hardware=own", "--cfg", "job"]) == 2
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
+    from data_pipeline.download.download import ENGINES
+    from data_pipeline.select.sources import SCHEMAS as METADATA
+    from vdtrain.commands.sampler import DTYPES
+    from vdtrain.diffusion.contexts import MIXINGS
+    from vdtrain.diffusion.sampling import SOLVERS
+    from vdtrain.engine.deepspeed import PRECISIONS, ZERO_STAGES
+    from vdtrain.models.activation_checkpointing import MODES
+
+    for schema, key, known in (
+        (TrainConfig, "hardware.precision", PRECISIONS),
+        (TrainConfig, "hardware.zero_stage", ZERO_STAGES),
+        (TrainConfig, "hardware.activation_checkpointing", MODES),
+        (SampleConfig, "solver", SOLVERS),
+        (SampleConfig, "precision", DTYPES),
+        (BlendConfig, "mixing", MIXINGS),
+        (DataPipelineConfig, "data.download.distributor", ENGINES),
+        (DataPipelineConfig, "data.sources.x.schema", METADATA),
+    ):
+        setting = look_up(schema, key)
+        assert setting is not None
+        assert set(setting.about.choices) == set(known), key
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_every_default_is_one_that_its_setting_takes(name: str) -> None:
+    for choices in ([], [word for word in MINIATURE if word.partition("=")[0] in keys(SCHEMAS[name])]):
+        check_values(to_object(compose(name, choices), SCHEMAS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_every_setting_has_a_help(name: str) -> None:
+    """Unless it is a table of settings; `sources` and `phases` have entries that are."""
+    tables = {"data.sources", "stage.phases", "model.modalities"}
+    for key in keys(SCHEMAS[name]):
+        setting = look_up(SCHEMAS[name], key)
+        assert setting is not None
+        assert bool(setting.about.help) != (setting.fields is not None or key in tables), key
+
+
+def test_bounds_hold_for_each_number_in_a_list_or_a_table() -> None:
+    config = load("hardware.micro_batch_size={256: 0}", "optimizer.betas=[0.9, 1.0]", "watchdog_seconds=0.5")
+    assert list(value_problems(config)) == [
+        "hardware.micro_batch_size.256=0: must be at least 1",
+        "optimizer.betas.1=1: must be at least 0 and below 1",
+        "watchdog_seconds=0.5: must be at least 1; null waits without limit",
+    ]
+    with pytest.raises(ConfigError, match=r"^hardware\.micro_batch_size\.256=0: must be at least 1$"):
+        check_values(config)
 
 
 def test_mistakes_are_said_before_a_process_group_starts() -> None:

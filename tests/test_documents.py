@@ -20,11 +20,11 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
     assert link.startswith("https://") or (page.parent / link).exists()
 
 
-def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert vdtrain_main(["--help"]) == 0
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2
-    assert "'trian' is no command" in capsys.readouterr().err
+    assert "unknown command 'trian'; choose from train" in capsys.readouterr().err
     for command in COMMANDS:
         assert vdtrain_main([command, "--help"]) == 0
         assert f"Usage: vdtrain {command}" in capsys.readouterr().out

@@ -77,17 +77,17 @@ def read_only(world: World) -> str:
 
 def protected(world: World) -> str:
     world.protect(world / "disk")
-    return f"{world / 'disk'} is protected); take the protection away (`lsattr -d {world / 'disk'}`, `chattr -ia "
+    return f"{world / 'disk'} is protected); remove the protection (`lsattr -d {world / 'disk'}`, `chattr -ia "
 
 
 def unmounted(world: World) -> str:
     (world / "disk").symlink_to(world / "scratch")
-    return f"{world / 'disk'} leads to {world / 'scratch'}, which is not there); mount its disk, or remove the link"
+    return f"{world / 'disk'} leads to {world / 'scratch'}, which does not exist); mount its disk, or remove the link"
 
 
 def in_a_circle(world: World) -> str:
     (world / "disk").symlink_to(world / "disk")
-    return "its links lead in a circle); mend the links (`namei -l"
+    return "its links form a circle); fix the links (`namei -l"
 
 
 def typed(world: World, line: str) -> None:
@@ -259,7 +259,7 @@ DATA_CASES: dict[str, tuple[Callable[[World], object], str, Callable[[World, str
     "a shard is gone": (remove_shard, "00000.tar: is not there; bring it back, or index the shards again", index_again),
     "the shards' disk is not mounted": (
         unmount_shards,
-        "there is no folder FOLDER/shards); mount its disk, or bring the folder back",
+        "folder FOLDER/shards does not exist); mount its disk, or restore the folder",
         mount_shards,
     ),
     "a shard was made anew, shorter": (

@@ -104,9 +104,9 @@ def test_troubles_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines["checkpoint"] == "none yet"
     assert main([str(run)]) == 0
     text = capsys.readouterr().out
-    assert "trouble     3 steps left out" in text
-    assert "saves failed" not in text
-    assert f"{run}/dumps tells" in text
+    assert "trouble     3 skipped steps" in text
+    assert "failed saves" not in text
+    assert f"see {run}/dumps" in text
 
 
 def test_a_run_without_a_line_yet_and_one_of_an_earlier_version(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,7 @@ def test_the_newest_lines_of_a_long_log(tmp_path: Path) -> None:
         (["{folder}/nowhere"], "nowhere: does not exist"),
         (["{folder}"], "holds no run"),
         (["a", "b"], "'b': too many plain arguments; write RUN_DIR"),
-        (["{folder}", "watch=0"], "watch=0: not above 0"),
+        (["{folder}", "watch=0"], "watch=0: must be above 0; null prints once"),
         (["{folder}", "wtach=1"], "did you mean 'watch'?"),
     ],
 )

@@ -17,6 +17,7 @@ from PIL import Image
 from data_pipeline.__main__ import main as data_pipeline_main
 from tests.world import DATA, IDS, IMAGES, MAINS, ROOT, SAMPLER, TRAIN, World, one_line, quoted, with_output
 from vdtrain.cli import main as vdtrain_main
+from vdtrain.config.settings import REMOVED, RENAMED
 from vdtrain.weights.catalogue import SOURCES
 
 
@@ -48,7 +49,7 @@ def test_a_configuration_of_ones_own_that_cannot_be_read_is_named(world: World, 
         world.type_all(line)
         assert own.read_text(encoding="utf-8") == "name: café\n"
     else:
-        assert f"{own}: not YAML in line 2; correct that file" in line
+        assert f"{own}: invalid YAML in line 2; correct that file" in line
     own.write_text((ROOT / "conf/tracking/none.yaml").read_text())
     status, said = world.type(*words)
     assert status == 0, said
@@ -153,7 +154,7 @@ OUTSIDE = {
 # No command: a name in a sentence.
 NAMES = {"tokenizers", "output", "${"}
 # Values that stand for those that a message fills in, by the words before them.
-FILLED = {"import ": "clip", "data=": "shapes", "resolutions=[": "32"}
+FILLED = {"import ": "clip", "data=": "shapes", "resolutions=[": "32", "miniature ": "draw"}
 GAP = "\0"
 
 
@@ -254,7 +255,7 @@ def known_settings(capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 def test_every_setting_that_a_message_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    known = known_settings(capsys)
+    known = known_settings(capsys) | RENAMED.keys() | REMOVED.keys()
     groups = "data|stage|hardware|checkpoint|ema|optimizer|objective|tracking|fid|clip"
     pattern = re.compile(rf"(?<![\w/.{GAP}-])((?:{groups})\.[a-z_]+(?:\.[a-z_]+)*)(?![\w(]|\.{GAP})")
     # Tables whose entries are given, and names of files.

@@ -1,4 +1,4 @@
-"""`vdtrain COMMAND ...`: finds the command's module and hands it the rest of the command line."""
+"""`vdtrain COMMAND ...`: imports the module of the command and passes it the rest of the command line."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Sequence
 
 import vdtrain
 
-# Verb -> its module, and what it does.
+# Each command with its module and what it does.
 COMMANDS = {
     "train": ("vdtrain.commands.train", "train one stage of the curriculum"),
-    "plan": ("vdtrain.commands.plan", "say what training one will take of memory, disk and steps"),
-    "preflight": ("vdtrain.commands.preflight", "look, before the GPUs are used, whether a stage can be trained"),
-    "status": ("vdtrain.commands.status", "say how a run stands, from its files"),
+    "plan": ("vdtrain.commands.plan", "estimate memory, disk space and steps"),
+    "preflight": ("vdtrain.commands.preflight", "check the configuration and environment before training"),
+    "status": ("vdtrain.commands.status", "show the progress of a run"),
     "sample": ("vdtrain.commands.sample", "make images and captions with a trained model"),
     "blend": ("vdtrain.commands.blend", "make them from several captions and images at once"),
-    "edit": ("vdtrain.commands.edit", "change images by words"),
+    "edit": ("vdtrain.commands.edit", "edit images by words"),
     "evaluate": ("vdtrain.commands.evaluate", "measure a trained model: FID and CLIP scores"),
-    "weights": ("vdtrain.commands.weights", "bring published weights in, and trained ones out"),
+    "weights": ("vdtrain.commands.weights", "import published weights, and export trained ones"),
+    "data": ("data_pipeline.__main__", "prepare data: select, download, index, latents, inspect"),
 }
 
 USAGE = """\
 Usage: vdtrain COMMAND [GROUP=OPTION ...] [SETTING=VALUE ...]
 
-Trains Versatile Diffusion: one diffusion model for text and images, in stages, flow by flow.
+Train Versatile Diffusion: one diffusion model for text and images, in stages, flow by flow.
 
 Commands:
 {commands}
 
-`vdtrain COMMAND --help` explains a command; `vdtrain COMMAND --cfg job` prints its configuration.
+`vdtrain COMMAND --help` explains a command and its settings; `vdtrain COMMAND --cfg job` prints its configuration.
 `vdtrain --version` prints the version.
-The data that a training run streams is made by `python -m data_pipeline --help`.
 """
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         print(
-            f"error: {command!r} is no command; choose one of {', '.join(COMMANDS)} (see vdtrain --help)",
+            f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)} (see vdtrain --help)",
             file=sys.stderr,
         )
         return 2

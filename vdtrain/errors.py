@@ -1,4 +1,4 @@
-"""The error of a user's mistake, and how it is shown."""
+"""The error for a user's mistake, and one line with a remedy for every error of the operating system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""The text on one line: a line break in a value is shown as \n, and so on for all that a terminal would act on."""
+    r"""The text on one line: a line break in a value is shown as \n, and so on for every control character."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# How libraries in Rust and Arrow word the number of an error that they wrap.
+# How libraries in Rust and Arrow write the number of an error that they wrap.
 WRAPPED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 PROBE_BYTES = 4096
 
@@ -45,13 +45,13 @@ SERVER = {
     errno.ENETDOWN,
     errno.ENETUNREACH,
 }
-# What another place does not change.
+# Errors that another place does not fix.
 OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """A cause, and a remedy that is true for it; the remedy is empty where none is known."""
+    """A cause and its remedy; the remedy is empty if none is known."""
 
     cause: str
     remedy: str
@@ -59,7 +59,7 @@ class Trouble:
 
     @classmethod
     def of(cls, error: OSError, path: Path) -> Trouble:
-        """The trouble that an action on `path` met."""
+        """The cause and the remedy of an error of an action on `path`."""
         number = error.errno
         if number is None:
             return cls(one_line(error), "")
@@ -68,43 +68,43 @@ class Trouble:
 
 
 def unwritable(error: OSError, path: Path, another: str = "choose another place") -> str:
-    """ "cannot be written (CAUSE); REMEDY", for a message that names the setting or the file before it.
+    """ "cannot be written (CAUSE); REMEDY": the end of a message that begins with the setting or the file.
 
     Args:
-        path: what was to be written.
-        another: what helps wherever the place itself is at fault; empty where nothing else does.
+        path: the file or folder that was not written.
+        another: the remedy if the place is the problem; empty if another place does not help.
     """
     found = Trouble.of(error, path)
     remedies = [remedy for remedy in (found.remedy, another if found.elsewhere else "") if remedy]
-    return f"cannot be written ({found.cause}); {', or '.join(remedies) or f'see to {path}'}"
+    return f"cannot be written ({found.cause}); {', or '.join(remedies) or f'check {path}'}"
 
 
 def unreadable(error: OSError, path: Path, another: str = "give another file") -> str:
-    """ "cannot be read (CAUSE); REMEDY", as `unwritable`.
+    """ "cannot be read (CAUSE); REMEDY", like `unwritable`.
 
     Args:
-        another: what helps where no remedy for the cause is known.
+        another: the remedy if none is known for the cause.
     """
     found = Trouble.of(error, path)
     return f"cannot be read ({found.cause}); {found.remedy or another}"
 
 
-def said(error: OSError) -> str:
-    """ "FILE: CAUSE; REMEDY" of an error that nobody has put into words."""
+def described(error: OSError) -> str:
+    """ "FILE: CAUSE; REMEDY" for an error without a message of its own."""
     path = Path(str(error.filename)) if isinstance(error.filename, str | os.PathLike) else None
     found = Trouble.of(error, path or Path())
-    return f"{f'{path}: ' if path else ''}{found.cause}; {found.remedy or 'see that it can be read and written'}"
+    return f"{f'{path}: ' if path else ''}{found.cause}; {found.remedy or 'check that it can be read and written'}"
 
 
 def unlockable(error: OSError, path: Path) -> str:
-    """ "cannot be locked (CAUSE); REMEDY", as `unwritable`."""
+    """ "cannot be locked (CAUSE); REMEDY", like `unwritable`."""
     if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
         return f"cannot be locked ({os.strerror(error.errno)}); choose a file system with locks"
     return unwritable(error, path).replace("written", "locked", 1)
 
 
 def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
-    """ "is not UTF-8 ...; REMEDY" of a text file: many are in the code page of the program that wrote them."""
+    """ "is not UTF-8 ...; REMEDY" for a text file, which is often in a code page of Windows."""
     quoted, draft = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
     return (
         f"is not UTF-8 (byte {error.object[error.start]:#04x}); convert it, e.g. from Windows' code page by "
@@ -113,10 +113,10 @@ def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The error of the operating system that an exception is, or that a library put into the words of its own."""
+    """The operating system's error that an exception is, or that a library wrapped in an exception of its own."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    # A ValueError is a message of our own, which may quote such a text.
+    # A ValueError is our own message, which may quote such a text.
     wrapped = None if isinstance(error, ValueError) else WRAPPED.search(str(error))
     if wrapped is None:
         return error if isinstance(error, OSError) else None
@@ -125,9 +125,9 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def output_problem(folder: Path) -> str | None:
-    """Why nothing can be written into a folder that may not be there yet, as `unwritable` says it; None if it can be.
+    """Why nothing can be written into a folder, in the words of `unwritable`; None if it can be.
 
-    A file without a name is written into the nearest folder that there is, and is gone again.
+    If the folder does not exist yet, its nearest existing parent is tried, with a temporary file without a name.
     """
     for place in (folder, *folder.absolute().parents):
         try:
@@ -148,19 +148,19 @@ def output_problem(folder: Path) -> str | None:
 
 
 def _described(number: int, path: Path) -> tuple[str, str]:
-    """Cause and remedy; an empty cause is worded by the operating system."""
+    """Cause and remedy; an empty cause means the text of the operating system."""
     quoted = shlex.quote(str(path))
     if number == errno.ENOSPC:
         return _full(path)
     if number == errno.EDQUOT:
-        return "", "remove files of yours, or have the quota raised"
+        return "", "remove files, or ask for a larger quota"
     if number == errno.EFBIG:
         return "", "raise the limit (`ulimit -f unlimited`)"
     if number == errno.EACCES:
         return f"permission denied to {_user()}", f"give that user access (`ls -ld {shlex.quote(str(_nearest(path)))}`)"
     if number == errno.EPERM:
         place = shlex.quote(str(_nearest(path)))
-        return f"{_nearest(path)} is protected", f"take the protection away (`lsattr -d {place}`, `chattr -ia {place}`)"
+        return f"{_nearest(path)} is protected", f"remove the protection (`lsattr -d {place}`, `chattr -ia {place}`)"
     if number == errno.EROFS:
         mounted = shlex.quote(str(_mount_point(path)))
         return "its file system is read-only", f"mount it for writing (`mount -o remount,rw {mounted}`)"
@@ -175,11 +175,11 @@ def _described(number: int, path: Path) -> tuple[str, str]:
     if number == errno.ENAMETOOLONG:
         return "the name is too long", "choose a shorter name"
     if number == errno.ELOOP:
-        return "its links lead in a circle", f"mend the links (`namei -l {quoted}`)"
+        return "its links form a circle", f"fix the links (`namei -l {quoted}`)"
     if number in DISK:
-        return f"{os.strerror(number)}, its disk fails", "see to the disk (`dmesg` tells of it)"
+        return f"{os.strerror(number)}, the disk is failing", "check the disk (`dmesg` shows its errors)"
     if number in SERVER:
-        return f"{os.strerror(number)}, its file server does not answer", "see to the server, or mount it again"
+        return f"{os.strerror(number)}, its file server does not answer", "check the server, or mount it again"
     if number == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files, the limit is {soft}", f"raise the limit (`ulimit -n {hard}`)"
@@ -206,14 +206,14 @@ def _full(path: Path) -> tuple[str, str]:
 def _absent(path: Path) -> tuple[str, str]:
     link = next((each for each in (path, *path.absolute().parents) if each.is_symlink() and not each.exists()), None)
     if link is not None:
-        return f"{link} leads to {os.readlink(link)}, which is not there", "mount its disk, or remove the link"
+        return f"{link} leads to {os.readlink(link)}, which does not exist", "mount its disk, or remove the link"
     nearest = _nearest(path)
     if path.is_absolute() and nearest in (path.parent, path):
         return "", ""
     first = next((each for each in (path, *path.absolute().parents) if each.parent == nearest), path)
     if first == path:
         return "", ""
-    return f"there is no folder {first}", "mount its disk, or bring the folder back"
+    return f"folder {first} does not exist", "mount its disk, or restore the folder"
 
 
 def _is_file(path: Path) -> bool:
@@ -224,7 +224,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or the nearest of the folders above it that is there."""
+    """The path itself, or its nearest existing parent."""
     for place in (path, *path.absolute().parents):
         try:
             if place.exists():

@@ -1,4 +1,4 @@
-"""Files of each modality: how the inputs of a command line are read, and where results are written."""
+"""Files of each modality: how inputs are read and results are written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.data.decode import IMAGE_ERRORS
-from vdtrain.errors import one_line, unreadable
+from vdtrain.errors import ConfigError, one_line, unreadable
 
 
 @dataclass(frozen=True)
-class Medium:
+class ModalityIO:
     """Reading and writing of one modality.
 
     Attributes:
-        read: (inputs as typed, height and width in pixels) -> a batch, in the form that the modality's encoders take.
+        read: (inputs as typed, height and width in pixels) -> a batch for the encoders of the modality.
         write: (samples, output folder, settings to keep with them) -> the files written.
     """
 
@@ -31,10 +30,10 @@ class Medium:
 
 
 def read_images(paths: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
-    """Image files as uint8 [B, 3, H, W]: resized (bicubic) to cover `size` (H, W), and the centre of it cropped.
+    """Image files as uint8 [B, 3, H, W]: resized (bicubic) to cover `size` (H, W), then cropped at the centre.
 
     Raises:
-        ConfigError: a file that is missing or no image.
+        ConfigError: a file that is missing or not an image.
     """
     images = []
     for path in paths:
@@ -45,10 +44,10 @@ def read_images(paths: Sequence[str], size: tuple[int, int]) -> torch.Tensor:
 
 
 def read_mask(path: str) -> torch.Tensor:
-    """A mask file, of which white keeps a place and black hides it, as float32 [1, H, W] in 0..1.
+    """A mask file as float32 [1, H, W] in 0..1: white keeps a place, black hides it.
 
     Raises:
-        ConfigError: a file that is missing or no image.
+        ConfigError: a file that is missing or not an image.
     """
     grey = _open(path).convert("L")
     return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
@@ -66,7 +65,7 @@ def _open(path: str) -> Image.Image:
 
 
 def write_images(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """uint8 [B, 3, H, W] as numbered PNG files, the settings in their metadata."""
+    """Write uint8 [B, 3, H, W] as numbered PNG files with the settings in their metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     metadata = PngInfo()
@@ -80,14 +79,14 @@ def write_images(samples: torch.Tensor, folder: Path, settings: Mapping[str, Any
 
 
 def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """Captions, one to a line, in captions.txt."""
+    """Write captions.txt, one caption on each line."""
     file = folder / "captions.txt"
     file.write_text("".join(f"{caption}\n" for caption in samples), encoding="utf-8")
     return [file]
 
 
-# The module that a further modality's parts come from adds its medium here; it is imported before any file is read.
-MEDIA = {
-    "image": Medium(read_images, write_images),
-    "text": Medium(lambda captions, size: list(captions), write_captions),
+# The module of a further modality adds its files here; it is imported before any file is read.
+MODALITY_IO = {
+    "image": ModalityIO(read_images, write_images),
+    "text": ModalityIO(lambda captions, size: list(captions), write_captions),
 }

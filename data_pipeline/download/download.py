@@ -23,6 +23,7 @@ from data_pipeline.failures import Tally
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
+from vdtrain.config.fields import check_values
 from vdtrain.extras import install
 
 __all__ = ["DownloadError", "download"]
@@ -57,15 +58,8 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
 
 def check(config: DownloadConfig) -> None:
     """Raise a ConfigError for a setting that cannot work."""
-    if config.distributor not in ENGINES:
-        raise ConfigError(f"data.download.distributor={config.distributor}: choose one of {', '.join(ENGINES)}")
-    for name in ("processes", "threads", "samples_per_shard", "timeout", "max_bytes", "max_image_pixels", "tasks"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"data.download.{name}={getattr(config, name)}: must be at least 1")
-    for name in ("min_success_share", "retry_below"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"data.download.{name}={getattr(config, name)}: is a share, from 0 to 1")
-    if not 0 <= config.task < config.tasks:
+    check_values(config, "data.download.")
+    if config.task >= config.tasks:
         raise ConfigError(
             f"data.download.task={config.task}: tasks count from 0 to {config.tasks - 1}, by data.download.tasks"
         )

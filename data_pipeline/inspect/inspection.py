@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from data_pipeline.index.repeated import repeated_uids
 from data_pipeline.inspect.contact_sheet import draw_pairs, write_contact_sheet
 from data_pipeline.progress import track
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.files import check_output
@@ -26,7 +25,6 @@ STAGES = (256, 512)
 ASPECT_RATIOS = (0.0, 0.5, 0.667, 0.8, 1.25, 1.5, 2.0)
 BAR = 40
 REASONS = 8
-MIN_PIXELS = 32
 
 
 def inspect(folder: Path, config: InspectConfig) -> None:
@@ -36,11 +34,6 @@ def inspect(folder: Path, config: InspectConfig) -> None:
         ConfigError: a setting that cannot work, or a contact sheet that cannot be written.
         ManifestError: the folder is no manifest, or a damaged one.
     """
-    if config.shards < 1 or config.images < 0 or config.pixels < MIN_PIXELS:
-        raise ConfigError(
-            f"data.inspect: shards={config.shards} must be 1 or more, images={config.images} 0 or more, "
-            f"pixels={config.pixels} {MIN_PIXELS} or more"
-        )
     output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
     if config.images:
         check_output(output.parent, f"data.inspect.output={output}")

@@ -38,19 +38,17 @@ Encode every image of the manifest with the model's image VAE, and keep the mome
 data.latents=cached then leaves the encoder out. Any number of processes share the work, started by torchrun or srun.
 What is there already is passed over: after an interruption, or with new shards, run the same command again.
 
-  --help              this text
-  --cfg job           print the configuration and stop
-
 Examples:
   python -m data_pipeline latents data.latent_cache.resolutions=[256]
   torchrun --nproc-per-node=8 -m data_pipeline latents hardware=h100 data.latent_cache.folder=/scratch/latents
   python -m data_pipeline latents model=tiny data=shapes hardware=cpu
-
-Settings:
-  data.latent_cache.folder, .resolutions, .batch_size
-  data.manifest, data.stream.min_side, data.stream.shard_root, data.stream.cache     as in training
-  hardware.precision, hardware.loader_workers
 """
+
+# The settings that it reads.
+PARTS = (
+    *("data.root", "data.manifest", "data.stream", "data.latent_cache", "model.modalities"),
+    *("hardware.device", "hardware.precision", "hardware.loader_workers", "hardware.threads"),
+)
 
 
 def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
@@ -123,19 +121,11 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
 
 def _check(config: LatentsConfig) -> str:
     """Refuse settings that cannot work; the encoder's fingerprint."""
-    settings, hardware = config.data.latent_cache, config.hardware
+    settings = config.data.latent_cache
     if not settings.resolutions:
         raise ConfigError("data.latent_cache.resolutions=[]: empty; name those of the stage's phases")
     for resolution in settings.resolutions:
         check_resolution("data.latent_cache.resolutions", resolution, config.model)
-    if settings.batch_size < 1:
-        raise ConfigError(f"data.latent_cache.batch_size={settings.batch_size}: must be at least 1")
-    for setting, value, choices in (
-        ("hardware.device", hardware.device, ("cuda", "cpu")),
-        ("hardware.precision", hardware.precision, ("bf16", "fp32")),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
     return latent_encoder(config.model, MODALITY)
 
 
@@ -214,8 +204,8 @@ def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescri
 def main(argv: Sequence[str]) -> int:
     """Entry point of `python -m data_pipeline latents`; returns its exit status."""
 
-    def action(config: LatentsConfig, document: DictConfig, launch: dict[str, str]) -> int:
+    def action(config: LatentsConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         make_latents(config, launch)
         return 0
 
-    return run_command_on_ranks(USAGE, "latents", LatentsConfig, action, argv)
+    return run_command_on_ranks(USAGE, "latents", LatentsConfig, action, argv, parts=PARTS)

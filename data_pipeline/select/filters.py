@@ -171,31 +171,11 @@ def clean_captions(captions: pa.Array) -> pa.Array:
 
 
 def check_filters(config: FilterConfig) -> None:
-    """Refuse limits that cannot be meant.
+    """Refuse limits that no row can be within.
 
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
-    for name in ("unscored", "duplicate_urls", "duplicate_images"):
-        if (value := getattr(config, name)) not in ("keep", "drop"):
-            raise ConfigError(f"data.select.filters.{name}={value}: choose keep or drop")
-    for name, low, high in (
-        ("side_min", 0, None),
-        ("area_min", 0, None),
-        ("aspect_ratio_min", 0, None),
-        ("aspect_ratio_max", 0, None),
-        ("similarity_min", -1, 1),
-        ("nsfw_max", 0, 1),
-        ("watermark_max", 0, 1),
-        ("aesthetic_min", 0, 10),
-        ("caption_characters_min", 0, None),
-        ("caption_characters_max", 1, None),
-        ("caption_words_min", 0, None),
-    ):
-        value = getattr(config, name)
-        if value is not None and (value < low or (high is not None and value > high)):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ConfigError(f"data.select.filters.{name}={value}: must be {bounds}, or null for no limit")
     for low_name, high_name in (
         ("aspect_ratio_min", "aspect_ratio_max"),
         ("caption_characters_min", "caption_characters_max"),

@@ -80,10 +80,8 @@ def select(data: DataConfig, batch_rows: int = BATCH_ROWS, unit_rows: int = UNIT
 
 def _check(data: DataConfig) -> None:
     check_filters(data.select.filters)
-    if data.select.processes < 1:
-        raise ConfigError(f"data.select.processes={data.select.processes}: must be at least 1")
     rows, samples = data.select.rows_per_part, data.download.samples_per_shard
-    if rows < 1 or samples < 1 or rows % samples:
+    if rows % samples:
         raise ConfigError(
             f"data.select.rows_per_part={rows}: must be a multiple of data.download.samples_per_shard={samples}"
         )

@@ -167,7 +167,7 @@ def test_training_asks_for_the_latents_at_once(data: Path, endings: dict[str, En
     check(train_config(data, tmp_path, "data.latents=inline"), 1)
     for settings, message in (
         ([tmp_path, cached], r"no latents of resolution 32; make them with .*latents data\.latent_cache\.resolutions"),
-        ([data / "alone", "data.latents=cache"], r"data\.latents=cache: choose one of inline, cached"),
+        ([data / "alone", "data.latents=cache"], r"data\.latents=cache: choose from inline, cached"),
         (
             [data / "alone", cached, "stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]"],
             "no latents of resolution 64",
@@ -223,9 +223,9 @@ def test_bad_images_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.Captu
         ("data.latent_cache.resolutions=[36]", "data.latent_cache.resolutions=36: not a multiple of"),
         ("data.latent_cache.resolutions=[128]", "no image has a side of 128 pixels or more; take 128 out"),
         ("data.latent_cache.batch_size=0", "data.latent_cache.batch_size=0: must be at least 1"),
-        ("hardware.precision=fp16", "hardware.precision=fp16: choose one of bf16, fp32"),
+        ("hardware.precision=fp16", "hardware.precision=fp16: choose from bf16, fp32"),
         ("hardware.precision=bf16", "in the precision fp32, and these would be in the precision bf16"),
-        ("hardware.device=tpu", "hardware.device=tpu: choose one of cuda, cpu"),
+        ("hardware.device=tpu", "hardware.device=tpu: choose from cuda, cpu"),
         ("data.stream.min_side=48", "of images from a side on of 32"),
         ("+model.modalities.image.vae.latent_scale=0.2", "has latents of the VAE"),
         ("model.modalities.image.vae.weights=null", "random weights"),

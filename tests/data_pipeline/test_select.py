@@ -592,8 +592,8 @@ def test_block_lists(tmp_path: Path) -> None:
             "rows_per_part=10: must be a multiple",
         ),
         (["data.select.processes=0"], "processes=0: must be at least 1"),
-        (["data.select.filters.unscored=maybe"], "filters.unscored=maybe: choose keep or drop"),
-        (["data.select.filters.nsfw_max=30"], "filters.nsfw_max=30.0: must be from 0 to 1, or null for no limit"),
+        (["data.select.filters.unscored=maybe"], "filters.unscored=maybe: choose from keep, drop"),
+        (["data.select.filters.nsfw_max=30"], "filters.nsfw_max=30: must be from 0 to 1; null for no limit"),
         (
             ["data.select.filters.caption_characters_min=9", "data.select.filters.caption_characters_max=8"],
             "caption_characters_min=9: above caption_characters_max=8",

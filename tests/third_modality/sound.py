@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from miniature.shapes import COLOURS, SHAPES
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
-from vdtrain.media import MEDIA, Medium
+from vdtrain.media import MODALITY_IO, ModalityIO
 from vdtrain.models.image_layers import zero
 from vdtrain.models.layer_plan import DataStep, LayerPlan, Role
 
@@ -186,4 +186,4 @@ def write_sounds(samples: Tensor, folder: Path, settings: Mapping[str, Any]) -> 
     return files
 
 
-MEDIA["sound"] = Medium(read_sounds, write_sounds)
+MODALITY_IO["sound"] = ModalityIO(read_sounds, write_sounds)

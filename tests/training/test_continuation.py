@@ -287,6 +287,22 @@ def test_a_run_of_a_version_that_kept_no_record_of_the_frozen_parts_goes_on(
     assert "contents differ" in capsys.readouterr().err
 
 
+def test_a_run_of_the_first_release_goes_on_without_the_settings_that_are_no_longer_there(
+    complete: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def as_it_was(trainer: dict[str, Any]) -> None:
+        trainer["config"]["hardware"]["offload_optimizer"] = False
+        inspect = trainer["config"]["data"]["inspect"]
+        inspect["pictures"] = inspect.pop("images")
+
+    rewrite(newest(tmp_path / "run"), as_it_was)
+    assert preflight([*complete, "hardware.offload_optimizer=false"]) == 0
+    shown = capsys.readouterr()
+    assert "warning" not in shown.out
+    assert shown.err.startswith("warning: hardware.offload_optimizer: removed")
+    assert train(complete) == 0
+
+
 def test_a_run_whose_phases_were_changed_by_a_version_that_let_them_is_refused(
     complete: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,9 +98,7 @@ def test_a_stage_that_never_comes_to_its_learning_rate_is_warned_of(
     assert preflight([*own, "optimizer.warmup_samples=79"]) == 0
     assert "warmup_samples" not in capsys.readouterr().out
     assert preflight([*own, "optimizer.warmup_samples=81"]) == 0
-    line = (
-        "warning: optimizer.warmup_samples=81: the stage has 40 samples, and ends before it comes to its learning rate"
-    )
+    line = "warning: optimizer.warmup_samples=81: the stage has 40 samples and ends before the warm-up does"
     assert line in capsys.readouterr().out
 
 

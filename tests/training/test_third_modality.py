@@ -284,7 +284,7 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     (shown,) = re.findall(r"```python\nclass SoundStream.*?```", page, flags=re.DOTALL)
     example = (FOLDER / "sound.py").read_text()
     assert all(line in example for line in shown.splitlines()[1:-1])
-    assert re.findall(r"`(MEDIA\[.*)`", page)[0] in example.splitlines()
+    assert re.findall(r"`(MODALITY_IO\[.*)`", page)[0] in example.splitlines()
 
 
 MODALITY = "image|text|sound"

@@ -352,7 +352,7 @@ def test_wandbs_variables(
 def test_a_mode_that_is_none(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert preflight(["model=tiny", "data=shapes", "hardware=cpu"]) == 2
-    assert "error: WANDB_MODE=dryrun: choose one of online, offline, disabled\n" in capsys.readouterr().err
+    assert "error: WANDB_MODE=dryrun: choose from online, offline, disabled\n" in capsys.readouterr().err
 
 
 def test_the_mode_of_the_command_line_stands_above_the_environments(

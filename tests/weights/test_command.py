@@ -14,10 +14,12 @@ from tests.weights.small import MODEL, same, weights
 from vdtrain.checkpoint import format as form
 from vdtrain.cli import main
 from vdtrain.config.compose import compose
+from vdtrain.config.fields import look_up
+from vdtrain.config.schema import WeightsConfig
 from vdtrain.engine.partitions import EMA, MASTER, GroupLayout
 from vdtrain.models.diffuser import layer_group
 from vdtrain.training.start import open_weights
-from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
+from vdtrain.weights.catalogue import FORMATS, SOURCES
 from vdtrain.weights.exports import DTYPES, WRITERS
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 from vdtrain.weights.hub import ADDRESS, COMMIT
@@ -104,14 +106,14 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
     [
         ("", "choose import or export"),
         ("improt clip x", "weights improt: choose import or export"),
-        ("import", "import : no such source; choose one of versatile_diffusion"),
+        ("import", "import : no such source; choose from versatile_diffusion"),
         ("import clpi x", "import clpi: no such source"),
         ("import safetensors", "import safetensors: takes one path, 0 given"),
         ("import text_vae a b", "import text_vae: takes one path, 2 given"),
         ("import text_vae absent.pth", "path=absent.pth: no such file or folder"),
         ("import text_vae hf:org/repo/optimus-vae.pth@main", "pin a commit"),
         ("import versatile_diffusion absent.pth outptu=x", "outptu: no such setting; did you mean"),
-        ("export", "export : no such format; choose one of versatile_diffusion, safetensors, diffusers"),
+        ("export", "export : no such format; choose from versatile_diffusion, safetensors, diffusers"),
         ("export onnx out", "export onnx: no such format"),
         ("export safetensors", "takes one output, 0 given"),
         ("export safetensors out checkpoint=absent", "checkpoint=absent: does not exist"),
@@ -119,8 +121,8 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
             "export safetensors out checkpoint=vd.pth",
             "checkpoint=vd.pth: no such file; one of published weights is imported first",
         ),
-        ("export safetensors out weights=best", "weights=best: choose one of ema, model"),
-        ("export safetensors out precision=fp8", "precision=fp8: choose one of fp32, fp16, bf16, keep"),
+        ("export safetensors out weights=best", "weights=best: choose from ema, model"),
+        ("export safetensors out precision=fp8", "precision=fp8: choose from fp32, fp16, bf16, keep"),
         (
             "export safetensors out.safetensors",
             "output=out.safetensors: a folder is made, and that is the name of a file",
@@ -173,4 +175,6 @@ def test_every_address_is_pinned() -> None:
 def test_what_has_a_name_can_be_done() -> None:
     assert READERS.keys() == SOURCES.keys()
     assert WRITERS.keys() == FORMATS.keys()
-    assert tuple(DTYPES) == PRECISIONS
+    precision = look_up(WeightsConfig, "precision")
+    assert precision is not None
+    assert tuple(DTYPES) == precision.about.choices

@@ -11,38 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vdtrain.commands.sample import SAMPLER_SETTINGS
+from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import BlendConfig
+from vdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdtrain.commands.sampler import Sampler
     from vdtrain.pipeline import ContextInput
 
-USAGE = f"""\
+USAGE = """\
 Usage: vdtrain blend CHECKPOINT MODALITY:INPUT ... [SETTING=VALUE ...]
-       vdtrain blend CHECKPOINT 'contexts=[{{text: "...", weight: 0.4}}, {{image: FILE}}, ...]' [...]
+       vdtrain blend CHECKPOINT 'contexts=[{text: "...", weight: 0.4}, {image: FILE}, ...]' [...]
 
-Make samples from any number of captions and images: the dual-context and the multi-context blender. In contexts=, a
-context may have a weight (only the ratios matter), and an image a mask, an image file of which white keeps and black
-hides.
-
-  --help              this text
-  --cfg job           print the configuration and stop
+Make samples from any number of captions and images: the dual-context and the multi-context blender. In contexts=, each
+context may have a weight; only their ratios matter. An image may have a mask, an image file: white keeps, black hides.
 
 Examples:
   vdtrain blend runs/stage3_four_flow "text:a red circle, on white" image:star.png
   vdtrain blend runs/stage3_four_flow output=text "text:a red circle" image:star.png
-  vdtrain blend runs/stage3_four_flow 'contexts=[{{text: "a red circle", weight: 2}}, {{image: star.png, weight: 3}}]'
-  vdtrain blend runs/stage3_four_flow 'contexts=[{{image: a.png, mask: left.png}}, {{text: "green"}}]' samples=4
-
-Settings:
-  output              image or text
-  samples             how many
-  mixing              attention averages the contexts in every context layer; layer draws one of them for each
-  join                contexts of one modality become one, token after token (true), or are mixed one by one (false)
-{SAMPLER_SETTINGS}"""
+  vdtrain blend runs/stage3_four_flow 'contexts=[{text: "a red circle", weight: 2}, {image: star.png, weight: 3}]'
+  vdtrain blend runs/stage3_four_flow 'contexts=[{image: a.png, mask: left.png}, {text: "green"}]' samples=4
+"""
 
 
 def _context(word: str) -> dict[str, str]:
@@ -55,14 +45,14 @@ def _context(word: str) -> dict[str, str]:
 PLAIN_CONTEXTS = PlainArguments(("checkpoint",), rest="contexts", item=_context)
 
 
-def blend(config: BlendConfig, document: DictConfig) -> int:
+def blend(config: BlendConfig, raw_config: DictConfig) -> int:
     """Sample and write the results; returns the exit status."""
     from vdtrain.commands.sampler import Sampler
 
-    sampler = Sampler(config, document)
+    sampler = Sampler(config, raw_config)
     samples = sampler.model.blend(
         config.output,
-        [_ingredient(sampler, f"contexts.{index}", given) for index, given in enumerate(config.contexts)],
+        [_context_input(sampler, f"contexts.{index}", given) for index, given in enumerate(config.contexts)],
         count=config.samples,
         mixing=config.mixing,
         join=config.join,
@@ -72,7 +62,7 @@ def blend(config: BlendConfig, document: DictConfig) -> int:
     return sampler.write(config.output, samples)
 
 
-def _ingredient(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> ContextInput:
+def _context_input(sampler: Sampler, setting: str, given: Mapping[str, Any]) -> ContextInput:
     from vdtrain.media import read_mask
     from vdtrain.pipeline import ContextInput
 

@@ -1,4 +1,4 @@
-"""Edit images by words, in the latent of the text that describes them.
+"""Edit images by words, in the latent of the text that describes each image.
 
 vdtrain edit runs/stage3_four_flow image.png remove='a circle' add='a star, red'
 """
@@ -10,30 +10,23 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.commands.sample import PLAIN_INPUTS, SAMPLER_SETTINGS
-from vdtrain.config.compose import ConfigError, run_command
+from vdtrain.commands.sample import PLAIN_INPUTS
+from vdtrain.config.command import run_command
 from vdtrain.config.schema import EditConfig
+from vdtrain.errors import ConfigError
 
-USAGE = f"""\
+USAGE = """\
 Usage: vdtrain edit CHECKPOINT IMAGE ... remove=WORDS add=WORDS [SETTING=VALUE ...]
 
-Latent image-to-text-to-image editing: each image is read as a text latent, words are taken out of it and put in, and
-the result is drawn in the style of the image. The captions that the changed latents read as are printed.
-
-  --help              this text
-  --cfg job           print the configuration and stop
+Latent image-to-text-to-image editing: each image becomes a text latent, words are removed from it and added to it, and
+the result is drawn in the style of the image. The captions of the changed latents are printed.
 
 Examples:
   vdtrain edit runs/stage3_four_flow image.png remove='a circle' add='a star, red'
-
-Settings:
-  remove, add         what to take out and what to put in; either may be empty
-  text_share          of the text in the new image; the old one's style has the rest
-  style_rank          components of the old image's context that count as its style
-{SAMPLER_SETTINGS}"""
+"""
 
 
-def edit(config: EditConfig, document: DictConfig) -> int:
+def edit(config: EditConfig, raw_config: DictConfig) -> int:
     """Edit and write the results; returns the exit status."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one image file")
@@ -41,7 +34,7 @@ def edit(config: EditConfig, document: DictConfig) -> int:
     from vdtrain.diffusion.editing import IMAGE
     from vdtrain.diffusion.editing import edit as edit_images
 
-    sampler = Sampler(config, document)
+    sampler = Sampler(config, raw_config)
     images, captions = edit_images(
         sampler.model,
         sampler.read(IMAGE, config.inputs),

@@ -1,4 +1,4 @@
-"""Look, before the GPUs are used, whether a stage can be trained: one process, on the machine that will train.
+"""Check the configuration and the environment before training: one process, on the machine that will train.
 
 vdtrain preflight stage=stage3_four_flow hardware=h100 ranks=8
 """
@@ -11,21 +11,19 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError, run_command
+from vdtrain.config.command import run_command
 from vdtrain.config.schema import PreflightConfig
-from vdtrain.errors import printable
+from vdtrain.errors import ConfigError, printable
 
 USAGE = """\
 Usage: vdtrain preflight stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
 
-Look, on one process and before any GPU is used, whether a stage can be trained, and say everything that is wrong with
-its remedy: the configuration, the checkpoint that the stage starts from, shards enough for all loader workers, a batch
-that divides, room on the disk for the checkpoints to come, Weights & Biases. It takes seconds: checkpoints are told by
-their records and the sizes of their files, and no GPU is asked. Exit status 0 if all is well, 2 if not.
+Check in one process, without a GPU, whether a stage can be trained, and print every problem with its remedy: the
+configuration, the checkpoint that the stage starts from, enough shards for all loader workers, a batch size that
+divides, disk space for the checkpoints, Weights & Biases. This takes seconds: of a checkpoint, only its record and the
+sizes of its files are checked. Exit status 0 without problems, else 2.
 
-All groups and settings of `vdtrain train`, and:
-  ranks=N             processes that will train (default: WORLD_SIZE, else SLURM_NTASKS, else 1; within a step of one
-                      task, SLURM_NTASKS is 1)
+All groups and settings of `vdtrain train` apply (see `vdtrain train --help`), and those below.
 
 Examples:
   vdtrain preflight stage=stage2_dual_flow hardware=h100 ranks=16 run_dir=/scratch/stage2
@@ -34,34 +32,34 @@ Examples:
 
 
 def rank_count(setting: int | None, environment: Mapping[str, str] = os.environ) -> int:
-    """Number of processes that will train: the setting, or what the launcher says.
+    """Number of processes that will train: the setting, or the number of the launcher.
 
     Raises:
-        ConfigError: it is no number above 0.
+        ConfigError: it is not a positive integer.
     """
     name, value = "ranks", str(setting)
     if setting is None:
         name = next((name for name in ("WORLD_SIZE", "SLURM_NTASKS") if environment.get(name)), "")
         value = environment.get(name, "1")
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{name}={value}: is to be the number of processes that will train; give ranks=N")
+        raise ConfigError(f"{name} must be a positive integer, got {value}; set ranks=N, the number of processes")
     return int(value)
 
 
-def preflight(config: PreflightConfig, document: DictConfig) -> int:
-    """Print what was found; exit status 0, or 2 if something is wrong."""
+def preflight(config: PreflightConfig, raw_config: DictConfig) -> int:
+    """Print the result of every check; exit status 0, or 2 if one failed."""
     ranks = rank_count(config.ranks)
-    from vdtrain.training.readiness import ERROR, findings
+    from vdtrain.training.checks import ERROR, checks
 
     wrong = 0
-    for finding in findings(config, document, ranks):
-        failed = finding.kind == ERROR
+    for check in checks(config, raw_config, ranks):
+        failed = check.kind == ERROR
         wrong += failed
-        print(f"{finding.kind}: {printable(finding.line)}", file=sys.stderr if failed else sys.stdout, flush=True)
+        print(f"{check.kind}: {printable(check.line)}", file=sys.stderr if failed else sys.stdout, flush=True)
     return 2 if wrong else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain preflight`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_command(USAGE, "preflight", PreflightConfig, preflight, arguments)
+    return run_command(USAGE, "preflight", PreflightConfig, preflight, arguments, parts=("ranks",), checked=False)

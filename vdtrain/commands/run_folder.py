@@ -1,8 +1,8 @@
-"""The run folder of a training command, for scripts: one line, as the trainer takes it, whatever is in the name.
+"""Print the run folder of a training command on one line, for scripts.
 
     run_dir=$(python -m vdtrain.commands.run_folder stage=stage1_single_flow 'run_dir=my runs/first')
 
-Needs no PyTorch, and looks at no files.
+Imports no PyTorch, and reads only the configuration.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError, run_command
+from vdtrain.config.command import run_command
 from vdtrain.config.schema import TrainConfig
+from vdtrain.errors import ConfigError
 
 USAGE = """\
 Usage: python -m vdtrain.commands.run_folder [GROUP=OPTION ...] [SETTING=VALUE ...]
 
-Print the folder that `vdtrain train` would write to with these settings, as one line. Exit status 0; 2 after a mistake
-in the settings, which is named on standard error.
+Print the folder that `vdtrain train` would write to with these settings, on one line. Exit status 0, or 2 for a mistake
+in the settings, which is printed on standard error.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m vdtrain.commands.run_folder`."""
 
-    def action(config: TrainConfig, document: DictConfig) -> int:
+    def action(config: TrainConfig, raw_config: DictConfig) -> int:
         if "\n" in config.run_dir or not config.run_dir:
-            raise ConfigError(f"run_dir={config.run_dir!r}: no name on one line; give another folder")
-        # As bytes: the name may be one that the terminal's encoding cannot show.
+            raise ConfigError(f"run_dir={config.run_dir!r}: empty, or not one line; give another folder")
+        # As bytes, as the encoding of the terminal may lack characters of the name.
         sys.stdout.buffer.write(config.run_dir.encode("utf-8", "surrogateescape") + b"\n")
         sys.stdout.flush()
         return 0
 
-    return run_command(USAGE, "train", TrainConfig, action, sys.argv[1:] if argv is None else argv)
+    return run_command(
+        USAGE, "train", TrainConfig, action, sys.argv[1:] if argv is None else argv, parts=("run_dir", "runs_dir")
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands that sample share: the model that a command line asks for, its inputs, and its results as files."""
+"""What the commands that sample share: loading the model, reading the inputs, and writing the results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import SamplerConfig
 from vdtrain.diffusion.sampling import make_solver, spacing_note
-from vdtrain.errors import unwritable
+from vdtrain.errors import ConfigError, unwritable
 from vdtrain.files import check_output
-from vdtrain.media import MEDIA, Medium
+from vdtrain.media import MODALITY_IO, ModalityIO
 from vdtrain.pipeline import VersatileDiffusion
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")
-# Settings that say where a sample was made, not how.
+# Settings about the machine, which the metadata of an image leaves out.
 LOCAL = ("output_dir", "device", "threads", "batch_size", "resolution")
 
 
@@ -30,19 +29,18 @@ class Sampler:
     """A loaded model with the settings of a command line.
 
     Args:
-        config: of the command.
-        document: the same, for the metadata of the results.
+        raw_config: the same configuration, for the metadata of the results.
 
     Raises:
         ConfigError: a setting that cannot work, or no complete checkpoint.
     """
 
-    def __init__(self, config: SamplerConfig, document: DictConfig) -> None:
+    def __init__(self, config: SamplerConfig, raw_config: DictConfig) -> None:
         check_sampler(config)
         check_output(Path(config.output_dir), f"output_dir={config.output_dir}")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.config, self.document = config, document
+        self.config, self.raw_config = config, raw_config
         self.settings = {name: getattr(config, name) for name in SAMPLING}
         self.size = (config.height, config.width)
         self.model = VersatileDiffusion.from_checkpoint(
@@ -54,9 +52,9 @@ class Sampler:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
     def read(self, modality: str, inputs: Sequence[str], size: tuple[int, int] | None = None) -> Any:
-        """Inputs of a command line as a batch; images as squares, or of `size`."""
+        """Inputs of a command line as a batch; images are squares unless `size` is given."""
         side = min(self.size)
-        return medium(modality).read(inputs, size or (side, side))
+        return modality_io(modality).read(inputs, size or (side, side))
 
     def progress(self, turns: Sequence[int]) -> Sequence[int]:
         """A progress bar over the steps, on a terminal."""
@@ -65,14 +63,14 @@ class Sampler:
     def write(self, modality: str, samples: Any) -> int:
         """Write samples below `output_dir` and print what was written; returns the exit status."""
         folder = Path(self.config.output_dir)
-        settings = OmegaConf.to_container(self.document, resolve=True)
+        settings = OmegaConf.to_container(self.raw_config, resolve=True)
         assert isinstance(settings, Mapping)
         kept = {str(key): value for key, value in settings.items() if key not in LOCAL}
         if self.steps_taken != self.config.steps:
             kept["steps_taken"] = self.steps_taken
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = medium(modality).write(samples, folder, kept)
+            files = modality_io(modality).write(samples, folder, kept)
         except OSError as error:
             raise ConfigError(f"output_dir={folder}: {unwritable(error, folder)}") from error
         for file in files:
@@ -83,18 +81,11 @@ class Sampler:
 
 
 def check_sampler(config: SamplerConfig) -> None:
-    """Refuse what no model can be loaded with.
+    """Refuse settings that no model can be loaded with.
 
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
-    for setting, value, choices in (
-        ("weights", config.weights, ("ema", "model")),
-        ("device", config.device, ("cpu", "cuda")),
-        ("precision", config.precision, tuple(DTYPES)),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: PyTorch finds no GPU here; choose device=cpu or repair the driver")
     if not os.path.exists(config.checkpoint):
@@ -104,12 +95,14 @@ def check_sampler(config: SamplerConfig) -> None:
         )
 
 
-def medium(modality: str) -> Medium:
+def modality_io(modality: str) -> ModalityIO:
     """How files of a modality are read and written.
 
     Raises:
-        ConfigError: nothing is known about files of that modality.
+        ConfigError: this is not known for that modality.
     """
-    if modality not in MEDIA:
-        raise ConfigError(f"modality {modality!r}: no files are known for it, only for {', '.join(MEDIA)}")
-    return MEDIA[modality]
+    if modality not in MODALITY_IO:
+        raise ConfigError(
+            f"modality {modality!r}: its files cannot be read or written, only those of {', '.join(MODALITY_IO)}"
+        )
+    return MODALITY_IO[modality]

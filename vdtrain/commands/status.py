@@ -1,4 +1,4 @@
-"""Say how a run stands, from the files in its folder: on any machine that sees them, without PyTorch.
+"""Show the progress of a run from the files in its folder, without PyTorch.
 
 vdtrain status runs/stage3_four_flow
 """
@@ -12,41 +12,34 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.schema import StatusConfig
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 from vdtrain.run.summary import RunSummary, age, ago, find_runs, summarise
 
 USAGE = """\
 Usage: vdtrain status [RUN_DIR] [SETTING=VALUE ...]
 
-Say how a run stands: phase, samples done, speed, time left, losses, its last checkpoint, restarts, failures, where its
-figures are. RUN_DIR is a run folder, or one of several runs, of which each gets a line. Everything is read from the
-files there, in a second, on a login node too: no GPU, no PyTorch.
-
-  --help              this text
-  --cfg job           print the configuration and stop
+Show the progress of a run: phase, samples done, speed, time left, losses, last checkpoint, restarts, failures, and the
+place of its figures. RUN_DIR is a run folder, or a folder of several runs, which get one line each. Everything is read
+from the files there within a second, without GPU or PyTorch, so it works on a login node too.
 
 Examples:
   vdtrain status
   vdtrain status runs/stage3_four_flow
   vdtrain status /scratch/runs watch=30
-
-Settings:
-  run_dir             the same as RUN_DIR (default: runs)
-  watch               seconds between looks, on a terminal, until Ctrl-C
 """
 
 
 def status(folder: Path) -> str:
-    """The text on one run, or a line on each of several.
+    """The text about one run, or one line about each of several.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: the folder holds no run.
     """
     if not folder.exists():
-        raise ConfigError(f"run_dir={folder}: does not exist; give the folder of a run, or of several")
+        raise ConfigError(f"run_dir={folder}: does not exist; give the folder of a run, or of several runs")
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"run_dir={folder}: holds no run and no folders of runs; give another folder")
@@ -85,10 +78,10 @@ def _lines(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "processes", f"{last.world_size} on {hosts}{job}"
     for name in ("skipped", "replaced", "failed_saves"):
         if record.get(name):
-            texts = {"skipped": "steps left out", "replaced": "bad samples replaced", "failed_saves": "saves failed"}
+            texts = {"skipped": "skipped steps", "replaced": "bad samples replaced", "failed_saves": "failed saves"}
             yield "trouble", f"{record[name]:,} {texts[name]}"
     if run.dumps:
-        yield "trouble", f"ended by an error, of which {run.dumps[0].parent} tells: {len(run.dumps)} processes"
+        yield "trouble", f"ended by an error on {len(run.dumps)} processes, see {run.dumps[0].parent}"
     if run.tracked is not None:
         yield "W&B", run.tracked
     yield "last line", "none yet" if run.last_log_time is None else ago(run.last_log_time)
@@ -117,7 +110,7 @@ def _time_left(run: RunSummary) -> str:
     left = run.seconds_left
     if left is None:
         return "not known yet"
-    # Larger images take longer, and how much longer is not known before.
+    # Larger images take longer; how much longer is not known before.
     return f"more than {age(left)}" if run.larger_phases else age(left)
 
 
@@ -137,10 +130,8 @@ def _watch(folder: Path, seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `vdtrain status`."""
 
-    def action(config: StatusConfig, document: DictConfig) -> int:
+    def action(config: StatusConfig, raw_config: DictConfig) -> int:
         folder = Path(config.run_dir)
-        if config.watch is not None and config.watch <= 0:
-            raise ConfigError(f"watch={config.watch:g}: not above 0; give seconds, or leave it out")
         try:
             if config.watch is None:
                 print(status(folder))

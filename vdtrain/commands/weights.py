@@ -1,4 +1,4 @@
-"""Bring published weights in, and trained ones out.
+"""Import published weights, and export trained ones.
 
 vdtrain weights import versatile_diffusion vd-four-flow-v1-0.pth
 vdtrain weights export diffusers exported runs/stage3_four_flow
@@ -15,31 +15,29 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from vdtrain.config.command import run_command
 from vdtrain.config.command_line import CommandLine, PlainArguments
-from vdtrain.config.compose import ConfigError, run_command
 from vdtrain.config.overrides import Override
 from vdtrain.config.schema import WeightsConfig
+from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
-from vdtrain.weights.catalogue import FORMATS, PRECISIONS, SOURCES
+from vdtrain.weights.catalogue import FORMATS, SOURCES
 from vdtrain.weights.tensor_files import SUFFIXES
 
 USAGE = """\
 Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
        vdtrain weights export FORMAT OUTPUT [CHECKPOINT] [SETTING=VALUE ...]
 
-Bring published weights in, in whatever layout they were published, and trained ones out. Names and shapes are checked
-against the model before anything is written, nothing in a file is run, and what is written appears as a whole.
-
-  --help              this text
-  --cfg job           print the configuration and stop
+Import published weights from any of their published layouts, and export trained ones. Names and shapes are checked
+against the model before anything is written. No code in a file is run. A result appears complete or not at all.
 
 Import. PATH is a file or folder, or hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT; a source with an address needs none.
 {sources}
 
-  The diffuser goes to `output`, a weights folder that stage.init_from, model.base_weights and checkpoint= read; a
+  The diffuser goes to `output`, a weights folder that stage.init_from, model.base_weights and checkpoint= read. A
   frozen part goes where the model's configuration reads it. Precision is kept.
 
-Export. OUTPUT is the file or folder to make. A path that looks like a setting, a=b, is written ./a=b.
+Export. OUTPUT is the file or folder to make. Write a path that looks like a setting, a=b, as ./a=b.
 {formats}
 
 Examples:
@@ -51,13 +49,6 @@ Examples:
   vdtrain weights export versatile_diffusion my-vd.pth runs/stage3_four_flow weights=ema precision=fp16
   vdtrain weights export safetensors my-vd weights/released
   vdtrain weights export diffusers my-vd-diffusers runs/stage3_four_flow
-
-Settings:
-  output              import: where the diffuser goes (default: as shown beside the source)
-  checkpoint          export, the same as CHECKPOINT: run folder (its latest), checkpoint folder, or weights folder
-  weights             export: ema (averaged) or model (as trained)
-  precision           export: keep, fp32, fp16 or bf16
-  overwrite           true replaces what is there
 """
 
 
@@ -75,22 +66,22 @@ Action = Callable[[WeightsConfig], int]
 
 
 def parse(words: Sequence[str]) -> Action:
-    """What the words of a command line, without its settings, ask for.
+    """The action that the plain arguments of a command line ask for.
 
     Raises:
-        ConfigError: no such command, source or format, or another number of words.
+        ConfigError: no such command, source or format, or a wrong number of arguments.
     """
     command, name, *rest = [*words, "", ""][: max(2, len(words))]
     if command == "import":
         if name not in SOURCES:
-            raise ConfigError(f"import {name}: no such source; choose one of {', '.join(SOURCES)}")
+            raise ConfigError(f"import {name}: no such source; choose from {', '.join(SOURCES)}")
         path = rest[0] if rest else SOURCES[name].address
         if path is None or len(rest) > 1:
             raise ConfigError(f"import {name}: takes one path, {len(rest)} given; give the file or folder to import")
         return partial(import_weights, name, path)
     if command == "export":
         if name not in FORMATS:
-            raise ConfigError(f"export {name}: no such format; choose one of {', '.join(FORMATS)}")
+            raise ConfigError(f"export {name}: no such format; choose from {', '.join(FORMATS)}")
         if len(rest) != 1:
             raise ConfigError(f"export {name}: takes one output, {len(rest)} given; give the file or folder to make")
         return partial(export_weights, name, Path(rest[0]).expanduser())
@@ -119,15 +110,9 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     from vdtrain.weights.exports import DTYPES, WRITERS
     from vdtrain.weights.tensor_files import LazyTensors
 
-    for setting, value, choices in (
-        ("weights", config.weights, ("ema", "model")),
-        ("precision", config.precision, PRECISIONS),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{setting}={value}: choose one of {', '.join(choices)}")
     if name == "versatile_diffusion":
         if output.suffix in (".safetensors", ".json"):
-            raise ConfigError(f"output={output}: a file of PyTorch is made; give it the ending .pth")
+            raise ConfigError(f"output={output}: the result is a file of PyTorch; end its name with .pth")
     else:
         _refuse_name(output, "a folder")
     refuse_existing(output, f"output={output}", config.overwrite)
@@ -140,11 +125,11 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
 
 def _refuse_name(output: Path, what: str) -> None:
     if output.suffix in SUFFIXES:
-        raise ConfigError(f"output={output}: {what} is made, and that is the name of a file; leave {output.suffix} out")
+        raise ConfigError(f"output={output}: the result is {what}; leave out {output.suffix}")
 
 
 def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """Show a progress bar on a terminal."""
     if not sys.stdout.isatty():
         return items
     from rich.progress import track
@@ -158,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def plain(line: CommandLine) -> list[Override]:
         words = line.plain
-        # Without words there may be a `--cfg job` to answer.
+        # `--cfg job` needs no words.
         if words or not line.print:
             asked.append(parse(words[:3] if words[:1] == ["export"] else words))
         return PlainArguments(("checkpoint",))(replace(line, plain=words[3:] if words[:1] == ["export"] else []))
 
-    def action(config: WeightsConfig, document: DictConfig) -> int:
+    def action(config: WeightsConfig, raw_config: DictConfig) -> int:
         return asked[0](config)
 
     return run_command(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)

@@ -1,4 +1,4 @@
 """Settings: their schema, how YAML files and the command line compose them, and their checks.
 
-Start at `schema.py` for what there is to set, at `compose.py` for how a command gets its configuration.
+Start at `schema.py` for the settings that exist, and at `command.py` for what a command does with its command line.
 """

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vdtrain.config.overrides import Override, look_up
+from vdtrain.config.fields import look_up
+from vdtrain.config.overrides import Override
 from vdtrain.config.settings import unknown
 from vdtrain.errors import ConfigError, printable
 
@@ -17,14 +18,14 @@ FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 HELP, PRINT, RESOLVE = ("--help", "-h"), ("--cfg", "-c", "--cfg=job", "-c=job"), "--resolve"
 # What a setting's key looks like; a prompt such as "E=mc2" or a path such as runs/lr=1e-4 does not.
 SETTING_KEY = re.compile(r"[a-z_][a-z0-9_.]*")
-# After it, every word is a plain argument.
+# Every word after it is a plain argument.
 END_OF_OPTIONS = "--"
-SETTING_FORM = "settings are written SETTING=VALUE, such as seed=1"
+SETTING_FORM = "write settings as SETTING=VALUE, such as seed=1"
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The words of a command's command line, sorted."""
+    """The words of a command line, sorted. With `help`, the overrides are the options of groups alone."""
 
     help: bool = False
     print: bool = False
@@ -35,12 +36,12 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class PlainArguments:
-    """The settings that a command's plain arguments stand for, in their order.
+    """The settings that a command's plain arguments stand for, in order.
 
     Attributes:
-        settings: one word each. One that is given as SETTING=VALUE takes no plain argument.
-        rest: a list that takes all further words; None where there may be none.
-        item: what such a word stands for in the list.
+        settings: each takes one word, unless it is given as SETTING=VALUE.
+        rest: a list that takes all further words; None if no further words are allowed.
+        item: makes an item of that list from a word.
     """
 
     settings: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class PlainArguments:
         """The plain arguments of a command line as overrides.
 
         Raises:
-            ConfigError: too many, or a list that is given in both ways.
+            ConfigError: there are too many, or a list is given in both ways.
         """
         given = {override.key for override in line.overrides}
         open_settings = [setting for setting in self.settings if setting not in given]
@@ -64,14 +65,14 @@ class PlainArguments:
         if rest and self.rest is None:
             raise ConfigError(f"{printable(' '.join(map(repr, rest)))}: too many plain arguments; {self.form}")
         if rest and self.rest in given:
-            raise ConfigError(f"{self.rest}: given as plain arguments and as {self.rest}=; give them in one way")
+            raise ConfigError(f"{self.rest}: given as plain arguments and as {self.rest}=; use one of the two")
         if rest and self.rest is not None:
             made.append(Override(" ".join(rest), "", self.rest, None, given=[self.item(word) for word in rest]))
         return made
 
     @property
     def form(self) -> str:
-        """How the plain arguments are written."""
+        """How to write the plain arguments."""
         words = [setting.upper().rpartition(".")[2] for setting in self.settings]
         words += [f"{self.rest.upper().removesuffix('S')} ..."] if self.rest is not None else []
         return f"write {' '.join(words)}, then SETTING=VALUE" if words else "write SETTING=VALUE"
@@ -85,14 +86,15 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
         takes_plain: whether the command has plain arguments.
 
     Raises:
-        ConfigError: a word that is nothing of these.
+        ConfigError: an unknown flag or setting, or a word that is not UTF-8.
     """
     if not takes_plain:
         argv = [word for word in argv if word != END_OF_OPTIONS]
     end = argv.index(END_OF_OPTIONS) if END_OF_OPTIONS in argv else len(argv)
     words, plain = argv[:end], argv[end + 1 :]
     if set(words) & set(HELP):
-        return CommandLine(help=True)
+        choices = [made for word in words if (made := Override.parse(word)) and made.key in groups]
+        return CommandLine(help=True, overrides=choices)
     for word in argv:
         if any(0xD800 <= ord(character) < 0xE000 for character in word):
             raise ConfigError(f"{printable(word)}: not UTF-8; set a UTF-8 locale, or rename the file")
@@ -114,15 +116,15 @@ def _flag(word: str, schema: type, takes_plain: bool) -> str:
     if word in (*PRINT, RESOLVE):
         return word
     if word.startswith(("--cfg=", "-c=")):
-        raise ConfigError(f"{word}: choose --cfg job")
+        raise ConfigError(f"{word}: write --cfg job")
     known = look_up(schema, name) is not None
     meant = f"write {name}={value if equal else 'VALUE'}" if known else SETTING_FORM
-    plain = "; a plain argument that begins with - comes last, after --" if takes_plain else ""
+    plain = "; put a plain argument that begins with - last, after --" if takes_plain else ""
     raise ConfigError(f"unknown flag {printable(word)}: {meant}{plain}")
 
 
 def _override(word: str, schema: type, groups: Collection[str], takes_plain: bool) -> Override | None:
-    """The word as an override; None if it is a plain argument, whether the command takes any or not."""
+    """The word as an override; None if it is a plain argument, even if the command takes none."""
     override = Override.parse(word)
     if override is None:
         return None
@@ -133,17 +135,17 @@ def _override(word: str, schema: type, groups: Collection[str], takes_plain: boo
     if override.text is None or not SETTING_KEY.fullmatch(override.key) or os.path.exists(word):
         return None
     raise ConfigError(
-        f"{unknown(override.key, schema)}; a plain argument with = in it comes last, after --, and a file as ./FILE"
+        f"{unknown(override.key, schema)}; put a plain argument with = in it last, after --, and write a file as ./FILE"
     )
 
 
 def plain_path(path: str) -> str:
-    """A path such that, as a plain argument, it is taken for one."""
+    """A path in a form that is not taken for a setting or a flag."""
     return path if os.path.isabs(path) or re.fullmatch(r"[\w.][\w./-]*", path) else f"./{path}"
 
 
 def shell(words: Sequence[str]) -> str:
-    """Words as one line for bash that gives these words back, whatever is in them."""
+    """Words as one line that bash splits into exactly these words."""
     return " ".join(shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words)
 
 

@@ -1,12 +1,11 @@
-"""Hydra composition for every command: overrides in, a checked dataclass out, and one line for whatever is wrong."""
+"""Hydra composition for every command: overrides in, a configuration out, and one line for every mistake."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
@@ -21,7 +20,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vdtrain.config.command_line import SETTING_FORM, CommandLine, split
+from vdtrain.config.command_line import SETTING_FORM
 from vdtrain.config.overrides import Override, escaped, list_items
 from vdtrain.config.schema import (
     BlendConfig,
@@ -36,9 +35,9 @@ from vdtrain.config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from vdtrain.config.settings import apply, explained, settle, unknown
+from vdtrain.config.settings import apply, complete, explained, unknown
 from vdtrain.errors import ConfigError as ConfigError
-from vdtrain.errors import not_utf8, printable, said
+from vdtrain.errors import described, not_utf8, printable
 
 Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
@@ -54,7 +53,7 @@ SCHEMAS: dict[str, type] = {
     "data_pipeline": DataPipelineConfig,
     "latents": LatentsConfig,
 }
-# The one setting with values by name: a noise schedule.
+# The one table with named values that is not a group: the noise schedule.
 SCHEDULE, SCHEDULES = "model.schedule", "model/schedule"
 SEARCH_PATH = "hydra.searchpath"
 
@@ -71,9 +70,9 @@ def config_folder() -> Path:
 def compose(config_name: str, overrides: Sequence[str | Override]) -> DictConfig:
     """Compose `conf/<config_name>.yaml` with overrides, strictly against its schema.
 
-    Options of groups, and what begins with `hydra.`, Hydra composes: `hydra.searchpath=[FOLDER]` finds group options in
-    a user's own folder too. All other overrides are applied here, one after another, so that an error names its word.
-    In the end a leading `~` of every path is the home folder.
+    Hydra composes the options of groups and the settings below `hydra.`: `hydra.searchpath=[FOLDER]` adds a folder with
+    options of the user's own. All other overrides are applied here one after another, so that an error names its word.
+    At the end, a leading `~` of every path becomes the home folder.
 
     Raises:
         ConfigError: unknown key or group option, wrong type, malformed override.
@@ -90,7 +89,7 @@ def compose(config_name: str, overrides: Sequence[str | Override]) -> DictConfig
     for override in words:
         if not is_choice(override):
             apply(config, override, schema)
-    settle(config, schema)
+    complete(config, schema)
     return config
 
 
@@ -98,7 +97,7 @@ def parsed(word: str) -> Override:
     """The word as an override.
 
     Raises:
-        ConfigError: it does not have the form of one.
+        ConfigError: it does not have the form of an override.
     """
     override = Override.parse(word)
     if override is None:
@@ -108,7 +107,7 @@ def parsed(word: str) -> Override:
 
 
 def is_choice(override: Override) -> bool:
-    """Whether Hydra is to compose it: an option of a group, or one of Hydra's own settings."""
+    """Whether Hydra composes it: an option of a group, or one of Hydra's own settings."""
     # A table for a group changes settings inside it.
     named = override.key in groups() and not (override.text or "").lstrip().startswith("{")
     return named or override.key.startswith("hydra.")
@@ -124,13 +123,13 @@ def _choice_word(override: Override, config_name: str) -> str:
         return f"{SEARCH_PATH}=[{quoted}]"
     if key.startswith("hydra."):
         return override.word
-    if key not in dict(verb_groups(config_name)):
+    if key not in dict(command_groups(config_name)):
         raise unknown(key, SCHEMAS[config_name])
     if override.sign:
-        raise ConfigError(f"{override.shown}: a run has one {key}; choose it by {key}=OPTION")
+        raise ConfigError(f"{override.shown}: a run has exactly one {key}; write {key}=OPTION")
     if not re.fullmatch(r"[\w./-]+", text):
         raise _no_option(key, printable(text))
-    # In quotes, so that true is a name and no truth value.
+    # In quotes, so that true is a name and not a truth value.
     return f"{key}='{text}'"
 
 
@@ -147,7 +146,7 @@ def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         raise _no_option(group, option, error.options) from error
-    # Hydra raises whatever its parts do: YAML's errors, those of the disk, its own and OmegaConf's.
+    # Hydra passes on the errors of YAML, of the disk and of OmegaConf, beside its own.
     except UnicodeDecodeError as error:
         raise ConfigError(_undecodable(error, words)) from error
     except Exception as error:
@@ -163,20 +162,20 @@ def _undecodable(error: UnicodeDecodeError, words: Sequence[str]) -> str:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError as found:
                 return f"{file} {not_utf8(found, file)}"
-    return f"{printable(' '.join(words))}: a file of that is not UTF-8 ({error}); convert it"
+    return f"{printable(' '.join(words))}: one of its files is not UTF-8 ({error}); convert it"
 
 
 def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
-        return ConfigError(f"{mark.name}: not YAML in line {mark.line + 1}; correct that file")
+        return ConfigError(f"{mark.name}: invalid YAML in line {mark.line + 1}; correct that file")
     if isinstance(error, OSError):
-        return ConfigError(f"{words}: {said(error)}")
+        return ConfigError(f"{words}: {described(error)}")
     if re.search(r"(^| )[+~]*hydra\.(?!searchpath=)", words):
-        return ConfigError(f"{words}: no such setting or value; of those below hydra, {SEARCH_PATH} alone matters here")
+        return ConfigError(f"{words}: no such setting or value; below hydra, only {SEARCH_PATH} can be set")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key, what = explained(cause, schema)
-    # Here Hydra keeps of the error its class, its text and its key alone.
+    # Here Hydra keeps only the class, the text and the key of the error.
     inside = re.match(
         r"In '([^']+)': (\w+) raised while composing config:.*?(?:full_key: (\S+)|$)", str(error), re.DOTALL
     )
@@ -190,11 +189,11 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
 
 def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> ConfigError:
     names = [Path(name).stem for name in known or options(group)]
-    return ConfigError(f"{group}={option}: no such option; choose one of {', '.join(names)}")
+    return ConfigError(f"{group}={option}: no such option; choose from {', '.join(names)}")
 
 
 def _by_name(override: Override) -> list[Override]:
-    """`model.schedule=NAME` as the settings that `conf/model/schedule/NAME.yaml` has; any other override as it is.
+    """`model.schedule=NAME` as the settings in `conf/model/schedule/NAME.yaml`; any other override unchanged.
 
     Raises:
         ConfigError: no such schedule.
@@ -204,9 +203,9 @@ def _by_name(override: Override) -> list[Override]:
         return [override]
     names = options(SCHEDULES)
     if name not in names:
-        raise ConfigError(f"{override.shown}: choose one of {', '.join(names)}, or set its beta_start and beta_end")
-    document = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
-    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in document.items()]
+        raise ConfigError(f"{override.shown}: choose from {', '.join(names)}, or set its beta_start and beta_end")
+    loaded = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
+    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in loaded.items()]
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
@@ -220,66 +219,19 @@ def groups() -> list[str]:
 
 
 def options(group: str) -> list[str]:
-    """Names that a config group offers, e.g. the stages."""
+    """Names of the options of a group, e.g. the stages."""
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
-def run_command(
-    usage: str,
-    config_name: str,
-    schema: type[Schema],
-    action: Callable[[Schema, DictConfig], int],
-    argv: Sequence[str],
-    is_main: bool = True,
-    plain: Callable[[CommandLine], list[Override]] | None = None,
-) -> int:
-    """Parse a command's command line, compose its configuration, call `action`, and return the exit status.
-
-    `--help` prints `usage` and the config groups; `--cfg job` prints the configuration (`--resolve` with its
-    interpolations filled in) and stops. A ConfigError becomes one line on stderr (of the process that `is_main`, where
-    several find the same mistake) and status 2.
-
-    Args:
-        plain: the settings that plain arguments stand for; None where the command has no such arguments.
-    """
-    try:
-        line = split(argv, schema, groups(), plain is not None)
-        if line.help:
-            print(usage + _groups_text(config_name))
-            return 0
-        words = [*line.overrides, *(plain(line) if plain is not None else map(parsed, line.plain))]
-        config = compose(config_name, words)
-        if line.print:
-            print(OmegaConf.to_yaml(config, resolve=line.resolve), end="")
-            return 0
-        return action(to_object(config, schema), config)
-    except ConfigError as error:
-        if is_main:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What no part of the command has put into words of its own.
-        print(f"error: {printable(said(error))}", file=sys.stderr)
-        return 1
-
-
 @cache
-def verb_groups(config_name: str) -> list[tuple[str, str]]:
+def command_groups(config_name: str) -> list[tuple[str, str]]:
     """The groups of settings that `conf/<config_name>.yaml` has, each with its default option."""
-    document = OmegaConf.to_container(OmegaConf.load(config_folder() / f"{config_name}.yaml"))
-    assert isinstance(document, dict)
+    loaded = OmegaConf.to_container(OmegaConf.load(config_folder() / f"{config_name}.yaml"))
+    assert isinstance(loaded, dict)
     found: list[tuple[str, str]] = []
-    for each in document.get("defaults", []):
+    for each in loaded.get("defaults", []):
         if isinstance(each, dict):
             found += [(group.removeprefix("optional "), str(option)) for group, option in each.items()]
         elif (config_folder() / f"{each}.yaml").is_file():
-            found += verb_groups(each)
+            found += command_groups(each)
     return found
-
-
-def _groups_text(config_name: str) -> str:
-    shown = [(group, default) for group, default in verb_groups(config_name) if not default.startswith("$")]
-    lines = [f"  {group + '=':<10} {', '.join(options(group))} (default: {default})" for group, default in shown]
-    return "\nGroups:\n" + "\n".join(lines) + "\n" if lines else ""

@@ -1,4 +1,4 @@
-"""The schema of `conf/data/`: where a set comes from, what is kept of it, and how it is downloaded and streamed."""
+"""The schema of `conf/data/`: sources of a data set, what is kept of them, and how it is downloaded and streamed."""
 
 from __future__ import annotations
 
@@ -6,143 +6,156 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from vdtrain.config.overrides import FilePath, PartArguments
+from vdtrain.config.fields import FilePath, PartArguments, setting
+
+KEEP_OR_DROP = ("keep", "drop")
+# Settings that only the preparation of data reads, not training.
+PREPARATION = tuple(
+    f"data.{part}" for part in ("sources", "allow_loopback", "select", "download", "index", "inspect", "shapes")
+)
 
 
 @dataclass
 class SourceConfig:
     """One published metadata set and the tar shards made of it."""
 
-    schema: str = MISSING  # laion2b_en, coyo700m or table
-    metadata: FilePath = MISSING  # a parquet file, or a folder of them, whose columns may differ
-    selected: FilePath = (
-        MISSING  # folder of the rows that `select` kept, in parquet parts, with selection.json written last
-    )
-    shards: FilePath = MISSING  # folder of the tar shards that `download` made of them
+    schema: str = setting("layout of the metadata", choices=("laion2b_en", "coyo700m", "table"))
+    metadata: FilePath = setting("a parquet file, or a folder of them; their columns may differ")
+    selected: FilePath = setting("folder of the rows that select keeps, as parquet files")
+    shards: FilePath = setting("folder of the tar shards that download writes")
 
 
 @dataclass
 class FilterConfig:
-    """What a row must be like to be kept. A limit that is null is none; values at a limit are kept."""
+    """What a row must be like to be kept. A value at a limit is kept."""
 
-    side_min: int | None = MISSING  # shortest side in pixels, by the metadata
-    area_min: int | None = MISSING  # pixels
-    aspect_ratio_min: float | None = MISSING  # width over height
-    aspect_ratio_max: float | None = MISSING
-    similarity_min: float | None = MISSING  # of image and caption: CLIP ViT-B/32 cosine
-    nsfw_max: float | None = MISSING  # probability
-    nsfw_labels: list[str] = MISSING  # labels that are dropped, where a set has labels
-    watermark_max: float | None = MISSING  # probability
-    aesthetic_min: float | None = MISSING  # LAION's predictor, 0 to 10
-    unscored: str = MISSING  # keep or drop: rows without the value that a filter asks for
-    caption_characters_min: int | None = MISSING  # of the cleaned caption, as the following two
-    caption_characters_max: int | None = MISSING
-    caption_words_min: int | None = MISSING
-    duplicate_urls: str = MISSING  # keep or drop; of several rows the first stays
-    duplicate_images: str = MISSING  # keep or drop: rows of one perceptual hash, where a set has hashes
+    side_min: int | None = setting("shortest side in pixels, by the metadata; null for no limit", least=0)
+    area_min: int | None = setting("pixels; null for no limit", least=0)
+    aspect_ratio_min: float | None = setting("width over height; null for no limit", least=0)
+    aspect_ratio_max: float | None = setting("width over height; null for no limit", least=0)
+    similarity_min: float | None = setting(
+        "CLIP ViT-B/32 cosine of image and caption; null for no limit", least=-1, most=1
+    )
+    nsfw_max: float | None = setting("NSFW probability; null for no limit", least=0, most=1)
+    nsfw_labels: list[str] = setting("NSFW labels to drop, in sets that have labels")
+    watermark_max: float | None = setting("watermark probability; null for no limit", least=0, most=1)
+    aesthetic_min: float | None = setting("score of LAION's aesthetic predictor; null for no limit", least=0, most=10)
+    unscored: str = setting("rows without the value that a filter asks for", choices=KEEP_OR_DROP)
+    caption_characters_min: int | None = setting("characters of the cleaned caption; null for no limit", least=0)
+    caption_characters_max: int | None = setting("characters of the cleaned caption; null for no limit", least=1)
+    caption_words_min: int | None = setting("words of the cleaned caption; null for no limit", least=0)
+    duplicate_urls: str = setting("rows with the URL of an earlier row", choices=KEEP_OR_DROP)
+    duplicate_images: str = setting(
+        "rows with the perceptual hash of an earlier row, in sets that have hashes", choices=KEEP_OR_DROP
+    )
 
 
 @dataclass
 class BlockListConfig:
     """Files that name what must not be downloaded: text with one entry a line, or parquet with one column."""
 
-    url: list[FilePath] = MISSING
-    hash: list[FilePath] = MISSING  # LAION's hash of URL and caption
-    md5: list[FilePath] = MISSING  # of the image's file, where a set has it
-    phash: list[FilePath] = MISSING  # perceptual, where a set has it: of COYO-700M the column image_phash
+    url: list[FilePath] = setting("files of URLs: text with one a line, or parquet with one column")
+    hash: list[FilePath] = setting("files of LAION's hash of URL and caption")
+    md5: list[FilePath] = setting("files of the MD5 of the image file, for sets that have it")
+    phash: list[FilePath] = setting("files of perceptual hashes, for sets that have them (COYO-700M: image_phash)")
 
 
 @dataclass
 class SelectConfig:
     """Which rows of the metadata are worth their download."""
 
-    processes: int = MISSING
-    rows_per_part: int = MISSING  # a multiple of download.samples_per_shard
-    scratch: FilePath = MISSING  # folder for what an interrupted run goes on from; removed at the end
+    processes: int = setting("processes that read metadata", least=1)
+    rows_per_part: int = setting("rows of a part, a multiple of download.samples_per_shard", least=1)
+    scratch: FilePath = setting("folder of intermediate results; an interrupted run continues from them")
     filters: FilterConfig = field(default_factory=FilterConfig)
     block_lists: BlockListConfig = field(default_factory=BlockListConfig)
 
 
 @dataclass
 class DownloadConfig:
-    """Arguments of img2dataset and the limits that it is kept within."""
+    """Arguments of img2dataset, and its limits."""
 
-    distributor: str = MISSING  # multiprocessing, pyspark or ray
-    cluster: str | None = None  # address of a Spark master or a Ray cluster; null is this machine
-    python: FilePath | None = None  # interpreter of the environment that img2dataset is in; null is this one
-    processes: int = MISSING
-    threads: int = MISSING  # per process
-    parts: list[int] | None = None  # numbers of the parts to download; null is all
-    task: int = 0  # of several tasks that share the parts, as in a Slurm array, this one
-    tasks: int = 1
-    samples_per_shard: int = MISSING
-    image_size: int = MISSING  # shortest side in pixels
-    encode_quality: int = MISSING
-    min_image_size: int = MISSING
-    max_aspect_ratio: float = MISSING
-    max_image_pixels: int = MISSING
-    max_bytes: int = MISSING  # of an image as it is served
-    timeout: int = MISSING  # seconds without a byte; an image may take three times as long in all
-    retries: int = MISSING  # at once, after failures that may pass
-    user_agent: str = MISSING
-    min_success_share: float = MISSING  # a part with fewer images is stopped
-    retry_below: float = MISSING  # share of images that are fetched, or failed for good, below which a shard is low
-    retry_rounds: int = MISSING  # how often low shards are downloaded again
+    distributor: str = setting("how img2dataset spreads its work", choices=("multiprocessing", "pyspark", "ray"))
+    cluster: str | None = setting("address of a Spark master or a Ray cluster; null for this machine", None)
+    python: FilePath | None = setting("Python interpreter with img2dataset; null for this one", None)
+    processes: int = setting("downloading processes", least=1)
+    threads: int = setting("threads of each process", least=1)
+    parts: list[int] | None = setting("numbers of the parts to download; null for all", None, least=0)
+    task: int = setting("number of this task, of several tasks that share the parts, as in a Slurm array", 0, least=0)
+    tasks: int = setting("number of tasks that share the parts", 1, least=1)
+    samples_per_shard: int = setting("rows that one shard is made of", least=1)
+    image_size: int = setting("pixels of the shortest side after resizing", least=1)
+    encode_quality: int = setting("JPEG quality", least=1, most=100)
+    min_image_size: int = setting("shortest side in pixels; a smaller image is dropped", least=0)
+    max_aspect_ratio: float = setting("longest over shortest side; an image above it is dropped", above=0)
+    max_image_pixels: int = setting("pixels; a larger image is not decoded", least=1)
+    max_bytes: int = setting("bytes of an image file; the download of a larger one stops", least=1)
+    timeout: int = setting("seconds without a byte; a whole image may take three times as long", least=1)
+    retries: int = setting("immediate further attempts after a temporary failure", least=0)
+    user_agent: str = setting("User-Agent header of the requests")
+    min_success_share: float = setting("share of images; a part below it is stopped", least=0, most=1)
+    retry_below: float = setting(
+        "share of images downloaded or permanently failed; a shard below it is downloaded again", least=0, most=1
+    )
+    retry_rounds: int = setting("how often such shards are downloaded again", least=0)
 
 
 @dataclass
 class IndexConfig:
-    """How shards are checked before they are listed in the manifest."""
+    """How shards are checked before the manifest lists them."""
 
-    processes: int = MISSING
-    decode: bool = MISSING  # every image, which finds damage behind its header and takes some times as long
+    processes: int = setting("processes that read shards", least=1)
+    decode: bool = setting("decode every image: finds damage behind its header, and takes several times as long")
 
 
 @dataclass
 class InspectConfig:
-    """What is looked at of a manifest."""
+    """What is reported of a manifest."""
 
-    shards: int = MISSING  # drawn at random, for what is not told by the list of shards: captions, aspect ratios
-    images: int = MISSING  # on the contact sheet, drawn at random
-    pixels: int = MISSING  # side of each
-    seed: int = MISSING
-    output: FilePath | None = MISSING  # the contact sheet; inspect.png beside the manifest by default
+    shards: int = setting("shards drawn at random for the figures of captions and aspect ratios", least=1)
+    images: int = setting("images on the contact sheet, drawn at random; 0 for no sheet", least=0)
+    pixels: int = setting("side of each image on the contact sheet", least=32)
+    seed: int = setting("seed of the random draws")
+    output: FilePath | None = setting("file of the contact sheet; null for inspect.png beside the manifest")
 
 
 @dataclass
 class LatentCacheConfig:
     """Image latents that are encoded once and kept, for `data.latents=cached`."""
 
-    folder: FilePath = MISSING
-    resolutions: list[int] = MISSING  # that `python -m data_pipeline latents` encodes
-    batch_size: int = MISSING  # images that go through the encoder together
+    folder: FilePath = setting("folder of the cached latents")
+    resolutions: list[int] = setting("resolutions that latents encodes")
+    batch_size: int = setting("images that go through the encoder together", least=1)
 
 
 @dataclass
 class ShapesConfig:
     """The drawn image set of the demo."""
 
-    folder: FilePath = MISSING
-    images: int = MISSING
-    pixels: int = MISSING
-    seed: int = MISSING
-    port: int = MISSING
+    folder: FilePath = setting("folder of the images and their metadata")
+    images: int = setting("number of images", least=1)
+    pixels: int = setting("side of each image", least=1)
+    seed: int = setting("seed of the drawings")
+    port: int = setting("port that serve listens on", least=0, most=65535)
 
 
 @dataclass
 class DataConfig:
     """One data set, from its metadata to the stream of batches."""
 
-    name: str = MISSING
-    root: FilePath = MISSING
+    name: str = setting("name of the data set")
+    root: FilePath = setting("folder that the other folders are in by default")
     sources: dict[str, SourceConfig] = MISSING
-    manifest: FilePath = MISSING
-    # Let in addresses of this machine itself, which the URL policy refuses otherwise: for the demo's own server.
-    allow_loopback: bool = MISSING
-    # What yields the batches (vdtrain.data.batch.BatchStream), a `_target_` with its arguments.
-    stream: PartArguments = field(default_factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"})
-    # inline encodes every image as it comes; cached takes its latent's moments from `latent_cache`.
-    latents: str = MISSING
+    manifest: FilePath = setting("folder of the manifest, the list of all shards and samples")
+    allow_loopback: bool = setting("download from addresses of this machine too, for the server of the demo")
+    stream: PartArguments = setting(
+        "class that yields the batches, with its arguments",
+        factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"},
+    )
+    latents: str = setting(
+        "encode images in training, or read the cached latents",
+        choices=("inline", "cached"),
+    )
     select: SelectConfig = MISSING
     download: DownloadConfig = MISSING
     index: IndexConfig = MISSING

@@ -7,15 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vdtrain.config.compose import ConfigError
-from vdtrain.errors import one_line
+from vdtrain.errors import ConfigError, one_line
 
 
 def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any) -> Any:
     """Call the object that `specification["_target_"]` names with the other entries and `arguments`.
 
     Raises:
-        ConfigError: no such target, or an argument that it does not take or misses; `setting` names the place.
+        ConfigError: no such target, or an unknown or a missing argument; the error names `setting`.
     """
     target, options = find_target(specification, setting)
     given = [key for key in options if key in arguments]
@@ -30,10 +29,10 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
 
 
 def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What `specification["_target_"]` names, imported but not called, and the other entries.
+    """The object that `specification["_target_"]` names, imported but not called, and the other entries.
 
     Raises:
-        ConfigError: no such target, or an entry that is none of its arguments.
+        ConfigError: no such target, or an entry that is not an argument of it.
     """
     options = {key: value for key, value in specification.items() if key != "_target_"}
     name = specification.get("_target_")
@@ -43,7 +42,7 @@ def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callabl
     except Exception as error:
         raise ConfigError(
             f"{setting}._target_={name}: cannot be imported ({one_line(error)}); "
-            "give package.module.Name, its folder on PYTHONPATH"
+            "write package.module.Name, with its folder on PYTHONPATH"
         ) from error
     parameters = inspect.signature(target).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -1,6 +1,7 @@
 """The schema of everything in `conf/`: one dataclass per group, merged strictly, so that an unknown key is an error.
 
-The values stand in `conf/*.yaml`; a default here is only given to a setting that is the same in every preset.
+The values stand in `conf/*.yaml`. A default here is for a setting that is the same in every preset. `--help` prints
+these texts, and `fields.check_values` checks these choices and bounds.
 """
 
 from __future__ import annotations
@@ -11,74 +12,78 @@ from typing import Any
 from omegaconf import MISSING
 
 from vdtrain.config.data_schema import DataConfig
-from vdtrain.config.overrides import FilePath, PartArguments, Prompt, PromptTable
+from vdtrain.config.fields import FilePath, PartArguments, Prompt, PromptTable, setting
+
+CHECKPOINT = "run folder (its latest checkpoint), checkpoint folder or weights folder"
+WEIGHTS = ("ema", "model")
+DEVICES = ("cuda", "cpu")
 
 
 @dataclass
 class PhaseConfig:
     """One resolution of a stage, trained for a number of image-text pairs."""
 
-    resolution: int = MISSING
-    samples: int = MISSING
+    resolution: int = setting("side of the images in pixels", least=1)
+    samples: int = setting("image-text pairs", least=1)
 
 
 @dataclass
 class StageConfig:
     """A stage of the curriculum: single-flow, dual-flow, four-flow."""
 
-    name: str = MISSING
-    flows: list[str] = MISSING
-    learning_rate: float = MISSING
-    global_batch_size: int = MISSING
-    # Nested by layer group: {global: 0.1, data: {image: 0.1}, context: {image: 1.0}}.
-    gradient_scales: dict[str, Any] = MISSING
-    gradient_scale_mode: str = MISSING
+    name: str = setting("name of the stage")
+    flows: list[str] = setting("flows that are trained, each CONTEXT-to-OUTPUT")
+    learning_rate: float = setting("learning rate of AdamW", above=0)
+    global_batch_size: int = setting("pairs per optimizer step, over all processes", least=1)
+    gradient_scales: dict[str, Any] = setting(
+        "factor on the step of each layer group: {global: 0.1, data: {image: 0.1}, context: {image: 1.0}}"
+    )
+    gradient_scale_mode: str = setting(
+        "whether the factor multiplies the learning rate or the gradient", choices=("learning_rate", "gradient")
+    )
     phases: list[PhaseConfig] = MISSING
-    # A run folder, a checkpoint folder or a weights folder; null starts from random weights.
-    init_from: FilePath | None = MISSING
-    # Multiplies the samples of every phase: 0.01 is a pilot run of one per cent.
-    samples_scale: float = 1.0
+    init_from: FilePath | None = setting(f"{CHECKPOINT} that a new run starts from; null for random weights")
+    samples_scale: float = setting(
+        "factor on the samples of every phase and on the warm-up; 0.01 is a pilot run of one per cent", 1.0, above=0
+    )
 
 
 @dataclass
 class DiffuserConfig:
     """Widths and depths of the diffuser."""
 
-    channels: list[int] = MISSING  # per level; each level after the first halves the image latent
-    blocks_per_level: int = MISSING
-    attention_levels: list[int] = MISSING
-    heads: int = MISSING
-    norm_groups: int = MISSING
+    channels: list[int] = setting("channels of each level; each level after the first halves the latent", least=1)
+    blocks_per_level: int = setting("residual blocks of each level", least=1)
+    attention_levels: list[int] = setting("levels with attention to the context", least=0)
+    heads: int = setting("attention heads", least=1)
+    norm_groups: int = setting("groups of each group normalisation", least=1)
 
 
 @dataclass
 class ModalityConfig:
     """The four parts of a modality, each a `_target_` with its arguments."""
 
-    data_layers: PartArguments = MISSING
-    context_layers: PartArguments = MISSING
-    vae: PartArguments = MISSING
-    context_encoder: PartArguments = MISSING
+    data_layers: PartArguments = setting("class and arguments of the data layers")
+    context_layers: PartArguments = setting("class and arguments of the context layers")
+    vae: PartArguments = setting("class and arguments of the VAE, with its weights")
+    context_encoder: PartArguments = setting("class and arguments of the context encoder, with its weights")
 
 
 @dataclass
 class ScheduleConfig:
     """Noise schedule: betas linear in their square root ("scaled linear")."""
 
-    steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    steps: int = setting("diffusion steps", 1000, least=1)
+    beta_start: float = setting("first beta", 0.00085, above=0, below=1)
+    beta_end: float = setting("last beta", 0.012, above=0, below=1)
 
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
-    # The weights folder that stage 1 starts from; null for random weights.
-    base_weights: FilePath | None = MISSING
-    # The modality whose data layers the base weights fill.
-    base_modality: str = "image"
-    # Pixels per latent cell along one side, in the image VAE.
-    latent_downsampling: int = 8
+    name: str = setting("name of the model")
+    base_weights: FilePath | None = setting("weights folder that stage 1 starts from; null for random weights")
+    base_modality: str = setting("modality whose data layers the base weights fill", "image")
+    latent_downsampling: int = setting("pixels per latent cell along one side, in the image VAE", 8, least=1)
     diffuser: DiffuserConfig = MISSING
     modalities: dict[str, ModalityConfig] = MISSING
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -86,66 +91,70 @@ class ModelConfig:
 
 @dataclass
 class HardwareConfig:
-    name: str = MISSING
-    device: str = MISSING  # cuda or cpu
-    memory_gb: float | None = MISSING  # of one GPU, in 10^9 bytes; null where there is none to fill
-    precision: str = MISSING  # bf16 or fp32
-    zero_stage: int = MISSING  # 0, 1 or 2
-    offload_optimizer: bool = False  # refused, with the reason
-    # Pairs per process and forward pass, by resolution.
-    micro_batch_size: dict[int, int] = MISSING
-    attention: str = MISSING  # sdpa or xformers
-    # What the backward pass computes again instead of keeping it: none, context (layers) or blocks (all of them).
-    activation_checkpointing: str = MISSING
-    loader_workers: int = MISSING
-    threads: int | None = MISSING  # CPU threads per process for tensor operations; null leaves PyTorch's choice
+    name: str = setting("name of the hardware")
+    device: str = setting("where the tensors are", choices=DEVICES)
+    memory_gb: float | None = setting("memory of one GPU in 10^9 bytes; null if it is not known", above=0)
+    precision: str = setting("number format of the computation; weights are kept in fp32", choices=("bf16", "fp32"))
+    zero_stage: int = setting("ZeRO stage: partitions nothing, optimizer state, or gradients too", choices=(0, 1, 2))
+    micro_batch_size: dict[int, int] = setting("pairs per process and forward pass, by resolution", least=1)
+    attention: str = setting("implementation of attention", choices=("sdpa", "xformers"))
+    activation_checkpointing: str = setting(
+        "layers that the backward pass recomputes: none, context layers or all blocks",
+        choices=("none", "context", "blocks"),
+    )
+    loader_workers: int = setting("decoding threads of each process", least=1)
+    threads: int | None = setting("CPU threads of each process for tensors; null for PyTorch's default", least=1)
 
 
 @dataclass
 class TrackingConfig:
-    name: str = MISSING
-    mode: str = MISSING  # online, offline or disabled
-    project: str = MISSING
-    entity: str | None = MISSING
+    name: str = setting("name of the option")
+    mode: str = setting("mode of Weights & Biases", choices=("online", "offline", "disabled"), environment="WANDB_MODE")
+    project: str = setting("project in Weights & Biases")
+    entity: str | None = setting("user or team in Weights & Biases; null for the default of the account")
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW. Every value here is this project's choice (docs/choices.md)."""
 
-    betas: list[float] = MISSING
-    epsilon: float = MISSING
-    weight_decay: float = MISSING
-    gradient_clip: float = MISSING  # largest norm; 0 clips nothing
-    # As many steps in a row, left out for a loss or a gradient that is not finite, end the run.
-    max_bad_steps: int = MISSING
-    warmup_samples: int = MISSING
-    # Multiplies the stage's learning rate: a narrow network takes larger steps.
-    learning_rate_scale: float = MISSING
+    betas: list[float] = setting("decay of the two moments", least=0, below=1)
+    epsilon: float = setting("added to the denominator", above=0)
+    weight_decay: float = setting("weight decay", least=0)
+    gradient_clip: float = setting("largest norm of the gradient; 0 does not clip", least=0)
+    max_bad_steps: int = setting(
+        "number of steps in a row, skipped because loss or gradient is not finite, that ends the run", least=1
+    )
+    warmup_samples: int = setting("samples over which the learning rate rises", least=0)
+    learning_rate_scale: float = setting("factor on the stage's learning rate, larger for narrow networks", above=0)
 
 
 @dataclass
 class ObjectiveConfig:
-    # Probability that a sample's context is replaced by the unconditional one, for classifier-free guidance.
-    context_dropout: float = MISSING
-    # Weight of a flow's loss, by flow name; a flow that is not named weighs 1.
-    flow_weights: dict[str, float] = MISSING
+    context_dropout: float = setting(
+        "probability of the unconditional context, for classifier-free guidance", least=0, below=1
+    )
+    flow_weights: dict[str, float] = setting("weight of a flow's loss, by flow; 1 for a flow that is not named")
 
 
 @dataclass
 class EmaConfig:
-    """Average of the weights, started anew in every phase (docs/choices.md)."""
+    """Exponential moving average of the weights, started anew in every phase (docs/choices.md)."""
 
-    enabled: bool = MISSING
-    length: float = MISSING  # how far it looks back, as a share of the phase so far
-    decay: float | None = MISSING  # upper limit of what an update keeps; null for none
+    enabled: bool = setting("keep an average of the weights")
+    length: float = setting(
+        "how far it looks back, as a share of the phase so far; 0.5 averages a whole phase alike, 0.1 its last tenth",
+        above=0,
+        most=0.5,
+    )
+    decay: float | None = setting("upper limit of the decay; null sets no limit", least=0, below=1)
 
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = MISSING
-    keep: int = MISSING  # the newest ones, however they came about
-    keep_every_steps: int | None = MISSING  # beside them, those of a step that is a multiple of it; null for none
+    every_steps: int = setting("steps between checkpoints", least=1)
+    keep: int = setting("number of newest checkpoints that stay", least=1)
+    keep_every_steps: int | None = setting("checkpoints at multiples of it stay too; null for none", least=1)
 
 
 @dataclass
@@ -161,112 +170,118 @@ class TrainConfig:
     objective: ObjectiveConfig = MISSING
     ema: EmaConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
-    runs_dir: FilePath = MISSING
-    run_dir: FilePath = MISSING
-    seed: int = MISSING
-    log_every_steps: int = MISSING
-    # Longest time without a step before a process writes down where it stands and ends; null waits for ever.
-    watchdog_seconds: float | None = MISSING
-    # How often a Slurm job puts itself back into the queue; 0 for never.
-    max_restarts: int = MISSING
+    runs_dir: FilePath = setting("folder of all runs")
+    run_dir: FilePath = setting("folder of this run")
+    seed: int = setting("seed of weights, data order and noise")
+    log_every_steps: int = setting("steps between lines of the log", least=1)
+    watchdog_seconds: float | None = setting(
+        "longest time without a step before a process writes its stack and exits; null waits without limit", least=1
+    )
+    max_restarts: int = setting("how often a Slurm job requeues itself; 0 never does", least=0)
 
 
 @dataclass
 class PlanConfig(TrainConfig):
     """Root of `conf/plan.yaml`."""
 
-    gpus: int = MISSING
-    format: str = MISSING  # table or json
+    gpus: int = setting("number of processes, one per GPU", least=1)
+    format: str = setting("output for people or for programs", choices=("table", "json"))
 
 
 @dataclass
 class PreflightConfig(TrainConfig):
     """Root of `conf/preflight.yaml`."""
 
-    # Processes that will train; null for what the launcher says.
-    ranks: int | None = MISSING
+    ranks: int | None = setting(
+        "number of processes that will train; null for WORLD_SIZE, else SLURM_NTASKS (1 inside a step of one task), "
+        "else 1"
+    )
 
 
 @dataclass
 class StatusConfig:
     """Root of `conf/status.yaml`."""
 
-    run_dir: FilePath = MISSING
-    watch: float | None = MISSING  # seconds between looks; null for one look
+    run_dir: FilePath = setting("folder of a run, or of several runs")
+    watch: float | None = setting("seconds between updates, on a terminal; null prints once", above=0)
 
 
 @dataclass
 class SamplingConfig:
     """How a sample is drawn; the values are the released application's."""
 
-    height: int = 512  # of images, in pixels
-    width: int = 512
-    steps: int = 50
-    guidance_scale: float = 7.5  # 1 is no guidance
-    solver: str = "ddim"  # ddim, dpm-solver++ or unipc
-    eta: float = 0.0  # noise added back by DDIM: 0 none, 1 as much as in training
-    seed: int = 0
-    batch_size: int = 8  # samples that go through the network together
+    height: int = setting("height of the images in pixels", 512)
+    width: int = setting("width of the images in pixels", 512)
+    steps: int = setting("steps of the solver; ddim needs about 50, the others about 20", 50, least=1)
+    guidance_scale: float = setting("strength of classifier-free guidance; 1 is none", 7.5)
+    solver: str = setting("solver", "ddim", choices=("ddim", "dpm-solver++", "unipc"))
+    eta: float = setting("noise that ddim adds back; 0 is deterministic, 1 adds as much as training", 0.0)
+    seed: int = setting("seed of the samples", 0)
+    batch_size: int = setting("samples that go through the network together", 8, least=1)
 
 
 @dataclass
 class SamplerConfig(SamplingConfig):
     """What every command that samples has in common: `conf/sampler.yaml`."""
 
-    checkpoint: FilePath = MISSING
-    weights: str = MISSING  # ema or model
-    output_dir: FilePath = MISSING
-    resolution: int = MISSING  # height and width, where these are not given
-    device: str = MISSING
-    precision: str = MISSING  # fp32, bf16 or fp16
-    threads: int | None = MISSING
+    checkpoint: FilePath = setting(CHECKPOINT)
+    weights: str = setting("averaged weights, or weights as trained", choices=WEIGHTS)
+    output_dir: FilePath = setting("folder of the results; images keep the settings in their metadata")
+    resolution: int = setting("height and width, unless these are given")
+    device: str = setting("where the model runs", choices=DEVICES)
+    precision: str = setting("number format of the model", choices=("fp32", "bf16", "fp16"))
+    threads: int | None = setting("CPU threads for tensors; null for PyTorch's default", least=1)
 
 
 @dataclass
 class SampleConfig(SamplerConfig):
     """Root of `conf/sample.yaml`."""
 
-    flow: str = MISSING
-    inputs: list[Prompt] = MISSING  # captions, or image files, by the flow's context
-    samples_per_input: int = MISSING
-    focus: float = MISSING
-    start_from: list[Prompt] = MISSING
-    fidelity: float = MISSING
+    flow: str = setting("flow, CONTEXT-to-OUTPUT")
+    inputs: list[Prompt] = setting("captions or image files, by the context of the flow")
+    samples_per_input: int = setting("samples for each input", least=1)
+    focus: float = setting("image contexts: 0 keeps the content, 0.5 changes nothing, 1 keeps the style")
+    start_from: list[Prompt] = setting("samples to start from instead of noise, one for each input")
+    fidelity: float = setting("how little start_from is noised: 0 starts from noise, 1 keeps it")
 
 
 @dataclass
 class BlendConfig(SamplerConfig):
     """Root of `conf/blend.yaml`."""
 
-    output: str = MISSING
-    # {text: CAPTION} or {image: FILE}, each with an optional weight and, for images, a mask file.
-    contexts: list[PromptTable] = MISSING
-    samples: int = MISSING
-    mixing: str = MISSING
-    join: bool = MISSING
+    output: str = setting("modality of the samples: image or text")
+    contexts: list[PromptTable] = setting(
+        "each {text: CAPTION} or {image: FILE}, with an optional weight and, for an image, a mask file"
+    )
+    samples: int = setting("number of samples", least=1)
+    mixing: str = setting(
+        "attention averages the contexts in every context layer, layer draws one of them for each",
+        choices=("attention", "layer"),
+    )
+    join: bool = setting("join contexts of one modality token after token; false mixes them one by one")
 
 
 @dataclass
 class EditConfig(SamplerConfig):
     """Root of `conf/edit.yaml`."""
 
-    inputs: list[Prompt] = MISSING  # image files
-    remove: Prompt = MISSING
-    add: Prompt = MISSING
-    text_share: float = MISSING
-    style_rank: int = MISSING
+    inputs: list[Prompt] = setting("image files")
+    remove: Prompt = setting("words to take out; may be empty")
+    add: Prompt = setting("words to put in; may be empty")
+    text_share: float = setting("share of the text in the new image; the old image's style has the rest")
+    style_rank: int = setting("components of the old image's context that count as its style", least=1)
 
 
 @dataclass
 class WeightsConfig:
     """Root of `conf/weights.yaml`."""
 
-    model: ModelConfig = MISSING  # import: the model that the weights are of
-    output: FilePath | None = MISSING
-    checkpoint: FilePath = MISSING
-    weights: str = MISSING  # ema or model
-    precision: str = MISSING  # keep, fp32, fp16 or bf16
-    overwrite: bool = MISSING
+    model: ModelConfig = MISSING
+    output: FilePath | None = setting("import: folder of the diffuser; null for the one shown beside the source")
+    checkpoint: FilePath = setting(f"export: {CHECKPOINT}")
+    weights: str = setting("export: averaged weights, or weights as trained", choices=WEIGHTS)
+    precision: str = setting("export: number format of the file", choices=("fp32", "fp16", "bf16", "keep"))
+    overwrite: bool = setting("replace existing files")
 
 
 @dataclass
@@ -289,28 +304,29 @@ class LatentsConfig:
 class FidConfig:
     """Fréchet Inception distance."""
 
-    weights: FilePath | None = MISSING  # of the Inception network of 2015; null leaves FID out
-    # Mean and covariance of the real images, an npz file: read where it is, else written there; null for neither.
-    reference: FilePath | None = MISSING
+    weights: FilePath | None = setting("Inception weights of 2015 (docs/evaluation.md); null leaves FID out")
+    reference: FilePath | None = setting(
+        "npz file with mean and covariance of the real images: read if it exists, else written; null for neither"
+    )
 
 
 @dataclass
 class ClipConfig:
-    """The CLIP that scores. Where `architecture` is null, it is the one that the checkpoint's contexts come from."""
+    """The CLIP that scores."""
 
-    architecture: Any = MISSING  # name of an open_clip model, or what its files hold
-    weights: FilePath | None = MISSING
-    tokenizer: FilePath | None = MISSING  # null is CLIP's own
+    architecture: Any = setting("open_clip model, or its description; null for the CLIP of the model's contexts")
+    weights: FilePath | None = setting("weights of that CLIP")
+    tokenizer: FilePath | None = setting("tokenizer of that CLIP; null for CLIP's own")
 
 
 @dataclass
 class EvaluateConfig(SamplerConfig):
     """Root of `conf/evaluate.yaml`."""
 
-    flows: list[str] = MISSING
-    samples: int = MISSING  # pairs of the manifest, each giving every flow one sample
-    part_samples: int = MISSING  # pairs whose results are one file: what an interruption costs
-    loader_workers: int = MISSING
+    flows: list[str] = setting("flows that are measured")
+    samples: int = setting("pairs of the manifest; each gives every flow one sample", least=2)
+    part_samples: int = setting("samples per file; an interruption costs at most one file", least=1)
+    loader_workers: int = setting("decoding threads of each process", least=1)
     fid: FidConfig = MISSING
     clip: ClipConfig = MISSING
     data: DataConfig = MISSING

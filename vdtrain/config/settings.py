@@ -1,4 +1,4 @@
-"""Overrides applied to a composed configuration, one after another, and its paths settled; a mistake names its word."""
+"""Overrides applied to a composed configuration one after another, and its paths completed; errors name the word."""
 
 from __future__ import annotations
 
@@ -22,20 +22,30 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vdtrain.config.overrides import Mark, Override, SettingType, SettingValueError, keys, look_up
+from vdtrain.config.fields import Mark, SettingType, keys, look_up
+from vdtrain.config.overrides import Override, SettingValueError
 from vdtrain.errors import ConfigError
 
-# Of a name in a file system, and of a whole path, in bytes.
-ADDS = "a + before it adds a new entry"
+ADDS = "write + before it to add an entry"
+# Of a file name and of a whole path, in bytes.
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 INTERPOLATION = "`${` begins the name of another setting; write `\\${` for the characters themselves"
 
+# Names of the first release.
+RENAMED = {
+    "data.shapes.pictures": "data.shapes.images",
+    "data.inspect.pictures": "data.inspect.images",
+    "data.select.filters.duplicate_pictures": "data.select.filters.duplicate_images",
+}
+# Settings of the first release that had one legal value each, and that value. It is still accepted and changes nothing.
+REMOVED = {"hardware.offload_optimizer": "false"}
+
 
 def apply(config: DictConfig, override: Override, schema: type) -> None:
-    """Change `config` as the override says.
+    """Change `config` by an override.
 
     Raises:
-        ConfigError: there is no such setting, or it cannot take the value.
+        ConfigError: the setting does not exist, or it cannot take the value.
     """
     setting = look_up(schema, override.key)
     if setting is None or override.key.startswith("."):
@@ -49,7 +59,7 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
     outer = OmegaConf.select(config, above, throw_on_missing=False) if above else config
     if table is None and holder.fields is not None and isinstance(outer, DictConfig) and last in outer:
         raise ConfigError(
-            f"{override.shown}: {parent} is null; give it as a whole, {parent}={{{', '.join(holder.fields)}}}"
+            f"{override.shown}: {parent} is null; set the whole table, {parent}={{{', '.join(holder.fields)}}}"
         )
     if not isinstance(table, Container) and not override.sign.startswith("+"):
         raise _not_there(config, override)
@@ -62,7 +72,7 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
             OmegaConf.select(config, override.key, throw_on_missing=False) if there and not holder.numbered else None
         )
         if override.sign == "+" and there and present is not None and not isinstance(present, Container):
-            raise ConfigError(f"{override.shown}: {override.key} is there already; leave out the +")
+            raise ConfigError(f"{override.shown}: {override.key} exists already; leave out the +")
         value = override.value(setting, present)
         if not there and not override.sign:
             raise _not_there(config, override)
@@ -74,7 +84,7 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
         raise ConfigError(f"{override.shown}: {error}") from error
     except OmegaConfBaseException as error:
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and setting.fields is None and not override.sign:
-            raise ConfigError(f"{override.shown}: an entry that is not there yet, {_names(present)}; {ADDS}") from error
+            raise ConfigError(f"{override.shown}: no such entry, {_names(present)}; {ADDS}") from error
         where, what = explained(error, schema, override.key)
         inner = f"{where.rpartition('.')[2]} " if where != override.key and where.startswith(override.key) else ""
         raise ConfigError(f"{override.shown}: {inner}{what}") from error
@@ -89,7 +99,7 @@ def _not_there(config: DictConfig, override: Override) -> ConfigError:
             break
         table = table[key]
         place.append(name)
-    remedy = f"give {'.'.join(place)}=[...] as a whole" if isinstance(table, ListConfig) else ADDS
+    remedy = f"set the whole list, {'.'.join(place)}=[...]" if isinstance(table, ListConfig) else ADDS
     return ConfigError(f"{override.shown}: {'.'.join(place)} has no {name!r}, {_names(table)}; {remedy}")
 
 
@@ -101,31 +111,35 @@ def _remove(
     config: DictConfig, override: Override, table: Any, key: int | str, there: bool, holder: SettingType
 ) -> None:
     if holder.fields is not None:
-        raise ConfigError(f"{override.shown}: every run has this setting; give it a value instead")
+        raise ConfigError(f"{override.shown}: this setting cannot be removed; give it a value")
     if not there:
-        raise ConfigError(f"{override.shown}: not there, so that there is nothing to take away; {_names(table)}")
+        raise ConfigError(f"{override.shown}: no such entry to remove, {_names(table)}")
     if override.text is not None and str(table[key]) != override.text:
-        raise ConfigError(f"{override.shown}: it is {table[key]}; leave out the value to take it away")
+        raise ConfigError(f"{override.shown}: its value is {table[key]}; leave out the value to remove it")
     with open_dict(config):
         del table[key]
 
 
 def _names(table: Any) -> str:
     if not isinstance(table, DictConfig | ListConfig):
-        return "and can have no entries"
+        return "it cannot have entries"
     names = [str(name) for name in (table if isinstance(table, DictConfig) else range(len(table)))]
-    return f"only {', '.join(names)}" if names else "nor anything else"
+    return f"only {', '.join(names)}" if names else "the table is empty"
 
 
 def unknown(key: str, schema: type) -> ConfigError:
     """The error for a key that the schema does not have, with the nearest that it has."""
+    if key in RENAMED:
+        return ConfigError(f"{key}: renamed; write {RENAMED[key]}")
+    if key in REMOVED:
+        return ConfigError(f"{key}: removed, as {REMOVED[key]} was its only legal value; leave it out")
     nearest = nearest_key(key, schema)
-    hint = f"did you mean {nearest!r}?" if nearest else "--cfg job shows all"
+    hint = f"did you mean {nearest!r}?" if nearest else "--cfg job prints all settings"
     return ConfigError(f"{key}: no such setting; {hint}")
 
 
 def nearest_key(key: str, schema: type) -> str | None:
-    """The dotted key of the schema that was probably meant."""
+    """The dotted key of the schema that is most like `key`."""
     known = [each for each in keys(schema) if not key.rpartition(".")[2].isdecimal()]
     names = sorted({each.rpartition(".")[2] for each in known})
     close = difflib.get_close_matches(key.rpartition(".")[2].lower(), names, n=1)
@@ -133,11 +147,11 @@ def nearest_key(key: str, schema: type) -> str | None:
     return max(same, key=lambda each: difflib.SequenceMatcher(None, each, key).ratio(), default=None)
 
 
-def settle(config: DictConfig, schema: type) -> None:
-    """Put home folders into the paths, and check that all values are there and that references lead somewhere.
+def complete(config: DictConfig, schema: type) -> None:
+    """Expand `~` in the paths, and check that every setting has a value and that every reference resolves.
 
     Raises:
-        ConfigError: what is wrong with a setting.
+        ConfigError: with the setting, its value and the remedy.
     """
     for place, path in list(_home_paths(OmegaConf.to_container(config), SettingType(schema))):
         table: Any = config
@@ -147,7 +161,7 @@ def settle(config: DictConfig, schema: type) -> None:
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
-        raise ConfigError("a setting refers to itself; --cfg job shows the settings, with their ${...}") from error
+        raise ConfigError("a setting refers to itself; --cfg job prints the settings with their ${...}") from error
     except OmegaConfBaseException as error:
         key, what = explained(error, schema)
         raw = _raw(OmegaConf.to_container(config), key)
@@ -162,7 +176,7 @@ def _raw(value: Any, key: str) -> Any:
 
 
 def _home_paths(raw: Any, setting: SettingType, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Where, in a configuration without its references filled in, paths begin with `~`."""
+    """The places of an unresolved configuration whose paths begin with `~`."""
     for name, value in raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ():
         inner = setting.entry(str(name))
         if inner is not None and inner.mark is Mark.PATH and isinstance(value, str) and value.startswith("~"):
@@ -175,12 +189,12 @@ def _at_home(path: str, place: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.partition("/")[0]
-        raise ConfigError(f"{place}={path}: there is no user {user[1:]!r}; ./{user} is a folder of that name here")
+        raise ConfigError(f"{place}={path}: no such user {user[1:]!r}; write ./{user} for a folder of that name")
     return expanded
 
 
 def _check(value: Any, setting: SettingType, key: str) -> None:
-    """Refuse what a reference may have brought in, and paths that cannot be any."""
+    """Refuse a reference that is not to a list where one must be, and impossible paths."""
     if setting.is_list and value is not None and not isinstance(value, list):
         raise ConfigError(f"{key}={value}: must be {setting.example}")
     if setting.mark is Mark.PATH and setting.is_text and value is not None:
@@ -193,7 +207,7 @@ def _check(value: Any, setting: SettingType, key: str) -> None:
 
 
 def check_path(key: str, path: str) -> None:
-    """Refuse what cannot be a path.
+    """Refuse an impossible path.
 
     Raises:
         ConfigError: it is empty or too long.
@@ -201,32 +215,31 @@ def check_path(key: str, path: str) -> None:
     if not path.strip():
         raise ConfigError(f"{key}={path}: empty; give a file or folder (. is this one)")
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in path.split("/")):
-        raise ConfigError(f"{key}={path[:40]}...: too long for the name of a file or folder; give another one")
+        raise ConfigError(f"{key}={path[:40]}...: too long for the name of a file or folder; give a shorter one")
 
 
 def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, str]:
-    """Which setting an error of OmegaConf is about, and what is wrong, in words of ours.
+    """The setting that an error of OmegaConf is about, and our description of the error.
 
     Args:
-        near: the key that was changed, of which the setting is a part.
+        near: the key that was changed; the setting is inside it.
     """
     named = str(getattr(error, "full_key", None) or near).replace("[", ".").replace("]", "")
-    # Of a value that is made before it is put into its place, OmegaConf names the setting as from there.
+    # OmegaConf builds a value before it inserts it, and then names the setting relative to the value.
     key = next((each for each in (named, f"{near}.{named}", f"{near}.0.{named}") if look_up(schema, each)), named)
     setting = look_up(schema, key) or look_up(schema, near)
     if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
-        return key, f"its ${{...}} names nothing that there is; {INTERPOLATION}"
+        return key, f"its ${{...}} names no setting; {INTERPOLATION}"
     if isinstance(error, GrammarParseError):
-        return key, f"not the form of a reference; {INTERPOLATION}"
+        return key, f"not a valid reference; {INTERPOLATION}"
     if isinstance(error, MissingMandatoryValue):
         return key, f"has no value; give {key}=VALUE"
     if isinstance(error, KeyValidationError):
         return key, "must be a table whose names are integers"
     if isinstance(error, ConfigKeyError | ConfigAttributeError | ConfigIndexError):
-        nearest = nearest_key(key, schema)
-        return key, f"no such setting; did you mean {nearest!r}?" if nearest else "no such setting; --cfg job shows all"
+        return key, str(unknown(key, schema)).removeprefix(f"{key}: ")
     if isinstance(error, InterpolationResolutionError):
-        return key, f"its ${{...}} cannot be filled in; {INTERPOLATION}"
+        return key, f"its ${{...}} cannot be resolved; {INTERPOLATION}"
     if isinstance(error, ValidationError) and setting is not None:
         return key, f"must be {setting.example}"
-    return key, f"must be {setting.example}" if setting is not None else "cannot be used; --cfg job shows all settings"
+    return key, f"must be {setting.example}" if setting is not None else "cannot be used; --cfg job prints all settings"

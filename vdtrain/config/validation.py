@@ -1,35 +1,32 @@
-"""Checks of a training configuration that need no GPU and no process group: whatever cannot work is said at once."""
+"""Checks of a training configuration before any GPU or process group is used."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vdtrain.config.compose import ConfigError
+from vdtrain.config.fields import check_values, value_problems
 from vdtrain.config.instantiate import find_target
-from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrackingConfig, TrainConfig
-from vdtrain.errors import one_line
+from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrainConfig
+from vdtrain.errors import ConfigError, one_line
 from vdtrain.extras import missing
 from vdtrain.flows import Flow, active_groups
 
-TRACKING_MODES = ("online", "offline", "disabled")
-
 
 def stage_flows(config: TrainConfig) -> list[Flow]:
-    """The stage's flows, in their order.
+    """The stage's flows, in order.
 
     Raises:
-        ConfigError: no flow, one named twice, or one between modalities that the model does not have.
+        ConfigError: no flow, a flow named twice, or a flow with a modality that the model does not have.
     """
     names = config.stage.flows
     known = ", ".join(config.model.modalities)
     if not names:
         raise ConfigError("stage.flows: empty; name at least one flow, e.g. [image-to-image]")
     if len(set(names)) < len(names):
-        raise ConfigError(f"stage.flows={names}: a flow stands twice; name each once")
+        raise ConfigError(f"stage.flows={names}: a flow is named twice; name each once")
     flows = []
     for name in names:
         try:
@@ -49,7 +46,7 @@ def gradient_scales(config: TrainConfig) -> dict[str, float]:
     """The stage's gradient scales by layer group, e.g. {"data.image": 0.1}, for the groups that its flows train.
 
     Raises:
-        ConfigError: a trained group without a scale, or a scale that is no positive number.
+        ConfigError: a trained group without a scale, or a scale that is not a positive number.
     """
     flat: dict[str, Any] = {}
     for kind, value in config.stage.gradient_scales.items():
@@ -79,7 +76,7 @@ def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
 
 
 def warmup_samples(config: TrainConfig) -> float:
-    """Samples over which the learning rate rises. A pilot run's are as small a share of a whole run's as all else."""
+    """Samples over which the learning rate rises; `samples_scale` scales them like the phases, down only."""
     return config.optimizer.warmup_samples * min(1.0, config.stage.samples_scale)
 
 
@@ -112,19 +109,18 @@ def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
+    check_values(settings)
     check_resolution("height", settings.height, model)
     check_resolution("width", settings.width, model)
-    if settings.batch_size < 1:
-        raise ConfigError(f"batch_size={settings.batch_size}: must be at least 1")
 
 
 def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
-    """Refuse a resolution that the image VAE and the diffuser's levels cannot halve down and double up again.
+    """Refuse a resolution that the image VAE and the levels of the diffuser cannot halve.
 
     Raises:
-        ConfigError: it is no multiple of the VAE's downsampling times the deepest level's.
+        ConfigError: it is not a multiple of the VAE's downsampling times that of the deepest level.
     """
-    multiple = model.latent_downsampling * 2 ** (len(model.diffuser.channels) - 1)
+    multiple = max(1, model.latent_downsampling * 2 ** (len(model.diffuser.channels) - 1))
     if resolution < multiple or resolution % multiple:
         raise ConfigError(
             f"{setting}={resolution}: not a multiple of {multiple} (model.latent_downsampling x the deepest level's); "
@@ -132,19 +128,8 @@ def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
         )
 
 
-def check_tracking(tracking: TrackingConfig) -> None:
-    """Refuse a mode that is none, from the settings or from W&B's own variable.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy.
-    """
-    if tracking.mode not in TRACKING_MODES:
-        setting = "WANDB_MODE" if tracking.mode == os.environ.get("WANDB_MODE") else "tracking.mode"
-        raise ConfigError(f"{setting}={tracking.mode}: choose one of {', '.join(TRACKING_MODES)}")
-
-
 def check(config: TrainConfig, world_size: int) -> None:
-    """Refuse a configuration that cannot work, or names files that are not there.
+    """Refuse a configuration that cannot work, or that names missing files.
 
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
@@ -154,7 +139,7 @@ def check(config: TrainConfig, world_size: int) -> None:
 
 
 def check_settings(config: TrainConfig, world_size: int) -> None:
-    """Refuse settings that cannot work, whatever files there are.
+    """Refuse settings that cannot work; files are not looked at.
 
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
@@ -164,7 +149,7 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
 
 
 def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
-    """A line on everything that `check` refuses, found one after another."""
+    """A line on everything that `check` refuses."""
     yield from setting_problems(config, world_size)
     if config.hardware.attention == "xformers" and (line := missing("xformers")) is not None:
         yield f"hardware.attention=xformers: {line}, or choose sdpa"
@@ -178,18 +163,17 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
         )
     elif config.data.latents == "cached":
         yield from _latent_problems(config)
-    # Last, for it imports what it names.
+    # Last, as it imports the class.
     yield from problem_of(lambda: find_target(config.data.stream, "data.stream"))
 
 
 def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     """A line on everything that `check_settings` refuses."""
+    yield from value_problems(config)
     stage = config.stage
     flows = list(problem_of(lambda: stage_flows(config)))
-    # Without flows there is nothing that would be scaled.
+    # The scales are those of the flows' layer groups.
     yield from flows or problem_of(lambda: gradient_scales(config))
-    if stage.global_batch_size < 1 or stage.learning_rate <= 0 or stage.samples_scale <= 0:
-        yield "stage: global_batch_size, learning_rate and samples_scale must be above 0"
     if not stage.phases:
         yield "stage.phases: empty; give at least one {resolution: R, samples: N}"
     for index, phase in enumerate(stage.phases):
@@ -202,7 +186,7 @@ def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
                 f"stage.phases.{index}.samples={phase.samples} x samples_scale={stage.samples_scale}: "
                 f"less than one batch of {stage.global_batch_size}"
             )
-    yield from _choice_problems(config)
+    yield from _contradictions(config)
 
 
 def problem_of(action: Callable[[], object]) -> Iterator[str]:
@@ -213,71 +197,33 @@ def problem_of(action: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _choice_problems(config: TrainConfig) -> Iterator[str]:
-    hardware, stage = config.hardware, config.stage
-    if hardware.zero_stage == 3:
-        yield (
-            "hardware.zero_stage=3: DeepSpeed 0.19.8 applies a layer's last gradient again in steps that leave the "
-            "layer out; choose one of 0, 1, 2"
-        )
-    if hardware.offload_optimizer:
-        yield (
-            "hardware.offload_optimizer=true: DeepSpeed 0.19.8 then loses the updates of layers that a step's last "
-            "micro-batch leaves out; set it to false, and hardware.zero_stage=2 to save memory"
-        )
-    for setting, value, choices in (
-        ("hardware.device", hardware.device, ("cuda", "cpu")),
-        ("hardware.precision", hardware.precision, ("bf16", "fp32")),
-        ("hardware.zero_stage", hardware.zero_stage, (0, 1, 2)),
-        ("hardware.attention", hardware.attention, ("sdpa", "xformers")),
-        ("hardware.activation_checkpointing", hardware.activation_checkpointing, ("none", "context", "blocks")),
-        ("stage.gradient_scale_mode", stage.gradient_scale_mode, ("learning_rate", "gradient")),
-        ("data.latents", config.data.latents, ("inline", "cached")),
-    ):
-        if value not in choices:
-            yield f"{setting}={value}: choose one of {', '.join(map(str, choices))}"
-    yield from problem_of(lambda: check_tracking(config.tracking))
-    if hardware.device == "cpu" and hardware.attention == "xformers":
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    """A line on each setting that does not go with another one."""
+    if config.hardware.device == "cpu" and config.hardware.attention == "xformers":
         yield "hardware.attention=xformers: has no CPU kernels; choose sdpa"
-    if config.optimizer.gradient_clip < 0:
-        yield f"optimizer.gradient_clip={config.optimizer.gradient_clip}: below 0; 0 clips nothing"
-    if not 0 <= config.objective.context_dropout < 1:
-        yield f"objective.context_dropout={config.objective.context_dropout}: not in [0, 1)"
     for name in config.objective.flow_weights:
-        if name not in stage.flows:
-            yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(stage.flows)}"
+        if name not in config.stage.flows:
+            yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(config.stage.flows)}"
     schedule = config.model.schedule
-    if schedule.steps < 1 or not 0 < schedule.beta_start <= schedule.beta_end < 1:
-        yield f"model.schedule={schedule}: betas rise in (0, 1), over at least one step; choose released or paper"
-    if not 0 < config.ema.length <= 0.5:
-        yield f"ema.length={config.ema.length}: not in (0, 0.5]; 0.5 averages a whole phase alike, 0.1 its last tenth"
-    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
-        yield f"ema.decay={config.ema.decay}: not in [0, 1); null sets no limit"
-    checkpoint = config.checkpoint
-    for setting, number in (
-        ("checkpoint.every_steps", checkpoint.every_steps),
-        ("checkpoint.keep", checkpoint.keep),
-        ("log_every_steps", config.log_every_steps),
-        ("optimizer.max_bad_steps", config.optimizer.max_bad_steps),
-        ("watchdog_seconds", config.watchdog_seconds),
-    ):
-        if number is not None and number < 1:
-            yield f"{setting}={number}: must be at least 1"
-    if config.max_restarts < 0:
-        yield f"max_restarts={config.max_restarts}: below 0; 0 never restarts a job"
-    kept = checkpoint.keep_every_steps
-    if kept is not None and (kept < 1 or kept % max(1, checkpoint.every_steps)):
+    if schedule.beta_start > schedule.beta_end:
         yield (
-            f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={checkpoint.every_steps}, "
-            "so that there are no checkpoints to keep; choose one, or null"
+            f"model.schedule.beta_start={schedule.beta_start}: above beta_end={schedule.beta_end}; lower it, or write "
+            "model.schedule=released or paper"
+        )
+    checkpoint = config.checkpoint
+    kept, every = checkpoint.keep_every_steps, checkpoint.every_steps
+    if kept is not None and kept % max(1, every):
+        yield (
+            f"checkpoint.keep_every_steps={kept}: not a multiple of checkpoint.every_steps={every}, so there is no "
+            "checkpoint to keep; choose a multiple, or null"
         )
 
 
 def latent_encoder(model: ModelConfig, modality: str) -> str:
-    """Fingerprint of a modality's VAE, one whose encoding can be cached.
+    """Fingerprint of a modality's VAE, whose encoding is to be cached.
 
     Raises:
-        ConfigError: there is none, its class has no moments, or its weights are missing or random.
+        ConfigError: the modality does not exist, its VAE has no moments, or its weights are missing or random.
     """
     from vdtrain.models.frozen_weights import fingerprint
 
@@ -292,7 +238,7 @@ def latent_encoder(model: ModelConfig, modality: str) -> str:
 
 
 def _latent_problems(config: TrainConfig) -> Iterator[str]:
-    """A line on each phase whose cached latents are not there, or are of something else."""
+    """A line on each phase whose cached latents are missing, or were made with other settings."""
     from vdtrain.data.latents import MODALITY, LatentShards
     from vdtrain.data.manifest import Manifest, ManifestError
 
@@ -311,7 +257,7 @@ def _latent_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
-    """Every argument that names a weights or tokenizer file must name one that exists."""
+    """A line on every argument that names a missing weights or tokenizer file."""
     for key, value in arguments.items():
         if isinstance(value, Mapping):
             yield from _file_problems(f"{setting}.{key}", value, model)
@@ -325,7 +271,7 @@ def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfi
 
 
 def _origin(file: str, model: ModelConfig) -> str:
-    """The command that makes a file of a frozen part, where there is one."""
+    """The beginning of a remedy: the command that makes a file of a frozen part; empty if there is none."""
     from vdtrain.weights.catalogue import DEFAULT_MODEL
     from vdtrain.weights.imports import source_of
 

@@ -11,7 +11,7 @@ from typing import Any
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.batch import Batch, BatchStream
-from vdtrain.errors import one_line, said
+from vdtrain.errors import described, one_line
 
 
 def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, step: int = 0) -> BatchStream:
@@ -45,7 +45,7 @@ def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, 
 def data_problem(error: Exception, manifest: str) -> str:
     """What an error of `open_stream`, or of its batches, says in a line."""
     if isinstance(error, OSError):
-        return f"data.manifest={manifest}: {said(error)}"
+        return f"data.manifest={manifest}: {described(error)}"
     return one_line(error)
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vdtrain.commands.sampler import DTYPES, SAMPLING, check_sampler
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import EvaluateConfig
-from vdtrain.config.validation import check_sampling, check_tracking
+from vdtrain.config.validation import check_sampling
 from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.evaluation.frechet import Statistics, read_reference, write_reference
@@ -290,19 +290,11 @@ class Evaluator:
 
 def _check(config: EvaluateConfig) -> None:
     check_sampler(config)
-    for setting, value, least in (
-        ("samples", config.samples, 2),
-        ("part_samples", config.part_samples, 1),
-        ("loader_workers", config.loader_workers, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{setting}={value}: must be at least {least}")
     if (config.height, config.width) != (config.resolution, config.resolution):
         raise ConfigError(
             f"height={config.height}, width={config.width}: images are compared with real ones cropped to squares; "
             "set resolution alone"
         )
-    check_tracking(config.tracking)
     if (line := missing("matplotlib")) is not None:
         raise ConfigError(f"contact sheets: {line}")
 

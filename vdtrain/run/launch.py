@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from omegaconf import DictConfig
 
+from vdtrain.config.command import Schema, run_command
 from vdtrain.config.command_line import CommandLine
-from vdtrain.config.compose import ConfigError, Schema, run_command
 from vdtrain.config.overrides import Override
+from vdtrain.errors import ConfigError
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Launchers that are not supported: their variables for the number of processes and for the rank.
@@ -102,8 +103,9 @@ def run_command_on_ranks(
     action: Callable[[Schema, DictConfig, dict[str, str]], int],
     argv: Sequence[str],
     plain: Callable[[CommandLine], list[Override]] | None = None,
+    parts: Sequence[str] = (),
 ) -> int:
-    """`vdtrain.config.compose.run_command` in one of several processes; only rank 0 prints a mistake.
+    """`vdtrain.config.command.run_command` in one of several processes; only rank 0 prints a mistake.
 
     `action` also receives the launcher's variables. Unusable variables are a mistake too.
     """
@@ -116,10 +118,10 @@ def run_command_on_ranks(
             print(f"error: {error}", file=sys.stderr)
         return 2
 
-    def on_rank(config: Schema, document: DictConfig) -> int:
-        return action(config, document, launch)
+    def on_rank(config: Schema, raw_config: DictConfig) -> int:
+        return action(config, raw_config, launch)
 
-    return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain)
+    return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain, parts)
 
 
 def _slurm_launch() -> dict[str, str]:

@@ -91,8 +91,8 @@ def _trained_past_a_save(run_dir: Path, every_steps: int) -> int:
     """
     record = next(iter(last_metrics(run_dir, 1)), {})
     try:
-        document = OmegaConf.load(run_dir / CONFIG_FILE)
-        every_steps = int(OmegaConf.select(document, "checkpoint.every_steps") or every_steps)
+        raw_config = OmegaConf.load(run_dir / CONFIG_FILE)
+        every_steps = int(OmegaConf.select(raw_config, "checkpoint.every_steps") or every_steps)
     except (OSError, ValueError, OmegaConfBaseException):
         pass
     step = int(record.get("step", 0))

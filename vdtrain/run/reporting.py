@@ -85,11 +85,11 @@ class Reporter:
     """Reports one run.
 
     Args:
-        document: the resolved configuration, for the tracker and for config.yaml in the run folder.
+        raw_config: the resolved configuration, for the tracker and for config.yaml in the run folder.
         step: the step that the run continues from.
     """
 
-    def __init__(self, config: TrainConfig, document: Any, step: int, rank: int) -> None:
+    def __init__(self, config: TrainConfig, raw_config: Any, step: int, rank: int) -> None:
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
         self.console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
@@ -97,7 +97,7 @@ class Reporter:
             return
         limit = config.watchdog_seconds
         seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
-        self.tracker = Tracker(Path(config.run_dir), config.tracking, document, step, self.warn, seconds)
+        self.tracker = Tracker(Path(config.run_dir), config.tracking, raw_config, step, self.warn, seconds)
         if self.console.is_terminal:
             batch = config.stage.global_batch_size
             total = sum(phase_steps(config, phase) for phase in config.stage.phases) * batch

@@ -18,7 +18,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.errors import one_line, said, unwritable
+from vdtrain.errors import described, one_line, unwritable
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.lock import RunLock, take_together
@@ -38,7 +38,7 @@ SHARED_ERRORS = (CheckpointError, distributed.SharedError)
 TIMEOUT_OVER_WATCHDOG = 2.0
 
 
-def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, overrides: Sequence[str] = ()) -> int:
+def run(config: TrainConfig, raw_config: DictConfig, rank: int, stop: StopSignal, overrides: Sequence[str] = ()) -> int:
     """Train a stage whose configuration has been checked.
 
     Args:
@@ -58,7 +58,7 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
     stop.note(signal.SIGINT)
     try:
         record_collectives(dumps)
-        complete = _train(config, document, stop, watchdog)
+        complete = _train(config, raw_config, stop, watchdog)
         # All processes meet here: one that ended early could end the others.
         interrupted = not distributed.all_agree(not stop.interrupted)
         if complete and rank == 0:
@@ -88,14 +88,14 @@ def run(config: TrainConfig, document: DictConfig, rank: int, stop: StopSignal, 
         watchdog.close()
 
 
-def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
+def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchdog: Watchdog) -> bool:
     """True if the stage is complete; else it was stopped by a signal."""
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     # Report mistaken settings at once. The processes verify the files together, below.
     early = Start()
     with contextlib.suppress(CheckpointError):
-        early = resolve_start(config, document, verify_checksums=False)
+        early = resolve_start(config, raw_config, verify_checksums=False)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:
@@ -108,13 +108,13 @@ def _train(config: TrainConfig, document: DictConfig, stop: StopSignal, watchdog
         # A complete run may be on a read-only disk.
         take_together(lock, lambda: watchdog.heartbeat(waiting), needed=not _is_complete(early, config))
         watchdog.heartbeat("looking for the checkpoint to start from")
-        start = resolve_start(config, document)
+        start = resolve_start(config, raw_config)
         if _is_complete(start, config):
             return True
         remarks = [*start.remarks, *check_frozen(start, config)]
-        _begin(config, document, start, place, remarks)
+        _begin(config, raw_config, start, place, remarks)
         watchdog.heartbeat("building the model")
-        return build_trainer(config, document, start, place, watchdog).run(stop)
+        return build_trainer(config, raw_config, start, place, watchdog).run(stop)
     finally:
         lock.release()
 
@@ -124,12 +124,12 @@ def _is_complete(start: Start, config: TrainConfig) -> bool:
 
 
 def _begin(
-    config: TrainConfig, document: DictConfig, start: Start, place: distributed.RankInfo, remarks: Sequence[str]
+    config: TrainConfig, raw_config: DictConfig, start: Start, place: distributed.RankInfo, remarks: Sequence[str]
 ) -> None:
     """Record the start in the run folder and print it."""
     step = 0 if start.position is None else start.position.step
     hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
-    distributed.raise_if_any(_prepare_folder(config, document, step, hosts) if place.rank == 0 else None)
+    distributed.raise_if_any(_prepare_folder(config, raw_config, step, hosts) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
@@ -139,11 +139,11 @@ def _begin(
             print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _prepare_folder(config: TrainConfig, document: DictConfig, step: int, hosts: list[str]) -> str | None:
+def _prepare_folder(config: TrainConfig, raw_config: DictConfig, step: int, hosts: list[str]) -> str | None:
     """Write the configuration and the start into the run folder; a line on what failed, or None."""
     run_dir, total = Path(config.run_dir), sum(stage_steps(config.stage))
     try:
-        OmegaConf.save(document, run_dir / "config.yaml", resolve=True)
+        OmegaConf.save(raw_config, run_dir / "config.yaml", resolve=True)
         record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts)
     except OSError as error:
         return f"run_dir={run_dir}: {unwritable(error, run_dir)}"
@@ -157,5 +157,5 @@ def _line(error: Exception, rank: int) -> str | None:
         return text if rank == 0 else ""
     if isinstance(error, StreamError | ManifestError):
         return f"process {rank}: {text}"
-    problem = said(error) if isinstance(error, OSError) else connection_problem(error)
+    problem = described(error) if isinstance(error, OSError) else connection_problem(error)
     return None if problem is None else f"process {rank}: {problem}"

@@ -29,8 +29,8 @@ SCRIPTS = "slurm"
 def next_stage(stage: str) -> str | None:
     """The stage whose file starts from the run of `stage`; None after the last stage."""
     for name in options("stage"):
-        document = OmegaConf.to_container(OmegaConf.load(config_folder() / "stage" / f"{name}.yaml"), resolve=False)
-        if isinstance(document, dict) and document.get("init_from") == f"${{runs_dir}}/{stage}":
+        loaded = OmegaConf.to_container(OmegaConf.load(config_folder() / "stage" / f"{name}.yaml"), resolve=False)
+        if isinstance(loaded, dict) and loaded.get("init_from") == f"${{runs_dir}}/{stage}":
             return name
     return None
 
@@ -207,9 +207,9 @@ def summarise(folder: Path) -> RunSummary:
 
 def _settings(folder: Path) -> tuple[StageConfig | None, TrackingConfig | None]:
     try:
-        document = OmegaConf.load(folder / CONFIG_FILE)
-        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
-        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackingConfig), document.tracking))
+        loaded = OmegaConf.load(folder / CONFIG_FILE)
+        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), loaded.stage))
+        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackingConfig), loaded.tracking))
     # Any damage to the file must not hide the rest of the run's state.
     except Exception:
         return None, None

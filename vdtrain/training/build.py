@@ -38,7 +38,7 @@ from vdtrain.weights.tensor_files import LazyTensors
 
 def build_trainer(
     config: TrainConfig,
-    document: DictConfig,
+    raw_config: DictConfig,
     start: Start,
     place: distributed.RankInfo,
     watchdog: Watchdog | None = None,
@@ -47,7 +47,7 @@ def build_trainer(
 
     Args:
         config: checked by `vdtrain.config.validation.check`.
-        document: the same configuration, unresolved, for the checkpoints.
+        raw_config: the same configuration, unresolved, for the checkpoints.
         start: from `resolve_start`.
         place: from `distributed.start`.
         watchdog: None disables it.
@@ -60,7 +60,7 @@ def build_trainer(
     groups, flows = parameters_by_group(diffuser), stage_flows(config)
     engine = Engine(diffuser, {group: groups[group] for group in active_groups(flows)}, engine_settings(config))
     try:
-        record = {CONFIG: run_document(document), FROZEN: frozen_contents(config.model)}
+        record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
         frozen = build_frozen(config.model).to(place.device, engine.compute_dtype)
         objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
         ema = ShardEMA(engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
@@ -76,7 +76,7 @@ def build_trainer(
     if start.resume is not None:
         saver.saved_step = state.step
     watchdog.heartbeat("starting the tracker")
-    reporter = Reporter(config, OmegaConf.to_container(document, resolve=True), state.step, place.rank)
+    reporter = Reporter(config, OmegaConf.to_container(raw_config, resolve=True), state.step, place.rank)
     return Trainer(
         config,
         place,
@@ -184,8 +184,8 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
     return start.weights.weights() if verify_checksums else start.weights.unchecked_weights("model")
 
 
-def run_document(document: DictConfig) -> dict[str, Any]:
+def recorded_config(raw_config: DictConfig) -> dict[str, Any]:
     """The configuration for a checkpoint. Interpolations stay unresolved, so it can move between machines."""
-    container = OmegaConf.to_container(document, resolve=False)
+    container = OmegaConf.to_container(raw_config, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

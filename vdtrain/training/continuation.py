@@ -96,9 +96,9 @@ CONFIG, STATE, FROZEN = "config", "state", "frozen"
 
 def trained_stage(content: Mapping[str, Any]) -> StageConfig:
     """The stage in a checkpoint's trainer state, as it was when written."""
-    document = OmegaConf.create(content[CONFIG])
-    OmegaConf.resolve(document)
-    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), document.stage))
+    raw_config = OmegaConf.create(content[CONFIG])
+    OmegaConf.resolve(raw_config)
+    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), raw_config.stage))
     assert isinstance(stage, StageConfig)
     return stage
 
@@ -117,19 +117,19 @@ def position(content: Mapping[str, Any]) -> TrainState:
     return TrainState.from_dict(content[STATE]).settled(stage_steps(trained_stage(content)))
 
 
-def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig, run_dir: str) -> list[str]:
+def changes(content: Mapping[str, Any], raw_config: DictConfig, stage: StageConfig, run_dir: str) -> list[str]:
     """One line per setting that differs from the checkpoint's.
 
     Args:
         content: trainer state of the checkpoint.
-        document: the composed configuration, unresolved.
+        raw_config: the composed configuration, unresolved.
         stage: the composed stage.
 
     Raises:
         ConfigError: a setting must not change, or the position does not fit the phases.
     """
     before = OmegaConf.create(content[CONFIG])
-    old, new = _flat(before), _flat(document)
+    old, new = _flat(before), _flat(raw_config)
     other_run = f"give another run_dir, with stage.init_from={run_dir} to continue from its weights"
     lines = []
     mid_epoch = TrainState.from_dict(content[STATE]).phase_step > 0
@@ -149,7 +149,7 @@ def changes(content: Mapping[str, Any], document: DictConfig, stage: StageConfig
             continue
         note = ""
         if setting == "stage.init_from":
-            if _text(before, setting) == _text(document, setting):
+            if _text(before, setting) == _text(raw_config, setting):
                 # The same reference; only the folder behind it has moved.
                 continue
             note = "; no effect, because the run has its own weights"
@@ -213,9 +213,9 @@ def _longer(stage: StageConfig, steps: int) -> str:
     return f"stage.phases.{len(stage.phases) - 1}.samples={samples}"
 
 
-def _flat(document: DictConfig) -> dict[str, Any]:
+def _flat(raw_config: DictConfig) -> dict[str, Any]:
     """All values of a configuration by full name; phases by index, other lists whole."""
-    return dict(_leaves("", OmegaConf.to_container(document, resolve=True)))
+    return dict(_leaves("", OmegaConf.to_container(raw_config, resolve=True)))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -231,9 +231,9 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _text(document: DictConfig, setting: str) -> Any:
+def _text(raw_config: DictConfig, setting: str) -> Any:
     """A setting's unresolved text."""
-    value: Any = OmegaConf.to_container(document, resolve=False)
+    value: Any = OmegaConf.to_container(raw_config, resolve=False)
     for name in setting.split("."):
         value = value[name]
     return value

@@ -51,11 +51,11 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def resolve_start(config: TrainConfig, document: DictConfig, verify_checksums: bool = True) -> Start:
+def resolve_start(config: TrainConfig, raw_config: DictConfig, verify_checksums: bool = True) -> Start:
     """Decide where a stage starts: from its own checkpoint, from `stage.init_from`, or from random weights.
 
     Args:
-        document: the composed configuration, unresolved.
+        raw_config: the composed configuration, unresolved.
         verify_checksums: check every byte of the run's own checkpoint, each process its share. False compares the
             sizes of its files, and finds mistaken settings before other processes have started.
 
@@ -71,7 +71,7 @@ def resolve_start(config: TrainConfig, document: DictConfig, verify_checksums: b
             f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); check the disk"
         ) from error
     if own is not None:
-        news = changes(own.state, document, config.stage, config.run_dir)
+        news = changes(own.state, raw_config, config.stage, config.run_dir)
         return Start(resume=own, position=position(own.state), remarks=tuple(news))
     # Processes may see different files but must report the same.
     lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
@@ -108,8 +108,8 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
     lines = []
     if start.resume is not None:
         # Earlier versions recorded no contents. A file that has moved is compared with the one at its old path.
-        document = OmegaConf.create(content[CONFIG])
-        for setting, path in frozen_files(document.model).items():
+        raw_config = OmegaConf.create(content[CONFIG])
+        for setting, path in frozen_files(raw_config.model).items():
             if setting in recorded or setting not in files or files[setting] == path:
                 continue
             if Path(path).expanduser().is_file():
@@ -206,8 +206,8 @@ def model_of(source: Checkpoint | Path, setting: str) -> ModelConfig:
     """The model of a checkpoint or of a weights folder."""
     if isinstance(source, Path):
         return weights_folder_model(source, setting)
-    document = OmegaConf.create(source.state["config"])
-    model = OmegaConf.merge(OmegaConf.structured(ModelConfig), document.model)
+    raw_config = OmegaConf.create(source.state["config"])
+    model = OmegaConf.merge(OmegaConf.structured(ModelConfig), raw_config.model)
     found = OmegaConf.to_object(model)
     assert isinstance(found, ModelConfig)
     return found

@@ -79,9 +79,6 @@ FORMATS = {
     "diffusers": "a folder of diffusers' Versatile Diffusion pipelines, frozen parts included",
 }
 
-PRECISIONS = ("fp32", "fp16", "bf16", "keep")
-
-
 DEFAULT_MODEL = "versatile_diffusion"
 
 

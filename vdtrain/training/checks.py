@@ -1,4 +1,4 @@
-"""What a stage needs beside a configuration that can work: a start, enough shards, room on the disk, a tracker."""
+"""The checks of `vdtrain preflight`: configuration, start, shards, disk space and tracker."""
 
 from __future__ import annotations
 
@@ -30,81 +30,78 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A line on something that was looked at: kind is "ok", "warning" or "error"."""
+class Check:
+    """The result of a check: `kind` is "ok", "warning" or "error"."""
 
     kind: str
     line: str
 
 
-def findings(config: TrainConfig, document: DictConfig, ranks: int) -> Iterator[Finding]:
-    """Look at everything, what costs least first; errors do not end the looking.
+def checks(config: TrainConfig, raw_config: DictConfig, ranks: int) -> Iterator[Check]:
+    """Run all checks, the cheapest first; an error does not end them.
 
     Args:
-        document: the composed configuration, unresolved.
+        raw_config: the composed configuration, unresolved.
         ranks: number of processes that will train.
     """
-    mistakes: set[str] = set()
-    for line in problems(config, ranks):
-        if line not in mistakes:
-            yield Finding(ERROR, line)
-        mistakes.add(line)
+    mistakes = list(dict.fromkeys(problems(config, ranks)))
+    yield from (Check(ERROR, line) for line in mistakes)
     if not mistakes:
-        yield Finding(OK, _extent(config, ranks))
+        yield Check(OK, _extent(config, ranks))
         yield from warm_up(config)
     if Path(config.data.manifest).exists():
-        yield from data(config, ranks, settled=not mistakes)
+        yield from data(config, ranks, valid=not mistakes)
     yield from in_use(config)
-    yield from start_and_room(config, document, settled=not mistakes)
+    yield from start_and_room(config, raw_config, valid=not mistakes)
     yield tracking(config)
 
 
-def warm_up(config: TrainConfig) -> Iterator[Finding]:
-    """Does the stage come to its learning rate?"""
+def warm_up(config: TrainConfig) -> Iterator[Check]:
+    """Does the warm-up end before the stage does?"""
     total = sum(phase_steps(config, phase) for phase in config.stage.phases) * config.stage.global_batch_size
     if warmup_samples(config) > total:
-        yield Finding(
+        yield Check(
             WARNING,
-            f"optimizer.warmup_samples={config.optimizer.warmup_samples}: the stage has {total:,} samples, and ends "
-            "before it comes to its learning rate; set a smaller number",
+            f"optimizer.warmup_samples={config.optimizer.warmup_samples}: the stage has {total:,} samples "
+            "and ends before the warm-up does; set a smaller number",
         )
 
 
-def data(config: TrainConfig, ranks: int, settled: bool = True) -> Iterator[Finding]:
+def data(config: TrainConfig, ranks: int, valid: bool = True) -> Iterator[Check]:
     """Are there as many shards as loader workers, and can the stream of every phase be opened?
 
-    With fewer shards than workers, workers wait for the bytes of the same file.
+    With fewer shards than workers, several workers wait for the same file.
 
     Args:
-        settled: False where the settings are mistaken, and no stream can be made by them.
+        valid: False if the settings have errors, so that no stream can be opened.
     """
     manifest, workers = config.data.manifest, config.hardware.loader_workers
     try:
         count, needed = len(Manifest(Path(manifest)).shards), ranks * workers
     except ManifestError as error:
-        yield Finding(ERROR, one_line(error))
+        yield Check(ERROR, one_line(error))
         return
     if count < needed:
         fewer = f"set hardware.loader_workers={count // ranks}, " if count >= ranks else ""
-        yield Finding(
+        yield Check(
             ERROR,
             f"data.manifest={manifest}: {count} shards, fewer than {ranks} processes x hardware.loader_workers="
             f"{workers}; {fewer}start fewer processes, or download with a smaller data.download.samples_per_shard",
         )
     else:
-        yield Finding(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
-    if settled:
+        yield Check(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
+    if valid:
         yield from _streams(config, ranks)
 
 
-def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = True) -> Iterator[Finding]:
-    """Is what the stage starts from there and whole, and is there room for the checkpoints to come?
+def start_and_room(config: TrainConfig, raw_config: DictConfig, valid: bool = True) -> Iterator[Check]:
+    """Is the start of the stage complete, and is there disk space for the checkpoints to come?
 
-    Whole means here that every file is there and has the size in the checkpoint's record, whose own checksum is right:
-    20 GB on a slow disk are not read. The run itself checks every byte before it uses them, each process its share.
+    Complete means that every file has the size in the checkpoint's record, and that the checksum of the record is
+    right. The files are not read: they may be 20 GB on a slow disk. The run itself verifies their checksums.
 
     Args:
-        settled: False where the settings are mistaken, and nothing can be built from them.
+        valid: False if the settings have errors, so that nothing can be built from them.
     """
     # Late, for they import PyTorch.
     from vdtrain.run.distributed import SharedError
@@ -114,59 +111,59 @@ def start_and_room(config: TrainConfig, document: DictConfig, settled: bool = Tr
     if own is None and config.stage.init_from is not None:
         damages += latest_by_sizes(Path(config.stage.init_from) / CHECKPOINTS)[1]
     for line in damages:
-        yield Finding(WARNING, f"{line}; it is passed over")
+        yield Check(WARNING, f"{line}; it is passed over")
     try:
-        start = resolve_start(config, document, verify_checksums=False)
+        start = resolve_start(config, raw_config, verify_checksums=False)
         step = 0 if start.position is None else start.position.step
-        yield Finding(OK, _origin(config, start, step))
+        yield Check(OK, _origin(config, start, step))
         for line in start.remarks:
-            yield Finding(WARNING, line)
-        if settled:
+            yield Check(WARNING, line)
+        if valid:
             for line in check_frozen(start, config):
-                yield Finding(WARNING, line)
+                yield Check(WARNING, line)
             yield room(config, start, step)
     except (ConfigError, SharedError) as error:
-        yield Finding(ERROR, str(error))
+        yield Check(ERROR, str(error))
     except CheckpointError as error:
         setting = f"stage.init_from={config.stage.init_from}"
-        yield Finding(ERROR, f"{setting}: {error}; give another checkpoint, or train that stage again")
+        yield Check(ERROR, f"{setting}: {error}; give another checkpoint, or train that stage again")
 
 
-def in_use(config: TrainConfig) -> Iterator[Finding]:
-    """A line if another job is at work in the run folder; takes minutes where that is not certain."""
+def in_use(config: TrainConfig) -> Iterator[Check]:
+    """Is another job using the run folder? Takes minutes if that is uncertain."""
     try:
         held = RunLock(Path(config.run_dir)).held()
     except OSError as error:
-        # What cannot be written either, `room` says.
+        # `room` reports a folder that cannot be written.
         run_dir = Path(config.run_dir)
         held = None if output_problem(run_dir) else f"run_dir={run_dir}: {unreadable(error, run_dir)}"
     if held is not None:
-        yield Finding(ERROR, held)
+        yield Check(ERROR, held)
 
 
-def room(config: TrainConfig, start: Start, step: int) -> Finding:
-    """Has the disk room for the checkpoints to come, and for the one that is written before an old one goes?
+def room(config: TrainConfig, start: Start, step: int) -> Check:
+    """Is there disk space for the checkpoints to come, and for one more before an old one is removed?
 
-    A quota is not seen here.
+    Quotas are not checked.
 
     Raises:
         ConfigError, CheckpointError: the weights that the stage starts from are of another model, or damaged.
     """
     if problem := output_problem(Path(config.run_dir)):
-        return Finding(ERROR, f"run_dir={config.run_dir}: {problem}")
+        return Check(ERROR, f"run_dir={config.run_dir}: {problem}")
     size = checkpoint_size(config, start)
     run_dir = Path(config.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     free, number = shutil.disk_usage(place).free, _checkpoints_to_come(config, step, config.checkpoint.keep)
     sizes = f"{number} checkpoints of {size / GB:.2f} GB"
     if number * size <= free:
-        return Finding(OK, f"run_dir={config.run_dir}: {free / GB:,.1f} GB free for {sizes} to come")
-    # As many as fit: the number to come grows with that of those kept.
+        return Check(OK, f"run_dir={config.run_dir}: {free / GB:,.1f} GB free for {sizes} to come")
+    # The largest `keep` that fits: more kept checkpoints mean more to come.
     keep = bisect_right(
         range(1, config.checkpoint.keep), free // size, key=lambda keep: _checkpoints_to_come(config, step, keep)
     )
     smaller = f"set checkpoint.keep={keep}, " if keep else ""
-    return Finding(
+    return Check(
         ERROR,
         f"run_dir={config.run_dir}: {free / GB:,.1f} GB free, and {sizes} to come take {number * size / GB:,.1f} GB; "
         f"{smaller}make room, or choose another folder",
@@ -174,7 +171,7 @@ def room(config: TrainConfig, start: Start, step: int) -> Finding:
 
 
 def checkpoint_size(config: TrainConfig, start: Start) -> int:
-    """Bytes of one checkpoint: as large as the one that is continued, else by the networks, laid out without memory.
+    """Bytes of one checkpoint: those of the continued one, else computed from the networks on the meta device.
 
     Raises:
         ConfigError, CheckpointError: see `room`.
@@ -199,23 +196,23 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     return checkpoint_bytes(config, layouts) + carried
 
 
-def tracking(config: TrainConfig) -> Finding:
-    """Can the run be tracked, or how will it be? A run that is under way does not wait for W&B."""
+def tracking(config: TrainConfig) -> Check:
+    """Can the run be tracked? For a run that continues, a problem is only a warning."""
     problem, mode = wandb_problem(config.tracking), f"tracking.mode={config.tracking.mode}"
     if problem is not None:
         if latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)[0] is None:
-            return Finding(ERROR, problem)
+            return Check(ERROR, problem)
         kept = f"{config.run_dir}/metrics.jsonl"
-        return Finding(WARNING, f"{problem}; training goes on: its figures are in {kept}, and a later start sends them")
+        return Check(WARNING, f"{problem}; training goes on: its figures are in {kept}, and a later start sends them")
     texts = {
-        "online": "W&B is reached, and takes the credentials here",
+        "online": "W&B answers and accepts the credentials",
         "offline": f"send the run to W&B by `wandb sync {shell([config.run_dir])}/wandb/offline-run-*`",
-        "disabled": f"figures go to {config.run_dir}/metrics.jsonl alone",
+        "disabled": f"figures go only to {config.run_dir}/metrics.jsonl",
     }
-    return Finding(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")
+    return Check(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")
 
 
-def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
+def _streams(config: TrainConfig, ranks: int) -> Iterator[Check]:
     """A line on each phase whose stream cannot be opened; no sample is read."""
     from vdtrain.data.loading import data_problem, open_stream
     from vdtrain.data.stream import StreamError
@@ -224,7 +221,7 @@ def _streams(config: TrainConfig, ranks: int) -> Iterator[Finding]:
         try:
             stream = open_stream(config, index, rank=0, world_size=ranks)
         except (ManifestError, StreamError, ConfigError, OSError) as error:
-            yield Finding(ERROR, f"stage.phases.{index}: {data_problem(error, config.data.manifest)}")
+            yield Check(ERROR, f"stage.phases.{index}: {data_problem(error, config.data.manifest)}")
         else:
             stream.close()
 
