@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.run_lock import RunLockError, run_lock
 from data_pipeline.select.duplicates import BlockLists, hash_values, write_hashes
 from data_pipeline.select.filters import RowFilter
 from data_pipeline.select.selection import SELECTION_FILE, fingerprint, write_json
@@ -23,7 +22,8 @@ from data_pipeline.select.sources import URL, FileColumns, Schema, read_columns
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig, FilterConfig
 from vdtrain.errors import one_line, system_error, unreadable
-from vdtrain.files import INCOMPLETE, written_whole
+from vdtrain.files import INCOMPLETE, LockedError, written_whole
+from vdtrain.files import locked as file_locked
 
 PLAN_FILE = "plan.json"
 
@@ -91,9 +91,10 @@ def locked(scratch: Path) -> Iterator[Path]:
         The file that processes hold locked with this one, for `workers`.
     """
     try:
-        with run_lock(scratch.with_name(scratch.name + ".lock")) as path:
+        path = scratch.with_name(scratch.name + ".lock")
+        with file_locked(path, 10.0):
             yield path
-    except RunLockError as error:
+    except LockedError as error:
         raise ConfigError(
             f"data.select.scratch={scratch}: another select is at work there; wait for it or stop it"
         ) from error
