@@ -1,4 +1,4 @@
-"""Tasks over processes that end with the one that started them."""
+"""Tasks in worker processes, which end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from vdtrain.config.compose import ConfigError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# Kept open for as long as a process lives: another run waits until it is gone.
+# How long a command waits for the worker processes of one that was killed.
+LOCK_SECONDS = 10.0
+# A worker keeps its lock file open as long as it lives.
 _HELD: list[IO[str]] = []
 
 
 class Run(Protocol):
-    """Do a function for every task; the results come in the tasks' order, and none is kept."""
+    """Call a function for every task. It yields the results in the order of the tasks."""
 
     def __call__(
         self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
@@ -38,14 +40,14 @@ class Run(Protocol):
 
 @contextmanager
 def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
-    """Processes to do tasks in; with one, they are done in this one.
+    """Start worker processes; if `processes` is 1, this process does the tasks.
 
     Args:
-        setting: what `processes` is called, for errors.
-        lock: a file that the processes hold locked (shared), as the caller does, while they live.
+        setting: the name of the setting `processes`, for errors.
+        lock: the file that the caller holds by `vdtrain.files.locked`; the workers hold it too while they live.
 
     Raises:
-        ConfigError: a process was ended from outside.
+        ConfigError: a worker was killed.
     """
     if processes == 1:
         yield _run_here
@@ -58,7 +60,7 @@ def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
         yield partial(_run_in, pool)
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"{setting}={processes}: a process was ended from outside, for want of memory perhaps; give fewer "
+            f"{setting}={processes}: a worker process was killed, perhaps because memory ran out; choose fewer "
             "processes and run it again"
         ) from error
     except BaseException:
@@ -77,7 +79,7 @@ def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], descrip
 def _run_in(
     pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
 ) -> Iterator[Result]:
-    # Ctrl-C reaches all processes of a terminal, and this one decides about the others: they inherit the mask.
+    # Ctrl-C reaches all processes of a terminal. The workers inherit this mask, and their parent ends them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         futures = deque(pool.submit(function, task) for task in tasks)
@@ -88,8 +90,8 @@ def _run_in(
 
 
 def _begin(lock: Path) -> None:
-    """End with the parent, however it goes; until then keep another run out."""
-    _HELD.append(lock.open("w"))
+    """Hold the lock, and end when the parent ends, even if it is killed."""
+    _HELD.append(lock.open())
     fcntl.flock(_HELD[-1], fcntl.LOCK_SH)
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)

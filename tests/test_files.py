@@ -1,11 +1,15 @@
 """What is written whole is never seen half, and what was there before is not lost."""
 
+import errno
+import fcntl
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.files import FileRecord, damage, written_whole
+from vdtrain.files import FileRecord, LockedError, damage, locked, written_whole
 
 
 def write(path: Path, text: str, overwrite: bool = False, fail: bool = False) -> None:
@@ -53,3 +57,59 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert "4 bytes instead of 7" in str(damage(tmp_path, records))
     file.unlink()
     assert "cannot be read" in str(damage(tmp_path, records))
+
+
+def test_a_lock_is_refused_at_once_while_its_holder_lives(tmp_path: Path) -> None:
+    place = tmp_path / "new folder" / "a.lock"
+    for _ in range(2):
+        began = time.monotonic()
+        with (
+            locked(place),
+            pytest.raises(LockedError, match=rf"a\.lock is held by process {os.getpid()} on {os.uname().nodename}$"),
+            locked(place, wait_seconds=60),
+        ):
+            pytest.fail("two hold the lock")
+        assert time.monotonic() - began < 10
+
+
+def hold(place: Path, holder: str) -> int:
+    """Lock a file as a process does that `locked` was not called in; returns the descriptor."""
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    os.write(descriptor, holder.encode())
+    return descriptor
+
+
+def test_a_lock_is_waited_for_if_only_children_of_a_dead_holder_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "a.lock"
+    descriptor = hold(place, f"{2**22 + 1} on {os.uname().nodename}")
+    with pytest.raises(LockedError), locked(place, wait_seconds=0.2):
+        pytest.fail("two hold the lock")
+    monkeypatch.setattr("vdtrain.files.time.sleep", lambda seconds: os.close(descriptor))
+    with locked(place, wait_seconds=60) as held:
+        assert place.read_text() == f"{os.getpid()} on {os.uname().nodename}"
+        # A process that the holder starts takes the lock as well, and keeps others out.
+        child = hold(place, "")
+        fcntl.flock(held, fcntl.LOCK_UN)
+        with pytest.raises(LockedError), locked(place):
+            pytest.fail("two hold the lock")
+        os.close(child)
+
+
+def test_a_holder_on_another_machine_counts_as_alive(tmp_path: Path) -> None:
+    descriptor = hold(tmp_path / "a.lock", "1 on elsewhere")
+    with pytest.raises(LockedError, match="1 on elsewhere"), locked(tmp_path / "a.lock", wait_seconds=60):
+        pytest.fail("two hold the lock")
+    os.close(descriptor)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("vdtrain.files.fcntl.flock", refuse)
+    message = r"a\.lock: cannot be locked .*; choose a file system with locks"
+    with pytest.raises(ConfigError, match=message), locked(tmp_path / "a.lock"):
+        pytest.fail("the lock is held")

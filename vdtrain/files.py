@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.errors import output_problem, system_error, unreadable, unwritable
+from vdtrain.errors import output_problem, system_error, unlockable, unreadable, unwritable
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
+
+
+class LockedError(RuntimeError):
+    """Another process holds a lock.
+
+    Attributes:
+        holder: "PID on HOST", or "unknown".
+    """
+
+    def __init__(self, path: Path, holder: str) -> None:
+        super().__init__(f"{path} is held by process {holder}")
+        self.holder = holder
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,56 @@ def append_line(path: Path, line: str, durable: bool = False) -> None:
         if path.exists():
             os.truncate(path, size)
         raise
+
+
+@contextmanager
+def locked(path: Path, wait_seconds: float | None = 0.0) -> Iterator[int]:
+    """Hold a lock file (flock) for the block; the file stays.
+
+    The lock is shared once it is held: processes that the holder starts take it too (LOCK_SH), or inherit its
+    descriptor. Nobody else gets it before the last of them has ended.
+
+    Args:
+        wait_seconds: how long to wait for such processes if their parent is gone; None waits for any holder to finish.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        LockedError: another process holds it.
+        ConfigError: the file system cannot lock it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        _lock(file, path, wait_seconds)
+        with suppress(OSError):  # the holder's name is only for messages
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
+        yield file.fileno()
+
+
+def _lock(file: IO[bytes], path: Path, wait_seconds: float | None) -> None:
+    deadline = time.monotonic() + (wait_seconds or 0.0)
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait_seconds is None else fcntl.LOCK_NB))
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip()
+                if _lives(holder) or time.monotonic() >= deadline:
+                    raise LockedError(path, holder or "unknown") from error
+            time.sleep(0.1)
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as error:
+        raise ConfigError(f"{path}: {unlockable(error, path)}") from error
+
+
+def _lives(holder: str) -> bool:
+    """Whether the process that a lock names is alive, as far as this machine can tell."""
+    process, _, host = holder.partition(" on ")
+    return bool(host) and (host != socket.gethostname() or Path("/proc", process).exists())
 
 
 def sync(path: Path) -> None:

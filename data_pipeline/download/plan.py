@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +16,8 @@ from data_pipeline.failures import Tally
 from data_pipeline.select.selection import footer_hash
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
-from vdtrain.errors import unlockable
-from vdtrain.files import write_text
+from vdtrain.files import LockedError, write_text
+from vdtrain.files import locked as lock_file
 
 # What decides which image stands in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
@@ -136,33 +132,12 @@ class Record:
 
 @contextmanager
 def locked(part: Part) -> Iterator[int]:
-    """The part's lock, as the descriptor that holds it."""
+    """Hold the part's lock; returns the descriptor that holds it."""
     place = part.beside(".lock")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with place.open("a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                file.seek(0)
-                owner = file.read().strip()
-                if _alive(owner) or time.monotonic() > deadline:
-                    raise DownloadError(
-                        f"{part.folder}: another download is writing there (process {owner or 'unknown'}); wait for "
-                        "it or stop it"
-                    ) from error
-                time.sleep(0.1)
-            except OSError as error:
-                raise DownloadError(f"{place}: {unlockable(error, place)}") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield file.fileno()
-
-
-def _alive(owner: str) -> bool:
-    """Whether the process that a lock names is there, as far as can be told from this machine."""
-    process, _, host = owner.partition(" on ")
-    return host != socket.gethostname() or Path("/proc", process).exists()
+    try:
+        with lock_file(place, LOCK_SECONDS) as descriptor:
+            yield descriptor
+    except LockedError as error:
+        raise DownloadError(
+            f"{part.folder}: another download is writing there (process {error.holder}); wait for it or stop it"
+        ) from error

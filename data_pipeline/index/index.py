@@ -20,9 +20,9 @@ from data_pipeline.index.listing import Listing, Task
 from data_pipeline.index.progress import IndexProgress
 from data_pipeline.index.repeated import repeated_uids
 from data_pipeline.index.shard_reading import Reading, ShardError, read_shard, statistics_file
-from data_pipeline.run_lock import RunLockError, run_lock
-from data_pipeline.workers import workers
+from data_pipeline.workers import LOCK_SECONDS, workers
 from vdtrain.data.manifest import Manifest, read_shards
+from vdtrain.files import LockedError, locked
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,14 @@ def index(
         ManifestError: there is a manifest that cannot be read.
     """
     _check_folders(sources)
+    lock = manifest.with_name(manifest.name + ".lock")
     try:
-        with run_lock(manifest.with_name(manifest.name + ".lock")) as lock:
+        with locked(lock, LOCK_SECONDS):
             _index(sources, manifest, processes, decode, file_shards, lock)
-    except RunLockError as error:
-        raise ShardError(f"data.manifest={manifest}: another index is at work there; wait for it or stop it") from error
+    except LockedError as error:
+        raise ShardError(
+            f"data.manifest={manifest}: another index is writing there (process {error.holder}); wait for it or stop it"
+        ) from error
 
 
 def _index(

@@ -1,4 +1,4 @@
-"""What a row must be like to be worth its download, a batch of rows at a time."""
+"""The filters that a row must pass to be worth its download. They take a batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.select.duplicates import BlockLists
+from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, URL, Column, Schema
 from data_pipeline.select.url_policy import url_problems
 from vdtrain.config.compose import ConfigError
@@ -23,30 +23,32 @@ NOT_SCORED = "no value for "
 
 
 @dataclass
-class Verdict:
-    """What came of a batch.
+class FilterResult:
+    """The result of filtering a batch.
 
     Attributes:
-        rows: places of the rows that are kept, ascending.
-        dropped: how many were dropped, by the first reason that met them.
-        unscored: how many passed a filter without the value that it asks for, by filter.
+        rows: indices of the rows that pass, ascending.
+        captions: their cleaned captions.
+        dropped: rows dropped, counted by the first filter that rejected them.
+        unscored: rows that passed a filter without the value that it reads, counted by filter.
     """
 
     rows: np.ndarray
+    captions: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     dropped: Counter[str] = field(default_factory=Counter)
     unscored: Counter[str] = field(default_factory=Counter)
 
     def drop(self, bad: np.ndarray, reason: str) -> None:
-        """Drop those of the rows that are still kept for which `bad` is true."""
+        """Drop rows, by one boolean for each row in `rows`."""
         if count := int(np.count_nonzero(bad)):
             self.dropped[reason] += count
             self.rows = self.rows[~bad]
 
 
 class RowFilter:
-    """The filters of a configuration over the columns of a schema (sources.read_columns), from cheap to dear.
+    """The filters of a configuration over the columns of a schema (sources.read_columns), the cheapest first.
 
-    The order: URL and caption present, size, scores, URL policy, block lists, caption. Duplicates come after.
+    The order: URL and caption present, size, scores, URL policy, block lists, caption. Duplicates are found later.
     """
 
     def __init__(self, schema: Schema, config: FilterConfig, allow_loopback: bool, blocked: BlockLists) -> None:
@@ -56,32 +58,32 @@ class RowFilter:
         self.blocked = blocked
 
     def columns(self) -> list[Column]:
-        """The columns that the filters read, beside URL and caption."""
-        roles = ("similarity", "nsfw", "nsfw_label", "watermark", "aesthetic", "phash", *self.blocked.hashes)
+        """The columns that the filters read, besides URL and caption."""
+        roles = ("similarity", "nsfw", "nsfw_label", "watermark", "aesthetic", *self.blocked.hashes)
         names = {name for role in roles for name in self.schema.roles.get(role, ())}
         names |= {"metadata_width", "metadata_height"}
         return [column for column in self.schema.columns if column.name in names]
 
-    def __call__(self, columns: Mapping[str, pa.Array]) -> Verdict:
-        verdict = Verdict(np.arange(len(columns[URL])))
+    def __call__(self, columns: Mapping[str, pa.Array]) -> FilterResult:
+        result = FilterResult(np.arange(len(columns[URL])))
         for name, reason in ((URL, "no URL"), (CAPTION, "no caption")):
             lengths = pc.binary_length(columns[name]).fill_null(0).to_numpy(zero_copy_only=False)
-            verdict.drop(lengths[verdict.rows] == 0, reason)
-        self._sizes(verdict, columns)
-        self._scores(verdict, columns)
-        self._urls(verdict, columns)
-        self._captions(verdict, columns[CAPTION])
-        return verdict
+            result.drop(lengths[result.rows] == 0, reason)
+        self._sizes(result, columns)
+        self._scores(result, columns)
+        self._urls(result, columns)
+        self._captions(result, columns[CAPTION])
+        return result
 
-    def _sizes(self, verdict: Verdict, columns: Mapping[str, pa.Array]) -> None:
+    def _sizes(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
         config = self.config
         limits = (config.side_min, config.area_min, config.aspect_ratio_min, config.aspect_ratio_max)
         if all(limit is None for limit in limits):
             return
         width, height = (_floats(columns[name]) for name in ("metadata_width", "metadata_height"))
-        # A size of nothing is none.
+        # Zero means the size is unknown.
         unknown = ~((width > 0) & (height > 0))
-        self._unscored(verdict, unknown[verdict.rows], "size")
+        self._unscored(result, unknown[result.rows], "size")
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = width / height
         for limit, values, sign, reason in (
@@ -92,9 +94,9 @@ class RowFilter:
         ):
             if limit is not None:
                 bad = (sign * values < sign * limit) & ~unknown
-                verdict.drop(bad[verdict.rows], reason)
+                result.drop(bad[result.rows], reason)
 
-    def _scores(self, verdict: Verdict, columns: Mapping[str, pa.Array]) -> None:
+    def _scores(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
         config = self.config
         for role, limit, sign, reason in (
             ("similarity", config.similarity_min, 1, "similarity too low"),
@@ -104,7 +106,7 @@ class RowFilter:
         ):
             if limit is None:
                 continue
-            # Held to single precision on both sides, so that a value at the limit is kept.
+            # Both sides in single precision: a value equal to the limit passes.
             scores = [_floats(columns[name]) for name in self.schema.roles.get(role, ())]
             rows = len(columns[URL])
             present = np.zeros(rows, bool)
@@ -112,66 +114,58 @@ class RowFilter:
             for values in scores:
                 present |= ~np.isnan(values)
                 bad |= sign * values < sign * np.float32(limit)
-            self._unscored(verdict, ~present[verdict.rows], role)
-            verdict.drop(bad[verdict.rows], reason)
+            self._unscored(result, ~present[result.rows], role)
+            result.drop(bad[result.rows], reason)
         labels = self.schema.roles.get("nsfw_label", ())
         if config.nsfw_labels and labels:
             found = columns[labels[0]]
             wanted = pa.array([label.upper() for label in config.nsfw_labels])
             bad = pc.is_in(pc.utf8_upper(found), value_set=wanted).to_numpy(zero_copy_only=False)
-            verdict.drop(bad[verdict.rows], "NSFW label")
+            result.drop(bad[result.rows], "NSFW label")
 
-    def _urls(self, verdict: Verdict, columns: Mapping[str, pa.Array]) -> None:
-        places, problems = url_problems(columns[URL].take(pa.array(verdict.rows)), self.allow_loopback)
-        verdict.dropped.update(problems)
-        verdict.rows = np.delete(verdict.rows, places)
-        if self.blocked.urls is not None:
-            verdict.drop(self.blocked.has_urls(columns[URL].take(pa.array(verdict.rows))), "blocked URL")
+    def _urls(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
+        places, problems = url_problems(columns[URL].take(pa.array(result.rows)), self.allow_loopback)
+        result.dropped.update(problems)
+        result.rows = np.delete(result.rows, places)
         for role in self.blocked.hashes:
-            for name in self.schema.roles.get(role, ()):
-                values = columns[name].take(pa.array(verdict.rows))
-                verdict.drop(self.blocked.has_hashes(role, values), f"blocked {role}")
+            for name in [URL] if role == URL else self.schema.roles.get(role, ()):
+                values = columns[name].take(pa.array(result.rows))
+                result.drop(self.blocked.blocked(role, values), f"blocked {'URL' if role == URL else role}")
 
-    def _captions(self, verdict: Verdict, captions: pa.Array) -> None:
+    def _captions(self, result: FilterResult, captions: pa.Array) -> None:
         config = self.config
-        cleaned = clean_captions(captions.take(pa.array(verdict.rows)))
+        cleaned = clean_captions(captions.take(pa.array(result.rows)))
         characters = pc.utf8_length(cleaned).to_numpy(zero_copy_only=False)
         # Cleaned captions have one space between words.
         words = pc.count_substring(cleaned, " ").to_numpy(zero_copy_only=False) + 1
-        empty = characters == 0
-        short = np.zeros(len(cleaned), bool)
-        long = np.zeros(len(cleaned), bool)
-        if config.caption_characters_min is not None:
-            short |= characters < config.caption_characters_min
-        if config.caption_words_min is not None:
-            short |= words < config.caption_words_min
-        if config.caption_characters_max is not None:
-            long |= characters > config.caption_characters_max
+        longest = np.inf if config.caption_characters_max is None else config.caption_characters_max
+        short = (characters < (config.caption_characters_min or 0)) | (words < (config.caption_words_min or 0))
+        passed = np.ones(len(cleaned), bool)
         for bad, reason in (
-            (empty, "no caption after cleaning"),
-            (short & ~empty, "caption too short"),
-            (long & ~short & ~empty, "caption too long"),
+            (characters == 0, "no caption after cleaning"),
+            (short, "caption too short"),
+            (characters > longest, "caption too long"),
         ):
-            if count := int(np.count_nonzero(bad)):
-                verdict.dropped[reason] += count
-        verdict.rows = verdict.rows[~(empty | short | long)]
+            result.drop(bad[passed], reason)
+            passed &= ~bad
+        result.captions = cleaned.filter(pa.array(passed))
 
-    def _unscored(self, verdict: Verdict, unknown: np.ndarray, name: str) -> None:
+    def _unscored(self, result: FilterResult, unknown: np.ndarray, name: str) -> None:
         if self.config.unscored == "drop":
-            verdict.drop(unknown, NOT_SCORED + name)
+            result.drop(unknown, NOT_SCORED + name)
         elif count := int(np.count_nonzero(unknown)):
-            verdict.unscored[name] += count
+            result.unscored[name] += count
 
 
 def clean_captions(captions: pa.Array) -> pa.Array:
-    """`clean_caption` of a column of strings without nulls, fast where captions are clean."""
+    """`clean_caption` of a column of strings without nulls. Captions that are clean already cost little."""
     odd = pc.match_substring_regex(captions, UNCLEAN)
     found = [clean_caption(text) for text in captions.filter(odd).to_pylist()]
     return pc.replace_with_mask(captions, odd, pa.array(found, pa.string())) if found else captions
 
 
 def check_filters(config: FilterConfig) -> None:
-    """Refuse limits that no row can be within.
+    """Refuse impossible limits.
 
     Raises:
         ConfigError: with the setting, its value and the remedy.

@@ -1,4 +1,4 @@
-"""What select made of a source and by which plan: `selection.json`, written last beside the parts."""
+"""The record of a source's selection and of its plan: `selection.json`, which is written after all parts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from data_pipeline.select.sources import metadata_files
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.errors import unreadable
-from vdtrain.files import INCOMPLETE, sync, write_text
+from vdtrain.files import INCOMPLETE, written_whole
 
 SELECTION_FILE = "selection.json"
+# Marks a folder whose parts are being written, so that a later select may remove them.
+UNFINISHED_FILE = "selection.json.unfinished"
 FOOTER_BYTES = 65_536
-# Counts up when the rules of a filter, of the URL policy or of the captions' cleaning change.
+# Increase it when the rules of a filter, of the URL policy or of the captions' cleaning change.
 RULES = 1
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What stands in one source's folder of selected parts.
+    """The selection of one source.
 
     Attributes:
         fingerprint: of the plan.
-        plan: every setting and file that decides which row stands where, by setting.
+        plan: by setting, everything that decides which rows are kept and in which order.
         read: rows of the metadata.
-        rows: rows that were kept, in `parts` files of `rows_per_part` rows, the last of the rest.
-        counts: rows that were dropped, by the first reason that met them.
-        unscored: rows that were kept by a filter because they lack the value that it asks for, by filter.
+        rows: rows kept, in `parts` files of `rows_per_part` rows; the last part holds the rest.
+        counts: rows dropped, counted by the first filter that rejected them.
+        unscored: rows that passed a filter without the value that it reads, counted by filter.
     """
 
     fingerprint: str
@@ -45,7 +47,7 @@ class Selection:
     unscored: dict[str, int]
 
     def files(self, folder: Path) -> list[Path]:
-        """The parts, in their order."""
+        """The parts, in order."""
         return [part_file(folder, number) for number in range(self.parts)]
 
     def text(self) -> list[str]:
@@ -63,10 +65,10 @@ def part_file(folder: Path, number: int) -> Path:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """What select made in a folder, or None where it has not finished.
+    """The selection in a folder, or None if select has not finished it.
 
     Raises:
-        ConfigError: its record cannot be read.
+        ConfigError: the record cannot be read.
     """
     file = folder / SELECTION_FILE
     try:
@@ -82,23 +84,40 @@ def read_selection(folder: Path) -> Selection | None:
         ) from error
 
 
+def begin_selections(folders: Mapping[str, Path]) -> None:
+    """Remove earlier selections.
+
+    Args:
+        folders: by the setting and its value, for errors.
+
+    Raises:
+        ConfigError: a folder holds parquet files that select did not write.
+    """
+    for setting, folder in folders.items():
+        ours = (folder / SELECTION_FILE).exists() or (folder / UNFINISHED_FILE).exists()
+        if not ours and any(folder.glob("*.parquet")):
+            raise ConfigError(
+                f"{setting}: holds parquet files that select did not write; remove them, or give another folder"
+            )
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED_FILE).touch()
+        (folder / SELECTION_FILE).unlink(missing_ok=True)
+        for file in [*folder.glob("*.parquet"), *folder.glob(f"*{INCOMPLETE}")]:
+            file.unlink()
+
+
 def write_selection(folder: Path, selection: Selection) -> None:
-    """Write the record."""
-    write_json(folder / SELECTION_FILE, asdict(selection))
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file, whole or not at all."""
-    draft = file.with_name(file.name + INCOMPLETE)
-    write_text(draft, json.dumps(content, indent=1))
-    draft.replace(file)
-    sync(file.parent)
+    """Write the record, once all parts are written."""
+    with written_whole(folder / SELECTION_FILE, str(folder), overwrite=True) as draft:
+        draft.write_text(json.dumps(asdict(selection), indent=1), encoding="utf-8")
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """Per source, everything that decides which of its rows stand where.
+    """For each source, everything that decides which rows are kept and in which order.
 
-    A source's rows depend on the sources before it, through duplicates, and not on those after it.
+    Because of duplicates, a source's rows depend on the sources before it. They do not depend on later sources.
 
     Raises:
         ConfigError: metadata or a block list is missing.
@@ -129,7 +148,7 @@ def fingerprint(plan: Mapping[str, Any]) -> str:
 
 
 def changed_settings(earlier: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """Settings in which two plans differ."""
+    """The settings in which two plans differ."""
     return sorted(name for name in {*earlier, *plan} if earlier.get(name) != plan.get(name))
 
 
@@ -149,7 +168,7 @@ def _whole(setting: str, file: Path) -> str:
 
 
 def footer_hash(file: Path) -> str:
-    """Hash of a parquet file's ending, which describes every column of it, and of its size."""
+    """Hash of a parquet file's size and of its end, which describes all its columns."""
     with file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)
         opened.seek(max(0, size - FOOTER_BYTES))

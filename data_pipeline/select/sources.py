@@ -1,8 +1,8 @@
-"""Published metadata sets: which columns matter in them, under whichever name and type, as one schema per set."""
+"""Published metadata sets: one schema per set, for all names and types under which its columns are published."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vdtrain.config.compose import ConfigError
+from vdtrain.config.data_schema import SourceConfig
 from vdtrain.errors import one_line, system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Column:
     """A column that is kept beside each pair.
 
     Attributes:
-        name: in the selected parts. It may be none that img2dataset gives its own columns: url, caption, key, status,
-            error_message, width, height, original_width, original_height, exif, sha256.
+        name: in the selected parts. It must not be the name of a column that img2dataset writes: url, caption, key,
+            status, error_message, width, height, original_width, original_height, exif, sha256.
         type: in the selected parts.
         aliases: other published names, in lower case.
     """
@@ -36,12 +38,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Schema:
-    """One metadata set. Names are compared without regard to case.
+    """One metadata set. The case of names does not matter.
 
     Attributes:
         url, caption: published names of the two columns that every row needs.
-        columns: what is kept beside them, where a set has it.
-        roles: which of these columns a filter reads, by the filter's name. A limit holds for each of several.
+        columns: the other columns that are kept, if a file has them.
+        roles: the columns that each filter reads. A limit holds for all of them.
     """
 
     url: tuple[str, ...]
@@ -97,7 +99,7 @@ SCHEMAS = {
             *SIZE,
         ),
         roles={
-            # The network that LAION-2B-en was scored by; ViT-L/14's similarities are on another scale.
+            # LAION-2B-en was scored by this network. The similarities of ViT-L/14 are on another scale.
             "similarity": ("clip_similarity_vitb32",),
             "nsfw": ("nsfw_score_opennsfw2", "nsfw_score_gantman"),
             "watermark": ("watermark_score",),
@@ -105,7 +107,7 @@ SCHEMAS = {
             "phash": ("image_phash",),
         },
     ),
-    # One's own: a URL and a caption; whatever else of this there is, is read too.
+    # A user's own table: a URL and a caption, and any of the other columns.
     "table": Schema(
         url=("url", "image_url"),
         caption=("caption", "text", "alt_text"),
@@ -125,7 +127,7 @@ SCHEMAS = {
 
 @dataclass(frozen=True)
 class FileColumns:
-    """The columns of one metadata file, as it spells them.
+    """The names of the columns of one metadata file.
 
     Attributes:
         url, caption: their names in the file.
@@ -137,15 +139,82 @@ class FileColumns:
     kept: Mapping[str, str]
 
     def names(self) -> list[str]:
-        """What has to be read of the file."""
+        """The columns that must be read from the file."""
         return [self.url, self.caption, *self.kept.values()]
+
+
+@dataclass(frozen=True)
+class MetadataFile:
+    """One file of a source.
+
+    Attributes:
+        number: of the file among the files of all sources.
+    """
+
+    number: int
+    source: str
+    path: Path
+    columns: FileColumns
+
+    def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
+        """The columns that select needs, in batches of `rows` rows.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        names = list(dict.fromkeys(self.columns.names()))
+        try:
+            # Without a buffer size, pyarrow holds a whole column of a row group, and a row group can be a whole file.
+            with pq.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
+                yield from parquet.iter_batches(rows, columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(f"data.sources.{self.source}.metadata: {self.path}", self.path, error) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """The metadata of a source."""
+
+    name: str
+    schema: Schema
+    files: tuple[MetadataFile, ...]
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of the schema that at least one file has."""
+        present = {name for file in self.files for name in file.columns.kept}
+        return tuple(column for column in self.schema.columns if column.name in present)
+
+    @property
+    def image_hash(self) -> str | None:
+        """The column with the images' perceptual hashes."""
+        names = {column.name for column in self.columns}
+        return next((name for name in self.schema.roles.get("phash", ()) if name in names), None)
+
+
+def open_sources(configs: Mapping[str, SourceConfig]) -> list[Source]:
+    """Find the files and columns of all sources. Files are numbered over all sources.
+
+    Raises:
+        ConfigError: a file is missing, damaged or of another schema.
+    """
+    sources: list[Source] = []
+    number = 0
+    for name, config in configs.items():
+        setting = f"data.sources.{name}"
+        files = []
+        for path in metadata_files(f"{setting}.metadata", config.metadata):
+            files.append(MetadataFile(number, name, path, find_columns(setting, config.schema, path)))
+            number += 1
+        sources.append(Source(name, schema_of(setting, config.schema), tuple(files)))
+    return sources
 
 
 def schema_of(setting: str, name: str) -> Schema:
     """The schema of a name in the configuration.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no schema has that name.
     """
     if name not in SCHEMAS:
         raise ConfigError(f"{setting}.schema={name}: unknown; choose one of {', '.join(SCHEMAS)}")
@@ -153,10 +222,10 @@ def schema_of(setting: str, name: str) -> Schema:
 
 
 def metadata_files(setting: str, metadata: str) -> list[Path]:
-    """The parquet files of a set: the one that is named, or those in the folder that is.
+    """The parquet files of a set, by name: one file, or all files of a folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no parquet file is there.
     """
     path = Path(metadata)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] * path.is_file()
@@ -166,21 +235,18 @@ def metadata_files(setting: str, metadata: str) -> list[Path]:
 
 
 def find_columns(setting: str, schema_name: str, file: Path) -> FileColumns:
-    """Find a set's columns in one of its files; the files of one set may differ.
+    """Find a set's columns in one of its files. The files of one set may differ.
 
     Raises:
-        ConfigError: an unknown schema, no parquet file, no URL or no caption column in it, two columns of one name,
-            or a column whose type cannot be what its name says.
+        ConfigError: the schema is unknown, the file is not parquet, the URL or caption column is missing, two columns
+            have one name, or a column has a wrong type.
     """
     schema = schema_of(setting, schema_name)
     place = f"{setting}.metadata: {file}"
     try:
         fields = list(pq.read_schema(file))
     except (pa.ArrowInvalid, OSError) as error:
-        found = system_error(error)
-        if found is not None and found.errno is not None:
-            raise ConfigError(f"{place} {unreadable(found, file, 'fetch it again')}") from error
-        raise ConfigError(f"{place} is no whole parquet file ({one_line(error)}); fetch it again") from error
+        raise _unreadable(place, file, error) from error
     spelt: dict[str, list[pa.Field]] = {}
     for each in fields:
         spelt.setdefault(each.name.lower(), []).append(each)
@@ -210,9 +276,9 @@ def find_columns(setting: str, schema_name: str, file: Path) -> FileColumns:
 
 
 def read_columns(batch: pa.RecordBatch, found: FileColumns, columns: Sequence[Column]) -> dict[str, pa.Array]:
-    """A batch's columns by their names in the schema: url, caption and `columns`, of their types.
+    """A batch's columns by their names in the schema (url, caption and `columns`), in the types of the schema.
 
-    A column that the file does not have is null throughout; numbers that are none, and those that do not fit, are null.
+    A column that the file does not have is all null. NaN, and numbers that do not fit the type, become null.
     """
     read = {URL: _text(batch.column(found.url)), CAPTION: _text(batch.column(found.caption))}
     for column in columns:
@@ -222,6 +288,13 @@ def read_columns(batch: pa.RecordBatch, found: FileColumns, columns: Sequence[Co
         values = batch.column(found.kept[column.name])
         read[column.name] = _text(values) if pa.types.is_string(column.type) else _numbers(values, column.type)
     return read
+
+
+def _unreadable(place: str, file: Path, error: Exception) -> ConfigError:
+    found = system_error(error)
+    if found is not None and found.errno is not None:
+        return ConfigError(f"{place} {unreadable(found, file, 'fetch it again')}")
+    return ConfigError(f"{place} cannot be read as parquet ({one_line(error)}); fetch it again")
 
 
 def _check_type(place: str, found: pa.Field, wanted: pa.DataType) -> None:
@@ -236,7 +309,7 @@ def _check_type(place: str, found: pa.Field, wanted: pa.DataType) -> None:
 
 
 def _text(values: pa.Array) -> pa.Array:
-    """Strings; bytes that are no UTF-8 become the replacement character."""
+    """Strings. Bytes that are not UTF-8 become the replacement character."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_null(values.type):
@@ -255,7 +328,7 @@ def _numbers(values: pa.Array, type: pa.DataType) -> pa.Array:
         if pa.types.is_integer(type) and type.bit_width < 64 and pa.types.is_integer(values.type):
             fits = pc.and_(pc.greater_equal(values, 0), pc.less(values, 1 << (type.bit_width - 1)))
             values = pc.if_else(fits, values, pa.scalar(None, values.type))
-        # A hash that is published unsigned keeps its bits.
+        # An unsigned 64-bit hash keeps its bits.
         return values.cast(type, safe=False)
     if pa.types.is_floating(type):
         numbers = values.cast(type, safe=False)

@@ -17,9 +17,9 @@ from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.index.progress import IndexProgress
 from data_pipeline.index.shard_reading import ShardError, read_shard
-from data_pipeline.run_lock import run_lock
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
+from vdtrain.files import locked
 
 # A run that comes to a halt where the third shard is to be read, until it is killed.
 HALTS = """
@@ -228,10 +228,9 @@ def test_pairs_that_are_listed_twice_are_counted_and_stay(tmp_path: Path, caplog
     ]
 
 
-def test_only_one_run_writes_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_run_writes_a_manifest(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, range(1))
-    monkeypatch.setattr("data_pipeline.run_lock.LOCK_SECONDS", 0.0)
-    with run_lock(tmp_path / "manifest.lock"), pytest.raises(ShardError, match="another index is at work"):
+    with locked(tmp_path / "manifest.lock"), pytest.raises(ShardError, match="another index is writing there"):
         index({"drawn": shards}, tmp_path / "manifest")
     index({"drawn": shards}, tmp_path / "manifest")
 

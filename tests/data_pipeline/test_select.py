@@ -1,9 +1,8 @@
-"""Select against plain Python: every filter's counts, duplicates across files and sources, and runs that are cut short
+"""Select against plain Python: every filter's counts, duplicates across files and sources, and runs that are killed
 (30 seconds)."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -11,20 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-import data_pipeline.select.selection
 from data_pipeline.__main__ import main
-from data_pipeline.select.filters import RowFilter
+from data_pipeline.select import duplicates
 from data_pipeline.select.select import select
-from data_pipeline.select.selection import read_selection
+from data_pipeline.select.selection import UNFINISHED_FILE, read_selection
 from data_pipeline.select.url_policy import url_problem
 from miniature.__main__ import main as miniature
 from vdtrain.config.compose import ConfigError, compose, to_object
@@ -32,6 +32,7 @@ from vdtrain.config.data_schema import DataConfig, SourceConfig
 from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.data.captions import clean_caption
 from vdtrain.data.manifest import pair_uid
+from vdtrain.files import locked
 
 OFF = [
     *(
@@ -366,10 +367,10 @@ def write_sources(folder: Path) -> tuple[DataConfig, list[tuple[str, list[dict[s
     return data, tables
 
 
-def test_against_plain_python_over_files_sources_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.select.duplicates.BUCKET_ROWS", 100)
+def test_against_plain_python_over_files_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.select.duplicates.BATCH_ROWS", 100)
     data, tables = write_sources(tmp_path)
-    select(data, batch_rows=37, unit_rows=100)
+    select(data, batch_rows=37)
     expected = oracle(tables)
     assert len(expected["first"]) > 100
     assert len(expected["second"]) > 40
@@ -377,24 +378,24 @@ def test_against_plain_python_over_files_sources_and_buckets(tmp_path: Path, mon
         assert [(row["uid"], row["url"], row["caption"]) for row in selected(data, name)] == rows
 
 
-def test_the_parts_do_not_depend_on_processes_batches_or_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_do_not_depend_on_processes_or_batches(tmp_path: Path) -> None:
     data, _ = write_sources(tmp_path)
     select(data)
     whole = contents(tmp_path / "selected")
     records = [read_selection(Path(source.selected)) for source in data.sources.values()]
-    for number, (processes, batch_rows, unit_rows) in enumerate(((1, 13, 130), (3, 100, 300))):
+    for number, (processes, batch_rows) in enumerate(((1, 13), (3, 100))):
         again = tmp_path / str(number)
         data.select.processes = processes
         data.select.scratch = f"{again}/.scratch"
         for name, source in data.sources.items():
             source.selected = f"{again}/{name}"
-        select(data, batch_rows, unit_rows)
+        select(data, batch_rows)
         assert contents(again) == whole
         assert [read_selection(Path(source.selected)) for source in data.sources.values()] == records
 
 
 def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_pipeline.select.selection, "GROUP_ROWS", 16)
+    monkeypatch.setattr("data_pipeline.select.parts.GROUP_ROWS", 16)
     write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100)], group=9)
     data = own(tmp_path, "data.select.rows_per_part=50")
     for batch_rows in (7, 1000):
@@ -403,6 +404,19 @@ def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest
     assert contents(tmp_path / "7") == contents(tmp_path / "1000")
     part = pq.read_metadata(tmp_path / "7" / "00001.parquet")
     assert [part.row_group(number).num_rows for number in range(part.num_row_groups)] == [16, 16, 16, 2]
+
+
+def test_duplicates_are_found_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.select.duplicates.MEGABYTES_PER_PROCESS", 30)
+    count = 800_000
+    numbers = pa.array([number % (count - 1000) for number in range(count)]).cast(pa.string())
+    urls = pc.binary_join_element_wise("https://example.org/", numbers, "")
+    (tmp_path / "own").mkdir()
+    pq.write_table(pa.table({"url": urls, "caption": pa.repeat("a cat", count)}), tmp_path / "own" / "a.parquet")
+    data = own(tmp_path, "data.select.filters.duplicate_urls=drop", "data.select.rows_per_part=500000")
+    assert select(data)["own"].rows == count - 1000
+    parts = [pq.read_table(tmp_path / "selected" / "own" / f"0000{number}.parquet") for number in (0, 1)]
+    assert pa.concat_tables(parts)["url"].combine_chunks() == urls[: count - 1000]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -428,9 +442,9 @@ def own_settings(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "processes"), [("units/000001", 2), ("units/000004/kept.npy", 1), ("kept.npy", 2), ("parts", 2)]
+    ("moment", "processes"), [("rows-000001.parquet", 2), ("rows-000007.parquet", 1), ("kept.int64", 2), ("parts", 2)]
 )
-def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_select_starts_again_and_ends_with_the_same_bits(tmp_path: Path, moment: str, processes: int) -> None:
     rows = [pair(number % 19_000, similarity=number % 7 / 7) for number in range(20_000)]
     for number in range(8):
         write(tmp_path / "own" / f"{number}.parquet", rows[2500 * number : 2500 * (number + 1)])
@@ -440,28 +454,26 @@ def test_killed_and_run_again(tmp_path: Path, moment: str, processes: int, monke
     whole = contents(tmp_path / "selected")
     assert len(whole) == 12
     folder, scratch = tmp_path / "selected" / "own", tmp_path / "selected" / ".scratch"
-    for file in folder.iterdir():
-        file.unlink()
+    (folder / "selection.json").unlink()
+    (folder / UNFINISHED_FILE).touch()
+    for file in folder.glob("*.parquet"):
+        file.write_bytes(b"of an earlier select")
     command = [sys.executable, "-m", "data_pipeline", "select", *settings, f"data.select.processes={processes}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    parts = folder / "00003.parquet"
-    wait_for(lambda: (parts if moment == "parts" else scratch / moment).exists() or process.poll() is not None)
+    place = folder / "00003.parquet" if moment == "parts" else scratch / "vdtrain_select" / moment
+    wait_for(lambda: (place.exists() and scratch.exists()) or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    finished = {file: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
-    units = len([unit for unit in scratch.glob("units/*") if unit.suffix != ".incomplete"])
     if process.returncode != 0:
         assert read_selection(folder) is None
-    filters = []
-    monkeypatch.setattr(
-        "data_pipeline.select.units.RowFilter", lambda *given: filters.append(given) or RowFilter(*given)
-    )
+        assert all(file.read_bytes() == whole[f"own/{file.name}"] for file in folder.glob("*.parquet"))
     select(data)
-    assert len(filters) == (8 - units if process.returncode != 0 else 0)
     assert contents(tmp_path / "selected") == whole
-    assert {file: file.stat().st_mtime_ns for file in finished} == finished
     assert sorted(file.name for file in (tmp_path / "selected").iterdir()) == [".scratch.lock", "own"]
-    assert not list(folder.glob("*.incomplete"))
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *sorted(Path(name).name for name in whole),
+        "selection.json",
+    ]
 
 
 def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
@@ -472,26 +484,48 @@ def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: (tmp_path / "selected" / ".scratch" / "units" / "000000").exists())
+    wait_for((tmp_path / "selected" / ".scratch" / "vdtrain_select" / "rows-000000.parquet").exists)
     # As a terminal does: to all its processes.
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "stopped; run it again to continue\n"
+    assert sorted(file.name for file in (tmp_path / "selected").iterdir()) == [".scratch.lock", "own"]
+    assert [file.name for file in (tmp_path / "selected" / "own").iterdir()] == [UNFINISHED_FILE]
 
 
-def test_two_runs_are_not_at_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_by_the_keyboard_while_duplicates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own" / "a.parquet", [pair(0)])
-    (tmp_path / "selected").mkdir()
-    monkeypatch.setattr("data_pipeline.run_lock.LOCK_SECONDS", 0.0)
-    with (tmp_path / "selected" / ".scratch.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        with pytest.raises(ConfigError, match=r"data\.select\.scratch=.*: another select is at work there"):
-            select(own(tmp_path))
+    endless = "SELECT row, image FROM ({}), range(1_000_000_000_000) AS numbers WHERE numbers.range < 0"
+    monkeypatch.setitem(duplicates.BY_URL, "keep", endless)
+    stop = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    monkeypatch.setattr("data_pipeline.select.select.find_first_rows", lambda *given: stop.start() or find(*given))
+    find = duplicates.find_first_rows
+    with pytest.raises(KeyboardInterrupt):
+        select(own(tmp_path))
+    assert not (tmp_path / "selected" / ".scratch").exists()
+
+
+def test_too_little_room_for_the_duplicates_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100_000)])
+    monkeypatch.setattr("data_pipeline.select.duplicates.MEGABYTES_PER_PROCESS", 1)
+    with pytest.raises(
+        ConfigError, match=r"^data\.select\.scratch=.*: DuckDB cannot find the duplicates .*\); make room"
+    ):
+        select(own(tmp_path, "data.select.filters.duplicate_urls=drop"))
+
+
+def test_two_selects_at_once_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.parquet", [pair(0)])
+    message = (
+        rf"data\.select\.scratch=.*: another select is writing there \(process {os.getpid()} on .*\); wait for it or"
+    )
+    with locked(tmp_path / "selected" / ".scratch.lock"), pytest.raises(ConfigError, match=message):
+        select(own(tmp_path))
     assert select(own(tmp_path))["own"].rows == 1
 
 
-def test_done_is_done_and_a_changed_plan_begins_anew_until_there_are_shards(
+def test_a_complete_selection_is_not_repeated_and_another_plan_replaces_it_until_there_are_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "own" / "a.parquet", [pair(number, similarity=number / 20) for number in range(20)])
@@ -623,7 +657,7 @@ def test_an_empty_block_list_and_damaged_files_are_refused(tmp_path: Path) -> No
     data = bytearray((tmp_path / "own" / "a.parquet").read_bytes())
     data[4:200] = b"\xff" * 196
     (tmp_path / "own" / "a.parquet").write_bytes(bytes(data))
-    with pytest.raises(ConfigError, match=r"data\.sources\.own\.metadata: .*a\.parquet cannot be read"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.own\.metadata: .*a\.parquet cannot be read as parquet"):
         select(own(tmp_path))
     write(tmp_path / "own" / "a.parquet", [pair(0)])
     select(own(tmp_path))

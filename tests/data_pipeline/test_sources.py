@@ -181,7 +181,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.sources\.x\.metadata=.*: no parquet file there"):
         metadata_files("data.sources.x.metadata", str(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(ConfigError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read as parquet"):
         find_columns("data.sources.x", "table", tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"data\.sources\.x\.schema=laion: unknown; choose one of laion2b_en"):
         find_columns("data.sources.x", "laion", tmp_path / "a.parquet")

@@ -7,7 +7,6 @@ cache it is also fetched whole, in the background, for the samples of it that co
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import threading
@@ -21,7 +20,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from vdtrain.data.manifest import INDEX, Manifest, ManifestError
-from vdtrain.errors import one_line, output_problem, unreadable, unwritable
+from vdtrain.errors import ConfigError, one_line, output_problem, unreadable, unwritable
+from vdtrain.files import LockedError, locked
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
@@ -227,11 +227,8 @@ class ShardCache:
             StreamError: what was fetched is not what the manifest lists.
         """
         path = self._path(address, size)
-        with path.with_suffix(".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
+        # Without locks two processes could write one draft: such a file system keeps no copies.
+        with suppress(LockedError, ConfigError), locked(path.with_suffix(".lock")):
             if path.exists():
                 return
             draft = path.with_suffix(".incomplete")
@@ -243,14 +240,13 @@ class ShardCache:
                 draft.replace(path)
             finally:
                 draft.unlink(missing_ok=True)
-        self._drop_oldest(keep=path)
+            self._drop_oldest(keep=path)
 
     def _path(self, address: str, size: int) -> Path:
         return self.folder / f"{hashlib.blake2b(f'{address} {size}'.encode(), digest_size=16).hexdigest()}.tar"
 
     def _drop_oldest(self, keep: Path) -> None:
-        with (self.folder / "drop.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.folder / "drop.lock", wait_seconds=None):
             copies = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
             used = sum(path.stat().st_size for path in copies)
             for path in copies:
