@@ -21,7 +21,7 @@ from data_pipeline.select.selection import footer_hash
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
 from vdtrain.errors import unlockable
-from vdtrain.files import write_text
+from vdtrain.files import atomic_write
 
 # What decides which image stands in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
@@ -129,9 +129,8 @@ class Record:
             "outcome": self.outcome and self.outcome.dump(),
             "lowest": self.lowest,
         }
-        draft = self.file.with_suffix(".incomplete")
-        write_text(draft, json.dumps(document, indent=1))
-        draft.replace(self.file)
+        with atomic_write(self.file) as draft:
+            draft.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vdtrain.errors import one_line, system_error, unreadable
-from vdtrain.files import sync
+from vdtrain.files import atomic_write, sync
 
 
 def pair_uid(source: str, url: str, caption: str) -> str:
@@ -262,11 +262,8 @@ def read_shards(folder: Path) -> pa.Table:
 def write_shards(folder: Path, shards: pa.Table) -> None:
     """Replace the manifest's list of shards: the manifest is the old one before, and the new one after."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{SHARDS_FILE}.incomplete"
-    pq.write_table(shards, draft, compression="zstd")
-    sync(draft)
-    draft.replace(folder / SHARDS_FILE)
-    sync(folder)
+    with atomic_write(folder / SHARDS_FILE) as draft:
+        pq.write_table(shards, draft, compression="zstd")
 
 
 def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
