@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -21,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_pipeline.progress import track
 from miniature.shapes import caption, draw, sample_scene
 from vdtrain.config.data_schema import ShapesConfig
+from vdtrain.files import atomic_write
+from vdtrain.progress import track
 
 HOST = "127.0.0.1"
 COMPLETE_FILE = "complete.json"
@@ -83,7 +83,7 @@ def write_image_set(config: ShapesConfig) -> None:
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(config.seed)
     laion, coyo = [], []
-    for number in track(range(config.images), "draw"):
+    for number in track(range(config.images), "draw", "images"):
         scene = sample_scene(generator)
         name = f"images/{number:06d}.jpg"
         Image.fromarray(draw(scene, config.pixels)).save(folder / name, quality=JPEG_QUALITY)
@@ -94,9 +94,8 @@ def write_image_set(config: ShapesConfig) -> None:
             coyo.append(_coyo_row(number, url, text, config.pixels))
     pq.write_table(pa.Table.from_pylist(laion, schema=LAION_SCHEMA), folder / "laion2b_en.parquet")
     pq.write_table(pa.Table.from_pylist(coyo, schema=COYO_SCHEMA), folder / "coyo700m.parquet")
-    draft = marker.with_suffix(".tmp")
-    draft.write_text(json.dumps(settings), encoding="utf-8")
-    os.replace(draft, marker)
+    with atomic_write(marker) as draft:
+        draft.write_text(json.dumps(settings), encoding="utf-8")
     print(f"{folder}: {len(laion):,} images in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from data_pipeline import shards
 from data_pipeline.download.part import PartRun
 from data_pipeline.download.plan import DownloadError, Part, Record
-from data_pipeline.download.progress import DownloadProgress
 from data_pipeline.failures import Tally
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 from vdtrain.extras import install
+from vdtrain.progress import Progress
 
 __all__ = ["DownloadError", "download"]
 
@@ -45,12 +45,16 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     check_environment(config)
     tallies: dict[str, Tally] = {name: Tally() for name in parts}
     counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
-    with DownloadProgress(sum(part.rows for waiting in parts.values() for part in waiting)) as progress:
-        for running in _steps(parts, config, allow_loopback, tallies):
+    images = sum(part.rows for waiting in parts.values() for part in waiting)
+    with Progress("download", images, "images") as progress:
+        for step, running in enumerate(_steps(parts, config, allow_loopback, tallies)):
             total = Tally()
             for tally in (*tallies.values(), *(run.tally for run in running)):
                 total.add(tally)
-            progress.update(total)
+            if step == 0:
+                progress.skip(total.count)
+            progress.note = f"{total.success_share:.0%} fetched, failed: {total.failures(3)}"
+            progress.show(total.count)
     for name, tally in tallies.items():
         print(f"{name}: {tally} in {counts[name]:,} shards")
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_pipeline.index.listing import Listing, Task
-from data_pipeline.index.progress import IndexProgress
 from data_pipeline.index.repeated import repeated_uids
 from data_pipeline.index.shard_reading import Reading, ShardError, read_shard, statistics_file
 from data_pipeline.run_lock import RunLockError, run_lock
 from data_pipeline.workers import workers
 from vdtrain.data.manifest import Manifest, read_shards
+from vdtrain.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,11 @@ def _index(
     new = listing.missing()
     with (
         workers(processes, "data.index.processes", lock) as run,
-        IndexProgress(len(new), sum(task.bytes for task in new)) as progress,
+        Progress("index", sum(task.bytes for task in new) / 1e6, "MB") as progress,
     ):
-        for task, reading in zip(new, run(_read, new, ""), strict=True):
-            progress.add(task.bytes)
+        for number, (task, reading) in enumerate(zip(new, run(_read, new, ""), strict=True), start=1):
+            progress.note = f"{number:,} of {len(new):,} shards"
+            progress.advance(task.bytes / 1e6)
             if isinstance(reading, str):
                 logger.warning("left out: %s", reading)
                 damaged += 1

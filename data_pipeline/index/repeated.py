@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.progress import track
 from vdtrain.data.manifest import Manifest
+from vdtrain.progress import track
 
 # Names that are compared at once, 24 bytes each while they are sorted.
 MAX_UIDS = 1 << 26
@@ -42,7 +42,7 @@ def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:
     """
     bits = max(0, (len(manifest) - 1).bit_length() - (max_uids - 1).bit_length())
     values = []
-    for shard in track(range(len(manifest.paths)), "compare names"):
+    for shard in track(range(len(manifest.paths)), "compare names", "shards"):
         names = _hash_values(manifest.columns(shard, ["uid"])["uid"].combine_chunks())
         values.append(names[names >> np.uint64(64 - bits) == 0] if bits else names)
     counts = np.cumsum([len(each) for each in values])

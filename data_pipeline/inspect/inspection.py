@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from data_pipeline.index.repeated import repeated_uids
 from data_pipeline.inspect.contact_sheet import draw_pairs, write_contact_sheet
-from data_pipeline.progress import track
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.files import check_output
+from vdtrain.progress import track
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024)
 STAGES = (256, 512)
@@ -97,7 +97,7 @@ def _side_counts(manifest: Manifest) -> NDArray[np.int64]:
 def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     """What only the samples tell, from some shards."""
     ratios, characters, words, turned = [], [], [], 0
-    for shard in track(shards.tolist(), "samples"):
+    for shard in track(shards.tolist(), "samples", "shards"):
         table = manifest.columns(shard, ["width", "height", "orientation", "caption"])
         ratios.append(table["width"].to_numpy() / table["height"].to_numpy())
         captions = table["caption"]

@@ -12,10 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-import data_pipeline.index
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
-from data_pipeline.index.progress import IndexProgress
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from data_pipeline.run_lock import run_lock
 from tests.pairs import write_pairs, write_shard
@@ -48,7 +46,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return read_shard(path, *arguments)
 
-    monkeypatch.setattr(data_pipeline.index, "read_shard", noting)
+    monkeypatch.setattr("data_pipeline.index.index.read_shard", noting)
     return names
 
 
@@ -283,11 +281,3 @@ def test_the_verb_ends_with_a_status_of_its_own_after_the_manifest_is_written(
     write_shards(tmp_path, range(2))
     assert main(["index", *settings]) == 0
     assert "10 samples in 2 shards, 2 of them new; left out: none" in capsys.readouterr().out
-
-
-def test_the_time_that_is_left_is_told() -> None:
-    progress = IndexProgress(1_200, 640_000_000 * 1_200)
-    assert progress.line(1.0) == "0 of 1,200 shards, 0.0 shards/s, 0 MB/s, unknown time left"
-    for _ in range(12):
-        progress.add(640_000_000)
-    assert progress.line(4.0) == "12 of 1,200 shards, 3.0 shards/s, 1,920 MB/s, 0:06:36 left"
