@@ -214,8 +214,8 @@ def test_broken_samples_are_left_out_and_counted(shard: Path, good: dict[str, by
         "no caption": 1,
         "caption is not UTF-8": 1,
         "unsafe name": 9,
-        "metadata is no JSON object": 1,
-        "EXIF is no JSON object": 1,
+        "metadata is not a JSON object": 1,
+        "EXIF is not a JSON object": 1,
     }
 
 
@@ -234,7 +234,7 @@ def test_repeated_keys_links_and_large_members_are_left_out(
         tar.addfile(link)
     reading = read_shard(path, "drawn")
     assert reading.samples["key"].to_pylist() == ["one", "two"]
-    assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "no regular file": 1}
+    assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "not a regular file": 1}
 
 
 def test_a_image_damaged_behind_its_header_is_found_by_decoding(shard: Path, good: dict[str, bytes]) -> None:

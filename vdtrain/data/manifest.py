@@ -45,7 +45,6 @@ SAMPLE_SCHEMA: pa.Schema = pa.schema(
         pa.field("width", pa.int32()),  # once it is turned upright
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
-        pa.field("caption_hash", pa.uint64()),  # 64-bit hash of the caption
     ]
 )
 SHARD_SCHEMA: pa.Schema = pa.schema(
@@ -160,11 +159,6 @@ class Manifest:
             table["orientation"].to_numpy(),
             table["caption"].combine_chunks(),
         )
-
-    def table(self) -> pa.Table:
-        """All samples with all columns, shard by shard: for sets that fit in memory."""
-        tables = [self.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
-        return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])
 
     def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """Columns of SAMPLE_SCHEMA of a shard's samples.
