@@ -1,4 +1,4 @@
-"""What a download has before it: the parts, the plan that their shards are made by, and the lock on each."""
+"""The parts of a download: their recorded plans and their locks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from vdtrain.config.data_schema import DownloadConfig
 from vdtrain.errors import unlockable
 from vdtrain.files import atomic_write
 
-# What decides which image stands in which shard, and how it is stored.
+# Settings that decide which image is in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
-LOCK_SECONDS = 30  # for the processes of a download that was killed to end
+LOCK_SECONDS = 30  # time for the processes of a killed download to end
 
 
 class DownloadError(RuntimeError):
-    """A download that did not do what was planned; the message is one line."""
+    """A download that failed; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parquet file of URLs, and the folder of the shards that are made of it."""
+    """One parquet file of URLs, and the folder of its shards."""
 
     source: str
     number: int
@@ -54,25 +54,25 @@ class Part:
 
 
 class Record:
-    """`NUMBER.plan.json`: by which plan a part's shards were made, and what came of it.
+    """`NUMBER.plan.json`: the plan of a part's shards, and the outcome.
 
     Attributes:
-        rounds: how often low shards were attempted again.
-        outcome: of all shards, once they are complete.
-        lowest: smallest share of images in a shard that another attempt would not change.
+        rounds: how often low shards have been retried.
+        outcome: over all shards, once they are complete.
+        lowest: smallest settled share of a shard (`Tally.settled_share`).
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:
         """Read it, or begin it.
 
         Raises:
-            ConfigError: shards were made by another plan.
+            ConfigError: shards were made with another plan.
         """
         self.file = part.beside(".plan.json")
         self.rounds = 0
         self.outcome: Tally | None = None
         self.lowest = 1.0
-        # img2dataset numbers its shards by row: another plan under the same numbers would mix two sets.
+        # img2dataset numbers shards by row: a changed plan would mix two sets under the same numbers.
         self.plan: dict[str, Any] = {setting: getattr(config, setting) for setting in PLAN_SETTINGS}
         self.plan["selected"] = footer_hash(part.urls)
         begun = shards.begun(part.folder)
@@ -105,13 +105,13 @@ class Record:
             self.outcome, self.lowest = Tally.load(outcome), earlier["lowest"]
 
     def another_round(self) -> None:
-        """Note that low shards are attempted once more."""
+        """Record that low shards are retried."""
         self.rounds += 1
         self.outcome = None
         self._write()
 
     def finish(self, tallies: Iterable[Tally]) -> None:
-        """Note what came of the part's shards."""
+        """Record the outcome of the part's shards."""
         self.outcome = Tally()
         for each in tallies:
             self.outcome.add(each)
@@ -119,7 +119,7 @@ class Record:
         self._write()
 
     def is_low(self, settled_share: float, config: DownloadConfig) -> bool:
-        """Whether a shard is to be attempted again."""
+        """Whether a shard should be retried."""
         return settled_share < config.retry_below and self.rounds < config.retry_rounds
 
     def _write(self) -> None:
@@ -135,7 +135,7 @@ class Record:
 
 @contextmanager
 def locked(part: Part) -> Iterator[int]:
-    """The part's lock, as the descriptor that holds it."""
+    """Lock the part; yields the file descriptor that holds the lock."""
     place = part.beside(".lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_SECONDS
@@ -162,6 +162,6 @@ def locked(part: Part) -> Iterator[int]:
 
 
 def _alive(owner: str) -> bool:
-    """Whether the process that a lock names is there, as far as can be told from this machine."""
+    """Whether the process that a lock names may be running; on another machine it may."""
     process, _, host = owner.partition(" on ")
     return host != socket.gethostname() or Path("/proc", process).exists()

@@ -138,7 +138,7 @@ def test_one_sample_at_a_time_is_in_memory(tmp_path: Path, good: dict[str, bytes
 def test_members_behind_the_end_and_fewer_than_were_downloaded_are_refused(shard: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data + data)
-    with pytest.raises(ShardError, match="something behind its end"):
+    with pytest.raises(ShardError, match="data follow its end"):
         read_shard(shard, "drawn")
     # All from the second sample on is zeros, as on a disk that lost its last writes: to a tar reader it is the end.
     start = cuts(shard)["at a member's boundary"]
