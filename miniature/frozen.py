@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def write_tokenizers(folder: Path, seed: int) -> None:
-    """Make the three tokenizers; they are a matter of seconds and always belong together with their parts."""
+    """Make the three tokenizers, in seconds; the parts depend on them."""
     rng = np.random.default_rng(seed)
     captions = write_captions(sample_scenes(CAPTIONS, rng), rng)
     encoder_tokenizer(vocabulary()).save(str(folder / ENCODER_TOKENIZER))
@@ -75,7 +75,7 @@ def write_tokenizers(folder: Path, seed: int) -> None:
 
 
 def trained(name: str, recipe: Recipe, folder: Path, seed: int, progress: Progress) -> nn.Module:
-    """Train the part of the given name, with the tokenizers in `folder`, and return what is to be saved of it."""
+    """Train a part with the tokenizers in `folder`; returns the module to save."""
     torch.manual_seed(seed)  # the modules' own initialisation takes no generator
     if name == "image_vae":
         image_vae: ImageVAE = untrained("image", "vae")
@@ -106,7 +106,7 @@ def untrained(modality: str, part: str, **files: str) -> Any:
 
 
 def save(part: nn.Module, file: Path) -> None:
-    """Write a part's weights in half precision, whole or not at all; they are read back in the model's own."""
+    """Write a part's weights in half precision; loading converts them to the model's precision."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in untied(part).items()}
     with atomic_write(file) as draft:
         save_file(state, draft)

@@ -1,7 +1,7 @@
 """The drawn image set on disk: JPEG files, and their metadata as LAION-2B-en and COYO-700M publish theirs.
 
-python -m miniature draw data=shapes     # draw
-python -m miniature serve data=shapes      # serve on this machine, so that the real download can fetch them
+python -m miniature draw data=shapes
+python -m miniature serve data=shapes      # serve them on this machine for the real download
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vdtrain.progress import track
 HOST = "127.0.0.1"
 COMPLETE_FILE = "complete.json"
 JPEG_QUALITY = 95
-# Share of the images that the LAION table lists; the COYO table lists the others.
+# Share of the images in the LAION table; the COYO table has the others.
 LAION_SHARE = 0.6
 
 LAION_SCHEMA: pa.Schema = pa.schema(
@@ -67,14 +67,14 @@ COYO_SCHEMA: pa.Schema = pa.schema(
 
 
 def write_image_set(config: ShapesConfig) -> None:
-    """Draw the set into its folder, unless it is there, complete and of the same settings.
+    """Draw the set into its folder, unless a complete set with the same settings is there.
 
-    Colour-shape pairs that are held out are not drawn.
+    Held-out pairs of colour and shape are not drawn.
     """
     folder = Path(config.folder)
     settings = {"images": config.images, "pixels": config.pixels, "seed": config.seed, "port": config.port}
     marker = folder / COMPLETE_FILE
-    # A damaged one is none.
+    # A damaged marker counts as missing.
     with suppress(ValueError):
         if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
             print(f"{folder}: complete")
@@ -114,7 +114,7 @@ class _QuietHandler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of requests."""
+        """Do not log requests."""
 
 
 def _laion_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, Manifest
 HALTS = """
 import sys
 from pathlib import Path
-import data_pipeline.index
+from data_pipeline.index import index as module
 from data_pipeline.index.shard_reading import read_shard
 
 def halting(path, *arguments):
@@ -32,8 +32,8 @@ def halting(path, *arguments):
         sys.stdin.read()
     return read_shard(path, *arguments)
 
-data_pipeline.index.read_shard = halting
-data_pipeline.index.index({"drawn": Path(sys.argv[1])}, Path(sys.argv[2]), file_shards=1)
+module.read_shard = halting
+module.index({"drawn": Path(sys.argv[1])}, Path(sys.argv[2]), file_shards=1)
 """
 
 
