@@ -103,7 +103,7 @@ def write_latents(
         moments: [n, *shape].
     """
     # safetensors writes memory as it lies, and encoders give channels last.
-    tensors = {MOMENTS: np.ascontiguousarray(moments), ROWS: rows, BAD: bad.astype(np.uint8)}
+    tensors: dict[str, NDArray[Any]] = {MOMENTS: np.ascontiguousarray(moments), ROWS: rows, BAD: bad.astype(np.uint8)}
     with atomic_write(path) as draft:
         save_file(tensors, draft, _metadata(description, sha256))
 
