@@ -371,7 +371,7 @@ def test_an_environment_without_the_packages(tmp_path: Path) -> None:
     [
         ({"distributor": "dask"}, "distributor=dask: choose one of multiprocessing, pyspark, ray"),
         ({"threads": 0}, "threads=0: must be at least 1"),
-        ({"retry_below": 1.5}, "retry_below=1.5: is a share"),
+        ({"retry_below": 1.5}, "retry_below=1.5: must be from 0 to 1"),
         ({"task": 2, "tasks": 2}, "task=2: tasks count from 0 to 1"),
         ({"cluster": "spark://a:7077"}, "cluster=spark://a:7077: multiprocessing has none"),
     ],
