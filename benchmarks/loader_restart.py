@@ -31,14 +31,13 @@ def write_manifests(folder: Path) -> list[Path]:
     (folder / "shards").mkdir(parents=True)
     write_shard(folder / "shards" / "00000.tar", IMAGES, seed=0)
     index({"photographs": folder / "shards"}, folder / "manifest")
-    real = Manifest(folder / "manifest").table()
+    real = Manifest(folder / "manifest").columns(0, SAMPLE_SCHEMA.names)
     generator, words = np.random.default_rng(0), vocabulary()
     table = real.take(pa.array(np.arange(SAMPLES) % len(real)))
     own = {
         "uid": [generator.bytes(16).hex() for _ in range(SAMPLES)],
         "key": [f"{number:09d}" for number in range(SAMPLES)],
         "caption": [caption(generator, words) for _ in range(SAMPLES)],
-        "caption_hash": generator.integers(0, 1 << 63, SAMPLES).astype(np.uint64),
     }
     for name, values in own.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))

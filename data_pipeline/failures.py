@@ -1,4 +1,4 @@
-"""Why images are not fetched: img2dataset's many messages as a few reasons, and which of them may pass with time."""
+"""Groups img2dataset's messages about failed images by reason, and tells which failures are transient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.select.url_policy import (
 SUCCESS = "success"
 REFUSED = "address refused"
 DNS = "no answer from DNS"
-# The first that matches counts. HTTP errors have a reason for each status, and are not in this table.
+# Pattern, reason, whether it is transient; the first match counts. HTTP errors have one reason per status.
 REASONS = (
     (r"Temporary failure in name resolution", DNS, True),
     (r"Name or service not known|No address associated|label (empty|too long)", "no such host", False),
@@ -39,12 +39,12 @@ REASONS = (
     ),
     (r"^body above", "body too large", False),
     (r"MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", "too many pixels", False),
-    (r"^Image decoding error|buf\.empty", "no image", False),
+    (r"^Image decoding error|buf\.empty", "not an image", False),
 )
 
 
 def reason(message: str) -> tuple[str, bool]:
-    """A message's reason, and whether the same request may succeed at another time."""
+    """A message's reason, and whether the failure is transient."""
     status = re.match(r"HTTP Error (\d+)", message)
     if status:
         code = int(status[1])
@@ -63,7 +63,7 @@ def is_transient(message: str) -> bool:
 
 
 class Tally:
-    """Images by reason, success among them."""
+    """Counts images by reason; success is one of them."""
 
     def __init__(self, messages: Mapping[str, int] | None = None) -> None:
         self.reasons: Counter[str] = Counter()
@@ -83,7 +83,7 @@ class Tally:
 
     @classmethod
     def load(cls, document: Mapping[str, Any]) -> Tally:
-        """From what `dump` made."""
+        """Inverse of `dump`."""
         tally = cls()
         tally.reasons.update(document["reasons"])
         tally.transient = document["transient"]
@@ -103,7 +103,7 @@ class Tally:
 
     @property
     def settled_share(self) -> float:
-        """Share of the images that another attempt would not change."""
+        """Share of the images without a transient failure: a retry would not change them."""
         return 1 - self.transient / max(self.count, 1)
 
     def failures(self, most: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""The shards of one part as img2dataset leaves them: a tar, a parquet file, and statistics, which are written last."""
+"""img2dataset's shards of one part: each is a tar, a parquet file, and statistics, which are written last."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ NAME_FIELD = slice(0, 100)
 
 
 def finished(folder: Path) -> list[Path]:
-    """Statistics of the shards that are complete."""
+    """Statistics files of the complete shards."""
     return sorted(folder.glob(f"*{STATISTICS}"))
 
 
 def begun(folder: Path) -> bool:
-    """Whether a shard was ever completed."""
+    """Whether a shard has ever been completed."""
     return any(folder.glob(f"*{STATISTICS}*"))
 
 
 def tally(statistics: Path) -> Tally:
-    """The images of a shard by reason."""
+    """Images of a shard by reason."""
     return Tally(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
 
 
 def problem(statistics: Path) -> str | None:
-    """Why a shard with statistics is not whole, or None; whether its images are is for the index to say."""
+    """Why a shard with statistics is incomplete, or None; the index checks the images themselves."""
     tar = _member(statistics, ".tar")
     try:
         expected = int(json.loads(statistics.read_text(encoding="utf-8"))["successes"])
@@ -43,10 +43,10 @@ def problem(statistics: Path) -> str | None:
 
 
 def samples(tar: Path) -> int:
-    """Images in a tar file, by its headers alone.
+    """Number of images in a tar file; reads its headers alone.
 
     Raises:
-        ValueError: it does not end as tar files do, or is damaged.
+        ValueError: it is truncated or damaged.
     """
     count, position, size = 0, 0, tar.stat().st_size
     with tar.open("rb") as file:
@@ -65,13 +65,13 @@ def samples(tar: Path) -> int:
 
 
 def remove(statistics: Path) -> None:
-    """Take a shard away; the statistics go first, so that it never looks complete."""
+    """Remove a shard, its statistics first, so that it never looks complete."""
     for file in _files(statistics):
         file.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Take away what an interrupted run left of shards that have no statistics."""
+    """Remove shards without statistics, which an interrupted run left."""
     done = {file.name.removesuffix(STATISTICS) for file in finished(folder)}
     for file in [*folder.glob("*.tar"), *folder.glob("*.parquet")]:
         if file.stem not in done:
@@ -79,13 +79,13 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def set_aside(statistics: Path) -> None:
-    """Make room for another attempt at a shard, under names that neither img2dataset nor the index reads."""
+    """Rename a shard for a retry, to names that neither img2dataset nor the index reads."""
     for file in _files(statistics):
         file.replace(file.with_name(file.name + BEFORE))
 
 
 def settle(folder: Path) -> None:
-    """Of each shard that was attempted again keep the attempt with more images; the one before waits for the new."""
+    """Keep the better attempt of each retried shard; the old one stays until the new one is complete."""
     for before in folder.glob(f"*{STATISTICS}{BEFORE}"):
         statistics = before.with_name(before.name.removesuffix(BEFORE))
         if statistics.exists():

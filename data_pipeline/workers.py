@@ -19,8 +19,8 @@ from typing import IO, Protocol, TypeVar
 
 import pyarrow as pa
 
-from data_pipeline.progress import track
 from vdtrain.config.compose import ConfigError
+from vdtrain.progress import track
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
 
 
 def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], description: str) -> Iterator[Result]:
-    for task in track(tasks, description):
+    for task in track(tasks, description, "tasks"):
         yield function(task)
 
 
@@ -85,7 +85,7 @@ def _run_in(
         futures = deque(pool.submit(function, task) for task in tasks)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for _ in track(range(len(futures)), description):
+    for _ in track(range(len(futures)), description, "tasks"):
         yield futures.popleft().result()
 
 

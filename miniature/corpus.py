@@ -19,20 +19,20 @@ from vdtrain.models.tokenizers import WORD_END, arranged, clip_model
 
 FACTS: tuple[tuple[str, ...], ...] = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(POSITIONS), tuple(BACKGROUNDS))
 HELD_OUT_SHARE = 1 / 8
-"""Share of held-out combinations, which is theirs among all pairs of a colour and a shape."""
+"""Share of held-out combinations among all pairs of a colour and a shape."""
 DOWNLOADED_PIXELS = (64, 129)
 JPEG_QUALITY = (80, 96)
 VOCABULARY_LIMIT = 4096
-"""More entries than the captions' words need: the merges end where every word is one token."""
+"""More entries than the captions' words need: merging ends when every word is one token."""
 
 
 def sample_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
-    """Scenes of all combinations, held-out ones too: in the full-size system the frozen parts have seen everything."""
+    """Scenes of all combinations, with held-out ones: at full size the frozen parts have seen everything too."""
     return [sample_scene(rng, held_out=bool(rng.random() < HELD_OUT_SHARE)) for _ in range(count)]
 
 
 def draw_images(scenes: Sequence[Scene], pixels: int, rng: np.random.Generator) -> Tensor:
-    """Images uint8 [B, 3, pixels, pixels]; half of them as drawn, half through JPEG and a resize like a download."""
+    """Images uint8 [B, 3, pixels, pixels]; half as drawn, half compressed to JPEG and resized like a download."""
     images = []
     for scene in scenes:
         if rng.random() < 0.5:
@@ -58,7 +58,7 @@ def scene_facts(scenes: Sequence[Scene]) -> Tensor:
 
 
 def caption_facts(captions: Sequence[str]) -> Tensor:
-    """The facts that each caption states, int64 [B, 5], -1 where it is silent."""
+    """The facts that each caption states, int64 [B, 5]; -1 if it does not mention one."""
     rows = []
     for text in captions:
         words = set(text.split())

@@ -8,29 +8,27 @@ all of it takes about half an hour; the same seed, machine and library versions 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save as serialised
+from safetensors.torch import save_file
 from torch import nn
 
 from miniature.corpus import clip_tokenizer, decoder_tokenizer, encoder_tokenizer, sample_scenes, write_captions
 from miniature.shapes import vocabulary
-from miniature.training import Recipe, Report, train_clip, train_image_vae, train_text_vae
+from miniature.training import Recipe, train_clip, train_image_vae, train_text_vae
 from vdtrain.config.compose import config_folder
 from vdtrain.config.instantiate import instantiate
+from vdtrain.files import atomic_write
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.frozen_weights import ASSETS, untied
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
+from vdtrain.progress import Progress
 
 FOLDER = ASSETS / "tiny"
 ENCODER_TOKENIZER, DECODER_TOKENIZER, CLIP_TOKENIZER = (
@@ -60,15 +58,15 @@ def main() -> None:
         own = RECIPES[name]
         recipe = own if options.steps is None else Recipe(options.steps, own.batch, own.learning_rate)
         start = time.monotonic()
-        with progress(name) as report:
-            part = trained(name, recipe, options.folder, options.seed, report)
+        with Progress(name, recipe.steps, "steps") as progress:
+            part = trained(name, recipe, options.folder, options.seed, progress)
         file = options.folder / f"{name}.safetensors"
         save(part, file)
         print(f"{file}: {file.stat().st_size / 1e6:.2f} MB after {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 def write_tokenizers(folder: Path, seed: int) -> None:
-    """Make the three tokenizers; they are a matter of seconds and always belong together with their parts."""
+    """Make the three tokenizers, in seconds; the parts depend on them."""
     rng = np.random.default_rng(seed)
     captions = write_captions(sample_scenes(CAPTIONS, rng), rng)
     encoder_tokenizer(vocabulary()).save(str(folder / ENCODER_TOKENIZER))
@@ -76,12 +74,12 @@ def write_tokenizers(folder: Path, seed: int) -> None:
     clip_tokenizer(captions).save(str(folder / CLIP_TOKENIZER))
 
 
-def trained(name: str, recipe: Recipe, folder: Path, seed: int, report: Report) -> nn.Module:
-    """Train the part of the given name, with the tokenizers in `folder`, and return what is to be saved of it."""
+def trained(name: str, recipe: Recipe, folder: Path, seed: int, progress: Progress) -> nn.Module:
+    """Train a part with the tokenizers in `folder`; returns the module to save."""
     torch.manual_seed(seed)  # the modules' own initialisation takes no generator
     if name == "image_vae":
         image_vae: ImageVAE = untrained("image", "vae")
-        train_image_vae(image_vae, recipe, seed, report)
+        train_image_vae(image_vae, recipe, seed, progress)
         return image_vae.autoencoder
     if name == "optimus":
         optimus: Optimus = untrained(
@@ -90,12 +88,12 @@ def trained(name: str, recipe: Recipe, folder: Path, seed: int, report: Report) 
             encoder_tokenizer=str(folder / ENCODER_TOKENIZER),
             decoder_tokenizer=str(folder / DECODER_TOKENIZER),
         )
-        train_text_vae(optimus, recipe, seed, report)
+        train_text_vae(optimus, recipe, seed, progress)
         return optimus
     text: ClipTextContext = untrained("text", "context_encoder", tokenizer=str(folder / CLIP_TOKENIZER))
     image: ClipImageContext = untrained("image", "context_encoder")
     image.clip = text.clip
-    train_clip(image, text, recipe, seed, report)
+    train_clip(image, text, recipe, seed, progress)
     clip: nn.Module = text.clip
     return clip
 
@@ -108,23 +106,10 @@ def untrained(modality: str, part: str, **files: str) -> Any:
 
 
 def save(part: nn.Module, file: Path) -> None:
-    """Write a part's weights in half precision, whole or not at all; they are read back in the model's own."""
+    """Write a part's weights in half precision; loading converts them to the model's precision."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in untied(part).items()}
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(serialised(state))
-    partial.replace(file)
-
-
-@contextmanager
-def progress(name: str) -> Iterator[Report]:
-    """A progress bar on a terminal, one line now and then elsewhere."""
-    if not sys.stdout.isatty():
-        yield lambda done, steps, losses: print(f"{name}: step {done} of {steps}  {losses}", flush=True)
-        return
-    columns = (TextColumn(name), BarColumn(), TextColumn("{task.fields[losses]}"), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(name, losses="")
-        yield lambda done, steps, losses: bar.update(task, completed=done, total=steps, losses=losses)
+    with atomic_write(file) as draft:
+        save_file(state, draft)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The drawn image set on disk: JPEG files, and their metadata as LAION-2B-en and COYO-700M publish theirs.
 
-python -m miniature draw data=shapes     # draw
-python -m miniature serve data=shapes      # serve on this machine, so that the real download can fetch them
+python -m miniature draw data=shapes
+python -m miniature serve data=shapes      # serve them on this machine for the real download
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -21,14 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_pipeline.progress import track
 from miniature.shapes import caption, draw, sample_scene
 from vdtrain.config.data_schema import ShapesConfig
+from vdtrain.files import atomic_write
+from vdtrain.progress import track
 
 HOST = "127.0.0.1"
 COMPLETE_FILE = "complete.json"
 JPEG_QUALITY = 95
-# Share of the images that the LAION table lists; the COYO table lists the others.
+# Share of the images in the LAION table; the COYO table has the others.
 LAION_SHARE = 0.6
 
 LAION_SCHEMA: pa.Schema = pa.schema(
@@ -67,14 +67,14 @@ COYO_SCHEMA: pa.Schema = pa.schema(
 
 
 def write_image_set(config: ShapesConfig) -> None:
-    """Draw the set into its folder, unless it is there, complete and of the same settings.
+    """Draw the set into its folder, unless a complete set with the same settings is there.
 
-    Colour-shape pairs that are held out are not drawn.
+    Held-out pairs of colour and shape are not drawn.
     """
     folder = Path(config.folder)
     settings = {"images": config.images, "pixels": config.pixels, "seed": config.seed, "port": config.port}
     marker = folder / COMPLETE_FILE
-    # A damaged one is none.
+    # A damaged marker counts as missing.
     with suppress(ValueError):
         if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == settings:
             print(f"{folder}: complete")
@@ -83,7 +83,7 @@ def write_image_set(config: ShapesConfig) -> None:
     (folder / "images").mkdir(parents=True)
     generator = np.random.default_rng(config.seed)
     laion, coyo = [], []
-    for number in track(range(config.images), "draw"):
+    for number in track(range(config.images), "draw", "images"):
         scene = sample_scene(generator)
         name = f"images/{number:06d}.jpg"
         Image.fromarray(draw(scene, config.pixels)).save(folder / name, quality=JPEG_QUALITY)
@@ -94,9 +94,8 @@ def write_image_set(config: ShapesConfig) -> None:
             coyo.append(_coyo_row(number, url, text, config.pixels))
     pq.write_table(pa.Table.from_pylist(laion, schema=LAION_SCHEMA), folder / "laion2b_en.parquet")
     pq.write_table(pa.Table.from_pylist(coyo, schema=COYO_SCHEMA), folder / "coyo700m.parquet")
-    draft = marker.with_suffix(".tmp")
-    draft.write_text(json.dumps(settings), encoding="utf-8")
-    os.replace(draft, marker)
+    with atomic_write(marker) as draft:
+        draft.write_text(json.dumps(settings), encoding="utf-8")
     print(f"{folder}: {len(laion):,} images in laion2b_en.parquet, {len(coyo):,} in coyo700m.parquet")
 
 
@@ -115,7 +114,7 @@ class _QuietHandler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of requests."""
+        """Do not log requests."""
 
 
 def _laion_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from miniature.corpus import caption_facts, draw_images, sample_scenes, scene_fa
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.image_vae import ImageVAE, to_signed
 from vdtrain.models.optimus import Optimus
-
-Report = Callable[[int, int, str], None]
-"""Called with the steps done, the steps in all, and the losses in words."""
+from vdtrain.progress import Progress
 
 WARMUP_STEPS = 100
 REPORT_EVERY = 50
@@ -32,7 +30,7 @@ class Recipe:
     learning_rate: float
 
 
-def fit(model: nn.Module, recipe: Recipe, losses: Callable[[int], dict[str, Tensor]], report: Report) -> None:
+def fit(model: nn.Module, recipe: Recipe, losses: Callable[[int], dict[str, Tensor]], progress: Progress) -> None:
     """Minimise the sum of `losses(step)` with AdamW; the learning rate warms up and falls to 0 along a cosine."""
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -46,7 +44,8 @@ def fit(model: nn.Module, recipe: Recipe, losses: Callable[[int], dict[str, Tens
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == recipe.steps:
-            report(step + 1, recipe.steps, "  ".join(f"{name} {value.item():.4f}" for name, value in parts.items()))
+            progress.note = "  ".join(f"{name} {value.item():.4f}" for name, value in parts.items())
+        progress.advance()
     model.eval().requires_grad_(False)
 
 
@@ -55,7 +54,7 @@ TEXT_FREE_NATS = 1.0
 TEXT_NOISE_STEPS = 1000
 
 
-def train_text_vae(vae: Optimus, recipe: Recipe, seed: int, report: Report) -> None:
+def train_text_vae(vae: Optimus, recipe: Recipe, seed: int, progress: Progress) -> None:
     """Train Optimus to repeat captions; its latents come out with a deviation of 1 over the captions.
 
     The posterior's noise grows from none over the first steps: at full strength from the start, the decoder learns to
@@ -71,7 +70,7 @@ def train_text_vae(vae: Optimus, recipe: Recipe, seed: int, report: Report) -> N
         loss = vae.loss(captions, noise, TEXT_DIVERGENCE_WEIGHT, "mask", TEXT_FREE_NATS)
         return {"loss": loss.total.mean()}
 
-    fit(vae, recipe, losses, report)
+    fit(vae, recipe, losses, progress)
     standardise_text(vae, write_captions(scenes[:5_000], rng))
 
 
@@ -88,7 +87,7 @@ def standardise_text(vae: Optimus, captions: Sequence[str]) -> None:
         vae.get_parameter(f"decoder.transformer.{name}.weight").mul_(scale)
 
 
-def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, seed: int, report: Report) -> None:
+def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, seed: int, progress: Progress) -> None:
     """Train the CLIP that both context encoders share (Radford et al. 2021, section 2.3).
 
     Captions leave most of a scene open, so that many of them are true of several images in a batch: a caption that
@@ -120,7 +119,7 @@ def train_clip(image: ClipImageContext, text: ClipTextContext, recipe: Recipe, s
         mean = functional.normalize(seen.mean(dim=1), dim=-1)
         return {"contrastive": contrastive(seen[:, 0]), "mean_contrastive": contrastive(mean)}
 
-    fit(clip, recipe, losses, report)
+    fit(clip, recipe, losses, progress)
 
 
 RESOLUTIONS = (32, 64)
@@ -130,7 +129,7 @@ IMAGE_NOISE = 0.2
 """Standard deviation, in units of the latents' own, of the largest noise that the decoder is made to look through."""
 
 
-def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, report: Report) -> None:
+def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, progress: Progress) -> None:
     """Train the image VAE on small images first and on both sizes in the second half, which costs most of the time.
 
     Beside the loss of Rombach et al. 2022, appendix G (without its adversarial and perceptual parts, which drawn
@@ -158,7 +157,7 @@ def train_image_vae(vae: ImageVAE, recipe: Recipe, seed: int, report: Report) ->
             "divergence": IMAGE_DIVERGENCE_WEIGHT * warmup * divergence,
         }
 
-    fit(vae, recipe, losses, report)
+    fit(vae, recipe, losses, progress)
     standardise_images(vae, to_signed(images[RESOLUTIONS[1]][:512], torch.float32))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.files import FileRecord, LockedError, damage, locked, written_whole
+from vdtrain.files import FileRecord, LockedError, atomic_write, damage, draft_of, locked, written_whole
 
 
 def write(path: Path, text: str, overwrite: bool = False, fail: bool = False) -> None:
@@ -113,3 +113,24 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     message = r"a\.lock: cannot be locked .*; choose a file system with locks"
     with pytest.raises(ConfigError, match=message), locked(tmp_path / "a.lock"):
         pytest.fail("the lock is held")
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with written_whole(path, "output=f") as first:
+        first.write_text("first")
+        with written_whole(path, "output=f") as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_drafts_of_processes_that_are_gone_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "f[1]"
+    gone, alive, other = (draft_of(path, 2**30), draft_of(path, os.getppid()), draft_of(tmp_path / "f", 2**30))
+    for draft in (gone, alive, other):
+        draft.write_text("half")
+    with atomic_write(path) as draft:
+        draft.write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other, path])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -68,10 +71,61 @@ def damage(
 
 
 @contextmanager
-def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
-    """A name beside `path` for the block to write a file or folder under; it becomes `path` once it is on the disk.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A draft beside `path` for the block to write a file or folder under; it replaces `path` once it is on the disk.
 
-    If the block fails, nothing of it is left, and what stood at `path` before stays.
+    If the block fails, nothing of the draft is left, and what stood at `path` before stays. Several processes may write
+    to the same path: each has a draft of its own, and the last one to finish wins.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = draft_of(path, os.getpid())
+    _remove_abandoned(path)
+    try:
+        yield draft
+        for each in [*draft.rglob("*"), draft]:
+            sync(each)
+        _replace(path, draft)
+        sync(path.parent)
+    finally:
+        _remove(draft)
+
+
+def draft_of(path: Path, process: int) -> Path:
+    """A name beside `path` that no other writer uses: it tells machine and process."""
+    return path.with_name(f"{path.name}.{_machine()}-{process}-{secrets.token_hex(4)}{INCOMPLETE}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove drafts of processes of this machine that are gone."""
+    for draft in path.parent.glob(f"{glob.escape(path.name)}.{_machine()}-*{INCOMPLETE}"):
+        process = draft.name.split("-")[-2]
+        if not Path("/proc", process).exists():
+            _remove(draft)
+
+
+@cache
+def _machine() -> str:
+    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+
+def _replace(path: Path, draft: Path) -> None:
+    """Put a draft in the place of `path`; a folder is moved away first and comes back if that fails."""
+    if not path.is_dir():
+        draft.replace(path)
+        return
+    replaced = path.with_name(path.name + REPLACED)
+    path.rename(replaced)
+    try:
+        draft.replace(path)
+    finally:
+        _settle(path, replaced)
+
+
+@contextmanager
+def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
+    """`atomic_write` of what a setting names.
 
     Args:
         place: the setting and its value, for errors.
@@ -80,38 +134,26 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
     Raises:
         ConfigError: `path` exists and may not be replaced, or cannot be written.
     """
-    draft = path.with_name(path.name + INCOMPLETE)
     replaced = path.with_name(path.name + REPLACED)
     check_output(path.parent, place)
-    _check_names(place, path, draft, replaced)
+    _check_names(place, path, draft_of(path, os.getpid()), replaced)
     _settle(path, replaced)
     _refuse_existing(path, place, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(draft)
-        yield draft
-        for each in [*draft.rglob("*"), draft]:
-            sync(each)
-        if path.is_dir():
-            path.rename(replaced)
-        draft.replace(path)
-        sync(path.parent)
+        with atomic_write(path) as draft:
+            yield draft
     except Exception as error:
         found = system_error(error)
         if found is None:
             raise
         raise ConfigError(f"{place}: {_said(found, path)}") from error
-    finally:
-        _remove(draft)
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        _remove(replaced)
 
 
 def refuse_existing(path: Path, place: str, overwrite: bool) -> None:
     """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there."""
     check_output(path.parent, place)
-    _check_names(place, path, path.with_name(path.name + INCOMPLETE))
+    _check_names(place, path, draft_of(path, os.getpid()))
     _refuse_existing(path, place, overwrite)
 
 
@@ -245,7 +287,7 @@ def _said(error: OSError, path: Path) -> str:
 
 
 def _settle(path: Path, replaced: Path) -> None:
-    """Bring what was moved out of the way back if nothing came in its place, else take it away."""
+    """Move a replaced folder back if nothing took its place, else remove it."""
     if replaced.exists() and not path.exists():
         replaced.rename(path)
     _remove(replaced)

@@ -1,4 +1,4 @@
-"""img2dataset's command for one part, and what its processes find in their environment."""
+"""img2dataset's command line and environment for one part."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from data_pipeline.download.plan import Part
 from vdtrain.config.data_schema import DownloadConfig
 
 OPT_OUTS = ("noai", "noimageai", "noindex", "noimageindex", "noml")
-IMAGE_TIMEOUTS = 3  # an image may take so many times the seconds that it may stand still
-# Not `-m`: workers find classes by the name of their module, and that of a main module is another in each of them.
+IMAGE_TIMEOUTS = 3  # total time of an image, in units of data.download.timeout
+# Not `-m`: workers unpickle classes by module name, and `__main__` differs between them.
 RUN = "from data_pipeline.download.img2dataset_run import main; main()"
 
 
 def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool) -> list[str]:
-    """The command line that downloads what is missing of a part."""
+    """The command line that downloads the missing shards of a part."""
     limits = Limits(
         timeout=config.timeout,
         seconds=IMAGE_TIMEOUTS * config.timeout,
@@ -65,10 +65,10 @@ def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool
 
 
 def img2dataset_environment(part: Part, config: DownloadConfig) -> dict[str, str]:
-    """What img2dataset's processes find in their environment, on whichever machine they are."""
+    """Environment of img2dataset's processes, on all machines."""
     modules = part.folder.parent / ".modules"
     package = modules / "data_pipeline"
-    # A folder with this package alone: another interpreter must not find the packages of this one beside it.
+    # A folder that holds this package alone: another interpreter must not import this one's other packages.
     modules.mkdir(exist_ok=True)
     here = Path(__file__).resolve().parent.parent
     if not (package.is_symlink() and package.resolve() == here):
@@ -81,8 +81,8 @@ def img2dataset_environment(part: Part, config: DownloadConfig) -> dict[str, str
         "PYTHONSAFEPATH": "1",
         "PYSPARK_PYTHON": python,
         "PYSPARK_DRIVER_PYTHON": python,
-        "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the package index at every import
-        "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # it queries the package index at every import
+        "RAY_USAGE_STATS_ENABLED": "0",  # it reports usage to its makers
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(config.max_image_pixels),  # refuses a decompression bomb before decoding it
         "OMP_NUM_THREADS": "1",
     }

@@ -1,8 +1,8 @@
-"""Images of the selected rows into tar shards, by img2dataset: part after part, the sources beside each other.
+"""Downloads the images of the selected rows into tar shards with img2dataset: one part of each source at a time.
 
-img2dataset numbers shards by row, counts a shard as done for ever, leaves half-written ones and processes behind when
-it is killed, and can exit well with nothing done. So a plan stands beside each part, whose shards are checked and
-counted as they come, and a supervisor ends its processes.
+img2dataset numbers shards by row and never retries a finished shard. If it is killed, it leaves partial shards and
+processes behind, and it can exit with status 0 and nothing done. So each part has a recorded plan, its shards are
+checked and counted as they appear, and a supervisor ends all processes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from data_pipeline import shards
 from data_pipeline.download.part import PartRun
 from data_pipeline.download.plan import DownloadError, Part, Record
-from data_pipeline.download.progress import DownloadProgress
 from data_pipeline.failures import Tally
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 from vdtrain.config.fields import check_values
 from vdtrain.extras import install
+from vdtrain.progress import Progress
 
 __all__ = ["DownloadError", "download"]
 
@@ -34,24 +34,27 @@ FIND = "import sys; from importlib.util import find_spec as f; print(*(m for m i
 
 
 def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_loopback: bool) -> None:
-    """Download this task's parts; run again after any interruption, it does what is missing.
+    """Download what is missing of this task's parts.
 
     Raises:
-        ConfigError: a setting that cannot work, a source without selected rows, or a plan by which shards were made
-            has changed.
-        DownloadError: another download holds a part, too few images come, or shards are missing at the end.
+        ConfigError: a setting cannot work, a source has no selected rows, or the plan of existing shards has changed.
+        DownloadError: another download holds a part, too few images arrive, or shards are missing at the end.
     """
     check(config)
     parts = own_parts(sources, config)
     check_environment(config)
     tallies: dict[str, Tally] = {name: Tally() for name in parts}
     counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
-    with DownloadProgress(sum(part.rows for waiting in parts.values() for part in waiting)) as progress:
-        for running in _steps(parts, config, allow_loopback, tallies):
+    images = sum(part.rows for waiting in parts.values() for part in waiting)
+    with Progress("download", images, "images") as progress:
+        for step, running in enumerate(_steps(parts, config, allow_loopback, tallies)):
             total = Tally()
             for tally in (*tallies.values(), *(run.tally for run in running)):
                 total.add(tally)
-            progress.update(total)
+            if step == 0:
+                progress.skip(total.count)
+            progress.note = f"{total.success_share:.0%} fetched, failed: {total.failures(3)}"
+            progress.show(total.count)
     for name, tally in tallies.items():
         print(f"{name}: {tally} in {counts[name]:,} shards")
 
@@ -71,7 +74,7 @@ def check(config: DownloadConfig) -> None:
 
 
 def check_environment(config: DownloadConfig) -> None:
-    """Raise a ConfigError where the interpreter or the engine is missing, with which img2dataset does nothing."""
+    """Raise a ConfigError if the interpreter or the engine is missing: img2dataset would do nothing."""
     python = config.python or sys.executable
     try:
         found = subprocess.run(
@@ -103,7 +106,7 @@ def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> di
         ConfigError: select has not finished a source, or there is no such part.
     """
     parts: dict[str, list[Part]] = {}
-    place = 0  # over all sources, so that the tasks' shares differ by one part at most
+    place = 0  # counts over all sources, so that the tasks' shares differ by one part at most
     known: set[int] = set()
     for name, source in sources.items():
         folder = Path(source.selected)
@@ -131,10 +134,10 @@ def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> di
 def _steps(
     parts: Mapping[str, Sequence[Part]], config: DownloadConfig, allow_loopback: bool, tallies: Mapping[str, Tally]
 ) -> Iterator[Sequence[PartRun]]:
-    """Work through the parts, one of each source at a time; yields the runs at every look at them.
+    """Work through the parts, one of each source at a time; yields the current runs at every poll.
 
     Args:
-        tallies: of each source, to which finished parts are added.
+        tallies: one per source; finished parts are added.
     """
     waiting = {name: list(own) for name, own in parts.items()}
     running: dict[str, PartRun] = {}
@@ -161,7 +164,7 @@ def _steps(
 
 
 def _outcome(part: Part, config: DownloadConfig) -> Tally | None:
-    """What came of a part that is done, or None: it is to be worked on, its shards with it that may be tried again."""
+    """The tally of a part that is done, or None if shards are missing or due for a retry."""
     if not shards.finished(part.folder):
         return None
     record = Record(part, config)

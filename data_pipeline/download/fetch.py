@@ -1,6 +1,6 @@
-"""One image over HTTP: no address of one's own network, no endless body, no endless time, no opt-out passed over.
+"""One image over HTTP: addresses inside one's own network are refused, bytes and time are limited, opt-outs are kept.
 
-Runs inside img2dataset's workers, of whatever interpreter they are: it needs no package that img2dataset lacks.
+It runs in img2dataset's workers, in any interpreter that has img2dataset, and needs no other package.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ import socket
 import ssl
 import string
 import time
-import urllib.request
+from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from functools import cache, partial
-from typing import IO, Any
-from urllib.error import HTTPError
-from urllib.parse import quote, urljoin
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from data_pipeline.failures import is_transient
 from data_pipeline.select.url_policy import address_problem, url_problem
 
-PAUSE = 1.0  # seconds before a failure that may pass is tried again
-# Directives of X-Robots-Tag that carry a value; any other name before a colon is that of a crawler.
+PAUSE = 1.0  # seconds before another attempt after a transient failure
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 10
+# Directives of X-Robots-Tag that carry a value; any other name before a colon names a crawler.
 VALUED = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 
 
 class RefusedError(Exception):
-    """An image that is not taken; the message is the reason, the same for all images that share it."""
+    """An image that must not be taken; the message is the reason, worded alike for all such images."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may cost.
+    """Limits for one image.
 
     Attributes:
         timeout: seconds without a byte.
         seconds: seconds in all, redirects included.
-        max_bytes: length of the response.
-        retries: further attempts after a failure that may pass.
+        max_bytes: length of the response, headers included.
+        retries: further attempts after a transient failure.
         opt_outs: directives of X-Robots-Tag that are honoured.
     """
 
@@ -53,7 +54,7 @@ class Limits:
 
 
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:
-    """What img2dataset's own function returns: the row's key, and the image's bytes or why there are none."""
+    """As img2dataset's own function: returns the row's key, and the image's bytes or the reason why there are none."""
     key, url = row
     message = ""
     for attempt in range(limits.retries + 1):
@@ -63,7 +64,7 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
             return key, io.BytesIO(fetch(url, limits)), None
         except RefusedError as error:
             return key, None, str(error)
-        except Exception as error:  # a stranger's server may raise anything in http.client, and no image ends a shard
+        except Exception as error:  # whatever a hostile answer raises: one image must not end a shard
             message = str(error) or type(error).__name__
         if not is_transient(message):
             break
@@ -73,29 +74,42 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
 def fetch(url: str, limits: Limits) -> bytes:
     """The body that a URL leads to.
 
+    No proxy is used: behind one, no address could be checked.
+
     Raises:
-        RefusedError: the URL, one that it redirects to, an address behind it, or the response is not to be taken.
+        RefusedError: the URL, a redirect, an address behind one of them, or the response must not be taken.
         OSError, http.client.HTTPException, ValueError: it cannot be fetched.
     """
-    problem = url_problem(url, limits.allow_loopback)
-    if problem:
-        raise RefusedError(problem)
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": limits.user_agent})
-        with _opener(limits).open(request, timeout=limits.timeout) as response:
-            reason = opt_out(response.headers, limits)
-            if reason:
-                raise RefusedError(f"opted out: {reason}")
-            return bytes(response.read())
-    except HTTPError as error:
-        error.close()
-        raise
+    deadline = time.monotonic() + limits.seconds
+    for redirects in range(MAX_REDIRECTS + 1):
+        problem = url_problem(url, limits.allow_loopback)
+        if problem:
+            raise RefusedError(f"redirect to {problem}" if redirects else problem)
+        connection = _Connection(url, limits, deadline)
+        with closing(connection), connection.get() as response:
+            target = response.headers.get("Location")
+            if response.status not in REDIRECTS or target is None:
+                return _body(response, limits)
+        # Headers are read as ISO-8859-1.
+        url = urljoin(url, quote(target, encoding="iso-8859-1", safe=string.punctuation))
+    raise http.client.HTTPException(f"HTTP Error {response.status}: infinite loop of redirects")
+
+
+def _body(response: http.client.HTTPResponse, limits: Limits) -> bytes:
+    if response.status // 100 != 2:
+        raise http.client.HTTPException(f"HTTP Error {response.status}: {response.reason}")
+    if response.length is not None and response.length > limits.max_bytes:
+        raise RefusedError(_above(limits))
+    reason = opt_out(response.headers, limits)
+    if reason:
+        raise RefusedError(f"opted out: {reason}")
+    return response.read()
 
 
 def opt_out(headers: Message, limits: Limits) -> str | None:
-    """The header by which an image's owner keeps it out of training sets, or None.
+    """The header that keeps an image out of training sets, or None.
 
-    That is `TDM-Reservation: 1`, and an X-Robots-Tag directive for every crawler or for one that we go by.
+    That is `TDM-Reservation: 1`, or an X-Robots-Tag directive for all crawlers or for one named in our user agent.
     """
     if (headers.get("TDM-Reservation") or "").strip() == "1":
         return "TDM-Reservation"
@@ -112,8 +126,55 @@ def opt_out(headers: Message, limits: Limits) -> str | None:
     return None
 
 
+class _Connection(http.client.HTTPConnection):
+    """A connection to the address that was checked: the name is not looked up again."""
+
+    def __init__(self, url: str, limits: Limits, deadline: float) -> None:
+        parts = urlsplit(url)
+        self._secure = parts.scheme == "https"
+        self.default_port = 443 if self._secure else 80
+        super().__init__(parts.hostname or "", parts.port or self.default_port)
+        self._target = quote(urlunsplit(("", "", parts.path or "/", parts.query, "")), safe=string.punctuation)
+        self._limits, self._deadline = limits, deadline
+        self.response_class = partial(_Response, limits=limits, deadline=deadline)  # type: ignore[assignment]
+
+    def get(self) -> http.client.HTTPResponse:
+        self.request("GET", self._target, headers={"User-Agent": self._limits.user_agent, "Connection": "close"})
+        return self.getresponse()
+
+    def connect(self) -> None:
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        for *_, address in found:
+            problem = address_problem(str(address[0]), self._limits.allow_loopback)
+            if problem:
+                raise RefusedError(problem)
+        failure = OSError("no address")
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(_patience(self._limits, self._deadline))
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                # The socket's timeout bounds the handshake as a whole.
+                self.sock = _tls().wrap_socket(sock, server_hostname=self.host) if self._secure else sock
+                return
+        raise failure
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, limits: Limits, deadline: float, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, limits, deadline))
+
+
 class _Timed(io.RawIOBase):
-    """A socket's bytes until the deadline or the largest length."""
+    """A socket's bytes, up to the deadline and the byte limit."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, limits: Limits, deadline: float) -> None:
         self._raw, self._sock, self._limits, self._deadline = raw, sock, limits, deadline
@@ -139,131 +200,14 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, limits: Limits, deadline: float, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        self._limits = limits
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, limits, deadline))
-
-    def begin(self) -> None:
-        super().begin()
-        if self.length is not None and self.length > self._limits.max_bytes:
-            raise RefusedError(_above(self._limits))
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection to an address that was checked, and to no other that the name resolves to a moment later."""
-
-    def __init__(self, host: str, *, limits: Limits, deadline: float, timeout: float) -> None:
-        super().__init__(host, timeout=timeout)
-        self._limits, self._deadline = limits, deadline
-        self.response_class = partial(_Response, limits=limits, deadline=deadline)  # type: ignore[assignment]
-
-    def connect(self) -> None:
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            problem = address_problem(str(address[0]), self._limits.allow_loopback)
-            if problem:
-                raise RefusedError(problem)
-        failure = OSError("no address")
-        for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.settimeout(_patience(self._limits, self._deadline))
-                sock.connect(address)
-            except OSError as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                self.sock = sock
-                return
-        raise failure
-
-
-class _SecureConnection(_Connection):
-    default_port = 443
-
-    def connect(self) -> None:
-        super().connect()
-        # The socket's timeout bounds the handshake as a whole.
-        self.sock = _tls().wrap_socket(self.sock, server_hostname=self.host)
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https."""
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__()
-        self._limits = limits
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open(_Connection, req)
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open(_SecureConnection, req)
-
-    def _open(self, connection: type[_Connection], request: urllib.request.Request) -> http.client.HTTPResponse:
-        deadline = request.__dict__.setdefault("deadline", time.monotonic() + self._limits.seconds)
-        opened = self.do_open(connection, request, limits=self._limits, deadline=deadline)  # type: ignore[arg-type]
-        assert isinstance(opened, http.client.HTTPResponse)
-        return opened
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-
-    def http_error_302(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
-        target = headers.get("Location") or headers.get("URI")
-        # Escaped as the redirect is when it is followed.
-        target = quote(target or "", encoding="iso-8859-1", safe=string.punctuation)
-        problem = target and url_problem(urljoin(req.full_url, target), self._limits.allow_loopback)
-        if problem:
-            fp.close()
-            raise RefusedError(f"redirect to {problem}")
-        return super().http_error_302(req, fp, code, msg, headers)  # type: ignore[arg-type]
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
-        followed = super().redirect_request(req, *args)
-        if followed is not None:
-            followed.__dict__["deadline"] = req.__dict__["deadline"]
-        return followed
-
-
-@cache
-def _opener(limits: Limits) -> urllib.request.OpenerDirector:
-    """Opens http and https alone, and goes through no proxy, behind which no address could be checked."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        _Handler(limits),
-        _Redirects(limits),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
 @cache
 def _tls() -> ssl.SSLContext:
-    """One for all connections: http.client would read the certificates anew for each."""
+    """Shared by all connections: reading the certificates takes time."""
     return ssl.create_default_context()
 
 
 def _patience(limits: Limits, deadline: float) -> float:
-    """Seconds that the next operation may take.
-
-    Raises:
-        RefusedError: there are none left.
-    """
+    """Seconds that the next operation may take."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise RefusedError(f"slower than {limits.seconds:g} seconds")

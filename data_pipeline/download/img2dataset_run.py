@@ -1,7 +1,7 @@
-"""img2dataset with its fetching held within limits, in the interpreter and on the engine that the download chose.
+"""img2dataset with our own fetching (`fetch.py`), in the interpreter and on the engine of the download's settings.
 
-`main` runs in a process of its own, and the workers of multiprocessing, Spark and Ray import this module when the
-downloader reaches them. It needs img2dataset and the chosen engine, and nothing else that the project depends on.
+`main` runs in its own process. The workers of multiprocessing, Spark and Ray import this module when they unpickle the
+downloader. It needs img2dataset and the chosen engine, and no other dependency of the project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# webdataset, which writes the tars, imports PyTorch where it finds it: seconds and memory of every worker, for nothing.
+# webdataset, which writes the tars, imports PyTorch if it is installed, which costs every worker seconds and memory.
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 import img2dataset.downloader  # noqa: E402
@@ -33,7 +33,7 @@ OBJECT_STORE_BYTES = 100 << 20  # no image passes through it
 
 
 class GuardedDownloader(img2dataset.downloader.Downloader):  # type: ignore[misc]
-    """img2dataset's downloader with another way to fetch; pickled by name, it brings its limits to every worker."""
+    """img2dataset's downloader with our fetching; it carries the limits to every worker."""
 
     def __init__(self, *, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class GuardedDownloader(img2dataset.downloader.Downloader):  # type: ignore[misc
 
 
 class NoLogger:
-    """In place of the process that prints img2dataset's statistics: the download reads them itself."""
+    """Replaces the process that prints img2dataset's statistics: the download reads them itself."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -56,12 +56,12 @@ class NoLogger:
 
 
 def main() -> None:
-    """Run img2dataset by the JSON document that is the only argument."""
+    """Run img2dataset with the settings in the only argument, a JSON document."""
     document = json.loads(sys.argv[1])
     options, limits = document["img2dataset"], document["limits"]
     if not hasattr(img2dataset.downloader, "download_image_with_retry"):
-        raise RuntimeError("this img2dataset has no download_image_with_retry, which is to be replaced; use 1.47")
-    # The package has a function of that name too, which hides the module.
+        raise RuntimeError("this img2dataset has no download_image_with_retry, which must be replaced; use 1.47")
+    # The package has a function of the same name, which hides the module.
     module = importlib.import_module("img2dataset.main")
     module.__dict__["Downloader"] = partial(
         GuardedDownloader, limits=Limits(**{**limits, "opt_outs": tuple(limits["opt_outs"])})
@@ -74,7 +74,7 @@ def main() -> None:
 
 @contextmanager
 def _processes(processes: int, cluster: str | None, environment: Mapping[str, str]) -> Iterator[None]:
-    """A pool waits for ever for a worker that was killed, by the kernel for its memory most often: end instead."""
+    """End if a worker is killed, usually out of memory: the pool would hang."""
 
     def watch() -> None:
         seen = set()
@@ -82,7 +82,7 @@ def _processes(processes: int, cluster: str | None, environment: Mapping[str, st
             time.sleep(0.5)
             seen.update(multiprocessing.active_children())
             for worker in seen:
-                # The pool ends its workers with SIGTERM (15) once all is done.
+                # The pool itself ends its workers with SIGTERM (15).
                 if worker.exitcode is not None and worker.exitcode < 0 and worker.exitcode != -15:
                     print(f"a worker was ended by signal {-worker.exitcode} (9: memory?)", flush=True)
                     os._exit(WORKER_KILLED)
@@ -100,7 +100,7 @@ def _spark(processes: int, cluster: str | None, environment: Mapping[str, str]) 
         builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1")
     for name, value in environment.items():
         builder = builder.config(f"spark.executorEnv.{name}", value)
-    # img2dataset takes the session that is active; its own would ask for 16 GB.
+    # img2dataset uses the active session; its own asks for 16 GB.
     session = builder.master(cluster or f"local[{processes}]").getOrCreate()
     try:
         yield
@@ -114,7 +114,7 @@ def _ray(processes: int, cluster: str | None, environment: Mapping[str, str]) ->
 
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         if cluster is None:
-            # Ray would make one, and keep it in the home folder.
+            # Without it Ray writes a token into the home folder.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",

@@ -1,4 +1,4 @@
-"""img2dataset at work on one part: started, watched, started again while it makes progress, and ended."""
+"""Runs img2dataset on one part: starts, watches, restarts and stops it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from data_pipeline.download.plan import DownloadError, Part, Record, locked
 from data_pipeline.failures import DNS, SUCCESS, Tally
 from vdtrain.config.data_schema import DownloadConfig
 
-STALL_TIMEOUTS = 60  # a part whose shards do not grow for so many times the seconds of an image is started again
+STALL_TIMEOUTS = 60  # restart a part whose shards have not grown for so many image timeouts
 JUDGED_SHARDS = 3
-FRUITLESS_STARTS = 2  # after so many in a row without a new shard, it is given up
+FRUITLESS_STARTS = 2  # give up after so many starts in a row without a new shard
 
 
 class PartRun:
-    """img2dataset on one part, started as often as it makes progress; nothing of it outlives `close`.
+    """img2dataset on one part, restarted as long as it makes progress; `close` ends all its processes.
 
     Attributes:
-        tallies: of each shard that is complete and whole.
+        tallies: one per complete shard.
     """
 
     def __init__(self, part: Part, config: DownloadConfig, allow_loopback: bool) -> None:
-        """Take the part, clear away what an interrupted run left, and start what is missing.
+        """Lock the part, remove what an interrupted run left, and start the download of what is missing.
 
         Raises:
-            ConfigError: shards were made by another plan.
+            ConfigError: shards were made with another plan.
             DownloadError: another download holds the part.
         """
         self.part, self._config, self._allow_loopback = part, config, allow_loopback
@@ -56,23 +56,23 @@ class PartRun:
             raise
 
     def close(self) -> None:
-        """Stop whatever runs and give the part back."""
+        """Stop img2dataset and unlock the part."""
         self._stop()
         self._stack.close()
 
     @property
     def tally(self) -> Tally:
-        """Over all complete shards."""
+        """Sum over all complete shards."""
         total = Tally()
         for each in self.tallies.values():
             total.add(each)
         return total
 
     def step(self) -> bool:
-        """Look after the run; returns whether the part is done.
+        """Check the run and act on its state; returns whether the part is done.
 
         Raises:
-            DownloadError: too few images come, or no more shards do.
+            DownloadError: too few images arrive, or no more shards.
         """
         running = self._process is not None and self._process.poll() is None
         self._take_in(running)
@@ -106,7 +106,7 @@ class PartRun:
         return True
 
     def _take_in(self, running: bool) -> None:
-        """Count the shards that have come; remove those that are not whole, unless they may still become so."""
+        """Count new shards; remove damaged ones unless img2dataset may still be writing them."""
         for file in shards.finished(self.part.folder):
             if file in self.tallies:
                 continue
@@ -114,11 +114,11 @@ class PartRun:
             if problem is None:
                 self.tallies[file] = shards.tally(file)
             elif not running:
-                print(f"{problem}; it is made again", file=sys.stderr)
+                print(f"{problem}; downloading it again", file=sys.stderr)
                 shards.remove(file)
 
     def _overdue(self) -> bool:
-        """Whether nothing more is to be expected of what runs: all is there, or nothing grows."""
+        """Whether img2dataset should have ended: all shards are there, or nothing grows."""
         size = sum(file.stat().st_size for file in self.part.folder.glob("*.tar"))
         if size != self._size:
             self._grown, self._size = time.monotonic(), size
@@ -126,7 +126,7 @@ class PartRun:
         return time.monotonic() - self._grown > timeouts * self._config.timeout
 
     def _judge(self) -> None:
-        """Stop where too few images come, and remove the shards that show it: they would count as done for ever."""
+        """Stop if too few images arrive; remove the poor shards, which would never be retried."""
         least, total = self._config.min_success_share, self.tally
         if (
             not self.tallies
@@ -180,4 +180,4 @@ class PartRun:
 
     def _last_words(self) -> str:
         lines = self.part.beside(".log").read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "img2dataset said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "img2dataset printed nothing")

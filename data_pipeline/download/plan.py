@@ -1,4 +1,4 @@
-"""What a download has before it: the parts, the plan that their shards are made by, and the lock on each."""
+"""The parts of a download: their recorded plans and their locks."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from data_pipeline.failures import Tally
 from data_pipeline.select.selection import footer_hash
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
-from vdtrain.files import LockedError, write_text
+from vdtrain.files import LockedError, atomic_write
 from vdtrain.files import locked as lock_file
 
-# What decides which image stands in which shard, and how it is stored.
+# Settings that decide which image is in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
-LOCK_SECONDS = 30  # for the processes of a download that was killed to end
+LOCK_SECONDS = 30  # time for the processes of a killed download to end
 
 
 class DownloadError(RuntimeError):
-    """A download that did not do what was planned; the message is one line."""
+    """A download that failed; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parquet file of URLs, and the folder of the shards that are made of it."""
+    """One parquet file of URLs, and the folder of its shards."""
 
     source: str
     number: int
@@ -50,25 +50,25 @@ class Part:
 
 
 class Record:
-    """`NUMBER.plan.json`: by which plan a part's shards were made, and what came of it.
+    """`NUMBER.plan.json`: the plan of a part's shards, and the outcome.
 
     Attributes:
-        rounds: how often low shards were attempted again.
-        outcome: of all shards, once they are complete.
-        lowest: smallest share of images in a shard that another attempt would not change.
+        rounds: how often low shards have been retried.
+        outcome: over all shards, once they are complete.
+        lowest: smallest settled share of a shard (`Tally.settled_share`).
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:
         """Read it, or begin it.
 
         Raises:
-            ConfigError: shards were made by another plan.
+            ConfigError: shards were made with another plan.
         """
         self.file = part.beside(".plan.json")
         self.rounds = 0
         self.outcome: Tally | None = None
         self.lowest = 1.0
-        # img2dataset numbers its shards by row: another plan under the same numbers would mix two sets.
+        # img2dataset numbers shards by row: a changed plan would mix two sets under the same numbers.
         self.plan: dict[str, Any] = {setting: getattr(config, setting) for setting in PLAN_SETTINGS}
         self.plan["selected"] = footer_hash(part.urls)
         begun = shards.begun(part.folder)
@@ -101,13 +101,13 @@ class Record:
             self.outcome, self.lowest = Tally.load(outcome), earlier["lowest"]
 
     def another_round(self) -> None:
-        """Note that low shards are attempted once more."""
+        """Record that low shards are retried."""
         self.rounds += 1
         self.outcome = None
         self._write()
 
     def finish(self, tallies: Iterable[Tally]) -> None:
-        """Note what came of the part's shards."""
+        """Record the outcome of the part's shards."""
         self.outcome = Tally()
         for each in tallies:
             self.outcome.add(each)
@@ -115,7 +115,7 @@ class Record:
         self._write()
 
     def is_low(self, settled_share: float, config: DownloadConfig) -> bool:
-        """Whether a shard is to be attempted again."""
+        """Whether a shard should be retried."""
         return settled_share < config.retry_below and self.rounds < config.retry_rounds
 
     def _write(self) -> None:
@@ -125,9 +125,8 @@ class Record:
             "outcome": self.outcome and self.outcome.dump(),
             "lowest": self.lowest,
         }
-        draft = self.file.with_suffix(".incomplete")
-        write_text(draft, json.dumps(document, indent=1))
-        draft.replace(self.file)
+        with atomic_write(self.file) as draft:
+            draft.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 @contextmanager

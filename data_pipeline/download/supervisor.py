@@ -1,9 +1,9 @@
-"""Run a command whose processes end with it, and with whoever started it, however either ends.
+"""Run a command, and kill all its processes when it ends or when its starter ends.
 
     python -m data_pipeline.download.supervisor COMMAND...
 
-Standard input is a pipe that the starter holds open: when it closes, the starter is gone or wants the command stopped.
-A process group would not do: Spark's and Ray's processes have groups of their own. Linux only.
+Standard input is a pipe that the starter holds open. When it closes, the starter is gone or wants the command to stop.
+A process group is not enough: Spark's and Ray's processes have groups of their own. Linux only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(command: list[str]) -> int:
-    """Run the command to its end or to that of standard input; returns its exit status, 137 where it was stopped."""
-    # Whatever the command leaves behind becomes a child of this process, and can be found.
+    """Run the command until it ends or standard input closes; returns its exit status, or 137 if it was killed."""
+    # Orphans of the command become children of this process.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     ended = os.pidfd_open(child.pid)
@@ -35,7 +35,7 @@ def supervise(command: list[str]) -> int:
 
 
 def end_descendants() -> None:
-    """Kill every descendant of this process, those too that are born meanwhile, and wait until they are gone."""
+    """Kill all descendants of this process, including new ones, and wait until they are gone."""
     while found := _descendants():
         for process in found:
             with suppress(ProcessLookupError):

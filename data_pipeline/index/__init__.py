@@ -1,4 +1,4 @@
-"""Tar shards to the manifest that training streams from: every sample is read and checked.
+"""Tar shards to the manifest that training reads: every sample is checked.
 
 Start at `index.py`.
 """

@@ -1,7 +1,7 @@
-"""Tar shards to a manifest: every new shard is read once and checked, its whole samples are listed.
+"""Tar shards to a manifest: every new shard is read once and checked, and its complete samples are listed.
 
-A shard that is damaged is left out and named, and the others are indexed. What is listed already is not read again: a
-run that was interrupted, or that finds new shards, reads what is missing.
+A damaged shard is reported and left out. A shard that is listed already is not read again, so that a run after an
+interruption, or with new shards, reads only what is missing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_pipeline.index.listing import Listing, Task
-from data_pipeline.index.progress import IndexProgress
+from data_pipeline.index.builder import ManifestBuilder, Task
 from data_pipeline.index.repeated import repeated_uids
-from data_pipeline.index.shard_reading import Reading, ShardError, read_shard, statistics_file
+from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard, statistics_file
 from data_pipeline.workers import LOCK_SECONDS, workers
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.files import LockedError, locked
+from vdtrain.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# Shards whose samples share a file; what an interruption loses at most.
+# Shards whose samples share a file. An interruption loses at most so many.
 FILE_SHARDS = 100
-# What a line names, of things that can be many.
+# Names in a line about many shards.
 NAMED = 5
 
 
@@ -40,16 +40,16 @@ def index(
     decode: bool = False,
     file_shards: int = FILE_SHARDS,
 ) -> None:
-    """Bring a manifest up to the shards below the sources' folders; it does not depend on the number of processes.
+    """Update a manifest to the shards in the sources' folders; the number of processes does not change the result.
 
     Args:
-        decode: decode every image; shards that were listed without are read again.
-        file_shards: shards whose samples share a file; after each such file the manifest lists what was read so far.
+        decode: decode every image; shards that were indexed without decoding are read again.
+        file_shards: shards whose samples share a file; the manifest is written after each such file.
 
     Raises:
-        ShardError: no source has a shard, or another run is at work; or shards are damaged, and the manifest lists all
-            the others.
-        ManifestError: there is a manifest that cannot be read.
+        ShardError: no source has a shard, another run is at work, or shards are damaged (the manifest then lists all
+            the others).
+        ManifestError: the existing manifest cannot be read.
     """
     _check_folders(sources)
     lock = manifest.with_name(manifest.name + ".lock")
@@ -68,26 +68,27 @@ def _index(
     before = read_shards(manifest)
     tasks, unfinished = _find(sources, manifest, decode)
     _check_found(sources, manifest, before, tasks, unfinished)
-    listing = Listing(manifest, before, tasks)
+    builder = ManifestBuilder(manifest, before, tasks)
     damaged = 0
-    new = listing.missing()
+    new = builder.missing()
     with (
         workers(processes, "data.index.processes", lock) as run,
-        IndexProgress(len(new), sum(task.bytes for task in new)) as progress,
+        Progress("index", sum(task.bytes for task in new) / 1e6, "MB") as progress,
     ):
-        for task, reading in zip(new, run(_read, new, ""), strict=True):
-            progress.add(task.bytes)
-            if isinstance(reading, str):
-                logger.warning("left out: %s", reading)
+        for number, (task, scan) in enumerate(zip(new, run(_read, new, ""), strict=True), start=1):
+            progress.note = f"{number:,} of {len(new):,} shards"
+            progress.advance(task.bytes / 1e6)
+            if isinstance(scan, str):
+                logger.warning("left out: %s", scan)
                 damaged += 1
-                listing.drop(task)
+                builder.drop(task)
                 continue
-            listing.add(task, reading)
-            if listing.waiting == file_shards:
-                listing.write()
-    listing.write()
-    listing.remove_leftovers()
-    _report(manifest, listing, unfinished, len(new) - damaged)
+            builder.add(task, scan)
+            if builder.waiting == file_shards:
+                builder.write()
+    builder.write()
+    builder.remove_leftovers()
+    _report(manifest, builder, unfinished, len(new) - damaged)
     if damaged:
         raise ShardError(
             f"{manifest}: {damaged:,} of {len(tasks):,} shards are left out, each named above with what to "
@@ -95,8 +96,8 @@ def _index(
         )
 
 
-def _read(task: Task) -> Reading | str:
-    """Read a shard; a line where it is damaged."""
+def _read(task: Task) -> ShardScan | str:
+    """Read a shard; returns an error message if it is damaged."""
     try:
         return read_shard(task.path, task.source, task.name, task.decode)
     except ShardError as error:
@@ -104,7 +105,7 @@ def _read(task: Task) -> Reading | str:
 
 
 def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[list[Task], int]:
-    """Shards whose download has finished, by source and path, and the number of tar files of which that is not so."""
+    """Shards whose download has finished, by source and path, and the number of unfinished tar files."""
     tasks: list[Task] = []
     unfinished = 0
     for source, folder in sources.items():
@@ -120,7 +121,7 @@ def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[li
             try:
                 status = path.stat()
             except FileNotFoundError:
-                # The download takes shards away that it is about to attempt again.
+                # The download removes shards that it is about to retry.
                 unfinished += 1
                 continue
             name = os.path.relpath(path, manifest)
@@ -129,7 +130,7 @@ def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[li
 
 
 def _check_folders(sources: Mapping[str, Path]) -> None:
-    """Raise a ShardError where one source's folder lies in another's."""
+    """Raise a ShardError if one source's folder lies inside another's."""
     places = {source: folder.resolve() for source, folder in sources.items()}
     for source, other in itertools.permutations(places, 2):
         if places[source].is_relative_to(places[other]):
@@ -148,7 +149,7 @@ def _check_found(
         raise ShardError(f"data.sources: {reason} in {places}; run `python -m data_pipeline download` first")
     listed = Counter(before["source"].to_pylist())
     for source, folder in sources.items():
-        # A disk that is not mounted looks like shards that were removed.
+        # An unmounted disk looks like removed shards.
         if listed[source] and not folder.is_dir():
             raise ShardError(
                 f"data.sources.{source}.shards={folder}: no such folder, and {manifest} lists {listed[source]:,} "
@@ -156,18 +157,18 @@ def _check_found(
             )
 
 
-def _report(manifest: Path, listing: Listing, unfinished: int, read: int) -> None:
-    """Say what the manifest lists, what it leaves out, and what is listed twice."""
-    shards = listing.listed()
+def _report(manifest: Path, builder: ManifestBuilder, unfinished: int, read: int) -> None:
+    """Print what the manifest lists, what it leaves out, and what is listed twice."""
+    shards = builder.listed()
     broken: Counter[str] = Counter()
     for line in shards["broken"].to_pylist():
         broken.update(json.loads(line))
-    if listing.dropped:
-        names = ", ".join(listing.dropped[:NAMED]) + (", ..." if len(listing.dropped) > NAMED else "")
-        logger.warning("dropped: %s shards that are gone: %s", f"{len(listing.dropped):,}", names)
+    if builder.dropped:
+        names = ", ".join(builder.dropped[:NAMED]) + (", ..." if len(builder.dropped) > NAMED else "")
+        logger.warning("dropped: %s shards that are gone: %s", f"{len(builder.dropped):,}", names)
     if unfinished:
         logger.warning("passed over: %s .tar whose download has not finished", f"{unfinished:,}")
-    if read or listing.dropped:
+    if read or builder.dropped:
         repeated = repeated_uids(Manifest(manifest))
         if repeated.example is not None:
             logger.warning(

@@ -1,4 +1,4 @@
-"""Pairs that a manifest lists more than once, as it does after the same rows were downloaded into two folders."""
+"""Finds pairs that a manifest lists more than once, e.g. because rows were downloaded into two folders."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.progress import track
 from vdtrain.data.manifest import Manifest
+from vdtrain.progress import track
 
-# Names that are compared at once, 24 bytes each while they are sorted.
+# Uids that are compared at once, 24 bytes each while they are sorted.
 MAX_UIDS = 1 << 26
 _DIGITS = np.zeros(256, np.uint64)
 _DIGITS[list(b"0123456789abcdef")] = np.arange(16)
@@ -21,12 +21,12 @@ DIGITS = 16
 
 @dataclass(frozen=True)
 class Repeated:
-    """What is listed more than once.
+    """Samples that are listed more than once.
 
     Attributes:
-        samples: beyond the first of each name.
-        compared: share of all names that were looked at, a random one; `samples` is scaled up from it.
-        example: two shards that have a name in common.
+        samples: number of repeated samples, without the first of each uid; an estimate if `compared` is below 1.
+        compared: share of all uids that were compared.
+        example: two shards that share a uid.
     """
 
     samples: int
@@ -35,14 +35,14 @@ class Repeated:
 
 
 def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:
-    """Count the samples of a manifest whose name another one before it has.
+    """Count the samples of a manifest with the uid of an earlier sample.
 
-    Of more than `max_uids` samples those are compared whose names begin with enough bits of zero: names are hashes, and
-    those that are alike are all among them or none.
+    Of more than `max_uids` samples, only those are compared whose uid starts with enough zero bits. Uids are hashes, so
+    this is a random part, and it contains all or none of the samples with equal uids.
     """
     bits = max(0, (len(manifest) - 1).bit_length() - (max_uids - 1).bit_length())
     values = []
-    for shard in track(range(len(manifest.paths)), "compare names"):
+    for shard in track(range(len(manifest.paths)), "compare names", "shards"):
         names = _hash_values(manifest.columns(shard, ["uid"])["uid"].combine_chunks())
         values.append(names[names >> np.uint64(64 - bits) == 0] if bits else names)
     counts = np.cumsum([len(each) for each in values])
@@ -57,7 +57,7 @@ def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:
 
 
 def _hash_values(uids: pa.Array) -> NDArray[np.uint64]:
-    """The first 64 bits of names of hexadecimal digits."""
+    """The first 64 bits of hexadecimal uids."""
     first = pc.utf8_slice_codeunits(uids, 0, DIGITS)
     letters = np.frombuffer("".join(first.to_pylist()).encode(), np.uint8).reshape(len(uids), DIGITS)
     values = np.zeros(len(uids), np.uint64)

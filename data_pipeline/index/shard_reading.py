@@ -1,4 +1,4 @@
-"""One tar shard, read once: its whole samples as rows of the manifest, and what is broken by reason."""
+"""One tar shard, read once: complete samples become rows of the manifest, broken ones are counted by reason."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from vdtrain.errors import unreadable
 IMAGE, CAPTION, METADATA = "jpg", "txt", "json"
 READ_AHEAD = 1 << 20
 UID = re.compile(r"[0-9a-f]{32}")
-# Every byte of an image is read, whatever the size that is asked for; a small one takes less time.
+# The decoder reads every byte at any size; a small one takes less time.
 DECODED_SIDE = 32
 ORIENTATION_TAG = 0x0112
-# As img2dataset writes the tag into the metadata.
+# Names of the tag's values in img2dataset's metadata.
 ORIENTATIONS = {
     "Horizontal (normal)": 1,
     "Mirrored horizontal": 2,
@@ -43,20 +43,20 @@ ORIENTATIONS = {
 
 
 class ShardError(ValueError):
-    """A shard that is not whole; the message is one line."""
+    """A shard that is damaged or incomplete; the message is one line."""
 
 
 class BrokenSampleError(ValueError):
-    """A sample that is left out; the message is the reason under which it is counted."""
+    """A sample that is left out; samples are counted by its message."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one shard holds.
+class ShardScan:
+    """The contents of one shard.
 
     Attributes:
-        samples: with the columns of SAMPLE_SCHEMA, in their order in the tar.
-        broken: samples that were left out, by reason.
+        samples: columns of SAMPLE_SCHEMA, in the order of the tar.
+        broken: counts of the samples that were left out, by reason.
     """
 
     sha256: str
@@ -66,17 +66,17 @@ class Reading:
     broken: Mapping[str, int]
 
 
-def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -> Reading:
+def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -> ShardScan:
     """Read and check one shard whose download has finished.
 
     Args:
-        source: from which the pairs come.
+        source: name of the source.
         name: of the shard in the manifest.
-        decoded: decode every image, not its header alone.
+        decoded: decode every image instead of its header alone.
 
     Raises:
-        ShardError: the tar is damaged, does not end as a whole one does, holds fewer or more samples than were
-            downloaded, or was written to meanwhile.
+        ShardError: the tar is damaged or truncated, holds fewer or more samples than were downloaded, or was written
+            to meanwhile.
     """
     rows: dict[str, list[Any]] = {column: [] for column in SAMPLE_SCHEMA.names}
     broken: Counter[str] = Counter()
@@ -107,11 +107,11 @@ def read_shard(path: Path, source: str, name: str = "", decoded: bool = False) -
     if expected is not None and expected != len(keys):
         raise ShardError(_damaged(path, f"holds {len(keys)} samples of {expected} that were downloaded"))
     table = pa.Table.from_pydict(rows, SAMPLE_SCHEMA)
-    return Reading(members.sha256, status.st_size, status.st_mtime_ns, table, dict(broken))
+    return ShardScan(members.sha256, status.st_size, status.st_mtime_ns, table, dict(broken))
 
 
 def statistics_file(tar: Path) -> Path:
-    """What the download writes beside a tar when it is finished."""
+    """The file that the download writes beside a finished tar."""
     return tar.with_name(tar.stem + STATISTICS)
 
 
@@ -120,7 +120,7 @@ def _damaged(path: Path, what: str) -> str:
 
 
 def _expected(path: Path) -> int | None:
-    """Samples that the download says are in the tar; None where it says nothing."""
+    """Number of samples in the tar according to the download's statistics; None without them."""
     try:
         statistics = json.loads(statistics_file(path).read_text(encoding="utf-8"))
         count = statistics.get("successes", statistics.get("status_dict", {}).get("success", 0))
@@ -132,13 +132,13 @@ def _expected(path: Path) -> int | None:
 
 
 def _named(members: TarMembers, broken: Counter[str]) -> Iterator[Member]:
-    """The members that could be part of a sample; the others are counted."""
+    """The members that can be part of a sample; the others are counted in `broken`."""
     for member in members:
         key = member.name.partition(".")[0]
         if not key or re.search(r"[/\\\0\ud800-\udfff]", member.name):
             broken["unsafe name"] += 1
         elif not member.regular:
-            broken["no regular file"] += 1
+            broken["not a regular file"] += 1
         else:
             yield member
 
@@ -147,7 +147,7 @@ def _contents(members: Iterator[Member]) -> dict[str, Member]:
     """The members of a sample by their suffix."""
     found: dict[str, Member] = {}
     reason = ""
-    # To the last, so that the next sample begins where it does.
+    # All of them are read, so that the next sample starts at its own first member.
     for member in members:
         suffix = member.name.partition(".")[2]
         if suffix in found:
@@ -164,11 +164,7 @@ def _contents(members: Iterator[Member]) -> dict[str, Member]:
 
 
 def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) -> dict[str, Any]:
-    """The manifest row of a sample.
-
-    Raises:
-        BrokenSampleError: it cannot be trained on.
-    """
+    """The manifest row of a sample; BrokenSampleError if it cannot be trained on."""
     image, text, metadata = (members[suffix].content or b"" for suffix in (IMAGE, CAPTION, METADATA))
     try:
         caption = text.decode()
@@ -176,7 +172,7 @@ def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) ->
         raise BrokenSampleError("caption is not UTF-8") from error
     if not caption.strip():
         raise BrokenSampleError("no caption")
-    described = _mapping(metadata, "metadata is no JSON object")
+    described = _mapping(metadata, "metadata is not a JSON object")
     try:
         width, height = image_size(image)
     except DecodeError as error:
@@ -198,32 +194,26 @@ def _row(key: str, members: Mapping[str, Member], source: str, decoded: bool) ->
         "width": width,
         "height": height,
         "caption": caption,
-        "caption_hash": caption_hash(caption),
     }
 
 
-def caption_hash(caption: str) -> int:
-    """64-bit hash of a caption."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
 def _uid(described: Mapping[str, Any], source: str, image: bytes, caption: str) -> str:
-    """The name that the selection gave the pair, or one made here."""
+    """The uid that `select` gave the pair, or a new one."""
     uid, url = described.get("uid"), described.get("url")
     if isinstance(uid, str) and UID.fullmatch(uid):
         return uid
     if not isinstance(url, str) or not url:
         url = hashlib.sha256(image).hexdigest()
-    # JSON can hold halves of characters, which no text has.
+    # JSON can hold unpaired surrogates, which UTF-8 cannot.
     return pair_uid(source, url.encode("utf-8", "replace").decode(), caption)
 
 
 def _orientation(described: Mapping[str, Any], image: bytes) -> int:
-    """How an image is stored. The download neither turns images nor keeps the tag where it encodes them anew."""
+    """EXIF orientation of an image. The download does not turn images, and drops the tag if it encodes them again."""
     exif = described.get("exif")
     if exif is not None:
-        name = _mapping(exif, "EXIF is no JSON object").get("Image Orientation")
-        # Cameras write numbers too that mean nothing, and viewers pass over them.
+        name = _mapping(exif, "EXIF is not a JSON object").get("Image Orientation")
+        # Viewers ignore values that are not in the standard.
         return ORIENTATIONS.get(str(name), 1)
     tag: int | None = None
     with suppress(*IMAGE_ERRORS), Image.open(io.BytesIO(image), formats=FORMATS) as file:
@@ -232,7 +222,7 @@ def _orientation(described: Mapping[str, Any], image: bytes) -> int:
 
 
 def _mapping(text: Any, reason: str) -> dict[str, Any]:
-    """A JSON object, which is named in `reason` where it is none."""
+    """A JSON object; `reason` is the error if it is something else."""
     try:
         found = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:

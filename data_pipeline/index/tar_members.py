@@ -1,7 +1,7 @@
-"""The members of a tar file in one pass over its bytes, which are hashed on the way.
+"""Reads the members of a tar file in one pass, and hashes its bytes on the way.
 
-Tar readers take a file that was cut at a member's boundary, or inside a header, for a whole one. This one does not, and
-tells for every content where in the file it lies. One member is in memory at a time.
+Common tar readers accept a file that was cut at a member's boundary or inside a header. This one refuses it. It also
+tells the offset of every content, and keeps one member in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
-# Larger contents are passed over.
+# Larger contents are skipped.
 CONTENT_BYTES = 64 << 20
 EXTENDED_BYTES = 1 << 20
 PIECE = 1 << 20
@@ -23,7 +23,7 @@ POSIX = b"ustar\0"
 
 
 class TarDamageError(ValueError):
-    """A tar file that is not whole; the message says how."""
+    """A tar file is damaged or truncated; the message tells how."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Member:
 
     Attributes:
         offset: of its content in the file.
-        content: None where it is no regular file, or of more than CONTENT_BYTES.
+        content: None if it is not a regular file, or larger than CONTENT_BYTES.
     """
 
     name: str
@@ -50,8 +50,7 @@ class TarMembers:
         size: of the file in bytes.
 
     Raises:
-        TarDamageError: while iterating, if the file was cut anywhere, a header is damaged, or something stands behind
-            the end.
+        TarDamageError: while iterating, if the file is truncated, a header is damaged, or data follow the end.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -60,7 +59,7 @@ class TarMembers:
 
     @property
     def sha256(self) -> str:
-        """Of all the file's bytes, once the members have been iterated over."""
+        """Hash of the whole file, after the iteration."""
         if self._position != self._size:
             raise RuntimeError("the file has not been read to its end")
         return self._hash.hexdigest()
@@ -87,16 +86,16 @@ class TarMembers:
             content = self._content(size, keep)
             yield Member(name, regular, offset, size, content if keep else None)
         if extended:
-            raise TarDamageError("it ends behind a header that belongs to a member")
+            raise TarDamageError("it ends after an extended header, without its member")
         if any(self._read(BLOCK)):
             raise TarDamageError("only one block of zeros at the end")
         while piece := self._file.read(PIECE):
             self._advance(piece)
             if piece.count(0) != len(piece):
-                raise TarDamageError("there is something behind its end")
+                raise TarDamageError("data follow its end")
 
     def _content(self, size: int, keep: bool) -> bytes:
-        """A member's content, and the file's position behind its padding."""
+        """A member's content; moves behind its padding."""
         padded = -(-size // BLOCK) * BLOCK
         if self._position + padded > self._size:
             raise TarDamageError("cut short")
@@ -134,7 +133,7 @@ def _parse(header: bytes, position: int) -> tuple[str, int, bytes]:
 
 
 def _number(data: bytes, position: int) -> int:
-    """A number in octal digits, or in base 256 where the first bit says so."""
+    """A number in octal digits, or in base 256 if the first bit is set."""
     if data[0] & 0x80:
         if data[0] != 0x80:
             raise TarDamageError(f"damaged header at byte {position}")

@@ -1,4 +1,4 @@
-"""What a manifest holds, in figures and on a contact sheet.
+"""Statistics and a contact sheet of a manifest.
 
 Start at `inspection.py`.
 """

@@ -1,4 +1,4 @@
-"""Pairs on one page: images in a grid, with their captions under them."""
+"""A contact sheet: images in a grid with their captions below."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BACKGROUND, INK, FAINT = "white", "black", "#777777"
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair to be shown.
+    """A pair to show.
 
     Attributes:
-        image: None where it cannot be shown.
-        note: whence it is and how large, or why there is no image.
+        image: None if it cannot be shown.
+        note: source and size of the image, or why there is none.
     """
 
     image: Image.Image | None
@@ -39,7 +39,7 @@ class Pair:
 
 
 def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -> Iterator[Pair]:
-    """So many different pairs of a manifest, every one equally likely."""
+    """`count` different pairs of a manifest, drawn uniformly."""
     ends = np.cumsum(manifest.samples)
     reader = ShardReader(manifest)
     try:
@@ -63,7 +63,7 @@ def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
     """Write pairs as a PNG file, in rows of COLUMNS.
 
     Args:
-        pixels: side of the square that an image is fitted into.
+        pixels: side of the square that each image must fit into.
 
     Raises:
         ConfigError: it cannot be written.
@@ -79,7 +79,7 @@ def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
-    """Text in at most so many lines of so many pixels; words that are longer are broken, what is left out is marked."""
+    """Wrap text to at most `lines` lines of `width` pixels; long words are broken, and cut text ends in an ellipsis."""
     found = [""]
     for word in text.split():
         joined = f"{found[-1]} {word}".strip()
@@ -103,7 +103,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 def _image(data: bytes, orientation: int) -> Image.Image:
-    """An image as it is to be seen, in full size."""
+    """An image turned upright, in full size."""
     image_size(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         return Image.fromarray(np.ascontiguousarray(upright(np.asarray(file.convert("RGB")), orientation)))

@@ -1,4 +1,4 @@
-"""What a manifest holds, in numbers and on a contact sheet."""
+"""Prints statistics of a manifest and draws a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.index.repeated import repeated_uids
 from data_pipeline.inspect.contact_sheet import draw_pairs, write_contact_sheet
-from data_pipeline.progress import track
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.files import check_output
+from vdtrain.progress import track
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024)
 STAGES = (256, 512)
@@ -28,11 +28,11 @@ REASONS = 8
 
 
 def inspect(folder: Path, config: InspectConfig) -> None:
-    """Print what a manifest holds, and draw some of its pairs.
+    """Print statistics of a manifest, and draw some of its pairs.
 
     Raises:
-        ConfigError: a setting that cannot work, or a contact sheet that cannot be written.
-        ManifestError: the folder is no manifest, or a damaged one.
+        ConfigError: a setting cannot work, or the contact sheet cannot be written.
+        ManifestError: the folder holds no manifest, or a damaged one.
     """
     output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
     if config.images:
@@ -62,7 +62,7 @@ def inspect(folder: Path, config: InspectConfig) -> None:
 
 
 def _sources(manifest: Manifest) -> list[str]:
-    """A table of the sources, and of all together."""
+    """A table of the sources and their sum."""
     enough = [manifest.counts(side) for side in STAGES]
     groups = {name: manifest.sources == number for number, name in enumerate(manifest.source_names)}
     groups["all"] = np.ones(len(manifest.paths), bool)
@@ -82,15 +82,15 @@ def _sources(manifest: Manifest) -> list[str]:
 
 
 def _side_counts(manifest: Manifest) -> NDArray[np.int64]:
-    """Samples between one of SIDES and the next."""
+    """Number of samples between each of SIDES and the next."""
     above = [int(manifest.counts(side).sum()) for side in SIDES]
     return -np.diff([*above, 0])
 
 
 def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
-    """What only the samples tell, from some shards."""
+    """Statistics that need the samples, from some shards."""
     ratios, characters, words, turned = [], [], [], 0
-    for shard in track(shards.tolist(), "samples"):
+    for shard in track(shards.tolist(), "samples", "shards"):
         table = manifest.columns(shard, ["width", "height", "orientation", "caption"])
         ratios.append(table["width"].to_numpy() / table["height"].to_numpy())
         captions = table["caption"]

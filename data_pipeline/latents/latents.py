@@ -7,8 +7,6 @@ torchrun --nproc-per-node=8 -m data_pipeline latents hardware=h100          # on
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from math import prod
@@ -23,8 +21,9 @@ from vdtrain.config.schema import LatentsConfig
 from vdtrain.config.validation import check_resolution, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.shards import ShardCache, ShardReader, StreamError
 from vdtrain.errors import one_line, unwritable
-from vdtrain.files import check_output, sync, write_text
+from vdtrain.files import atomic_write, check_output
 from vdtrain.run.launch import run_command_on_ranks
 
 if TYPE_CHECKING:
@@ -34,9 +33,9 @@ USAGE = """\
 Usage: python -m data_pipeline latents [GROUP=OPTION ...] [SETTING=VALUE ...]
        torchrun --nproc-per-node=N -m data_pipeline latents ...
 
-Encode every image of the manifest with the model's image VAE, and keep the moments beside the shards: training with
-data.latents=cached then leaves the encoder out. Any number of processes share the work, started by torchrun or srun.
-What is there already is passed over: after an interruption, or with new shards, run the same command again.
+Encode every image of the manifest once with the model's image VAE. Training with data.latents=cached then runs without
+the encoder. Several processes, started by torchrun or srun, share the work: each encodes a fixed share of the shards.
+Run the same command again after an interruption, or with new shards: it encodes what is missing.
 
 Examples:
   python -m data_pipeline latents data.latent_cache.resolutions=[256]
@@ -52,7 +51,7 @@ PARTS = (
 
 
 def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
-    """Make what is missing of the latents of every resolution.
+    """Encode this process's share of what is missing, for every resolution.
 
     Raises:
         ConfigError: with the setting, its value and the remedy, in one line.
@@ -60,42 +59,36 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
     cached = config.data.latent_cache.folder
     check_output(Path(cached), f"data.latent_cache.folder={cached}")
     vae = _check(config)
-    stream, place = config.data.stream, f"data.manifest={config.data.manifest}"
     try:
-        manifest = Manifest(Path(config.data.manifest), stream.get("shard_root"))
-        folders = [LatentFolder(config.data.latent_cache.folder, side) for side in config.data.latent_cache.resolutions]
-        before = [folder.description() for folder in folders]
-    except ManifestError as error:
+        _make_latents(config, launch, vae)
+    except (StreamError, ManifestError) as error:
         raise ConfigError(one_line(error)) from error
-    for folder, found in zip(folders, before, strict=True):
-        _refuse_other(folder, found, vae, config)
-    for resolution in config.data.latent_cache.resolutions:
+    except OSError as error:
+        raise ConfigError(f"data.latent_cache.folder={cached}: {unwritable(error, Path(cached))}") from error
+
+
+def _make_latents(config: LatentsConfig, launch: dict[str, str], vae: str) -> None:
+    settings, stream = config.data.latent_cache, config.data.stream
+    manifest = Manifest(Path(config.data.manifest), stream.get("shard_root"))
+    folders = {side: LatentFolder(settings.folder, side) for side in settings.resolutions}
+    for resolution, folder in folders.items():
+        _refuse_other(folder, vae, config)
         min_side = stream.get("min_side") or resolution
         if manifest.counts(min_side).sum() == 0:
             raise ConfigError(
-                f"{place}: no image has a side of {min_side} pixels or more; take {resolution} out of "
-                "data.latent_cache.resolutions"
+                f"data.manifest={config.data.manifest}: no image has a side of {min_side} pixels or more; take "
+                f"{resolution} out of data.latent_cache.resolutions"
             )
+    reader = ShardReader(manifest, ShardCache.of(stream.get("cache")))
 
-    # Late, for they import PyTorch.
+    # Late, because it imports PyTorch.
     from data_pipeline.latents.encoding import LatentEncoding
-    from vdtrain.data.shards import ShardCache, ShardReader, StreamError
 
-    cache = stream.get("cache")
     try:
         encode, shape_of = _encoder(config, int(launch["LOCAL_RANK"]))
-        reader = ShardReader(manifest, ShardCache(**cache) if cache is not None else None)
-    except ManifestError as error:
-        raise ConfigError(one_line(error)) from error
-    try:
-        for folder, resolution in zip(folders, config.data.latent_cache.resolutions, strict=True):
-            description = LatentDescription(
-                resolution,
-                stream.get("min_side") or resolution,
-                shape_of[resolution],
-                vae,
-                config.hardware.precision,
-            )
+        for resolution, folder in folders.items():
+            min_side, precision = stream.get("min_side") or resolution, config.hardware.precision
+            description = LatentDescription(resolution, min_side, shape_of[resolution], vae, precision)
             _describe(folder, description)
             made = LatentEncoding(
                 folder,
@@ -103,24 +96,19 @@ def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
                 reader,
                 description,
                 encode,
-                batch_size=config.data.latent_cache.batch_size,
+                batch_size=settings.batch_size,
                 workers=config.hardware.loader_workers,
                 rank=int(launch["RANK"]),
                 world_size=int(launch["WORLD_SIZE"]),
             ).run()
             if launch["RANK"] == "0":
                 print(_summary(folder, manifest, description, made), flush=True)
-    except (StreamError, ManifestError) as error:
-        raise ConfigError(one_line(error)) from error
-    except OSError as error:
-        cache = config.data.latent_cache.folder
-        raise ConfigError(f"data.latent_cache.folder={cache}: {unwritable(error, Path(cache))}") from error
     finally:
         reader.close()
 
 
 def _check(config: LatentsConfig) -> str:
-    """Refuse settings that cannot work; the encoder's fingerprint."""
+    """Refuse settings that cannot work; returns the encoder's fingerprint."""
     settings = config.data.latent_cache
     if not settings.resolutions:
         raise ConfigError("data.latent_cache.resolutions=[]: empty; name those of the stage's phases")
@@ -129,18 +117,19 @@ def _check(config: LatentsConfig) -> str:
     return latent_encoder(config.model, MODALITY)
 
 
-def _refuse_other(folder: LatentFolder, found: LatentDescription | None, vae: str, config: LatentsConfig) -> None:
-    """Raise a ConfigError where the folder has latents that would not go with those to be made."""
+def _refuse_other(folder: LatentFolder, vae: str, config: LatentsConfig) -> None:
+    """Raise a ConfigError if the folder has latents that were made with other settings."""
+    found = folder.description()
     if found is None:
         return
-    for name, is_there, wanted in (
-        ("of the VAE", found.vae, vae),
-        ("in the precision", found.precision, config.hardware.precision),
-        ("of images from a side on of", found.min_side, config.data.stream.get("min_side") or found.resolution),
+    for name, built, asked in (
+        ("vae", found.vae, vae),
+        ("precision", found.precision, config.hardware.precision),
+        ("min_side", found.min_side, config.data.stream.get("min_side") or found.resolution),
     ):
-        if is_there != wanted:
+        if built != asked:
             raise ConfigError(
-                f"{folder.setting}: {folder.path} has latents {name} {is_there}, and these would be {name} {wanted}; "
+                f"{folder.setting}: {folder.path} was built with {name}={built}, but this run asks for {name}={asked}; "
                 f"give another folder, or remove {folder.path}"
             )
 
@@ -165,7 +154,7 @@ def _encoder(config: LatentsConfig, local_rank: int) -> tuple[Encoder, dict[int,
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        # As the trainer hands its images over.
+        # Contiguous, as in training.
         moments: torch.Tensor = vae.moments(images.to(device, non_blocking=True).contiguous())
         return moments
 
@@ -177,26 +166,24 @@ def _encoder(config: LatentsConfig, local_rank: int) -> tuple[Encoder, dict[int,
 
 
 def _describe(folder: LatentFolder, description: LatentDescription) -> None:
-    """Write down what the files of the folder have in common; all processes write the same."""
+    """Write the description of a folder's files; all processes write the same."""
     path = folder.path / DESCRIPTION_FILE
     if path.exists():
         return
     folder.path.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    write_text(draft, json.dumps(description.to_dict(), indent=2) + "\n")
-    draft.replace(path)
-    sync(folder.path)
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(description.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescription, made: Made) -> str:
     counts = manifest.counts(description.min_side)
-    latents = int(counts.sum())
-    size = latents * 2 * prod(description.shape)
+    size = int(counts.sum()) * 2 * prod(description.shape)
+    missing = len(folder.missing(manifest, description.min_side))
     bad = f", {made.bad:,} of them bad" if made.bad else ""
     rate = f", {made.images / made.seconds:,.0f} images/s" if made.images else ""
     return (
-        f"{folder.path}: {latents:,} latents of {int((counts > 0).sum()):,} shards, {size / 1e6:,.1f} MB; by this "
-        f"process {made.images:,} images{bad} of {made.shards:,} shards in "
+        f"{folder.path}: {counts.sum():,} latents of {(counts > 0).sum():,} shards, {size / 1e6:,.1f} MB, {missing:,} "
+        f"shards missing; this process encoded {made.images:,} images{bad} of {made.shards:,} shards in "
         f"{timedelta(seconds=round(made.seconds))}{rate}"
     )
 

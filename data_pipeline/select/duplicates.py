@@ -71,8 +71,8 @@ def find_first_rows(
             by_url, by_image = (_counts(database, table, sources) for table in ("by_url", "by_image"))
     except duckdb.Error as error:
         raise ConfigError(
-            f"{scratch.setting}: DuckDB cannot find the duplicates there ({one_line(error)}); make room, give"
-            f" another folder, or raise data.select.processes={processes}: each adds {MEGABYTES_PER_PROCESS} MB of memory"
+            f"{scratch.setting}: DuckDB cannot find the duplicates there ({one_line(error)}); make room, give "
+            f"another folder, or raise data.select.processes={processes}: each adds {MEGABYTES_PER_PROCESS} MB"
         ) from error
     except RuntimeError as error:
         if str(error) != "Query interrupted":

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.pairs import all_samples
 from vdtrain.data import manifest as manifest_module
 from vdtrain.data.manifest import (
     SAMPLE_SCHEMA,
@@ -37,7 +38,6 @@ def samples(name: str, count: int, seed: int) -> pa.Table:
         "width": generator.integers(100, 700, count),
         "height": generator.integers(100, 700, count),
         "caption": [f"{name} größer 猫 {number}" for number in range(count)],
-        "caption_hash": generator.integers(0, 1 << 63, count).astype(np.uint64) * np.uint64(2),
     }
     return pa.table(columns).cast(SAMPLE_SCHEMA)
 
@@ -57,6 +57,19 @@ def write(folder: Path, file_shards: int = 3) -> list[pa.Table]:
     return tables
 
 
+def test_a_manifest_with_a_column_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    tables = write(tmp_path)
+    for file in tmp_path.glob("samples-*.parquet"):
+        with pq.ParquetFile(file) as old:
+            groups = [old.read_row_group(number) for number in range(old.num_row_groups)]
+        hashed = [group.append_column("caption_hash", pa.array(range(len(group)), pa.uint64())) for group in groups]
+        with pq.ParquetWriter(file, hashed[0].schema) as writer:
+            for group in hashed:
+                writer.write_table(group)
+    assert all_samples(Manifest(tmp_path)).equals(pa.concat_tables(tables))
+    assert Manifest(tmp_path).rows(0).captions.to_pylist() == tables[0]["caption"].to_pylist()
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     tables = write(tmp_path)
     manifest = Manifest(tmp_path)
@@ -64,7 +77,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert manifest.samples.tolist() == list(SHARDS.values())
     assert len(manifest) == 15
     assert [manifest.source_names[number] for number in manifest.sources] == ["a", "a", "b", "b"]
-    assert manifest.table().equals(pa.concat_tables(tables))
+    assert all_samples(manifest).equals(pa.concat_tables(tables))
     for shard, table in enumerate(tables):
         rows = manifest.rows(shard)
         assert len(rows) == len(table)

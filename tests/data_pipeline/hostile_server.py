@@ -131,6 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(jpeg(4))
         elif path == "/silent":
             self.until_gone(b"")
+        elif path == "/slow-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            self.until_gone(b"x")
         elif path == "/drip":
             self.begin(None)
             self.until_gone(b"x")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import email
 import socket
+import ssl
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.download.fetch import Limits, RefusedError, fetch, fetch_row, opt_out
+from data_pipeline.failures import reason
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
 
 LIMITS = Limits(
@@ -41,6 +45,7 @@ def server() -> Iterator[HostileServer]:
         ("/to-private", "redirect to private address"),
         ("/to-metadata", "redirect to private address"),
         ("/silent", "timed out"),
+        ("/slow-headers", "slower than 1 seconds"),
         ("/drip", "slower than 1 seconds"),
         ("/junk", "body above 1,000,000 bytes"),
         ("/endless", "body above 1,000,000 bytes"),
@@ -60,6 +65,33 @@ def test_what_is_refused(server: HostileServer, path: str, message: str) -> None
 @pytest.mark.parametrize("path", ["/good/0.jpg", "/moved.jpg", "/googlebot.jpg", "/tdm0.jpg"])
 def test_what_is_fetched(server: HostileServer, path: str) -> None:
     assert fetch(server.base + path, LIMITS) == jpeg()
+
+
+def test_https_checks_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with hostile_server() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        base = server.base.replace("http://", "https://")
+        _, _, error = fetch_row((0, base + "/good/0.jpg"), LIMITS)
+        assert error is not None
+        assert reason(error) == ("TLS", False)
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        monkeypatch.setattr("data_pipeline.download.fetch._tls", lambda: trusting)
+        assert fetch(base + "/good/0.jpg", LIMITS) == jpeg()
+        _, _, error = fetch_row((0, base + "/drip"), LIMITS)
+        assert error == "slower than 1 seconds"
+
+
+def test_what_is_asked_for(server: HostileServer) -> None:
+    """Characters beyond ASCII are escaped, escapes and queries stay, and a fragment is not sent."""
+    server.requests.clear()
+    for path in ("/ü%20b?c=d&e=%2F#f", "?q"):
+        fetch_row((0, server.base + path), LIMITS)
+    assert set(server.requests) == {"/%C3%BC%20b?c=d&e=%2F", "/?q"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +140,7 @@ def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> N
 
 
 @pytest.mark.parametrize(
-    ("headers", "reason"),
+    ("headers", "expected"),
     [
         ("X-Robots-Tag: noai, noimageai", "X-Robots-Tag noai"),
         ("X-Robots-Tag: nofollow\nX-Robots-Tag: NOINDEX", "X-Robots-Tag noindex"),
@@ -122,5 +154,5 @@ def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> N
         ("Content-Type: image/jpeg", None),
     ],
 )
-def test_opt_outs(headers: str, reason: str | None) -> None:
-    assert opt_out(email.message_from_string(headers), LIMITS) == reason
+def test_opt_outs(headers: str, expected: str | None) -> None:
+    assert opt_out(email.message_from_string(headers), LIMITS) == expected

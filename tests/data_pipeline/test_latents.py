@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors.numpy import load_file
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
-from data_pipeline.latents.encoding import DRAFTS, STALE_SECONDS
-from data_pipeline.latents.progress import LatentProgress
+from data_pipeline.latents.encoding import STALE_SECONDS
+from tests.data.test_remote_shards import Server
 from tests.pairs import write_shard
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ModalityConfig, TrainConfig
@@ -67,7 +68,7 @@ def endings(data: Path) -> dict[str, Ending]:
     folders = {name: data / name for name in ("alone", "killed", "shared")}
     cases = {
         "alone": Case(1, overrides(data, folders["alone"]), str(folders["alone"])),
-        # In the second shard, whose first batch is in the draft.
+        # In the second shard.
         "killed": Case(1, overrides(data, folders["killed"]), str(folders["killed"]), kill_at=BATCHES + 2),
         "resumed": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
         "again": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
@@ -85,7 +86,8 @@ def test_all_is_made(data: Path, endings: dict[str, Ending]) -> None:
     ending = endings["alone"]
     assert ending.statuses == [0], ending.logs
     total = SHARDS * COUNT
-    assert f"alone/32: {total} latents of {SHARDS} shards, 0.0 MB; by this process {total} images" in ending.logs[0]
+    expected = f"alone/32: {total} latents of {SHARDS} shards, 0.0 MB, 0 shards missing; this process encoded {total} "
+    assert expected in ending.logs[0]
     assert len(ending.files) == SHARDS + 1
     LatentShards(data / "alone", Manifest(data / "manifest"), 32)
 
@@ -93,65 +95,56 @@ def test_all_is_made(data: Path, endings: dict[str, Ending]) -> None:
 def test_a_killed_run_goes_on_where_it_was(data: Path, endings: dict[str, Ending]) -> None:
     killed, resumed, again = (endings[name] for name in ("killed", "resumed", "again"))
     assert killed.statuses == [-9]
-    names = {name for name in killed.files if name.startswith("32/0") or "shards-" in name}
-    drafts = {name for name in names if f"/{DRAFTS}/" in name}
-    assert len(drafts) == 1
-    assert len(names - drafts) == 1
+    names = {name for name in killed.files if not name.endswith(DESCRIPTION_FILE)}
+    assert len(names) == 1
     assert resumed.statuses == [0], resumed.logs
-    assert f"by this process {(SHARDS - 1) * COUNT} images of {SHARDS - 1} shards" in resumed.logs[0]
-    for name in names - drafts:
+    assert f"this process encoded {(SHARDS - 1) * COUNT} images of {SHARDS - 1} shards" in resumed.logs[0]
+    for name in names:
         assert resumed.files[name] == killed.files[name]
     assert contents(data / "killed") == contents(data / "alone")
     assert again.files == resumed.files
-    assert "by this process 0 images of 0 shards" in again.logs[0]
+    assert "this process encoded 0 images of 0 shards" in again.logs[0]
 
 
 def test_two_processes_make_the_same_files(data: Path, endings: dict[str, Ending]) -> None:
     ending = endings["shared"]
     assert ending.statuses == [0, 0], ending.logs
+    assert f"this process encoded {3 * COUNT} images of 3 shards" in ending.logs[0]
     assert ending.logs[1] == ""
     assert contents(data / "shared") == contents(data / "alone")
 
 
-def test_what_a_killed_process_leaves_another_makes(data: Path, endings: dict[str, Ending]) -> None:
-    """The second of two helps with the first one's part, though the first one's draft may look alive."""
+def test_the_share_of_a_killed_process_is_made_by_the_next_run(data: Path, endings: dict[str, Ending]) -> None:
     ending = endings["half"]
     assert ending.statuses == [-9, 0], ending.logs
     found = Manifest(data / "manifest")
-    missing = LatentFolder(data / "half", 32).missing(found, 32)
-    assert set(missing) <= {0, 2, 4}
+    assert LatentFolder(data / "half", 32).missing(found, 32) == [0, 2, 4]
     assert main(["latents", *overrides(data, data / "half")]) == 0
     assert contents(data / "half") == contents(data / "alone")
 
 
-def test_drafts_of_other_machines_are_respected_until_they_are_old(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_pipeline.latents.encoding.POLL_SECONDS", 0.0)
-    found, folder = Manifest(data / "manifest"), LatentFolder(tmp_path, 32)
-    (folder.path / DRAFTS).mkdir(parents=True)
-    names = [folder.path_of(found, shard).name for shard in range(2)]
-    fresh, old = (folder.path / DRAFTS / f"{name}.elsewhere.1.incomplete" for name in names)
+def test_only_old_drafts_of_other_machines_are_removed(data: Path, tmp_path: Path) -> None:
+    folder = LatentFolder(tmp_path, 32)
+    folder.path.mkdir()
+    fresh, old = (folder.path / f"{name}.safetensors.elsewhere-1-0.incomplete" for name in ("fresh", "old"))
     fresh.touch()
     old.touch()
     os.utime(old, (time.time() - 2 * STALE_SECONDS,) * 2)
-    # Of several processes, one that is not the first leaves what others are about.
-    for name, value in (
-        ("RANK", "1"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "2"),
-        ("MASTER_ADDR", ""),
-        ("MASTER_PORT", ""),
-    ):
-        monkeypatch.setenv(name, value)
     assert main(["latents", *overrides(data, tmp_path)]) == 0
-    assert 0 in folder.missing(found, 32)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name)
-    os.utime(fresh, (time.time() - 2 * STALE_SECONDS,) * 2)
-    assert main(["latents", *overrides(data, tmp_path)]) == 0
-    assert folder.missing(found, 32) == []
-    assert list((folder.path / DRAFTS).iterdir()) == []
+    assert folder.missing(Manifest(data / "manifest"), 32) == []
+    assert fresh.exists()
+    assert not old.exists()
+
+
+def test_a_shard_cache_is_made_as_in_training(data: Path, endings: dict[str, Ending], tmp_path: Path) -> None:
+    with Server(data) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"data.stream.shard_root={server.address}/manifest"
+        cache = f"+data.stream.cache={{folder: {tmp_path}/new/cache, gigabytes: 1}}"
+        assert main(["latents", *overrides(data, tmp_path / "latents"), root, cache]) == 0
+        server.shutdown()
+    assert list((tmp_path / "new" / "cache").glob("*.tar"))
+    assert contents(tmp_path / "latents") == contents(data / "alone")
 
 
 def train_config(data: Path, folder: Path, *more: str) -> TrainConfig:
@@ -172,9 +165,15 @@ def test_training_asks_for_the_latents_at_once(data: Path, endings: dict[str, En
             [data / "alone", cached, "stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]"],
             "no latents of resolution 64",
         ),
-        ([data / "alone", cached, "+model.modalities.image.vae.latent_scale=0.2"], "was made with another VAE"),
+        (
+            [data / "alone", cached, "+model.modalities.image.vae.latent_scale=0.2"],
+            r"built with VAE \w+, but the model's",
+        ),
         ([data / "alone", cached, "model.modalities.image.vae.weights=null"], "random weights"),
-        ([data / "alone", cached, "data.stream.min_side=16"], r"asks for those from 16"),
+        (
+            [data / "alone", cached, "data.stream.min_side=16"],
+            r"built with min_side=32, but .*min_side=16",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             check(train_config(data, *settings), 1)  # type: ignore[arg-type]
@@ -190,7 +189,7 @@ def test_shards_that_are_made_anew_are_encoded_anew(tmp_path: Path) -> None:
     before = contents(folder.path)
     write_shard(data / "shards" / "00001.tar", COUNT, seed=99)
     index({"drawn": data / "shards"}, data / "manifest")
-    with pytest.raises(ConfigError, match=r"lacks the latents of 1 of 6 shards \(1 of them were made anew since"):
+    with pytest.raises(ConfigError, match=r"lacks the latents of 1 of 6 shards \(1 of them have changed since"):
         check(train_config(data, tmp_path / "latents", "data.latents=cached"), 1)
     assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
     after = contents(folder.path)
@@ -224,14 +223,16 @@ def test_bad_images_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.Captu
         ("data.latent_cache.resolutions=[128]", "no image has a side of 128 pixels or more; take 128 out"),
         ("data.latent_cache.batch_size=0", "data.latent_cache.batch_size=0: must be at least 1"),
         ("hardware.precision=fp16", "hardware.precision=fp16: choose from bf16, fp32"),
-        ("hardware.precision=bf16", "in the precision fp32, and these would be in the precision bf16"),
+        ("hardware.precision=bf16", "was built with precision=fp32, but this run asks for precision=bf16"),
         ("hardware.device=tpu", "hardware.device=tpu: choose from cuda, cpu"),
-        ("data.stream.min_side=48", "of images from a side on of 32"),
-        ("+model.modalities.image.vae.latent_scale=0.2", "has latents of the VAE"),
+        ("data.stream.min_side=48", "was built with min_side=32, but this run asks for min_side=48"),
+        ("+model.modalities.image.vae.latent_scale=0.2", "was built with vae="),
         ("model.modalities.image.vae.weights=null", "random weights"),
         ("model.modalities.image.vae.weights=no.safetensors", "no such file"),
         ("data.manifest=nowhere", "data.manifest=nowhere: shards.parquet is not there"),
         ("data.latent_cache.folder=/proc/latents", "data.latent_cache.folder=/proc/latents: cannot be written"),
+        ("+data.stream.cache={folder: x}", "data.stream.cache={'folder': 'x'}: give {folder: ..., gigabytes: ...}"),
+        ("+data.stream.cache={folder: /proc/x, gigabytes: 1}", "data.stream.cache.folder=/proc/x: cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -249,17 +250,17 @@ def test_a_description_of_another_layout_is_refused(
     data: Path, endings: dict[str, Ending], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data / "alone", tmp_path / "copy")
-    (tmp_path / "copy" / "32" / DESCRIPTION_FILE).write_text("{}")
-    assert main(["latents", *overrides(data, tmp_path / "copy")]) == 2
-    assert "cannot be used ('layout'); remove" in capsys.readouterr().err
+    description = tmp_path / "copy" / "32" / DESCRIPTION_FILE
+    for text, reason in (("{}", "'layout'"), ('{"layout": 1}', "its layout is 1, this version reads layout 2")):
+        description.write_text(text)
+        assert main(["latents", *overrides(data, tmp_path / "copy")]) == 2
+        error = capsys.readouterr().err
+        assert f"cannot be used ({reason}); remove {description.parent} and encode again with `python -m data" in error
+        assert error.count("\n") == 1
 
 
-def test_help_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["latents", "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage: python -m data_pipeline latents" in text
     assert "hardware=" in text
-    progress = LatentProgress(256, 8)
-    progress.expect(1000)
-    progress.add(250)
-    assert progress.line(5.0) == ("256: 250 of 1,000 images of the first of 8 processes, 50 images/s, 0:00:15 left")

@@ -138,7 +138,7 @@ def test_one_sample_at_a_time_is_in_memory(tmp_path: Path, good: dict[str, bytes
 def test_members_behind_the_end_and_fewer_than_were_downloaded_are_refused(shard: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data + data)
-    with pytest.raises(ShardError, match="something behind its end"):
+    with pytest.raises(ShardError, match="data follow its end"):
         read_shard(shard, "drawn")
     # All from the second sample on is zeros, as on a disk that lost its last writes: to a tar reader it is the end.
     start = cuts(shard)["at a member's boundary"]
@@ -214,8 +214,8 @@ def test_broken_samples_are_left_out_and_counted(shard: Path, good: dict[str, by
         "no caption": 1,
         "caption is not UTF-8": 1,
         "unsafe name": 9,
-        "metadata is no JSON object": 1,
-        "EXIF is no JSON object": 1,
+        "metadata is not a JSON object": 1,
+        "EXIF is not a JSON object": 1,
     }
 
 
@@ -234,7 +234,7 @@ def test_repeated_keys_links_and_large_members_are_left_out(
         tar.addfile(link)
     reading = read_shard(path, "drawn")
     assert reading.samples["key"].to_pylist() == ["one", "two"]
-    assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "no regular file": 1}
+    assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "not a regular file": 1}
 
 
 def test_a_image_damaged_behind_its_header_is_found_by_decoding(shard: Path, good: dict[str, bytes]) -> None:

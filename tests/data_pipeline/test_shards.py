@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 
 from data_pipeline import shards
-from data_pipeline.download.progress import DownloadProgress
 from data_pipeline.failures import Tally, reason
 
 
@@ -126,15 +124,3 @@ def test_a_tally() -> None:
     assert (tally.count, tally.successes, tally.transient) == (20, 12, 2)
     assert (tally.success_share, tally.settled_share) == (0.6, 0.9)
     assert str(tally) == "12 of 20 images (60%); failed: 6 HTTP 404, 2 too slow"
-
-
-def test_a_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rates count from where an earlier run stopped; a log gets a line every half minute."""
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with DownloadProgress(images=1000) as progress:
-        for seconds, images in ((0, 200), (10, 260), (31, 300), (40, 400)):
-            clock[0] = 100.0 + seconds
-            progress.update(Tally({"success": images // 2, "HTTP Error 404: Not Found": images // 2}))
-    assert capsys.readouterr().out == "300 of 1,000 images, 3/s, 50% fetched, 0:03:37 left; failed: 150 HTTP 404\n"
-    assert "unknown time left" in DownloadProgress(images=10).line(1.0)

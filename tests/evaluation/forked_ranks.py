@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-import vdtrain.evaluation.processes  # noqa: F401
+import vdtrain.evaluation.processes
+import vdtrain.progress
 from vdtrain.commands.evaluate import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
@@ -36,6 +37,7 @@ def be_rank(rank: int, ranks: int, port: int, log: Path, arguments: list[str], s
         os.dup2(descriptor, 2)
         if stopped:
             stop_after_writing()
+        vdtrain.progress.QUIET_SECONDS = vdtrain.progress.LINE_SECONDS = 0.0
         status = main(arguments)
     except BaseException:
         traceback.print_exc()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 
 from vdtrain.config.schema import SamplerConfig
 from vdtrain.diffusion.sampling import make_solver, spacing_note
@@ -18,6 +17,7 @@ from vdtrain.errors import ConfigError, unwritable
 from vdtrain.files import check_output
 from vdtrain.media import MODALITY_IO, ModalityIO
 from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.progress import track
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")
@@ -56,9 +56,9 @@ class Sampler:
         side = min(self.size)
         return modality_io(modality).read(inputs, size or (side, side))
 
-    def progress(self, turns: Sequence[int]) -> Sequence[int]:
-        """A progress bar over the steps, on a terminal."""
-        return track(turns, "sampling") if sys.stdout.isatty() else turns  # type: ignore[return-value]
+    def progress(self, turns: Sequence[int]) -> Iterable[int]:
+        """Show the sampling steps."""
+        return track(turns, "sampling", "steps")
 
     def write(self, modality: str, samples: Any) -> int:
         """Write samples below `output_dir` and print what was written; returns the exit status."""

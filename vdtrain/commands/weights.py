@@ -129,12 +129,10 @@ def _refuse_name(output: Path, what: str) -> None:
 
 
 def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
-    """Show a progress bar on a terminal."""
-    if not sys.stdout.isatty():
-        return items
-    from rich.progress import track
+    """Show the tensors that are written."""
+    from vdtrain.progress import track
 
-    return track(items, "writing", total=count)
+    return track(items, "writing", "tensors", count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,9 @@
-"""Cached latents: for every sample of a manifest the moments that the image VAE's encoder gives for its centre crop."""
+"""Cached latents: for every sample of a manifest the moments that the image VAE's encoder gives for its centre crop.
+
+One safetensors file per shard, memory-mapped by readers: moments float16 [n, *shape], the samples' row numbers in the
+shard int32 [n], and a mark for images that could not be decoded uint8 [n]. Its metadata tell the encoder's settings and
+the shard's checksum.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,32 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.shards import StreamError
 from vdtrain.errors import unreadable
-from vdtrain.files import sync
+from vdtrain.files import atomic_write
 
-LAYOUT = 1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYOUT = 2
 CROP = "centre"
 SUFFIX = ".safetensors"
 MOMENTS, ROWS, BAD = "moments", "rows", "bad"
-FLOAT16 = np.dtype("<f2")
-# The header is filled up with spaces to this size, so that moments begin with a page.
-PAGE = 4096
-LONGEST_HEADER = 1 << 20
-REMEDY = "make it again with `python -m data_pipeline latents` and the same settings"
+COMMAND = "python -m data_pipeline latents"
+REMEDY = f"encode its images again with `{COMMAND}` and the same settings"
 
 Moments = NDArray[np.float16]
 
@@ -44,10 +47,10 @@ class LatentDescription:
 
     Attributes:
         resolution: side of the images in pixels.
-        min_side: shortest side in pixels from which on a sample is in the file.
+        min_side: images with a shorter side, in pixels, are left out.
         shape: of one sample's moments, e.g. (8, 32, 32).
-        vae: what the encoder was (`vdtrain.models.frozen_weights.fingerprint`).
-        precision: bf16 or fp32, in which it ran.
+        vae: fingerprint of the encoder (`vdtrain.models.frozen_weights.fingerprint`).
+        precision: bf16 or fp32, in which the encoder ran.
     """
 
     resolution: int
@@ -65,164 +68,100 @@ class LatentDescription:
         Raises:
             KeyError, TypeError, ValueError: the values are of another layout.
         """
-        if (values["layout"], values["crop"], values["dtype"]) != (LAYOUT, CROP, "float16"):
-            raise ValueError("another layout")
+        if values["layout"] != LAYOUT:
+            raise ValueError(f"its layout is {values['layout']}, this version reads layout {LAYOUT}")
         numbers = {name: int(values[name]) for name in ("resolution", "min_side")}
         shape = tuple(map(int, values["shape"]))
         return cls(shape=shape, vae=str(values["vae"]), precision=str(values["precision"]), **numbers)
 
 
 def file_prefix(path: str) -> str:
-    """How the names of files for the shard at `path`, as it stands in the manifest, begin."""
+    """The part of a file's name that follows from the path of its shard in the manifest."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", path.removesuffix(".tar")).strip("-")[-80:]
     return f"{readable}-{hashlib.blake2b(path.encode(), digest_size=6).hexdigest()}-"
 
 
 def file_name(path: str, sha256: str) -> str:
-    """The name of the file for a shard: another one when the shard is made anew, so that a list of names tells it."""
+    """The name of a shard's file; it changes with the shard, so that a list of names shows which files are missing."""
     return f"{file_prefix(path)}{sha256[:16]}{SUFFIX}"
 
 
-class LatentFileWriter:
-    """Writes the file of one shard: moments as they come, the rest by `close`.
+def write_latents(
+    path: Path,
+    description: LatentDescription,
+    sha256: str,
+    rows: NDArray[np.int32],
+    bad: NDArray[np.bool_],
+    moments: Moments,
+) -> None:
+    """Write the file of one shard, whole or not at all.
 
     Args:
-        draft: where to write; it becomes `path` once it is whole and on the disk.
         sha256: of the shard.
-        rows: int32 [n] numbers of the samples in the shard.
+        rows: [n] ascending numbers of the samples in the shard.
+        bad: [n] whether the image could not be encoded.
+        moments: [n, *shape].
     """
+    # safetensors writes memory as it lies, and encoders give channels last.
+    tensors: dict[str, NDArray[Any]] = {MOMENTS: np.ascontiguousarray(moments), ROWS: rows, BAD: bad.astype(np.uint8)}
+    with atomic_write(path) as draft:
+        save_file(tensors, draft, _metadata(description, sha256))
 
-    def __init__(
-        self, path: Path, draft: Path, description: LatentDescription, sha256: str, rows: NDArray[np.int32]
-    ) -> None:
-        self.path, self.draft, self.rows = path, draft, rows.astype("<i4")
-        self.bad: NDArray[np.uint8] = np.zeros(len(rows), np.uint8)
-        self._header = _header(description, sha256, len(rows))
-        self._row_bytes = prod(description.shape) * FLOAT16.itemsize
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        self._file = draft.open("wb")
-        self._file.write(self._header)
 
-    def write(self, moments: Moments) -> None:
-        """The next samples' moments, [k, *shape]."""
-        self._file.write(np.ascontiguousarray(moments, FLOAT16).data)
-        # Who looks at the draft's time sees that it is being worked at.
-        self._file.flush()
-
-    def close(self) -> None:
-        """Finish the file and give it its name.
-
-        Raises:
-            ValueError: there are not as many moments as rows.
-        """
-        if self._file.tell() != len(self._header) + len(self.rows) * self._row_bytes:
-            raise ValueError(f"{self.path}: {len(self.rows)} samples, and other than as many moments")
-        self._file.write(self.rows.tobytes() + self.bad.tobytes())
-        self._file.close()
-        sync(self.draft)
-        self.draft.replace(self.path)
-        sync(self.path.parent)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        self.draft.unlink(missing_ok=True)
+def _metadata(description: LatentDescription, sha256: str) -> dict[str, str]:
+    # One entry: safetensors writes several in any order, and equal files would differ.
+    return {"latents": json.dumps({**description.to_dict(), "shard_sha256": sha256})}
 
 
 class LatentFile:
-    """One file, open to be read by any number of threads.
+    """One memory-mapped file, read by any number of threads.
 
     Raises:
-        StreamError: it is missing, truncated, of another shard or otherwise described.
+        StreamError: it is missing, truncated, of another shard or made with other settings.
     """
 
     def __init__(self, path: Path, description: LatentDescription, sha256: str) -> None:
         self.path = path
-        self._descriptor = -1
-        self._row_bytes = prod(description.shape) * FLOAT16.itemsize
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-            start = os.pread(self._descriptor, PAGE, 0)
-            length = struct.unpack("<Q", start[:8])[0]
-            if length > LONGEST_HEADER:
-                raise ValueError("no header")
-            self._start = 8 + length
-            header = os.pread(self._descriptor, length, 8)
-            count = int(json.loads(header)[ROWS]["shape"][0])
-            if header != _header(description, sha256, count)[8:]:
-                raise ValueError("made with other settings or of another shard")
-            places = self._start + count * self._row_bytes
-            tail = os.pread(self._descriptor, 5 * count + 1, places)
-            if len(tail) != 5 * count:
-                raise ValueError("truncated")
+            # safetensors words the system's errors differently.
+            path.open("rb").close()
+            with safe_open(path, "pt") as file:
+                if file.metadata() != _metadata(description, sha256):
+                    raise ValueError("made with other settings or of another shard")
+                self.moments: Tensor = file.get_tensor(MOMENTS)
+                self.rows: NDArray[np.int32] = file.get_tensor(ROWS).numpy()
+                self.bad: NDArray[np.uint8] = file.get_tensor(BAD).numpy()
         except OSError as error:
             gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
-            reason = f"is not there; {REMEDY}" if gone else unreadable(error, path, "see that it can be read")
+            reason = f"is not there; {REMEDY}" if gone else unreadable(error, path, "check that it can be read")
             raise StreamError(f"{path}: {reason}") from error
-        except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        except (SafetensorError, ValueError) as error:
             raise StreamError(f"{path}: not the latents of its shard ({error}); remove it and {REMEDY}") from error
-        self.rows: NDArray[np.int32] = np.frombuffer(tail, "<i4", count)
-        self.bad: NDArray[np.bool_] = np.frombuffer(tail, np.uint8, count, 4 * count).astype(bool)
 
-    def __del__(self) -> None:
-        # Not before the last thread that reads from it has let go.
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def place(self, row: int) -> int:
-        """Where a sample of the shard stands in the file.
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where samples of the shard are in the file.
 
         Raises:
-            StreamError: it is not in it.
+            StreamError: the file lacks one of them.
         """
-        place = int(np.searchsorted(self.rows, row))
-        if place == len(self.rows) or self.rows[place] != row:
-            raise StreamError(f"{self.path}: has no latent of sample {row}; remove it and {REMEDY}")
-        return place
-
-    def read(self, row: int, out: Moments) -> None:
-        """Moments of a sample of the shard, into `out` [*shape], contiguous.
-
-        Raises:
-            StreamError: it is not in the file, or cannot be read.
-        """
-        place = self.place(row)
-        try:
-            count = os.preadv(self._descriptor, [out.data.cast("B")], self._start + place * self._row_bytes)
-        except OSError as error:
-            raise StreamError(f"{self.path}: {unreadable(error, self.path, 'see that it can be read')}") from error
-        if count != self._row_bytes:
-            raise StreamError(f"{self.path}: truncated; remove it and {REMEDY}")
+        places = np.searchsorted(self.rows, rows)
+        absent = self.rows.take(places, mode="clip") != rows
+        if absent.any():
+            raise StreamError(f"{self.path}: has no latent of sample {rows[absent][0]}; remove it and {REMEDY}")
+        return places
 
 
-def _header(description: LatentDescription, sha256: str, count: int) -> bytes:
-    """The length, eight bytes, and what follows it up to the moments."""
-    metadata = {name: json.dumps(value) for name, value in description.to_dict().items()}
-    header: dict[str, Any] = {"__metadata__": {**metadata, "shard_sha256": sha256}}
-    end = 0
-    for name, dtype, shape, width in (
-        (MOMENTS, "F16", [count, *description.shape], FLOAT16.itemsize),
-        (ROWS, "I32", [count], 4),
-        (BAD, "U8", [count], 1),
-    ):
-        begin, end = end, end + prod(shape) * width
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-(len(text) + 8) // PAGE) * PAGE - 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-# Whose latents are cached: what `vdtrain.data.stream.PairStream` calls its images.
+# Key of the images in a batch of `vdtrain.data.stream.PairStream`.
 MODALITY = "image"
 DESCRIPTION_FILE = "latents.json"
 OPEN_FILES = 256
 
 
 class LatentFolder:
-    """The files of one resolution, and beside them a description of what they have in common.
+    """The files of one resolution and their description.
 
     Args:
-        folder: with a folder of its own for every resolution.
+        folder: has a subfolder for each resolution.
     """
 
     def __init__(self, folder: str | Path, resolution: int) -> None:
@@ -230,7 +169,7 @@ class LatentFolder:
         self.setting = f"data.latent_cache.folder={folder}"
 
     def description(self) -> LatentDescription | None:
-        """What is written there; None where nothing is.
+        """The description of the files; None if there is none yet.
 
         Raises:
             ManifestError: it cannot be read, or is of another layout.
@@ -244,18 +183,16 @@ class LatentFolder:
             raise ManifestError(f"{self.setting}: {path} {unreadable(error, path, 'give another folder')}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(
-                f"{self.setting}: {path} cannot be used ({error}); remove {self.path}, or give another folder"
+                f"{self.setting}: {path} cannot be used ({error}); remove {self.path} and encode again with "
+                f"`{COMMAND}`, or give another folder"
             ) from error
 
     def path_of(self, manifest: Manifest, shard: int) -> Path:
-        """Where the latents of a shard are, or are to be."""
+        """The file of a shard, whether it exists or not."""
         return self.path / file_name(manifest.paths[shard], manifest.hashes[shard])
 
     def missing(self, manifest: Manifest, min_side: int) -> list[int]:
-        """Numbers of the shards that have samples of that shortest side, in pixels, and no file: by one list of names.
-
-        A file is made under its name once it is whole, and another shard's has another name.
-        """
+        """Numbers of the shards without a file that have images with a shortest side of `min_side` pixels or more."""
         names = self.names()
         return [
             int(shard)
@@ -264,7 +201,7 @@ class LatentFolder:
         ]
 
     def names(self) -> set[str]:
-        """Names of all that is in the folder."""
+        """Names of everything in the folder."""
         try:
             return set(os.listdir(self.path))
         except FileNotFoundError:
@@ -277,16 +214,16 @@ class LatentShards:
     """Reads cached moments, from any number of threads.
 
     Args:
-        folder: what `python -m data_pipeline latents` wrote, on this machine or a disk that it shares.
+        folder: written by `python -m data_pipeline latents`.
         resolution: side of the images in pixels.
-        vae: fingerprint of the encoder that they have to be of; None takes what is there.
-        min_side: samples of this shortest side and more are to be in the cache; the resolution by default.
+        vae: fingerprint that the encoder must have; None accepts any.
+        min_side: the cache must hold all samples with a shortest side of so many pixels; the resolution by default.
 
     Attributes:
         shape: of one sample's moments, e.g. (8, 32, 32).
 
     Raises:
-        ManifestError: the latents of a shard are missing, or were made of other shards, or with another VAE.
+        ManifestError: latents are missing, or were made from other shards or with another VAE.
     """
 
     def __init__(
@@ -301,25 +238,25 @@ class LatentShards:
         self._folder, self._manifest = LatentFolder(folder, resolution), manifest
         min_side = resolution if min_side is None else min_side
         description = self._folder.description()
-        command = f"make them with `python -m data_pipeline latents data.latent_cache.resolutions=[{resolution}]`"
+        command = f"make them with `{COMMAND} data.latent_cache.resolutions=[{resolution}]`"
         if description is None:
             raise ManifestError(f"{self._folder.setting}: no latents of resolution {resolution}; {command}")
         if vae is not None and description.vae != vae:
             raise ManifestError(
-                f"{self._folder.setting}: {self._folder.path} was made with another VAE ({description.vae}, and the "
-                f"model's is {vae}); choose its model, give another folder, or remove it and {command}"
+                f"{self._folder.setting}: {self._folder.path} was built with VAE {description.vae}, but the model's "
+                f"VAE is {vae}; choose its model, give another folder, or remove it and {command}"
             )
         if description.min_side > min_side:
             raise ManifestError(
-                f"{self._folder.setting}: {self._folder.path} has images from {description.min_side} pixels on, and "
-                f"data.stream.min_side asks for those from {min_side}; remove it and {command}"
+                f"{self._folder.setting}: {self._folder.path} was built with min_side={description.min_side}, but "
+                f"this run asks for data.stream.min_side={min_side}; remove it and {command}"
             )
         missing = self._folder.missing(manifest, min_side)
         if missing:
             names = self._folder.names()
             made = {name.rpartition("-")[0] + "-" for name in names}
             stale = sum(file_prefix(manifest.paths[shard]) in made for shard in missing)
-            other = f" ({stale:,} of them were made anew since their latents were)" if stale else ""
+            other = f" ({stale:,} of them have changed since they were encoded)" if stale else ""
             raise ManifestError(
                 f"{self._folder.setting}: {self._folder.path} lacks the latents of {len(missing):,} of "
                 f"{len(manifest.paths):,} shards{other}; {command}"
@@ -336,19 +273,16 @@ class LatentShards:
             StreamError: as `read`.
         """
         file = self._file(shard)
-        return bool(file.bad[file.place(row)])
+        return bool(file.bad[file.places(np.array([row]))[0]])
 
     def read(self, shard: int, rows: NDArray[np.int64], out: Tensor) -> None:
         """Moments of a shard's rows, numbered as in the manifest, into `out` [n, *shape] of any precision.
 
         Raises:
-            StreamError: the file is damaged or of another shard, or a row's side was below the cache's `min_side`.
+            StreamError: the file is damaged or of another shard, or lacks a row.
         """
         file = self._file(shard)
-        found = np.empty((len(rows), *self.shape), FLOAT16)
-        for place, row in enumerate(rows):
-            file.read(int(row), found[place])
-        out.copy_(torch.from_numpy(found))
+        out.copy_(file.moments[file.places(rows)])
 
     def _file(self, shard: int) -> LatentFile:
         with self._lock:

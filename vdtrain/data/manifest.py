@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vdtrain.errors import one_line, system_error, unreadable
-from vdtrain.files import sync
+from vdtrain.files import atomic_write, sync
 
 
 def pair_uid(source: str, url: str, caption: str) -> str:
@@ -45,7 +45,6 @@ SAMPLE_SCHEMA: pa.Schema = pa.schema(
         pa.field("width", pa.int32()),  # once it is turned upright
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
-        pa.field("caption_hash", pa.uint64()),  # 64-bit hash of the caption
     ]
 )
 SHARD_SCHEMA: pa.Schema = pa.schema(
@@ -161,11 +160,6 @@ class Manifest:
             table["caption"].combine_chunks(),
         )
 
-    def table(self) -> pa.Table:
-        """All samples with all columns, shard by shard: for sets that fit in memory."""
-        tables = [self.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
-        return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])
-
     def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """Columns of SAMPLE_SCHEMA of a shard's samples.
 
@@ -262,11 +256,8 @@ def read_shards(folder: Path) -> pa.Table:
 def write_shards(folder: Path, shards: pa.Table) -> None:
     """Replace the manifest's list of shards: the manifest is the old one before, and the new one after."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{SHARDS_FILE}.incomplete"
-    pq.write_table(shards, draft, compression="zstd")
-    sync(draft)
-    draft.replace(folder / SHARDS_FILE)
-    sync(folder)
+    with atomic_write(folder / SHARDS_FILE) as draft:
+        pq.write_table(shards, draft, compression="zstd")
 
 
 def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:

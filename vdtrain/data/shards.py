@@ -21,7 +21,7 @@ import fsspec
 
 from vdtrain.data.manifest import INDEX, Manifest, ManifestError
 from vdtrain.errors import ConfigError, one_line, output_problem, unreadable, unwritable
-from vdtrain.files import LockedError, locked
+from vdtrain.files import LockedError, atomic_write, locked
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
@@ -231,15 +231,11 @@ class ShardCache:
         with suppress(LockedError, ConfigError), locked(path.with_suffix(".lock")):
             if path.exists():
                 return
-            draft = path.with_suffix(".incomplete")
-            try:
+            with atomic_write(path) as draft:
                 get(draft)
                 with draft.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                         raise StreamError(f"{address}: not the shard that the manifest lists; {INDEX_AGAIN}")
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
             self._drop_oldest(keep=path)
 
     def _path(self, address: str, size: int) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -158,7 +158,7 @@ def make_solver(
 # Predicts the noise in latents [B, ...] at one timestep.
 NoisePredictor = Callable[[Tensor, int], Tensor]
 # Wraps the indices of a loop, e.g. in a progress bar.
-Progress = Callable[[Sequence[int]], Sequence[int]]
+Progress = Callable[[Sequence[int]], Iterable[int]]
 # The way of several contexts into the network at one timestep; all of them have the same B.
 Mixing = Callable[[Sequence[Context], int], ContextRoute]
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vdtrain.commands.sampler import DTYPES, SAMPLING, check_sampler
 from vdtrain.config.compose import ConfigError
@@ -43,65 +39,7 @@ from vdtrain.files import FileRecord, check_output, write_text, written_whole
 from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import locate
 from vdtrain.pipeline import VersatileDiffusion
-
-
-class SampleProgress:
-    """Counts samples.
-
-    Args:
-        total: samples that this process will make.
-        is_main: whether it says anything; of several processes one does, of its own share.
-    """
-
-    def __init__(self, total: int, is_main: bool) -> None:
-        self.total, self.is_main, self.made = total, is_main, 0.0
-        self.console = Console(soft_wrap=True, highlight=False)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]} samples/s, left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=self.console, disable=not (is_main and self.console.is_terminal))
-        self.task = self.bar.add_task("", total=total, rate="?")
-        self._begun = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
-    def begin(self, what: str, samples: int, batch_size: int) -> None:
-        """Say what is being made; `steps` then counts its `samples` bit by bit."""
-        self._portion = samples / -(-samples // batch_size)
-        self.bar.update(self.task, description=what)
-
-    def steps(self, turns: Sequence[int]) -> Iterator[int]:
-        """The steps of one batch, each of which brings its samples a little further."""
-        for turn in turns:
-            yield turn
-            self.made += self._portion / len(turns)
-            self.bar.update(self.task, completed=int(self.made + 1e-6), rate=f"{self.rate:.2f}")
-
-    def done(self, what: str) -> None:
-        """Say in a log that something is finished."""
-        if self.is_main and not self.console.is_terminal:
-            left = (self.total - self.made) / self.rate if self.made else float("inf")
-            count = f"{round(self.made):,} of {self.total:,} samples"
-            self.console.print(
-                f"{what}: {count}, {self.rate:.2f} samples/s, {left / 60:.1f} minutes left", markup=False
-            )
-
-    @property
-    def rate(self) -> float:
-        """Samples a second so far."""
-        return self.made / max(1e-6, time.monotonic() - self._begun)
-
+from vdtrain.progress import Progress
 
 FEW_SAMPLES = 10_000
 # Settings that do not change what is made.
@@ -194,7 +132,7 @@ class Evaluator:
         flows = {flow.name: flow for flow in self.flows}
         total = sum(len(self.parts.parts[number]) for number, name in tasks if name != PAIRS)
         self._load(str(device), total > 0)
-        with SampleProgress(total, is_main) as progress:
+        with Progress("evaluate", total, "samples", silent=not is_main) as progress:
             for number in sorted({number for number, _ in tasks}):
                 part = self.parts.parts[number]
                 samples = self.pairs.read(part)
@@ -203,7 +141,6 @@ class Evaluator:
                         self._measure_pairs(part, samples)
                     else:
                         self._measure_flow(flows[name], part, samples, progress)
-                        progress.done(name)
 
     def _load(self, device: str, with_model: bool) -> None:
         config, model = self.config, self.subject.model
@@ -223,11 +160,17 @@ class Evaluator:
         }
         self.parts.write(part, PAIRS, features, {name: samples[name] for name in ("image", "text") if name in samples})
 
-    def _measure_flow(self, flow: Flow, part: Part, samples: dict[str, Any], progress: SampleProgress) -> None:
+    def _measure_flow(self, flow: Flow, part: Part, samples: dict[str, Any], progress: Progress) -> None:
         config = self.config
+        batch = len(part) / -(-len(part) // config.batch_size)
         settings = {name: getattr(config, name) for name in SAMPLING} | {"seed": config.seed + part.start}
-        progress.begin(flow.name, len(part), config.batch_size)
-        steps: Callable[..., Any] = progress.steps
+        progress.title = flow.name
+
+        def steps(turns: Sequence[int]) -> Iterator[int]:
+            for turn in turns:
+                yield turn
+                progress.advance(batch / len(turns))
+
         made = self.model.generate(flow.name, samples[flow.context], progress=steps, **settings)
         features = {
             feature: in_batches(self.networks[flow.output, feature], made) for feature in sorted(self.wanted(flow))

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vdtrain.checkpoint.folder import CHECKPOINTS, LATEST_FILE, latest_by_sizes
-from vdtrain.files import INCOMPLETE, write_text
+from vdtrain.files import atomic_write
 from vdtrain.run.restarts import RECORD_FILE, read_events
 from vdtrain.run.summary import CONFIG_FILE
 from vdtrain.run.tracking import METRICS_FILE, last_metrics
@@ -28,9 +28,8 @@ def note_saved(run_dir: Path, step: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    draft = run_dir / (SAVED_FILE + INCOMPLETE)
-    write_text(draft, json.dumps({"step": step}) + "\n")
-    os.replace(draft, run_dir / SAVED_FILE)
+    with atomic_write(run_dir / SAVED_FILE) as draft:
+        draft.write_text(json.dumps({"step": step}) + "\n")
 
 
 def lost_checkpoints(run_dir: Path, every_steps: int) -> str | None:

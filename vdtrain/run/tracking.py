@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.config.schema import TrackingConfig
-from vdtrain.files import INCOMPLETE, append_line, write_text
+from vdtrain.files import append_line, atomic_write
 from vdtrain.run.wandb_run import INIT_SECONDS, start_run
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,9 +65,8 @@ class Tracker:
     def _keep(self, records: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
         if not self.path.exists() or self.path.read_bytes() != text.encode():
-            draft = self.path.with_name(self.path.name + INCOMPLETE)
-            write_text(draft, text)
-            os.replace(draft, self.path)
+            with atomic_write(self.path) as draft:
+                draft.write_text(text, encoding="utf-8")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import sys
 import textwrap
@@ -22,7 +21,7 @@ from typing import Any
 
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.extras import missing
-from vdtrain.files import INCOMPLETE, write_text
+from vdtrain.files import atomic_write
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)
@@ -304,9 +303,8 @@ def _new_id(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + INCOMPLETE)
-    write_text(draft, text)
-    os.replace(draft, path)
+    with atomic_write(path) as draft:
+        draft.write_text(text)
 
 
 def _flat(record: Record) -> dict[str, Any]:

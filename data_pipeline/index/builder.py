@@ -1,4 +1,4 @@
-"""A manifest as an index brings it up to its shards, written again and again on the way."""
+"""Builds a manifest step by step; it is written several times on the way, and is valid each time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.index.shard_reading import Reading
+from data_pipeline.index.shard_reading import ShardScan
 from vdtrain.data.manifest import SAMPLES_FILES, SHARD_SCHEMA, SHARDS_FILE, SamplesWriter, write_shards
 from vdtrain.files import INCOMPLETE
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be read; `name` is what the manifest calls it."""
+    """A shard to read; `name` is its path in the manifest."""
 
     source: str
     path: Path
@@ -27,15 +27,15 @@ class Task:
     decode: bool
 
 
-class Listing:
-    """The manifest as it grows: what is known stays, what was read is added, in the order of the tasks.
+class ManifestBuilder:
+    """Keeps unchanged shards of a manifest and adds new ones, in the order of the tasks.
 
     Args:
         before: the manifest's shards so far.
-        tasks: for the shards that there are.
+        tasks: one for each shard on the disk.
 
     Attributes:
-        shards: rows of SHARD_SCHEMA, among them some that are not listed any more.
+        shards: rows of SHARD_SCHEMA; some of them may no longer be listed.
         dropped: names of shards that are gone.
     """
 
@@ -59,7 +59,7 @@ class Listing:
                 if decoded >= task.decode:
                     self._current.add(name)
         numbers = [int(file.removesuffix(".parquet").split("-")[-1]) for file in files]
-        # A reader that still has the list of before must not find another file under a name that it knows.
+        # Numbers are not reused: a reader of the old manifest must not find other samples under a known name.
         self._next_file = max(numbers, default=-1) + 1
         self._writer: SamplesWriter | None = None
         self._written = self.listed()["path"].equals(before["path"]) and (manifest / SHARDS_FILE).exists()
@@ -67,35 +67,35 @@ class Listing:
 
     @property
     def waiting(self) -> int:
-        """Shards that were added since the manifest was written."""
+        """Number of shards added since the manifest was last written."""
         return len(self._writer.rows) if self._writer is not None else 0
 
     def missing(self) -> list[Task]:
-        """Shards that have to be read."""
+        """Shards that must be read."""
         return [task for task in self._tasks if task.name not in self._current]
 
     def drop(self, task: Task) -> None:
-        """List a shard no more, once the manifest is written."""
+        """Remove a shard from the manifest at the next `write`."""
         self._written &= self._rows.pop(task.name, None) is None
 
-    def add(self, task: Task, reading: Reading) -> None:
-        """List a shard, once the manifest is written."""
+    def add(self, task: Task, scan: ShardScan) -> None:
+        """Add a shard to the manifest at the next `write`."""
         if self._writer is None:
             self._writer = SamplesWriter(self.manifest, SAMPLES_FILES.replace("*", f"{self._next_file:05d}"))
             self._next_file += 1
         row = {
             "path": task.name,
             "source": task.source,
-            "bytes": reading.bytes,
-            "modified_ns": reading.modified_ns,
-            "sha256": reading.sha256,
-            "broken": json.dumps(reading.broken),
+            "bytes": scan.bytes,
+            "modified_ns": scan.modified_ns,
+            "sha256": scan.sha256,
+            "broken": json.dumps(scan.broken),
             "decoded": task.decode,
         }
-        self._writer.add(row, reading.samples)
+        self._writer.add(row, scan.samples)
 
     def write(self) -> None:
-        """Bring the manifest on the disk up to what was added and dropped."""
+        """Write the manifest with all shards that were added and without those that were dropped."""
         if self._writer is not None:
             self._writer.close()
             for number, row in enumerate(self._writer.rows, start=len(self.shards)):
@@ -113,7 +113,7 @@ class Listing:
         return self.shards.take(pa.array(rows, pa.int64())).combine_chunks()
 
     def remove_leftovers(self, shards: pa.Table | None = None) -> None:
-        """Remove files of samples that no shard names, and drafts of interrupted runs."""
+        """Remove files of samples that no shard refers to, and drafts of interrupted runs."""
         named = set((self.listed() if shards is None else shards)["samples_file"].to_pylist())
         for file in [*self.manifest.glob(SAMPLES_FILES), *self.manifest.glob(f"*{INCOMPLETE}")]:
             if file.name not in named:
@@ -121,7 +121,7 @@ class Listing:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of samples is there, to its end."""
+    """Whether a file of samples is complete."""
     try:
         pq.read_metadata(file)
     except (OSError, pa.ArrowException):
