@@ -18,7 +18,7 @@ rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than a
 test: .venv/.distributed  ## all tests
 	@$(RUN) python -m pytest
 
-lint: .venv/.complete  ## style, types, shell scripts
+lint: .venv/.complete  ## style, types, shell scripts, length of the pages' sentences
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
@@ -28,6 +28,7 @@ shellcheck: .venv/.complete  ## shell scripts alone
 	@bash -n $(SCRIPTS)
 	@$(RUN) shellcheck --external-sources $(filter-out examples/%,$(SCRIPTS))
 	@$(RUN) shellcheck --exclude=SC2086 $(filter examples/%,$(SCRIPTS))  # settings that are several words
+	@$(RUN) python -m tools.prose
 
 golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/README.md)
 	@$(RUN) python -m tests.golden_losses.record
