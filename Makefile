@@ -23,12 +23,12 @@ lint: .venv/.complete  ## style, types, shell scripts, length of the pages' sent
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 	@$(MAKE) --no-print-directory shellcheck
+	@$(RUN) python -m tools.prose
 
 shellcheck: .venv/.complete  ## shell scripts alone
 	@bash -n $(SCRIPTS)
 	@$(RUN) shellcheck --external-sources $(filter-out examples/%,$(SCRIPTS))
 	@$(RUN) shellcheck --exclude=SC2086 $(filter examples/%,$(SCRIPTS))  # settings that are several words
-	@$(RUN) python -m tools.prose
 
 golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/README.md)
 	@$(RUN) python -m tests.golden_losses.record
