@@ -18,11 +18,12 @@ rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than a
 test: .venv/.distributed  ## all tests
 	@$(RUN) python -m pytest
 
-lint: .venv/.complete  ## style, types, shell scripts
+lint: .venv/.complete  ## style, types, shell scripts, length of the pages' sentences
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 	@$(MAKE) --no-print-directory shellcheck
+	@$(RUN) python -m tools.prose
 
 shellcheck: .venv/.complete  ## shell scripts alone
 	@bash -n $(SCRIPTS)

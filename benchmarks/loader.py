@@ -144,7 +144,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The tables, as the README has them."""
+    """The tables, as docs/benchmarks.md has them."""
     if "throughput" in found:
         print("\n| | workers | images per CPU second | images per second |\n|---|---|---|---|")
         for row in found["throughput"]["table"]:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The whole of vdtrain in miniature: metadata -> tar shards -> three stages of training -> images and captions.
-# `make demo` runs it; every command can be typed by hand, and each takes up whatever an earlier run left complete.
-# Everything is written below demo/; to start from nothing, remove that folder.
+# `make demo` runs it. Every command can be typed by hand, and each continues from what an earlier run completed.
+# Everything is written below demo/. To start from nothing, remove that folder.
 set -euo pipefail
 export OMP_NUM_THREADS=1  # two processes on two cores
 
 length=${DEMO_LENGTH:-short}
 runs=demo/runs-$length
-# Pairs that each stage trains at 32 and at 64 pixels, and how large the last stage's steps are: its text layers start
-# at random, and in a short run they have a few hundred steps to learn in.
+# Pairs that each stage trains at 32 and at 64 pixels, and the scale of the last stage's learning rate. Its text layers
+# start at random, and a short run gives them only a few hundred steps.
 case $length in
     short) pairs=("9600 1920" "9600 1920" "19200 1280") rate=40 samples=64 ;;
     long) pairs=("64000 64000" "32000 96000" "57600 128000") rate=20 samples=200 ;;
@@ -20,7 +20,7 @@ phases() { echo "stage.phases=[{resolution:32,samples:$1},{resolution:64,samples
 python -m miniature draw data=shapes
 
 # 2. Serve the images on this machine. Select rows of the metadata, download their images with img2dataset into tar
-#    shards, check and index the shards, and look at what they hold.
+#    shards, and check and index the shards.
 python -m miniature serve data=shapes &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
@@ -29,7 +29,7 @@ python -m data_pipeline download data=shapes
 python -m data_pipeline index data=shapes
 kill $server
 
-# 3. Train the three stages, each on two processes under ZeRO, each from the checkpoint of the one before.
+# 3. Train the three stages on two processes under ZeRO. Each starts from the checkpoint of the one before.
 train() {
     torchrun --standalone --nproc-per-node=2 -m vdtrain train \
         model=tiny data=shapes hardware=cpu tracking=offline runs_dir="$runs" "$@"

@@ -1,4 +1,4 @@
-"""The images of the README, from what examples/gallery.sh made: one strip per task, inputs before results.
+"""The images of docs/gallery.md, from the results of examples/gallery.sh: one strip per task, inputs before results.
 
 python examples/gallery.py demo/gallery docs/images/gallery
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every task and application of Versatile Diffusion, one command each, with the demo's model.
 #   bash examples/gallery.sh [RUN] [OUTPUT]
-# RUN is a run folder (demo/runs-long/stage3_four_flow, from `make demo DEMO_LENGTH=long`). The images of the README
-# are put together from the results by examples/gallery.py.
+# RUN is a run folder (demo/runs-long/stage3_four_flow, from `make demo DEMO_LENGTH=long`). examples/gallery.py puts the
+# results together to the images of docs/gallery.md.
 set -euo pipefail
 run=${1:-demo/runs-long/stage3_four_flow} out=${2:-demo/gallery}
 settings="checkpoint=$run resolution=64 steps=25 guidance_scale=3 seed=3"

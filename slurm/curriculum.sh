@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submit the three stages, each to start when the one before it is complete, and print the jobs' ids.
+# Submit the three stages and print the jobs' ids. Each stage starts when the one before it is complete.
 #
 # slurm/curriculum.sh [SBATCH OPTIONS] [HYDRA OVERRIDES]        from the repository's root
 #
-# What begins with a hyphen goes to sbatch, for all three; so write --partition=gpu rather than --partition gpu.
-# A stage that is complete already ends at once, so that the same command takes up a curriculum that broke off.
+# Arguments that begin with a hyphen go to sbatch, for all three. Write --partition=gpu, not --partition gpu.
+# A stage that is already complete ends at once, so the same command continues an interrupted curriculum.
 set -euo pipefail
 [ -f slurm/curriculum.sh ] || { echo "error: $PWD: not the repository's root; call this script from there" >&2; exit 2; }
 
@@ -23,6 +23,6 @@ for stage in stage1_single_flow stage2_dual_flow stage3_four_flow; do
     job=$(sbatch --parsable "${dependency[@]}" "${options[@]}" "slurm/$stage.sh" "${overrides[@]}")
     job=${job%%;*}
     echo "$stage: job $job, output logs/$stage/$job.out"
-    # A stage that fails takes those that wait for it out of the queue.
+    # A stage that fails removes those that wait for it from the queue.
     dependency=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
 done

@@ -10,13 +10,13 @@
 #
 # sbatch [SBATCH OPTIONS] slurm/download_shards.sh [HYDRA OVERRIDES]        from the repository's root
 #
-# Every task of the array downloads its share of the metadata's parts into tar shards; needs no GPU. Submit it again
-# to go on: what is complete is passed over. The parts are dealt out by the array's length, so that a task keeps its
-# own only in an array of the same length: --array=0-31 for 32 tasks, --array=0-31%8 for 8 of them at a time.
+# Every task of the array downloads its share of the metadata's parts into tar shards. It needs no GPU. Submit it again
+# to continue: complete shards are passed over. The length of the array decides the share of each task. A task keeps its
+# parts only if the length stays the same. --array=0-31 is 32 tasks, and --array=0-31%8 runs 8 of them at a time.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 [ -f slurm/env.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }
-set +u  # modules of many sites read variables that are not set
+set +u  # the modules of many sites read unset variables
 source slurm/env.sh
 set -u
 : "${SLURM_ARRAY_TASK_ID:?is not set: submit with --array=0-N}"

@@ -11,8 +11,8 @@
 #
 # sbatch [SBATCH OPTIONS] slurm/evaluate.sh CHECKPOINT data.manifest=MANIFEST [HYDRA OVERRIDES]
 #
-# Measures a trained model's flows on every GPU, from the repository's root. Submit it again to go on: samples that are
-# there are not made again.
+# Measures a trained model's flows on every GPU, from the repository's root. Submit it again to continue: existing
+# samples are not made again.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 [ -f slurm/job.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# What the scripts have in common; each sources it inside its job, from the repository's root.
+# The common part of the scripts. Each sources it inside its job, from the repository's root.
 
-# Modules of many sites read variables that are not set.
+# The modules of many sites read unset variables.
 set +u
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 set -u
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
-# Size is said once, in the head of a script or to sbatch: one task per GPU, and an equal share of its node's CPUs to each.
-# (Of an --exclusive node, SLURM_GPUS_ON_NODE counts all GPUs; --gpus-per-node may name types: TYPE:N or TYPE:N,TYPE:N.)
+# The head of a script or sbatch gives the size. Every GPU gets one task and an equal share of its node's CPUs.
+# (SLURM_GPUS_ON_NODE counts all GPUs of an --exclusive node. --gpus-per-node may name types: TYPE:N or TYPE:N,TYPE:N.)
 : "${SLURM_GPUS_PER_NODE:?is not set: submit with --gpus-per-node=N}"
-# A name in arithmetic would be read as a variable's.
+# Bash would read a name in arithmetic as a variable's.
 for variable in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_CPUS_ON_NODE SLURM_RESTART_COUNT; do
     [[ ${!variable:-0} =~ ^[0-9]+$ ]] || {
         echo "error: $variable=${!variable}: not a number; submit with sbatch" >&2
@@ -32,7 +32,7 @@ rank_logs=logs/$SLURM_JOB_NAME/$SLURM_JOB_ID/attempt-$attempt
 
 signal=
 srun_process=
-# Bash acts on a signal once it waits. Ranks get theirs from Slurm; one to the batch script alone is passed on to them.
+# Bash acts on a signal once it waits. Slurm signals the ranks. A signal to the batch script alone is passed on to them.
 noted() {
     signal=$1
     [ -z "$srun_process" ] || kill -USR1 "$srun_process" 2>/dev/null || true
@@ -40,12 +40,12 @@ noted() {
 trap 'noted USR1' USR1
 trap 'noted TERM' TERM
 
-# Run a Python module on every GPU. All ranks' output goes to files of their own, that of rank 0 to the job's output too.
+# Run a Python module on every GPU. Each rank's output goes to a file of its own, and rank 0's also to the job's output.
 # Sets `status` to the highest exit status of a rank.
 on_all_ranks() {
     mkdir -p "$rank_logs"
     : >"$rank_logs/rank-0.out"
-    # What sbatch set for the job as a whole would contradict the step's own numbers.
+    # sbatch's variables for the whole job would contradict the step's own numbers.
     unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK
     srun --kill-on-bad-exit=1 --ntasks="$ranks" --ntasks-per-node="$ranks_per_node" \
         --cpus-per-task=$((SLURM_CPUS_ON_NODE / ranks_per_node)) --output="${rank_logs//%/%%}/rank-%t.out" \
@@ -65,11 +65,11 @@ on_all_ranks() {
         head -n 16 >&2 || true
 }
 
-# Put this job back into the queue, if it is to run again. Everything is saved by now: nothing after the requeueing is
-# sure to run.
+# Put this job back into the queue if it must run again. Everything is saved by now: nothing after the requeueing is sure
+# to run.
 requeue() {
     local run_dir=$1 job number=$SLURM_JOB_ID
-    # The last task of an array has the array's number, by which all of its tasks would be put back.
+    # The last task of an array has the array's number, which would requeue all of its tasks.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || number=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     job=$(scontrol show job --oneliner "$number" || true)
     if [[ $job != *" JobState=RUNNING "* ]]; then
@@ -82,7 +82,7 @@ requeue() {
     fi
 }
 
-# Train a stage, from wherever it stands, and end the job.
+# Train a stage from its newest checkpoint, and end the job.
 train_stage() {
     local overrides=("stage=$1" "${DATA_OVERRIDES[@]}" "${RUN_OVERRIDES[@]}" "${@:2}") run_dir
     python -c "import hydra" 2>/dev/null || {
@@ -93,7 +93,7 @@ train_stage() {
     echo "$1, attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, run folder $run_dir, ranks' logs $rank_logs"
     vdtrain preflight "${overrides[@]}" ranks="$ranks"
     on_all_ranks vdtrain train "${overrides[@]}"
-    # 0 is a stage that is complete, 2 a mistake in the settings.
+    # 0: the stage is complete. 2: a mistake in the settings.
     [ "$status" = 0 ] || [ "$status" = 2 ] || requeue "$run_dir" || true
     exit "$status"
 }

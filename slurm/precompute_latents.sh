@@ -11,8 +11,8 @@
 #
 # sbatch [SBATCH OPTIONS] slurm/precompute_latents.sh [HYDRA OVERRIDES]        from the repository's root
 #
-# Encodes the shards' images once, on every GPU, for training that reads latents. Submit it again to go on: shards
-# that are complete are passed over.
+# Encodes the shards' images once, on every GPU, for training that reads latents. Submit it again to continue: complete
+# shards are passed over.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 [ -f slurm/job.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }

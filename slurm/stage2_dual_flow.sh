@@ -12,8 +12,8 @@
 #
 # sbatch [SBATCH OPTIONS] slurm/stage2_dual_flow.sh [HYDRA OVERRIDES]        from the repository's root
 #
-# Site settings: slurm/env.sh. 300 s before its time is over, or when it is preempted, the job saves and goes back into
-# the queue by itself (docs/slurm.md).
+# Site settings: slurm/env.sh. The job saves and requeues itself 300 s before its time limit and when it is preempted
+# (docs/slurm.md).
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 [ -f slurm/job.sh ] || { echo "error: $PWD: not the repository's root; call sbatch from there" >&2; exit 2; }

@@ -28,7 +28,7 @@ from vdtrain.extras import EXTRAS
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRODUCT = ("vdtrain", "data_pipeline")
-AROUND = ("tests", "benchmarks", "examples", "miniature")
+AROUND = ("tests", "benchmarks", "examples", "miniature", "tools")
 # Declared, and imported by img2dataset alone.
 FOR_IMG2DATASET = {"standard-imghdr", "webdataset"}
 # In an environment of its own (benchmarks/loader_requirements.txt); what pyarrow imports where img2dataset brought it.
@@ -281,7 +281,8 @@ def test_hooks_and_workflows_call_what_there_is() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entries = [hook["entry"].split() for hook in hooks]
     programs = {Path(program).name for program, *_ in entries if program.startswith(".venv/bin/")}
-    assert programs == {"ruff", "mypy"}
+    assert programs == {"ruff", "mypy", "python"}
+    assert [words[1:] for program, *words in entries if program.endswith("python")] == [["tools.prose"]]
     assert all((Path(sys.executable).parent / program).exists() for program in programs)
     assert {words[0] for program, *words in entries if program == "make"} == {"shellcheck"} <= targets
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]

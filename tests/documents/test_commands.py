@@ -129,7 +129,9 @@ def test_a_verb_that_is_named_exists(command: Command) -> None:
     named = {"vdtrain": CLI_COMMANDS, "python -m data_pipeline": {*DATA_COMMANDS, LATENTS}}
     assert match is None or match[2] in named[match[1]], command
     module = re.match(r"python -m (\S+)", command.text)
-    assert module is None or importlib.util.find_spec(module[1]) is not None, command
+    # The log keeps the names of its day.
+    if module is not None and command.page != "docs/log.md":
+        assert importlib.util.find_spec(module[1]) is not None, command
 
 
 def test_the_documents_show_commands() -> None:

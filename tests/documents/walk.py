@@ -106,7 +106,7 @@ GETS: Mapping[str, tuple[str, ...]] = {
     r"(vdtrain sample|vdtrain blend) .*(to-text|output=text)\b.*": ("{output_dir}/captions.txt",),
     r"(vdtrain sample|vdtrain blend|vdtrain edit) .*": ("{output_dir}/0000.png",),
     r".*vdtrain evaluate.*": ("{output_dir}/metrics.json",),
-    r"(torchrun .*-m vdtrain\.train|vdtrain train) (?!.*--cfg).*": (
+    r"(torchrun .*-m vdtrain[. ]train|vdtrain train) (?!.*--cfg).*": (
         "{run_dir}/checkpoints/latest",
         "{run_dir}/*.jsonl",
     ),
