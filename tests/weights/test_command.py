@@ -125,11 +125,14 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ("export safetensors out precision=fp8", "precision=fp8: choose from fp32, fp16, bf16, keep"),
         (
             "export safetensors out.safetensors",
-            "output=out.safetensors: a folder is made, and that is the name of a file",
+            "output=out.safetensors: the result is a folder; leave out .safetensors",
         ),
-        ("export diffusers out.bin", "output=out.bin: a folder is made"),
-        ("export versatile_diffusion out.safetensors", "a file of PyTorch is made; give it the ending .pth"),
-        ("import versatile_diffusion vd.pth output=vd.pth", "output=vd.pth: a weights folder is made"),
+        ("export diffusers out.bin", "output=out.bin: the result is a folder; leave out .bin"),
+        ("export versatile_diffusion out.safetensors", "the result is a file of PyTorch; end its name with .pth"),
+        (
+            "import versatile_diffusion vd.pth output=vd.pth",
+            "output=vd.pth: the result is a weights folder; leave out .pth",
+        ),
         ("export safetensors {here}", "exists already; overwrite=true replaces it"),
     ],
 )

@@ -90,7 +90,7 @@ class DownloadConfig:
     max_aspect_ratio: float = setting("longest over shortest side; an image above it is dropped", above=0)
     max_image_pixels: int = setting("pixels; a larger image is not decoded", least=1)
     max_bytes: int = setting("bytes of an image file; the download of a larger one stops", least=1)
-    timeout: int = setting("seconds without a byte; a whole image may take three times as long", least=1)
+    timeout: int = setting("seconds without a byte (a whole image may take three times as long)", least=1)
     retries: int = setting("immediate further attempts after a temporary failure", least=0)
     user_agent: str = setting("User-Agent header of the requests")
     min_success_share: float = setting("share of images; a part below it is stopped", least=0, most=1)

@@ -212,7 +212,7 @@ class SamplingConfig:
 
     height: int = setting("height of the images in pixels", 512)
     width: int = setting("width of the images in pixels", 512)
-    steps: int = setting("steps of the solver; ddim needs about 50, the others about 20", 50, least=1)
+    steps: int = setting("steps of the solver: ddim needs about 50, the others about 20", 50)
     guidance_scale: float = setting("strength of classifier-free guidance; 1 is none", 7.5)
     solver: str = setting("solver", "ddim", choices=("ddim", "dpm-solver++", "unipc"))
     eta: float = setting("noise that ddim adds back; 0 is deterministic, 1 adds as much as training", 0.0)
