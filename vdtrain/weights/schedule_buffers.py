@@ -1,6 +1,6 @@
-"""What published weights say of their noise schedule and of what they predict: it must be what the model is built for.
+"""Checks that published weights have the model's noise schedule and predict noise.
 
-It stands among the weights (twelve buffers, marks without values), in a file's notes, or in a file beside it.
+The evidence is among the weights (twelve buffers, marks without values), in a file's metadata, or in a file beside it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.tensor_files import LazyTensors
 
-# Half precision keeps 11 binary digits of a number, and nothing below about 1e-7.
+# Half precision has 11 binary digits, and its smallest number is about 1e-7.
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2**-10, 1e-6
 VELOCITY, ZERO_SNR = "predicts velocity (v-prediction)", "was trained on a noise schedule that ends in pure noise"
-# Keys without a value that trainers set.
+# Keys without a value that trainers add.
 MARKS = {"v_pred": VELOCITY, "ztsnr": ZERO_SNR}
-# Notes of a safetensors file, and what they say.
-NOTES = {
+# Metadata of a safetensors file, and its meaning.
+METADATA = {
     ("modelspec.prediction_type", "v"): VELOCITY,
     ("modelspec.prediction_type", "v_prediction"): VELOCITY,
     ("ss_zero_terminal_snr", "True"): ZERO_SNR,
@@ -34,7 +34,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
-    """The buffers, float64 [steps] each, by their released names."""
+    """The buffers of a noise schedule by their released names, float64 [steps] each."""
     kept = Schedule(config).alphas_cumprod.double()
     before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     betas = 1 - kept / before
@@ -58,26 +58,28 @@ def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
 def check_schedule(
     tensors: LazyTensors, config: ScheduleConfig, place: str, path: Path, pipeline: Path | None = None
 ) -> None:
-    """Compare all that a file, or a pipeline's folder, says.
+    """Check the evidence in a file, or in a diffusers folder.
 
     Args:
-        tensors: all of the file's.
-        path: of the file; a recipe may lie beside it under the same name.
-        pipeline: a folder of diffusers, with its scheduler's configuration.
+        tensors: all tensors of the file.
+        path: of the file. A recipe of the same name may be beside it.
+        pipeline: a diffusers folder, with its scheduler's configuration.
 
     Raises:
-        WeightsError: it is of another noise schedule, or predicts something else than noise.
+        WeightsError: the weights have another noise schedule, or do not predict noise.
     """
-    said = [(key, MARKS[key.rpartition(".")[2]]) for key in tensors if key.rpartition(".")[2] in MARKS]
-    said += [(f"{key}={value}", text) for (key, value), text in NOTES.items() if tensors.notes.get(key) == value]
+    found = [(key, MARKS[key.rpartition(".")[2]]) for key in tensors if key.rpartition(".")[2] in MARKS]
+    found += [(f"{key}={value}", text) for (key, value), text in METADATA.items() if tensors.metadata.get(key) == value]
     recipe = path.with_suffix(".yaml")
     if path.is_file() and recipe.is_file():
         text = recipe.read_text(encoding="utf-8", errors="replace")
-        said += [(recipe.name, VELOCITY)] * bool(re.search(r"""^\s*parameterization:\s*["']?v\b""", text, re.MULTILINE))
-    for where, what in said:
-        raise WeightsError(f"{place}: {where} says that it {what}, and this model does not; take other weights")
-    if buffer := disagreement(tensors, config):
-        raise WeightsError(f"{place}: {buffer} is not that of {config}; set model.schedule to that of the weights")
+        found += [(recipe.name, VELOCITY)] * bool(
+            re.search(r"""^\s*parameterization:\s*["']?v\b""", text, re.MULTILINE)
+        )
+    for where, what in found:
+        raise WeightsError(f"{place}: {where} shows that the network {what}, unlike this model; give other weights")
+    if buffer := _other_buffer(tensors, config):
+        raise WeightsError(f"{place}: {buffer} does not match {config}; set model.schedule to that of the weights")
     if pipeline is not None and (pipeline / SCHEDULER).is_file():
         _check_scheduler(pipeline / SCHEDULER, config, place)
 
@@ -97,23 +99,23 @@ def _check_scheduler(file: Path, config: ScheduleConfig, place: str) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         differing = [key for key, value in expected.items() if found.get(key, value) != value]
     except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{place}: {SCHEDULER} is no JSON object; fetch it again") from error
+        raise WeightsError(f"{place}: {SCHEDULER} is not a JSON object; fetch it again") from error
     for key in differing:
         raise WeightsError(
-            f"{place}: {key} is {found[key]} in {SCHEDULER}, and the model has {expected[key]}; take other weights"
+            f"{place}: {key} is {found[key]} in {SCHEDULER}, and the model has {expected[key]}; give other weights"
             + ", or set model.schedule" * (key not in ("prediction_type", "rescale_betas_zero_snr", "trained_betas"))
         )
 
 
-def disagreement(found: Mapping[str, Tensor], config: ScheduleConfig) -> str | None:
-    """The first buffer among `found` that is not of the configured schedule; None if there is none."""
+def _other_buffer(found: Mapping[str, Tensor], config: ScheduleConfig) -> str | None:
+    """The first buffer that does not match the configured schedule; None if all match."""
     buffers = schedule_buffers(config)
     for key in found:
         name = key.rpartition(".")[2]
         if name not in buffers:
             continue
         expected, given = buffers[name], found[key].double()
-        # Of bfloat16, 8 binary digits are left.
+        # bfloat16 has 8 binary digits.
         relative = max(RELATIVE_TOLERANCE, torch.finfo(torch.bfloat16).eps * (found[key].dtype == torch.bfloat16))
         if given.shape != expected.shape or not torch.allclose(given, expected, rtol=relative, atol=ABSOLUTE_TOLERANCE):
             return key
