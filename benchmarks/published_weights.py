@@ -38,10 +38,10 @@ from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.caption_tokenizers import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
+from vdtrain.weights.checks import schedule_buffers
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.frozen_parts import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
-from vdtrain.weights.schedule_buffers import schedule_buffers
 from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 from vdtrain.weights.versatile_diffusion import to_released

@@ -14,8 +14,8 @@ from tests.weights.layout_2022 import to_2022
 from tests.weights.small import MODEL, PLAN, same, weights
 from vdtrain.cli import main
 from vdtrain.config.schema import ScheduleConfig
+from vdtrain.weights.checks import schedule_buffers
 from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
-from vdtrain.weights.schedule_buffers import schedule_buffers
 from vdtrain.weights.tensor_files import open_tensors
 from vdtrain.weights.versatile_diffusion import from_2022, to_released
 

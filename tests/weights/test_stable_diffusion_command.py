@@ -261,11 +261,11 @@ BETAS = torch.linspace(0.0001, 0.02, 1000)
         (unet_config(flip_sin_to_cos=False), "flip_sin_to_cos is False in config.json"),
         (
             altered(input_blocks__0__0__weight=torch.zeros(64, 9, 3, 3)),
-            "it is a network for inpainting, with 9 input channels; give the plain one; .*",
+            "it is a network for inpainting, with 9 input channels; give the plain one: ",
         ),
         (
             altered(input_blocks__1__1__transformer_blocks__0__attn2__to_k__weight=torch.zeros(64, 1024)),
-            "it is Stable Diffusion 2, with contexts 1024 wide; give version 1; ",
+            "it is Stable Diffusion 2, with contexts 1024 wide; give version 1: ",
         ),
         (altered(**{f"{UNET_PREFIX}label_emb.0.0.weight": torch.zeros(1)}), "it is Stable Diffusion XL"),
         (with_value(float("nan")), "out.2.bias holds values that are NaN or infinite"),

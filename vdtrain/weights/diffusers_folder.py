@@ -26,7 +26,7 @@ from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.tokenizers import released_tokenizer
-from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_unets, unets
+from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
 from vdtrain.weights.folder import write_shards
 from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
@@ -68,7 +68,7 @@ def write_pipeline(
     refuse_existing(folder, place, overwrite)
     diffuser, names_by_unet = unets(model)
     tensors = LazyTensors.of(tensors)
-    check_unets(place, diffuser, tensors)
+    check_whole(tensors, model, place)
     dtype = tensors.entries["global_layers.0.weight"].dtype
     image, text = (names.data for names in names_by_unet.values())
     with written_whole(folder, place, overwrite) as draft:

@@ -7,7 +7,6 @@ embedding. Stable Diffusion's U-Net is like the first of the two. A tensor has t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, cast
@@ -17,11 +16,11 @@ import torch
 from vdtrain.config.schema import DiffuserConfig, ModelConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
-from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.image_layers import ImageDataLayers
-from vdtrain.models.layer_plan import NORM_EPSILON, ContextStep, LayerPlan, Role
+from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role
 from vdtrain.models.text_layers import FlatLinear, TextDataLayers
-from vdtrain.weights.schedule_buffers import check_schedule
+from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]
@@ -41,16 +40,6 @@ BLOCK = {
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
-}
-# What such a U-Net has in its configuration, unless it leaves it out.
-BEHAVIOUR = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "norm_eps": NORM_EPSILON,
-    "resnet_time_scale_shift": "default",
 }
 CONV_OUT = {"0": "conv_norm_out", "2": "conv_out"}
 
@@ -96,7 +85,7 @@ class UnetNames:
             WeightsError: the weights cannot be read, or one of them has no place in the diffuser.
         """
         tensors = open_tensors(folder, setting)
-        check_sizes(folder / "config.json", config, f"{setting}={folder}")
+        check_unet_config(folder / "config.json", config, f"{setting}={folder}")
         names = {key: self.to_own(key) for key in tensors}
         if foreign := [key for key, name in names.items() if name is None]:
             raise WeightsError(f"{setting}={folder}: {foreign[0]} has no place in the model; is it of this kind?")
@@ -145,30 +134,6 @@ def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"
 
 
-def check_sizes(file: Path, config: DiffuserConfig, place: str) -> None:
-    """Compare a U-Net's `config.json`, if it exists, with the sizes and options that shapes of weights do not show.
-
-    Raises:
-        WeightsError: the U-Net is another network.
-    """
-    if not file.is_file():
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        # These U-Nets keep the number of heads under the name of their size: one number, or a list by level.
-        heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
-        expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
-        differing = [key for key, value in expected.items() if not _equal(found.get(key, value), value)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{place}: {file.name} is not a JSON object; fetch it again") from error
-    for key in differing:
-        raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")
-
-
-def _equal(found: object, value: object) -> bool:
-    return all(each == value for each in found) if isinstance(found, list) and found else found == value
-
-
 def _translated(name: str, modules: Mapping[str, str]) -> str | None:
     """A parameter's name with the name of its module replaced; None if no module has it."""
     head, tail = name, ""
@@ -186,7 +151,7 @@ def open_pipeline(folder: Path, model: ModelConfig, setting: str = "folder") -> 
     Raises:
         WeightsError: the folder does not exist, or is of another model or noise schedule.
     """
-    diffuser, names_by_unet = unets(model)
+    _, names_by_unet = unets(model)
     parts = {part: names.open(folder / part, model.diffuser, setting) for part, names in names_by_unet.items()}
     image, text = parts.values()
     for name in sorted(set(image) & set(text)):
@@ -196,7 +161,7 @@ def open_pipeline(folder: Path, model: ModelConfig, setting: str = "folder") -> 
                 "text_unet, which share their time embedding in Versatile Diffusion"
             )
     tensors = LazyTensors(text.entries | image.entries)
-    check_unets(f"{setting}={folder}", diffuser, tensors)
+    check_whole(tensors, model, f"{setting}={folder}")
     check_schedule(LazyTensors({}), model.schedule, f"{setting}={folder}", folder, folder)
     return tensors
 
@@ -225,16 +190,13 @@ def unets(model: ModelConfig) -> tuple[Diffuser, dict[str, UnetNames]]:
     }
 
 
-def check_unets(place: str, diffuser: Diffuser, tensors: LazyTensors) -> None:
-    """Compare names and shapes with those of the whole diffuser.
+def check_whole(tensors: LazyTensors, model: ModelConfig, place: str) -> None:
+    """Check that tensors are the whole diffuser of a model.
 
     Raises:
         WeightsError: layers are missing, or the weights are of another model.
     """
-    expected, found = diffuser.state_dict(), tensors.meta()
-    present = {layer_group(name) for name in expected if name in found}
-    groups = dict.fromkeys(map(layer_group, expected))
+    groups, present = active_groups(all_flows(model.modalities)), {layer_group(name) for name in tensors}
     if absent := [group for group in groups if group not in present]:
         raise WeightsError(f"{place}: no layers of {', '.join(absent)}; give weights of the last stage")
-    if differences := compare(expected, found):
-        raise WeightsError(f"{place}: weights of another model: {differences}")
+    check_diffuser(tensors, model, groups, place)

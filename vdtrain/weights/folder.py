@@ -25,8 +25,9 @@ from vdtrain.errors import one_line, system_error
 from vdtrain.files import FileRecord, damage, sync, write_text, written_whole
 from vdtrain.models.diffuser import layer_group
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.checks import check_diffuser
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
-from vdtrain.weights.versatile_diffusion import check_diffuser, from_released, to_released
+from vdtrain.weights.versatile_diffusion import from_released, to_released
 
 FORMAT = 1
 STEM = "model"

@@ -26,7 +26,7 @@ from vdtrain.weights.folder import Tracked, write_safetensors
 from vdtrain.weights.frozen_names import to_diffusers, to_open_clip
 from vdtrain.weights.hub import fetched
 from vdtrain.weights.imports import PATH, Output
-from vdtrain.weights.tensor_files import SUFFIXES, LazyTensors, open_tensors
+from vdtrain.weights.tensor_files import SUFFIXES, LazyTensors, equal, open_tensors
 
 Specification = Mapping[str, Any]
 CAUSAL_MASK = re.compile(r"decoder\.transformer\.h\.\d+\.attn\.bias")
@@ -131,14 +131,10 @@ def part_outputs(part: FrozenPart, path: str, config: WeightsConfig) -> list[Out
     local = fetched_part(part, path, config)
     # In the folder of a whole pipeline the part has a folder of its own.
     inside = local / part.name if (local / part.name).is_dir() else local
-    tensors = open_tensors(inside, PATH)
-    return [
-        _part_output(target, CONVERTERS[part](tensors, target.specification, f"{PATH}={local}"), config)
-        for target in part.targets(config.model)
-    ]
+    return outputs_of({part: open_tensors(inside, PATH)}, local, config)
 
 
-def outputs_beside(frozen: Mapping[FrozenPart, LazyTensors], path: Path, config: WeightsConfig) -> list[Output]:
+def outputs_of(frozen: Mapping[FrozenPart, LazyTensors], path: Path, config: WeightsConfig) -> list[Output]:
     """What an import of several parts will write. A file that exists with the same tensors is left out.
 
     Raises:
@@ -149,23 +145,15 @@ def outputs_beside(frozen: Mapping[FrozenPart, LazyTensors], path: Path, config:
         for target in part.targets(config.model):
             state = CONVERTERS[part](tensors, target.specification, f"{PATH}={path}")
             if config.overwrite or not _holds(target, state):
-                outputs.append(_part_output(target, state, config))
+                refuse_existing(target.path, target.place, config.overwrite)
+                write = partial(_write_part, target, state, config.overwrite)
+                outputs.append(Output(target.path, LazyTensors.of(state).summary, write))
     return outputs
 
 
-def _part_output(target: Target, state: Mapping[str, Tensor], config: WeightsConfig) -> Output:
-    refuse_existing(target.path, target.place, config.overwrite)
-    return Output(target.path, LazyTensors.of(state).summary, partial(_write_part, target, state, config.overwrite))
-
-
 def _holds(target: Target, state: Mapping[str, Tensor]) -> bool:
-    """Whether the file exists with the same tensors."""
-    if not target.path.is_file():
-        return False
-    found = open_tensors(target.path, target.setting)
-    return found.keys() == state.keys() and all(
-        found.entries[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in state.items()
-    )
+    """Whether a file exists with the same tensors."""
+    return target.path.is_file() and equal(open_tensors(target.path, target.setting), state)
 
 
 def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tracked: Tracked) -> None:

@@ -59,12 +59,12 @@ class Output:
 
 def versatile_diffusion(path: str, config: WeightsConfig) -> list[Output]:
     """Versatile Diffusion: vd-four-flow-v1-0.pth of 2023, or vd-official.pth of 2022 with its frozen parts."""
-    from vdtrain.weights.frozen_parts import outputs_beside
+    from vdtrain.weights.frozen_parts import outputs_of
     from vdtrain.weights.versatile_diffusion import open_release
 
     local = _fetched("versatile_diffusion", path, config)
     diffuser, frozen = open_release(local, config.model, PATH)
-    return [_weights_folder(diffuser, config), *outputs_beside(frozen, local, config)]
+    return [_weights_folder(diffuser, config), *outputs_of(frozen, local, config)]
 
 
 def diffusers(path: str, config: WeightsConfig) -> list[Output]:

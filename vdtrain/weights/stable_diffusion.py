@@ -15,11 +15,11 @@ import torch
 from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import GLOBAL_GROUP
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
-from vdtrain.weights.diffusers_names import UnetNames, check_sizes
+from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
+from vdtrain.weights.diffusers_names import UnetNames
 from vdtrain.weights.layouts import COMPVIS, DIFFUSERS, EMA_UNET, LEFTOVERS, VD_2022, contents, ema_name
-from vdtrain.weights.schedule_buffers import check_schedule
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 UNET_PREFIX = "model.diffusion_model."
@@ -101,7 +101,7 @@ def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[s
             "starts from Stable Diffusion v1"
         )
     if DIFFUSERS.prefixes(tensors):
-        check_sizes(unet / "config.json", model.diffuser, f"{setting}={folder}")
+        check_unet_config(unet / "config.json", model.diffuser, f"{setting}={folder}")
     check_schedule(tensors, model.schedule, place, path, unet.parent if unet.name == "unet" else None)
     data = model.base_modality
     attention = f"context_layers.{data}."
@@ -114,11 +114,7 @@ def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[s
         }
     found = tensors.renamed(names)
     groups = [GLOBAL_GROUP, f"data.{data}", *(f"context.{name}" for name in contexts)]
-    with torch.device("meta"):
-        expected = Diffuser(model, groups).state_dict()
-    if differences := compare(expected, found.meta()):
-        other = _other_release(found, data)
-        raise WeightsError(f"{place}: {other}weights of another model than model={model.name}: {differences}")
+    check_diffuser(found, model, groups, place + _other_release(found, data))
     return found
 
 
@@ -170,7 +166,7 @@ def _other_release(found: LazyTensors, data: str) -> str:
     channels = 4 if first is None else first.shape[1]
     width = next((each.shape[-1] for name, each in found.entries.items() if name.endswith("attn2.to_k.weight")), 768)
     if channels in OTHER_CHANNELS:
-        return f"it is {OTHER_CHANNELS[channels]}, with {channels} input channels; give the plain one; "
+        return f": it is {OTHER_CHANNELS[channels]}, with {channels} input channels; give the plain one"
     if width in OTHER_WIDTHS:
-        return f"it is {OTHER_WIDTHS[width]}, with contexts {width} wide; give version 1; "
+        return f": it is {OTHER_WIDTHS[width]}, with contexts {width} wide; give version 1"
     return ""

@@ -197,6 +197,12 @@ class LazyTensors(Mapping[str, Tensor]):
         return f"{len(self):,} tensors, {' and '.join(dtypes)}, {self.nbytes / 1e6:,.1f} MB"
 
 
+def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether names, dtypes and values are equal."""
+    pairs = ((first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def open_tensors(path: Path, setting: str) -> LazyTensors:
     """Open a weights file, an index of shards, or a folder with either.
 

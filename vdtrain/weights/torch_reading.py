@@ -25,18 +25,8 @@ from vdtrain.models.frozen_weights import WeightsError
 
 # Keys under which training scripts save a state dict, in order of preference; EMA weights come last.
 WRAPPERS = (
-    "state_dict",
-    "module",
-    "model",
-    "net",
-    "model_state_dict",
-    "params",
-    "weights",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "params_ema",
+    *("state_dict", "module", "model", "net", "model_state_dict", "params", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema"),
 )
 PATHS = {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 # What settings and counters are made of. Everything else in the standard library is refused.
@@ -44,25 +34,8 @@ DATA = {
     "argparse": {"Namespace"},
     "array": {"_array_reconstructor", "array"},
     "builtins": {
-        "bool",
-        "bytearray",
-        "bytes",
-        "complex",
-        "dict",
-        "ellipsis",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "object",
-        "range",
-        "set",
-        "slice",
-        "str",
-        "tuple",
-        "type",
-        "NoneType",
-        "Ellipsis",
+        *("bool", "bytearray", "bytes", "complex", "dict", "ellipsis", "Ellipsis", "float", "frozenset", "int"),
+        *("list", "NoneType", "object", "range", "set", "slice", "str", "tuple", "type"),
     },
     "collections": {"ChainMap", "Counter", "OrderedDict", "UserDict", "UserList", "defaultdict", "deque"},
     "copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"},

@@ -8,22 +8,17 @@ Ours: `global_layers.*`, `data_layers.<m>.<n>.*`, `context_layers.<m>.<n>.*`; th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import LayerPlan, make_plan
+from vdtrain.weights.checks import check_diffuser, check_schedule, schedule_buffers
 from vdtrain.weights.layouts import VD_2022, VD_2023, below, contents
-from vdtrain.weights.schedule_buffers import check_schedule, schedule_buffers
 from vdtrain.weights.stable_diffusion import UNET_PREFIX, own_names
-from vdtrain.weights.tensor_files import LazyTensors, open_tensors
+from vdtrain.weights.tensor_files import LazyTensors, equal, open_tensors
 
 if TYPE_CHECKING:
     from vdtrain.weights.frozen_parts import FrozenPart
@@ -111,22 +106,10 @@ def open_release(path: Path, model: ModelConfig, setting: str) -> tuple[LazyTens
     for prefix, keys in frozen.items():
         if keys:
             part, found = prefixes[prefix], tensors.renamed(keys)
-            if part in parts and not _equal(parts[part], found):
+            if part in parts and not equal(parts[part], found):
                 raise WeightsError(f"{place}: {prefix}* differs from the CLIP before it, and the model has one CLIP")
             parts.setdefault(part, found)
     return diffuser, parts
-
-
-def check_diffuser(tensors: LazyTensors, model: ModelConfig, groups: Collection[str], place: str) -> None:
-    """Compare names and shapes with those of a model's layer groups.
-
-    Raises:
-        WeightsError: with the differences.
-    """
-    with torch.device("meta"):
-        expected = Diffuser(model, groups).state_dict()
-    if differences := compare(expected, tensors.meta()):
-        raise WeightsError(f"{place}: weights of another model than model={model.name}: {differences}")
 
 
 def _frozen_prefixes(first_release: bool) -> dict[str, FrozenPart]:
@@ -138,7 +121,3 @@ def _frozen_prefixes(first_release: bool) -> dict[str, FrozenPart]:
         return {"autokl.": IMAGE_VAE, "optimus.": TEXT_VAE, "clip.model.": CLIP, "clip.": CLIP}
     # The two CLIPs are the same.
     return {"vae.image.": IMAGE_VAE, "vae.text.": TEXT_VAE, "ctx.text.model.": CLIP, "ctx.image.model.": CLIP}
-
-
-def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

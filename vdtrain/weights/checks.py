@@ -1,22 +1,25 @@
-"""Checks that published weights have the model's noise schedule and predict noise.
+"""Checks of published weights against the model's configuration: names and shapes, noise schedule, options of a U-Net.
 
-The evidence is among the weights (twelve buffers, marks without values), in a file's metadata, or in a file beside it.
+The noise schedule, and what the weights predict, are found among the weights (twelve buffers, marks without values), in
+a file's metadata, or in a file beside it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdtrain.config.schema import ScheduleConfig
+from vdtrain.config.schema import DiffuserConfig, ModelConfig, ScheduleConfig
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.weights.tensor_files import LazyTensors
 
 # Half precision has 11 binary digits, and its smallest number is about 1e-7.
@@ -31,6 +34,30 @@ METADATA = {
     ("ss_zero_terminal_snr", "True"): ZERO_SNR,
 }
 SCHEDULER = "scheduler/scheduler_config.json"
+
+
+# What such a U-Net has in its configuration, unless it leaves it out.
+BEHAVIOUR = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": NORM_EPSILON,
+    "resnet_time_scale_shift": "default",
+}
+
+
+def check_diffuser(tensors: LazyTensors, model: ModelConfig, groups: Collection[str], place: str) -> None:
+    """Compare names and shapes with those of a model's layer groups.
+
+    Raises:
+        WeightsError: with the differences.
+    """
+    with torch.device("meta"):
+        expected = Diffuser(model, groups).state_dict()
+    if differences := compare(expected, tensors.meta()):
+        raise WeightsError(f"{place}: weights of another model than model={model.name}: {differences}")
 
 
 def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
@@ -120,3 +147,27 @@ def _other_buffer(found: Mapping[str, Tensor], config: ScheduleConfig) -> str | 
         if given.shape != expected.shape or not torch.allclose(given, expected, rtol=relative, atol=ABSOLUTE_TOLERANCE):
             return key
     return None
+
+
+def check_unet_config(file: Path, config: DiffuserConfig, place: str) -> None:
+    """Compare a U-Net's `config.json`, if it exists, with the sizes and options that shapes of weights do not show.
+
+    Raises:
+        WeightsError: the U-Net is another network.
+    """
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        # These U-Nets keep the number of heads under the name of their size: one number, or a list by level.
+        heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
+        expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
+        differing = [key for key, value in expected.items() if not _matches(found.get(key, value), value)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{place}: {file.name} is not a JSON object; fetch it again") from error
+    for key in differing:
+        raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")
+
+
+def _matches(found: object, value: object) -> bool:
+    return all(each == value for each in found) if isinstance(found, list) and found else found == value
