@@ -37,18 +37,11 @@ from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
+from vdtrain.weights.caption_tokenizers import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
+from vdtrain.weights.checks import schedule_buffers
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.frozen_names import to_hugging_face
-from vdtrain.weights.frozen_sources import (
-    CLIP,
-    END_OF_TEXT,
-    IMAGE_VAE,
-    RELEASED_ENCODER,
-    RELEASED_ENCODER_SIZE,
-    TEXT_VAE,
-    FrozenPart,
-)
-from vdtrain.weights.schedule_buffers import schedule_buffers
+from vdtrain.weights.frozen_parts import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
 from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 from vdtrain.weights.versatile_diffusion import to_released
@@ -279,7 +272,6 @@ def _save_clip(folder: Path, model: ModelConfig) -> None:
 # Kind -> its published name, and what writes it. All but FID's network are sources of `vdtrain weights import`.
 KINDS: dict[str, tuple[str, Callable[[Path, ModelConfig], object]]] = {
     "stable_diffusion": ("sd-v1-4.ckpt", _save_stable_diffusion),
-    # Tensor by tensor: it is larger than the memory of many machines.
     "versatile_diffusion": ("vd-four-flow-v1-0.pth", lambda path, model: write_torch(path, versatile_diffusion(model))),
     "image_vae": ("kl-f8.pth", lambda path, model: torch.save({"state_dict": dict(image_vae(model))}, path)),
     "text_vae": ("optimus-vae.pth", lambda path, model: torch.save(text_vae(model), path)),

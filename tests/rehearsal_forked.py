@@ -42,7 +42,7 @@ MODULES = (
     "vdtrain.evaluation.processes",
     "vdtrain.commands.sampler",
     "vdtrain.run.session",
-    "vdtrain.weights.diffusers_frozen",
+    "vdtrain.weights.diffusers_folder",
     "vdtrain.weights.exports",
     "vdtrain.weights.imports",
     "wandb",

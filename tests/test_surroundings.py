@@ -18,7 +18,7 @@ from data_pipeline.__main__ import main as data_pipeline_main
 from tests.world import DATA, IDS, IMAGES, MAINS, ROOT, SAMPLER, TRAIN, World, one_line, quoted, with_output
 from vdtrain.cli import main as vdtrain_main
 from vdtrain.config.settings import REMOVED, RENAMED
-from vdtrain.weights.catalogue import SOURCES
+from vdtrain.weights.imports import SOURCES
 
 
 def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:

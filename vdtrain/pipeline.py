@@ -98,7 +98,7 @@ class VersatileDiffusion:
         # Made without values, so that a large model is held once, and in the precision that is asked for.
         with torch.device("meta"):
             diffuser = Diffuser(config, {layer_group(name) for name in tensors})
-        differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).outline())
+        differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).meta())
         if differences:
             raise ConfigError(f"checkpoint={path}: weights of another model: {differences}")
         diffuser = diffuser.to(dtype).to_empty(device=device)

@@ -25,9 +25,9 @@ from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus,
 from tests.weights.test_tokenizer_files import asset
 from vdtrain.config.data_schema import ShapesConfig
 from vdtrain.evaluation.inception import InceptionFeatures
-from vdtrain.weights.catalogue import SOURCES
 from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.hub import ADDRESS
+from vdtrain.weights.imports import ADDRESSES
 from vdtrain.weights.versatile_diffusion import to_released
 
 IMAGES, PIXELS = 20, 256
@@ -118,7 +118,7 @@ class Server:
 
 
 def _commits() -> dict[str, str]:
-    matches = [ADDRESS.fullmatch(source.address) for source in SOURCES.values() if source.address]
+    matches = [ADDRESS.fullmatch(address) for address in ADDRESSES.values()]
     return {match[1]: match[3] for match in matches if match}
 
 

@@ -9,7 +9,7 @@ import torch
 from miniature.shapes import caption, draw, sample_scene
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ClipConfig, ModelConfig, TrainConfig
-from vdtrain.evaluation.scores import ClipJudge, check_clip, clip_scores
+from vdtrain.evaluation.scores import ClipScorer, check_clip, clip_scores
 from vdtrain.models.frozen import build_frozen
 
 OWN = ClipConfig(None, None, None)
@@ -22,8 +22,8 @@ def model() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def judge(model: ModelConfig) -> ClipJudge:
-    return ClipJudge(OWN, model)
+def scorer(model: ModelConfig) -> ClipScorer:
+    return ClipScorer(OWN, model)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def pairs() -> tuple[torch.Tensor, list[str]]:
     return drawn, [caption(scene, generator) for scene in scenes]
 
 
-def test_right_captions_score_above_wrong_ones(judge: ClipJudge, pairs: tuple[torch.Tensor, list[str]]) -> None:
-    images, captions = judge.images(pairs[0]), judge.captions(pairs[1])
+def test_right_captions_score_above_wrong_ones(scorer: ClipScorer, pairs: tuple[torch.Tensor, list[str]]) -> None:
+    images, captions = scorer.embed_images(pairs[0]), scorer.embed_captions(pairs[1])
     right = clip_scores(images, captions)
     wrong = clip_scores(images, captions.roll(1, dims=0))
     assert right.mean() > wrong.mean() + 20
@@ -49,25 +49,25 @@ def test_the_scale_is_hundredths_of_a_cosine_and_nothing_below_zero() -> None:
 
 
 def test_embeddings_are_the_global_tokens_of_the_contexts(
-    judge: ClipJudge, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
+    scorer: ClipScorer, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
 ) -> None:
     frozen = build_frozen(model)
     contexts = frozen.encode({"image": pairs[0], "text": pairs[1]}, (), ("image", "text")).contexts
-    normalised = torch.nn.functional.normalize(judge.images(pairs[0]), dim=-1)
+    normalised = torch.nn.functional.normalize(scorer.embed_images(pairs[0]), dim=-1)
     torch.testing.assert_close(normalised, contexts["image"][:, 0], atol=1e-5, rtol=1e-4)
     # One token of a caption's context, the one that ends it, is its embedding.
-    embedded = torch.nn.functional.normalize(judge.captions(pairs[1]), dim=-1)
+    embedded = torch.nn.functional.normalize(scorer.embed_captions(pairs[1]), dim=-1)
     apart = (contexts["text"] - embedded[:, None]).norm(dim=-1).min(dim=1).values
     torch.testing.assert_close(apart, torch.zeros(40), atol=1e-4, rtol=0)
 
 
 def test_a_clip_of_its_own_scores_as_the_same_one_in_the_model(
-    judge: ClipJudge, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
+    scorer: ClipScorer, model: ModelConfig, pairs: tuple[torch.Tensor, list[str]]
 ) -> None:
     architecture = model.modalities["text"].context_encoder["architecture"]
-    named = ClipJudge(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
-    assert torch.equal(named.images(pairs[0]), judge.images(pairs[0]))
-    assert torch.equal(named.captions(pairs[1]), judge.captions(pairs[1]))
+    named = ClipScorer(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
+    assert torch.equal(named.embed_images(pairs[0]), scorer.embed_images(pairs[0]))
+    assert torch.equal(named.embed_captions(pairs[1]), scorer.embed_captions(pairs[1]))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_wrong_weights_and_names_are_one_line(model: ModelConfig) -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            ClipJudge(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
+            ClipScorer(ClipConfig(architecture, WEIGHTS, "asset:tiny/clip_tokenizer.json"), model)
 
 
 def test_a_model_without_clip_needs_one_named() -> None:

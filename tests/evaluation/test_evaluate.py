@@ -195,7 +195,7 @@ def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.Cap
     write_checkpoint(folder / "sounding", flows, conf, "model=tiny_with_sound")
     more = [conf, "data=shapes_with_sound", f"checkpoint={folder}/sounding", "flows=[text-to-sound,sound-to-image]"]
     assert evaluate(settings(folder, "sound", *more, "samples=4")) == 0
-    assert "text-to-sound is left out: no figure is known for the modality 'sound'" in capsys.readouterr().err
+    assert "text-to-sound is skipped: no metric is known for the modality 'sound'" in capsys.readouterr().err
     assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {"samples", "clip_distance"}
 
 
@@ -235,7 +235,7 @@ def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
         ("data.manifest=nowhere", "data.manifest=nowhere: shards.parquet is not there"),
         ("data.stream._target_=nowhere.Stream", "data.stream._target_=nowhere.Stream: cannot be imported"),
         ("resolution=40", "height=40: not a multiple of 16"),
-        ("width=64", "height=32, width=64: images are compared with real ones cropped to squares"),
+        ("width=64", "height=32, width=64: real images are cropped to squares"),
         ("steps=0", "steps=0: choose 1 to 1000"),
         ("solver=euler", "solver=euler: choose from"),
         ("precision=int4", "precision=int4: choose from"),

@@ -68,7 +68,7 @@ def test_the_distance_grows_with_what_differs() -> None:
 
 @pytest.mark.parametrize("features", [torch.zeros(1, 3), torch.full((4, 3), float("nan"))])
 def test_what_has_no_statistics_is_refused(features: Tensor) -> None:
-    with pytest.raises(ValueError, match="at least 2 are needed, all of them finite"):
+    with pytest.raises(ValueError, match="at least 2 are needed, and all must be finite"):
         Statistics.of(features)
 
 
@@ -85,8 +85,8 @@ def test_reference_files_keep_every_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (None, "no npz file with mu and sigma"),
-        ({"mu": np.zeros(4)}, "no npz file with mu and sigma"),
+        (None, "not an npz file with mu and sigma"),
+        ({"mu": np.zeros(4)}, "not an npz file with mu and sigma"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "Object arrays cannot be loaded"),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"features of \[3\] instead of \[4\]"),
         ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "not finite"),

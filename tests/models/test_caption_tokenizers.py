@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers,
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
-from vdtrain.weights.frozen_sources import bert_tokenizer, gpt2_tokenizer
+from vdtrain.weights.caption_tokenizers import bert_tokenizer, gpt2_tokenizer
 
 PAGES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
 CAPTIONS = [

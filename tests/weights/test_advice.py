@@ -56,8 +56,8 @@ def unet_file(folder: Path) -> Path:
         (vd_2023, "versatile_diffusion", "Versatile Diffusion (2023)"),
         (vd_2022, "versatile_diffusion", "Versatile Diffusion (2022)"),
         (stable_diffusion, "stable_diffusion", "Stable Diffusion's U-Net"),
-        (pipeline, "diffusers", "a pipeline of diffusers"),
-        (lambda folder: write_diffusers(folder / "sd"), "stable_diffusion", "a pipeline of diffusers"),
+        (pipeline, "diffusers", "a diffusers pipeline"),
+        (lambda folder: write_diffusers(folder / "sd"), "stable_diffusion", "a diffusers pipeline"),
         (lambda folder: write_diffusers(folder / "sd") / "unet", "stable_diffusion", "U-Net by diffusers"),
         (unet_file, "stable_diffusion", "U-Net by diffusers"),
     ],
@@ -105,9 +105,9 @@ def test_every_verb_that_reads_weights_says_it(command: str, tmp_path: Path, mon
 
 def test_what_holds_no_diffuser(tmp_path: Path, capsys) -> None:
     for name, content, message in (
-        ("vae.pth", compvis(image_vae()), "holds the image VAE (`vdtrain weights import image_vae`), and no diffuser"),
-        ("clip.pth", clip(), "holds CLIP by open_clip (`vdtrain weights import clip`), and no diffuser"),
-        ("other.pth", {"a\x1b[31m": torch.ones(1)}, r"holds 1 tensors such as a\x1b[31m, and no diffuser"),
+        ("vae.pth", compvis(image_vae()), "holds the image VAE (`vdtrain weights import image_vae`), but no diffuser"),
+        ("clip.pth", clip(), "holds CLIP by open_clip (`vdtrain weights import clip`), but no diffuser"),
+        ("other.pth", {"a\x1b[31m": torch.ones(1)}, r"holds 1 tensors such as a\x1b[31m, but no diffuser"),
         ("list.pth", [1], "holds no tensors by name"),
     ):
         torch.save(content, tmp_path / name)
@@ -117,7 +117,7 @@ def test_what_holds_no_diffuser(tmp_path: Path, capsys) -> None:
         assert error.rstrip("\n").isprintable()
     folder = tmp_path / "absent.ckpt"
     assert main(["weights", "export", "safetensors", str(tmp_path / "out"), f"checkpoint={folder}"]) == 2
-    assert "no such file; one of published weights is imported first" in capsys.readouterr().err
+    assert "no such file; import published weights first" in capsys.readouterr().err
 
 
 def test_a_weights_folder_may_have_any_name(tmp_path: Path) -> None:
@@ -141,4 +141,4 @@ def test_a_pipeline_of_another_source(tmp_path: Path, capsys) -> None:
             words = ["import", source, str(made), "model=tiny", f"output={tmp_path / 'out'}"]
             assert main(["weights", *words]) == 2
             error = capsys.readouterr().err
-            assert f"path={made}: a pipeline of diffusers for another source; `vdtrain weights import {right}`" in error
+            assert f"path={made}: a diffusers pipeline for another source; `vdtrain weights import {right}`" in error

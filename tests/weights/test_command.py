@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,10 @@ from vdtrain.config.schema import WeightsConfig
 from vdtrain.engine.partitions import EMA, MASTER, GroupLayout
 from vdtrain.models.diffuser import layer_group
 from vdtrain.training.start import open_weights
-from vdtrain.weights.catalogue import FORMATS, SOURCES
-from vdtrain.weights.exports import DTYPES, WRITERS
+from vdtrain.weights.exports import PRECISIONS
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 from vdtrain.weights.hub import ADDRESS, COMMIT
-from vdtrain.weights.imports import READERS
+from vdtrain.weights.imports import ADDRESSES, FOLDERS, SOURCES
 from vdtrain.weights.versatile_diffusion import to_released
 
 CARRIED = "context.text"
@@ -108,31 +109,28 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
         ("improt clip x", "weights improt: choose import or export"),
         ("import", "import : no such source; choose from versatile_diffusion"),
         ("import clpi x", "import clpi: no such source"),
-        ("import safetensors", "import safetensors: takes one path, 0 given"),
-        ("import text_vae a b", "import text_vae: takes one path, 2 given"),
+        ("import safetensors", "import safetensors: takes one path, got 0"),
+        ("import text_vae a b", "import text_vae: takes one path, got 2"),
         ("import text_vae absent.pth", "path=absent.pth: no such file or folder"),
         ("import text_vae hf:org/repo/optimus-vae.pth@main", "pin a commit"),
         ("import versatile_diffusion absent.pth outptu=x", "outptu: no such setting; did you mean"),
         ("export", "export : no such format; choose from versatile_diffusion, safetensors, diffusers"),
         ("export onnx out", "export onnx: no such format"),
-        ("export safetensors", "takes one output, 0 given"),
+        ("export safetensors", "takes one output, got 0"),
         ("export safetensors out checkpoint=absent", "checkpoint=absent: does not exist"),
         (
             "export safetensors out checkpoint=vd.pth",
-            "checkpoint=vd.pth: no such file; one of published weights is imported first",
+            "checkpoint=vd.pth: no such file; import published weights first",
         ),
         ("export safetensors out weights=best", "weights=best: choose from ema, model"),
         ("export safetensors out precision=fp8", "precision=fp8: choose from fp32, fp16, bf16, keep"),
         (
             "export safetensors out.safetensors",
-            "output=out.safetensors: the result is a folder; leave out .safetensors",
+            "output=out.safetensors: the result is a folder, not a file; leave out .safetensors",
         ),
-        ("export diffusers out.bin", "output=out.bin: the result is a folder; leave out .bin"),
-        ("export versatile_diffusion out.safetensors", "the result is a file of PyTorch; end its name with .pth"),
-        (
-            "import versatile_diffusion vd.pth output=vd.pth",
-            "output=vd.pth: the result is a weights folder; leave out .pth",
-        ),
+        ("export diffusers out.bin", "output=out.bin: the result is a folder"),
+        ("export versatile_diffusion out.safetensors", "the result is a PyTorch file; end its name with .pth"),
+        ("import versatile_diffusion vd.pth output=vd.pth", "output=vd.pth: the result is a weights folder"),
         ("export safetensors {here}", "exists already; overwrite=true replaces it"),
     ],
 )
@@ -164,20 +162,33 @@ def test_values_beyond_half_precision_are_refused(tmp_path: Path, capsys) -> Non
     for words in (["versatile_diffusion", "out.pth"], ["safetensors", "out"], ["diffusers", "out"]):
         export = ["export", words[0], str(tmp_path / words[1]), f"checkpoint={tmp_path / 'w'}"]
         assert main(["weights", *export, "precision=fp16"]) == 2
-        assert f"precision=fp16: {name} holds values beyond it; choose bf16, fp32 or keep" in capsys.readouterr().err
+        assert (
+            f"precision=fp16: {name} holds values beyond its range; choose bf16, fp32 or keep"
+            in capsys.readouterr().err
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["w"]
     assert main(["weights", *export, "precision=bf16"]) == 0
 
 
 def test_every_address_is_pinned() -> None:
-    addresses = [source.address for source in SOURCES.values() if source.address]
-    assert len(addresses) == 8
-    assert all(ADDRESS.fullmatch(address) and COMMIT.fullmatch(address.partition("@")[2]) for address in addresses)
+    assert len(ADDRESSES) == 8
+    for name, address in ADDRESSES.items():
+        assert name in SOURCES
+        assert ADDRESS.fullmatch(address)
+        assert COMMIT.fullmatch(address.partition("@")[2])
 
 
-def test_what_has_a_name_can_be_done() -> None:
-    assert READERS.keys() == SOURCES.keys()
-    assert WRITERS.keys() == FORMATS.keys()
+def test_every_precision_is_a_choice() -> None:
     precision = look_up(WeightsConfig, "precision")
     assert precision is not None
-    assert tuple(DTYPES) == precision.about.choices
+    assert tuple(PRECISIONS) == precision.about.choices
+
+
+def test_help_has_every_source_without_pytorch() -> None:
+    script = "import sys; from vdtrain.cli import main; main(['weights', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    for name, read in SOURCES.items():
+        assert f"  {name:<21}{read.__doc__.splitlines()[0].removesuffix('.')}" in lines
+    for place in (*ADDRESSES.values(), *FOLDERS.values()):
+        assert any(line.endswith(f" {place}") for line in lines)

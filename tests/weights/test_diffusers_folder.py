@@ -19,9 +19,10 @@ from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import GLOBAL_GROUP, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights import diffusers_folder, diffusers_frozen
+from vdtrain.weights import diffusers_folder
 from vdtrain.weights import folder as shards
-from vdtrain.weights.diffusers_folder import open_pipeline, write_pipeline
+from vdtrain.weights.diffusers_folder import write_pipeline
+from vdtrain.weights.diffusers_names import open_pipeline, unets
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 
 MODEL: ModelConfig = to_object(compose("train", ["model=tiny"]), TrainConfig).model
@@ -66,9 +67,9 @@ def test_out_and_back_is_the_identity(written: Path, tensors: dict[str, Tensor])
 def test_configurations_describe_the_full_size() -> None:
     """diffusers builds, from the sizes that are written, networks with every tensor of the diffuser and no other."""
     full: ModelConfig = to_object(compose("train", []), TrainConfig).model
-    diffuser, unets = diffusers_folder._unets(full)
+    diffuser, names_by_unet = unets(full)
     own = diffuser.state_dict()
-    for part, names in unets.items():
+    for part, names in names_by_unet.items():
         unet = diffusers_folder._unet(full, diffuser, names)
         expected = {key: tensor.shape for name, tensor in own.items() if (key := names.to_diffusers(name))}
         assert {key: tensor.shape for key, tensor in unet.state_dict().items()} == expected, part
@@ -126,7 +127,7 @@ def test_a_folder_as_published_is_opened(folder: Path, tensors: dict[str, Tensor
 
 def test_weights_of_an_earlier_stage_are_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     stage2 = {name: tensor for name, tensor in tensors.items() if layer_group(name) != "data.text"}
-    with pytest.raises(WeightsError, match=r"^target=.*/out: no layers of data\.text; take weights of the last stage$"):
+    with pytest.raises(WeightsError, match=r"^target=.*/out: no layers of data\.text; give weights of the last stage$"):
         write_pipeline(tmp_path / "out", stage2, MODEL, "target")
     fewer = {name: tensor for name, tensor in tensors.items() if name != "global_layers.0.bias"}
     with pytest.raises(WeightsError, match=r"missing global_layers\.0\.bias"):
@@ -148,7 +149,7 @@ def test_a_failure_leaves_nothing_behind(
         assert not (tmp_path / "out").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusers_frozen, "write_vae", full)
+    monkeypatch.setattr(diffusers_folder, "write_vae", full)
     with pytest.raises(ConfigError, match=r"folder=.*out: cannot be written \(.*No space left"):
         write_pipeline(tmp_path / "out", tensors, MODEL)
     assert not list(tmp_path.iterdir())
@@ -200,7 +201,7 @@ def test_other_networks_are_refused(folder: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 8}))
     assert "image_unet: attention_head_dim is 8 in config.json, and the model has 4" in refusal(folder)
     config.write_text("[")
-    assert "config.json is no JSON object" in refusal(folder)
+    assert "config.json is not a JSON object" in refusal(folder)
 
 
 def test_missing_parts_are_refused(folder: Path) -> None:

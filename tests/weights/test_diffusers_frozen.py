@@ -15,7 +15,7 @@ from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import WeightsError, untied
 from vdtrain.models.tokenizers import ClipTokenizer
-from vdtrain.weights.diffusers_frozen import _write_tokenizer, write_image_encoder, write_text_encoder, write_vae
+from vdtrain.weights.diffusers_folder import _write_tokenizer, write_image_encoder, write_text_encoder, write_vae
 
 CAPTIONS = ["a red circle", "It's 12 o'clock; ÜNÏCODE ☃ & <tags>", "", "two\n\tlines", "word " * 100]
 
@@ -79,9 +79,9 @@ def test_parts_without_a_counterpart_are_refused(tmp_path: Path) -> None:
     model = model_with(tmp_path)
     sizes = model.modalities["image"].context_encoder["architecture"]["vision_cfg"]
     scaled = model_with(tmp_path, vision_cfg={**sizes, "ls_init_value": 0.1})
-    with pytest.raises(WeightsError, match=r"no CLIP that Hugging Face's classes can run: unexpected .*ls_1"):
+    with pytest.raises(WeightsError, match=r"not a CLIP that Hugging Face's classes can run: unexpected .*ls_1"):
         write_image_encoder(tmp_path / "image", tmp_path / "processor", scaled, "image", torch.float32)
     model.modalities["image"].vae = model.modalities["text"].vae
-    with pytest.raises(WeightsError, match=r"image\.vae\._target_=Optimus: diffusers has .* ImageVAE alone"):
+    with pytest.raises(WeightsError, match=r"image\.vae\._target_=Optimus: diffusers has only .* ImageVAE"):
         write_vae(tmp_path / "vae", model, "image", torch.float32)
     assert not (tmp_path / "vae").exists()

@@ -162,7 +162,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, source: str, pub
 
 def test_a_part_is_a_safetensors_file(tmp_path: Path, capsys) -> None:
     assert run("image_vae", image_vae(), tmp_path, f"{PLACES['image_vae']}={tmp_path / 'vae.ckpt'}") == 2
-    assert "vae.ckpt: safetensors are made; give the file the ending .safetensors" in capsys.readouterr().err
+    assert "vae.ckpt: a safetensors file is made; give it the ending .safetensors" in capsys.readouterr().err
 
 
 def test_parts_keep_their_precision_and_fill_the_model(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_nothing_is_written_where_one_part_is_wrong(tmp_path: Path, capsys) -> N
     content = whole(2023)
     content["ctx.image.model.logit_scale"] = torch.tensor(1.0)
     assert run("versatile_diffusion", content, tmp_path, f"output={tmp_path / 'vd'}") == 2
-    assert "another CLIP" in capsys.readouterr().err
+    assert "differs from the CLIP before it" in capsys.readouterr().err
     del content["vae.text.encoder.linear.weight"]
     content["ctx.image.model.logit_scale"] = content["ctx.text.model.logit_scale"]
     assert run("versatile_diffusion", content, tmp_path, f"output={tmp_path / 'vd'}") == 2
@@ -234,7 +234,7 @@ def changed(content: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
         ),
         ("image_vae", lambda: compvis(image_vae()) | {"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
         ("image_vae", optimus, r"not the image VAE; it holds the text VAE \(`vdtrain weights import text_vae`\)"),
-        ("text_vae", lambda: changed(optimus(), h__0__attn__bias=torch.ones(1, 1, 32, 32)), "no causal mask"),
+        ("text_vae", lambda: changed(optimus(), h__0__attn__bias=torch.ones(1, 1, 32, 32)), "is not a causal mask"),
         ("text_vae", lambda: changed(optimus(), lm_head__weight=torch.zeros(385, 96)), "differs from .*wte"),
         ("text_vae", lambda: changed(optimus(), lm_head__weight=None, wte__weight=None), "missing .*wte"),
         ("clip", lambda: changed(clip(), ln_final__bias=torch.ones(5)), r"shape ln_final.bias \[5\] instead of \[96\]"),
@@ -253,7 +253,7 @@ def test_other_weights_are_refused(tmp_path: Path, source: str, published: Any, 
 def test_a_part_without_a_place_is_refused(tmp_path: Path, capsys) -> None:
     torch.save(clip(), tmp_path / "published.pth")
     assert main(["weights", "import", "clip", str(tmp_path / "published.pth"), "model=tiny"]) == 2
-    assert "context_encoder.weights=asset:tiny/clip.safetensors: no file to write to" in capsys.readouterr().err
+    assert "context_encoder.weights=asset:tiny/clip.safetensors: not a file to write to" in capsys.readouterr().err
     other = f"output={tmp_path / 'clip'}"
     assert main(["weights", "import", "clip", str(tmp_path / "published.pth"), other]) == 2
     assert "output=" in capsys.readouterr().err

@@ -187,5 +187,5 @@ def test_a_repository_in_the_cache(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     assert fetched(str(tmp_path), ()) == first
     (tmp_path / "snapshots" / COMMIT[::-1]).mkdir()
-    with pytest.raises(WeightsError, match=r"a cache with 2 commits \(0123.*name one, snapshots/COMMIT"):
+    with pytest.raises(WeightsError, match=r"a cache with 2 commits \(0123.*give one, snapshots/COMMIT"):
         fetched(str(tmp_path), ())

@@ -14,8 +14,8 @@ from tests.weights.layout_2022 import to_2022
 from tests.weights.small import MODEL, PLAN, same, weights
 from vdtrain.cli import main
 from vdtrain.config.schema import ScheduleConfig
+from vdtrain.weights.checks import schedule_buffers
 from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
-from vdtrain.weights.schedule_buffers import schedule_buffers
 from vdtrain.weights.tensor_files import open_tensors
 from vdtrain.weights.versatile_diffusion import from_2022, to_released
 
@@ -128,16 +128,16 @@ LAST = "diffuser.text.data_blocks.11.0.2.bias"
         (RELEASED | {LAST: torch.zeros(3)}, r"shape data_layers.text.11.2.bias \[3\] instead of \[64\]"),
         (RELEASED | {"diffuser.sound.data_blocks.0.0.weight": torch.ones(1)}, "unexpected data_layers.sound.0.weight"),
         (RELEASED | {"unet.weight": torch.ones(1)}, "unet.weight has no place in the model"),
-        (RELEASED | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas is not that of .*set model.schedule"),
-        (RELEASED | {"v_pred": torch.empty(0)}, r"v_pred says that it predicts velocity \(v-prediction\)"),
+        (RELEASED | {"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas does not match .*set model.schedule"),
+        (RELEASED | {"v_pred": torch.empty(0)}, r"v_pred shows that the network predicts velocity \(v-prediction\)"),
         (
             {f"net.{key}": each for key, each in (RELEASED | {"betas": torch.ones(10)}).items()},
-            "net.betas is not that of",
+            "net.betas does not match",
         ),
-        (RELEASED | {"betas": torch.ones(10)}, "betas is not that of"),
+        (RELEASED | {"betas": torch.ones(10)}, "betas does not match"),
         (
             {"weight": torch.ones(1)},
-            "no keys below model.diffusion_model.unet_image or diffuser.; it holds 1 tensors such as weight, and",
+            "no keys below model.diffusion_model.unet_image or diffuser.; it holds 1 tensors such as weight, not ",
         ),
     ],
 )

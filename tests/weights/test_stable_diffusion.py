@@ -13,8 +13,12 @@ from tests.weights.small import GROUPS, MODEL, PLAN, weights
 from vdtrain.config.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.training.build import load_weights
-from vdtrain.weights.diffuser_sources import stable_diffusion
-from vdtrain.weights.stable_diffusion import UNET_PREFIX
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, open_stable_diffusion
+from vdtrain.weights.tensor_files import LazyTensors
+
+
+def opened(path: Path) -> LazyTensors:
+    return open_stable_diffusion(path, MODEL, list(MODEL.modalities), "path")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def test_global_image_and_both_contexts_start_from_it(
         torch.save({"state_dict": {**unet, **others}, "global_step": 3}, file)
     else:
         save_file({**unet, **others}, file)
-    found = stable_diffusion(file, MODEL).diffuser
+    found = opened(file)
     diffuser = Diffuser(MODEL, GROUPS)
     fresh = {name: tensor.clone() for name, tensor in diffuser.state_dict().items()}
     load_weights(diffuser, found)
@@ -59,7 +63,7 @@ def test_a_diffusers_folder_gives_the_same(unet: dict[str, torch.Tensor], tmp_pa
         {key: tensor for key, tensor in theirs.items() if key}, tmp_path / "unet/diffusion_pytorch_model.safetensors"
     )
     torch.save(unet, tmp_path / "sd.ckpt")
-    found, expected = stable_diffusion(tmp_path, MODEL).diffuser, stable_diffusion(tmp_path / "sd.ckpt", MODEL).diffuser
+    found, expected = opened(tmp_path), opened(tmp_path / "sd.ckpt")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -67,7 +71,7 @@ def test_a_diffusers_folder_gives_the_same(unet: dict[str, torch.Tensor], tmp_pa
 def refused(tensors: dict[str, torch.Tensor], file: Path, message: str) -> None:
     save_file(tensors, file)
     with pytest.raises(ConfigError, match=rf"path=.*{file.name}: {message}"):
-        stable_diffusion(file, MODEL)
+        opened(file)
 
 
 def test_another_network_is_refused(unet: dict[str, torch.Tensor], tmp_path: Path) -> None:

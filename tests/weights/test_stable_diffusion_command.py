@@ -22,7 +22,7 @@ from tests.weights.test_frozen_sources import clip, compvis, image_vae
 from tests.weights.test_torch_reading import packages, training_state
 from vdtrain.cli import main
 from vdtrain.weights.folder import open_weights_folder
-from vdtrain.weights.layouts import averaged_name
+from vdtrain.weights.layouts import ema_name
 from vdtrain.weights.stable_diffusion import UNET_PREFIX
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -60,7 +60,7 @@ def safetensors(folder: Path) -> Path:
 
 
 def averaged_alone(folder: Path) -> Path:
-    save_file({averaged_name(key): tensor for key, tensor in compvis_unet().items()}, folder / "ema.safetensors")
+    save_file({ema_name(key): tensor for key, tensor in compvis_unet().items()}, folder / "ema.safetensors")
     return folder / "ema.safetensors"
 
 
@@ -242,11 +242,17 @@ BETAS = torch.linspace(0.0001, 0.02, 1000)
         ),
         (scheduler(num_train_timesteps=2000), "num_train_timesteps is 2000 in scheduler"),
         (scheduler(trained_betas=[0.1]), "trained_betas is "),
-        (altered(v_pred=torch.empty(0)), "v_pred says that it predicts velocity"),
-        (altered(ztsnr=torch.empty(0)), "ztsnr says that it was trained on a noise schedule that ends in pure noise"),
-        (altered(betas=BETAS), "betas is not that of ScheduleConfig.*set model.schedule"),
-        (altered({"modelspec.prediction_type": "v"}), "modelspec.prediction_type=v says that it predicts velocity"),
-        (with_recipe, "sd.yaml says that it predicts velocity"),
+        (altered(v_pred=torch.empty(0)), "v_pred shows that the network predicts velocity"),
+        (
+            altered(ztsnr=torch.empty(0)),
+            "ztsnr shows that the network was trained on a noise schedule that ends in pure noise",
+        ),
+        (altered(betas=BETAS), "betas does not match ScheduleConfig.*set model.schedule"),
+        (
+            altered({"modelspec.prediction_type": "v"}),
+            "modelspec.prediction_type=v shows that the network predicts velocity",
+        ),
+        (with_recipe, "sd.yaml shows that the network predicts velocity"),
         (
             unet_config(attention_head_dim=[5, 10]),
             r"attention_head_dim is \[5, 10\] in config.json, and the model has 4",
@@ -255,11 +261,11 @@ BETAS = torch.linspace(0.0001, 0.02, 1000)
         (unet_config(flip_sin_to_cos=False), "flip_sin_to_cos is False in config.json"),
         (
             altered(input_blocks__0__0__weight=torch.zeros(64, 9, 3, 3)),
-            "it is a network for inpainting, with 9 channels in; give the plain one; .*",
+            "it is a network for inpainting, with 9 input channels; give the plain one: ",
         ),
         (
             altered(input_blocks__1__1__transformer_blocks__0__attn2__to_k__weight=torch.zeros(64, 1024)),
-            "it is Stable Diffusion 2, with contexts 1024 wide; give version 1; ",
+            "it is Stable Diffusion 2, with contexts 1024 wide; give version 1: ",
         ),
         (altered(**{f"{UNET_PREFIX}label_emb.0.0.weight": torch.zeros(1)}), "it is Stable Diffusion XL"),
         (with_value(float("nan")), "out.2.bias holds values that are NaN or infinite"),
@@ -302,7 +308,7 @@ def saved(folder: Path, state: dict[str, Tensor]) -> Path:
 def test_a_folder_does_not_get_the_name_of_a_file(tmp_path: Path, name: str, capsys) -> None:
     assert imported(safetensors(tmp_path), tmp_path / name) == 2
     error = capsys.readouterr().err
-    assert f"output={tmp_path / name}: a weights folder is made, and that is the name of a file; leave " in error
+    assert f"output={tmp_path / name}: the result is a weights folder, not a file; leave out " in error
     assert not (tmp_path / name).exists()
 
 

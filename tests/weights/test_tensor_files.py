@@ -43,8 +43,8 @@ def write(file: Path, content: object = TENSORS, legacy: bool = False) -> Path:
 def test_every_kind_of_file_gives_its_tensors(tmp_path: Path, name: str, legacy: bool) -> None:
     found = open_tensors(write(tmp_path / name, legacy=legacy), "path")
     assert equal(found, TENSORS)
-    assert found.outline()["a.half"].dtype == torch.float16
-    assert found.outline()["a.weight"].shape == (2, 3)
+    assert found.meta()["a.half"].dtype == torch.float16
+    assert found.meta()["a.weight"].shape == (2, 3)
     assert found.nbytes == 24 + 8 + 8 + 8
 
 
@@ -59,10 +59,10 @@ def test_tensors_are_read_on_access_alone(tmp_path: Path) -> None:
     for name, entry in lazy.entries.items():
         read = entry.read
         object.__setattr__(entry, "read", lambda name=name, read=read: (reads.append(name), read())[1])
-    assert lazy.outline().keys() == TENSORS.keys()
+    assert lazy.meta().keys() == TENSORS.keys()
     renamed = lazy.renamed({"first": "a.weight", "second": "a.weight", "third": "steps"}).cast(torch.float16)
-    assert renamed.outline()["first"].dtype == torch.float16
-    assert renamed.outline()["third"].dtype == torch.int64
+    assert renamed.meta()["first"].dtype == torch.float16
+    assert renamed.meta()["third"].dtype == torch.int64
     assert not reads
     assert torch.equal(renamed["second"], TENSORS["a.weight"].half())
     assert reads == ["a.weight"]
@@ -89,11 +89,11 @@ def test_shards_by_folder_or_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_map": {"a": "../other.safetensors"}}, "lies outside"),
+        ({"weight_map": {"a": "../other.safetensors"}}, "is outside the folder"),
         ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing"),
         ({"weight_map": {"b": "model-0.safetensors"}}, "b is not in model-0.safetensors"),
-        ({"weights": {}}, "is no index of weights"),
-        ([], "is no index of weights"),
+        ({"weights": {}}, "is not an index of weights"),
+        ([], "is not an index of weights"),
     ],
 )
 def test_a_wrong_index_is_refused(tmp_path: Path, change: object, message: str) -> None:
@@ -133,7 +133,7 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
-        (b"<!doctype html><html>404</html>", "is no file of tensors"),
+        (b"<!doctype html><html>404</html>", "is not a file of tensors"),
         (b"", "w.pth is empty; fetch it again"),
     ],
 )
@@ -186,12 +186,12 @@ def test_the_largest_values_are_finite(tmp_path: Path) -> None:
 
 def test_links_that_lead_nowhere_and_parts_without_an_index(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").symlink_to(tmp_path / "blob")
-    with pytest.raises(WeightsError, match=r"w\.safetensors is a link to what is not there"):
+    with pytest.raises(WeightsError, match=r"w\.safetensors is a link to a missing file"):
         open_tensors(tmp_path, "path")
     (tmp_path / "w.safetensors").unlink()
     for number in (1, 2):
         write(tmp_path / f"model-0000{number}-of-00002.safetensors", {str(number): torch.ones(1)})
-    with pytest.raises(WeightsError, match=r"holds parts of weights \(model-00001.*\) without their index"):
+    with pytest.raises(WeightsError, match=r"holds shards \(model-00001.*\) without their index"):
         open_tensors(tmp_path, "path")
 
 

@@ -106,13 +106,13 @@ def fewer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("bert", shorter, "227 entries, and encoder_vocabulary=228"),
+        ("bert", shorter, "227 entries, but encoder_vocabulary=228"),
         ("bert", moved, "its special tokens are"),
         ("bert", nameless, "has no [CLS]"),
-        ("bert", lambda folder: (folder / "tokenizer.json").write_text("{}"), "no tokenizer"),
+        ("bert", lambda folder: (folder / "tokenizer.json").write_text("{}"), "not a tokenizer"),
         ("bert", lambda folder: (folder / "vocab.txt").unlink(), "no vocab.txt there"),
         ("gpt2", lambda folder: (folder / "merges.txt").unlink(), "no merges.txt there"),
-        ("gpt2", lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "no tokenizer"),
+        ("gpt2", lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "not a tokenizer"),
         ("gpt2", fewer, "decoder_vocabulary=385"),
     ],
 )

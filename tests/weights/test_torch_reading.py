@@ -221,7 +221,7 @@ def test_code_is_refused_by_its_name(tmp_path: Path, way: str, form: str) -> Non
         # PyTorch looks for its own mark before anything else.
         assert "w.ckpt" in str(refused.value)
     assert str(refused.value).count("\n") == 0
-    assert refused.match(rf"path=.*w\.ckpt cannot be read as plain tensors: it asks for {NAMED[way]}.*convert it")
+    assert refused.match(rf"path=.*w\.ckpt cannot be read as plain tensors: it calls {NAMED[way]}.*convert it")
     assert not (tmp_path / "ran").exists()
 
 
@@ -241,7 +241,7 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path, name: bytes) -> None:
     with pytest.raises(WeightsError) as refused:
         open_tensors(file, "path")
     assert str(refused.value).isprintable()
-    assert "it asks for" in str(refused.value)
+    assert "it calls" in str(refused.value)
 
 
 def test_a_pickle_cannot_change_what_reads_it(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from vdtrain.config.overrides import Override
 from vdtrain.config.schema import WeightsConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
-from vdtrain.weights.catalogue import FORMATS, SOURCES
-from vdtrain.weights.tensor_files import SUFFIXES
+from vdtrain.weights.exports import FORMATS, PRECISIONS
+from vdtrain.weights.imports import ADDRESSES, FOLDERS, SOURCES
 
 USAGE = """\
 Usage: vdtrain weights import SOURCE [PATH] [SETTING=VALUE ...]
@@ -53,13 +53,17 @@ Examples:
 
 
 def _usage() -> str:
-    sources = []
-    for name, source in SOURCES.items():
-        sources.append(f"  {name:<21}{source.text}")
-        sources += [f"  {'':<21}  from {source.address}"] if source.address else []
-        sources += [f"  {'':<21}  to {source.output}"] if source.output else []
-    formats = [f"  {name:<21}{text}" for name, text in FORMATS.items()]
+    sources, formats = [], [_line(name, write) for name, write in FORMATS.items()]
+    for name, read in SOURCES.items():
+        sources.append(_line(name, read))
+        sources += [f"  {'':<21}  from {ADDRESSES[name]}"] if name in ADDRESSES else []
+        sources += [f"  {'':<21}  to {FOLDERS[name]}"] if name in FOLDERS else []
     return USAGE.format(sources="\n".join(sources), formats="\n".join(formats))
+
+
+def _line(name: str, function: Callable[..., object]) -> str:
+    """A name, and the first line of its function's docstring."""
+    return f"  {name:<21}{(function.__doc__ or '').splitlines()[0].removesuffix('.')}"
 
 
 Action = Callable[[WeightsConfig], int]
@@ -75,57 +79,59 @@ def parse(words: Sequence[str]) -> Action:
     if command == "import":
         if name not in SOURCES:
             raise ConfigError(f"import {name}: no such source; choose from {', '.join(SOURCES)}")
-        path = rest[0] if rest else SOURCES[name].address
+        path = rest[0] if rest else ADDRESSES.get(name)
         if path is None or len(rest) > 1:
-            raise ConfigError(f"import {name}: takes one path, {len(rest)} given; give the file or folder to import")
+            raise ConfigError(f"import {name}: takes one path, got {len(rest)}; give the file or folder to import")
         return partial(import_weights, name, path)
     if command == "export":
         if name not in FORMATS:
             raise ConfigError(f"export {name}: no such format; choose from {', '.join(FORMATS)}")
         if len(rest) != 1:
-            raise ConfigError(f"export {name}: takes one output, {len(rest)} given; give the file or folder to make")
+            raise ConfigError(f"export {name}: takes one output, got {len(rest)}; give the file or folder to make")
         return partial(export_weights, name, Path(rest[0]).expanduser())
     raise ConfigError(f"weights{command and f' {command}'}: choose import or export (see vdtrain weights --help)")
 
 
 def import_weights(name: str, path: str, config: WeightsConfig) -> int:
     """Import from a source by name; returns the exit status."""
-    from vdtrain.weights.imports import Request, products
-
-    source = SOURCES[name]
-    if config.output and source.output is None:
+    if config.output and name not in FOLDERS:
         raise ConfigError(f"output={config.output}: {name} goes where the model reads it; set that setting instead")
-    output = Path(config.output or source.output or "").expanduser()
-    if source.output is not None:
+    if name in FOLDERS:
+        output = Path(config.output or FOLDERS[name]).expanduser()
         _refuse_name(output, "a weights folder")
-    for product in products(name, path, Request(config.model, output, config.overwrite)):
-        product.write(config.overwrite, _tracked)
-        print(f"{product.path}  ({product.summary})")
+        config = replace(config, output=str(output))
+    for made in SOURCES[name](path, config):
+        made.write(_tracked)
+        print(f"{made.path}  ({made.summary})")
     return 0
 
 
 def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     """Export in a format by name; returns the exit status."""
-    from vdtrain.training.start import open_weights
-    from vdtrain.weights.exports import DTYPES, WRITERS
-    from vdtrain.weights.tensor_files import LazyTensors
-
     if name == "versatile_diffusion":
         if output.suffix in (".safetensors", ".json"):
-            raise ConfigError(f"output={output}: the result is a file of PyTorch; end its name with .pth")
+            raise ConfigError(f"output={output}: the result is a PyTorch file; end its name with .pth")
     else:
         _refuse_name(output, "a folder")
     refuse_existing(output, f"output={output}", config.overwrite)
+    import torch
+
+    from vdtrain.training.start import open_weights
+    from vdtrain.weights.tensor_files import LazyTensors
+
     model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
-    tensors = LazyTensors.of(weights).cast(DTYPES[config.precision])
-    WRITERS[name](output, tensors, model, config.overwrite, _tracked)
+    dtype = PRECISIONS[config.precision]
+    tensors = LazyTensors.of(weights).cast(getattr(torch, dtype) if dtype else None)
+    FORMATS[name](output, tensors, model, config.overwrite, _tracked)
     print(f"{output}  ({tensors.summary})")
     return 0
 
 
 def _refuse_name(output: Path, what: str) -> None:
+    from vdtrain.weights.tensor_files import SUFFIXES
+
     if output.suffix in SUFFIXES:
-        raise ConfigError(f"output={output}: the result is {what}; leave out {output.suffix}")
+        raise ConfigError(f"output={output}: the result is {what}, not a file; leave out {output.suffix}")
 
 
 def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:

@@ -272,8 +272,7 @@ def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfi
 
 def _origin(file: str, model: ModelConfig) -> str:
     """The beginning of a remedy: the command that makes a file of a frozen part; empty if there is none."""
-    from vdtrain.weights.catalogue import DEFAULT_MODEL
-    from vdtrain.weights.imports import source_of
+    from vdtrain.weights.imports import DEFAULT_MODEL, source_of
 
     source = source_of(file, model)
     if source is None:

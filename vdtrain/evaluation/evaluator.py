@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its figures: each process makes the parts that fall to it, rank 0 adds them up."""
+"""An evaluation from settings to metrics: each process makes its share of the parts, and rank 0 reports on all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.evaluation.frechet import Statistics, read_reference, write_reference
 from vdtrain.evaluation.inception import PUBLISHED, SOURCE, WIDTH, InceptionFeatures
-from vdtrain.evaluation.pairs import Pairs, Subject
-from vdtrain.evaluation.parts import PAIRS, Kept, Part, Parts
+from vdtrain.evaluation.pairs import EvaluatedModel, Pairs
+from vdtrain.evaluation.parts import PAIRS, Part, PartContents, Parts
 from vdtrain.evaluation.report import log_to_wandb, print_table, write_metrics, write_sheet
 from vdtrain.evaluation.scores import (
     CLIP,
     INCEPTION,
-    ClipJudge,
+    ClipScorer,
     Mean,
     Network,
-    agreement,
     check_clip,
+    clip_score,
     clip_scores,
     distances,
     features_of,
@@ -42,51 +42,51 @@ from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.progress import Progress
 
 FEW_SAMPLES = 10_000
-# Settings that do not change what is made.
+# Settings that do not change the samples.
 FREE = ("batch_size",)
 
 
 class Evaluator:
-    """One process of an evaluation.
+    """One process of an evaluation. Settings and files are checked before a model is loaded.
 
     Raises:
-        ConfigError: a setting that cannot work, or a file that is not there; no model is loaded before it is said.
+        ConfigError: a setting cannot work, or a file is missing.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
         _check(config)
         check_output(Path(config.output_dir), f"output_dir={config.output_dir}")
         self.config = config
-        self.subject = Subject.find(config.checkpoint, config.weights)
-        flows = self.subject.flows(config.flows)
-        check_sampling(config, self.subject.model)
-        make_solver(config.solver, Schedule(self.subject.model.schedule), config.steps, config.eta)
-        check_clip(config.clip, self.subject.model)
+        self.evaluated = EvaluatedModel.find(config.checkpoint, config.weights)
+        flows = self.evaluated.flows(config.flows)
+        check_sampling(config, self.evaluated.model)
+        make_solver(config.solver, Schedule(self.evaluated.model.schedule), config.steps, config.eta)
+        check_clip(config.clip, self.evaluated.model)
         self.inception_file = _inception_file(config)
         self.reference = _reference(config)
         self.pairs = Pairs(config)
-        # An output of which nothing can be said needs not be made.
+        # Flows that no metric can score are skipped.
         self.flows = [flow for flow in flows if self.wanted(flow)]
-        self.left_out = [flow for flow in flows if flow not in self.flows]
+        self.skipped = [flow for flow in flows if flow not in self.flows]
         self.parts = Parts(Path(config.output_dir), config.samples, config.part_samples)
 
     def wanted(self, flow: Flow) -> set[str]:
-        """Features of a flow's output that figures are made of."""
+        """The features of a flow's output that its metrics need."""
         return features_of(flow.output, self.config.fid.weights is not None)
 
     @cached_property
     def wanted_of_pairs(self) -> set[str]:
-        """Features of the real samples, "image/clip" and so on."""
+        """The features of the real samples that metrics need: "image/clip" and so on."""
         with_inception = self.config.fid.weights is not None and self.reference is None
         return {f"{name}/{each}" for name in ("image", "text") for each in features_of(name, with_inception)}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the parts depend on."""
+        """Everything that the parts depend on."""
         config = self.config
         sampling = {name: getattr(config, name) for name in SAMPLING if name not in FREE}
         return {
-            "checkpoint": self.subject.sha256,
+            "checkpoint": self.evaluated.sha256,
             "weights": config.weights,
             **sampling,
             "precision": config.precision,
@@ -98,36 +98,36 @@ class Evaluator:
         }
 
     def remarks(self) -> list[str]:
-        """What a person should know before waiting."""
+        """Warnings for the user, before the long work."""
         config, lines = self.config, []
         if config.fid.weights is None:
-            lines.append(f"fid.weights: null, so that FID is left out; fetch {SOURCE} and name the file")
+            lines.append(f"fid.weights: null, so FID is skipped; fetch {SOURCE} and name the file")
         elif self.inception_file and not self.inception_file.sha256.startswith(PUBLISHED):
-            lines.append("fid.weights: not the published file; its FID compares with no published one")
+            lines.append("fid.weights: not the published file; this FID cannot be compared with published ones")
         if config.samples < FEW_SAMPLES and any(flow.output == "image" for flow in self.flows):
             lines.append(
-                f"samples={config.samples}: below {FEW_SAMPLES:,} Fréchet distances are too large, the more so the "
-                "fewer; compare equal numbers alone"
+                f"samples={config.samples}: with fewer than {FEW_SAMPLES:,} samples Fréchet distances are too large; "
+                "only compare evaluations with the same number of samples"
             )
-        if note := spacing_note(config.solver, Schedule(self.subject.model.schedule), config.steps):
+        if note := spacing_note(config.solver, Schedule(self.evaluated.model.schedule), config.steps):
             lines.append(note)
-        for flow in self.left_out:
-            lines.append(f"flows: {flow} is left out: no figure is known for the modality {flow.output!r}")
+        for flow in self.skipped:
+            lines.append(f"flows: {flow} is skipped: no metric is known for the modality {flow.output!r}")
         return lines
 
     def missing(self) -> list[tuple[int, str]]:
-        """What is still to be made, as (part, flow or "pairs")."""
+        """The (part, flow or "pairs") that are not made yet."""
         wanted = {flow.name: self.wanted(flow) for flow in self.flows} | {PAIRS: self.wanted_of_pairs}
         return self.parts.missing([PAIRS, *(flow.name for flow in self.flows)], wanted)
 
     def make(self, tasks: list[tuple[int, str]], device: torch.device, is_main: bool) -> None:
-        """Make some of what is missing.
+        """Make some of the missing parts.
 
         Args:
-            is_main: whether to say how far it has come.
+            is_main: whether to show the progress.
 
         Raises:
-            ConfigError: weights that cannot be loaded, pairs that cannot be read, no room on the disk.
+            ConfigError: weights cannot be loaded, pairs cannot be read, or a part cannot be written.
         """
         flows = {flow.name: flow for flow in self.flows}
         total = sum(len(self.parts.parts[number]) for number, name in tasks if name != PAIRS)
@@ -143,13 +143,13 @@ class Evaluator:
                         self._measure_flow(flows[name], part, samples, progress)
 
     def _load(self, device: str, with_model: bool) -> None:
-        config, model = self.config, self.subject.model
-        judge = ClipJudge(config.clip, model).to(device)
+        config, model = self.config, self.evaluated.model
+        scorer = ClipScorer(config.clip, model).to(device)
         inception = InceptionFeatures(config.fid.weights).to(device) if config.fid.weights is not None else None
-        self.networks: dict[tuple[str, str], Network] = networks(judge, inception)
+        self.networks: dict[tuple[str, str], Network] = networks(scorer, inception)
         if with_model:
             self.model = VersatileDiffusion.from_checkpoint(
-                str(self.subject.path), config.weights, device, DTYPES[config.precision]
+                str(self.evaluated.path), config.weights, device, DTYPES[config.precision]
             )
 
     def _measure_pairs(self, part: Part, samples: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Evaluator:
         self.parts.write(part, flow.name, features, {flow.output: made})
 
     def report(self) -> None:
-        """Figures of all parts, on standard output and in `output_dir`.
+        """Write the metrics of all parts to standard output and to `output_dir`.
 
         Raises:
             ConfigError: a part is missing or damaged, or a file cannot be written.
@@ -187,7 +187,7 @@ class Evaluator:
         pairs = self.parts.read(PAIRS, self.wanted_of_pairs)
         real = self._real(pairs)
         result: dict[str, Any] = {
-            "checkpoint": self.subject.described(),
+            "checkpoint": self.evaluated.described(),
             "samples": config.samples,
             "flows": {},
             "pairs": {},
@@ -202,7 +202,7 @@ class Evaluator:
         for flow in self.flows:
             kept = self.parts.read(flow.name, self.wanted(flow))
             figures: dict[str, Any] = {"samples": config.samples, **distances(flow, kept.features, real)}
-            if (score_of_flow := agreement(flow, kept.features, pairs.features)) is not None:
+            if (score_of_flow := clip_score(flow, kept.features, pairs.features)) is not None:
                 figures["clip_score"] = vars(score_of_flow)
             result["flows"][flow.name] = figures
             if flow.context in pairs.shown and flow.output in kept.shown:
@@ -217,8 +217,8 @@ class Evaluator:
             print(path)
         log_to_wandb(folder, config.tracking, result, sheets)
 
-    def _real(self, pairs: Kept) -> dict[str, Statistics]:
-        """Statistics of real images by feature; those of Inception are kept where `fid.reference` says."""
+    def _real(self, pairs: PartContents) -> dict[str, Statistics]:
+        """Statistics of real images by feature. Those of Inception are written to `fid.reference`."""
         real = {}
         for feature in (CLIP, INCEPTION):
             if (features := pairs.features.get(f"image/{feature}")) is not None:
@@ -235,8 +235,8 @@ def _check(config: EvaluateConfig) -> None:
     check_sampler(config)
     if (config.height, config.width) != (config.resolution, config.resolution):
         raise ConfigError(
-            f"height={config.height}, width={config.width}: images are compared with real ones cropped to squares; "
-            "set resolution alone"
+            f"height={config.height}, width={config.width}: real images are cropped to squares of resolution; set "
+            "resolution only"
         )
     if (line := missing("matplotlib")) is not None:
         raise ConfigError(f"contact sheets: {line}")

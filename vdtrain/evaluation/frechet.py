@@ -1,4 +1,4 @@
-"""Fréchet distance between two sets of features, each taken for a Gaussian (Dowson and Landau 1982).
+"""Fréchet distance between two sets of features, each modelled as a Gaussian (Dowson and Landau 1982).
 
 On the pool features of Inception this is FID (Heusel et al. 2017, equation 6).
 """
@@ -20,20 +20,20 @@ from vdtrain.files import written_whole
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean float64 [D] and covariance float64 [D, D], unbiased, of features."""
+    """Mean float64 [D] and unbiased covariance float64 [D, D] of features."""
 
     mean: Tensor
     covariance: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
-        """Of features [N, D] in any precision.
+        """From features [N, D] in any precision.
 
         Raises:
-            ValueError: fewer than two rows, or values that are not finite.
+            ValueError: there are fewer than two rows, or values that are not finite.
         """
         if len(features) < 2 or not features.isfinite().all():
-            raise ValueError(f"{len(features)} features: at least 2 are needed, all of them finite")
+            raise ValueError(f"{len(features)} features: at least 2 are needed, and all must be finite")
         wide = features.double()
         mean = wide.mean(dim=0)
         centred = wide - mean
@@ -43,8 +43,8 @@ class Statistics:
 def frechet_distance(first: Statistics, second: Statistics) -> float:
     """Squared distance of the means plus tr(A + B - 2 sqrt(AB)) of the covariances A and B.
 
-    AB has the eigenvalues of R'AR, where B = RR', and that is symmetric. Directions in which B is nothing but rounding
-    are left out of R: with fewer samples than features most are, and the roots of their rounding would add up.
+    AB has the eigenvalues of the symmetric R'AR, where B = RR'. Directions in which B holds only rounding errors are
+    left out of R. With fewer samples than features most directions are like that, and the roots of their errors add up.
     """
     values, vectors = torch.linalg.eigh(second.covariance)
     inside = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
@@ -56,10 +56,10 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
 
 
 def read_reference(path: Path, width: int) -> Statistics:
-    """Statistics out of an npz file with `mu` [width] and `sigma` [width, width], as pytorch-fid writes them too.
+    """Statistics from an npz file with `mu` [width] and `sigma` [width, width]; pytorch-fid writes the same.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or has other content.
     """
     place = f"fid.reference={path}"
     try:
@@ -69,19 +69,21 @@ def read_reference(path: Path, width: int) -> Statistics:
         raise ConfigError(f"{place}: {unreadable(error, path)}") from error
     except (ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, EOFError) as error:
         reason = one_line(error)
-        raise ConfigError(f"{place}: no npz file with mu and sigma ({reason}); remove it to have it made") from error
+        raise ConfigError(
+            f"{place}: not an npz file with mu and sigma ({reason}); remove it to make it anew"
+        ) from error
     if mean.shape != (width,) or covariance.shape != (width, width):
-        raise ConfigError(f"{place}: features of {list(mean.shape)} instead of [{width}]; remove it to have it made")
+        raise ConfigError(f"{place}: features of {list(mean.shape)} instead of [{width}]; remove it to make it anew")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ConfigError(f"{place}: holds values that are not finite; remove it to have it made")
+        raise ConfigError(f"{place}: holds values that are not finite; remove it to make it anew")
     return Statistics(mean, covariance)
 
 
 def write_reference(path: Path, statistics: Statistics) -> None:
-    """Write statistics as `read_reference` reads them; the file appears when it is whole.
+    """Write statistics for `read_reference`. The file appears when it is whole.
 
     Raises:
-        ConfigError: it exists, or cannot be written.
+        ConfigError: the file exists, or cannot be written.
     """
     with written_whole(path, f"fid.reference={path}") as draft, draft.open("wb") as file:
         np.savez(file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())

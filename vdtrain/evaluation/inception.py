@@ -1,6 +1,6 @@
-"""The network that FID is defined by: TensorFlow's Inception of December 2015, up to its last pooling.
+"""The network that defines FID: TensorFlow's Inception of December 2015, up to its last pooling.
 
-It is torchvision's Inception v3 but for how some blocks pool, and its weights are other ones.
+It differs from torchvision's Inception v3 in its weights and in the pooling of some blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vdtrain.weights.tensor_files import open_tensors
 
 WIDTH, SIDE = 2048, 299
 CLASSES = 1008
-# First digits of the SHA-256 of the published weights, which stand in their file's name.
+# First digits of the published weights' SHA-256, also in the file's name.
 PUBLISHED = "6726825d"
 SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -25,7 +25,7 @@ Pool = Callable[[Tensor], Tensor]
 
 
 def _average(features: Tensor) -> Tensor:
-    """A mean over those of nine places that lie inside, where torchvision counts the padding too."""
+    """A 3 x 3 mean over the places inside the image. torchvision's mean includes the padding."""
     return functional.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -33,7 +33,7 @@ def _largest(features: Tensor) -> Tensor:
     return functional.max_pool2d(features, 3, stride=1, padding=1)
 
 
-# Every block of torchvision's network, in order, and what stands before its last branch instead of torchvision's mean.
+# torchvision's blocks in order, and the pooling before the last branch in place of torchvision's mean.
 BLOCKS: tuple[tuple[str, Pool | None], ...] = (
     ("Conv2d_1a_3x3", None),
     ("Conv2d_2a_3x3", None),
@@ -60,16 +60,16 @@ class InceptionFeatures(nn.Module):
     """Images uint8 [B, 3, H, W] to features float32 [B, 2048].
 
     Args:
-        weights: the published state dict, or the same as safetensors; None leaves random weights.
+        weights: the published state dict, or the same as safetensors; None gives random weights.
 
     Raises:
-        WeightsError: the file is missing or damaged, or of another network.
+        WeightsError: the file is missing, damaged, or of another network.
     """
 
     def __init__(self, weights: str | None) -> None:
         super().__init__()
         self.network = Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)
-        # The classifier is not asked for anything.
+        # The classifier is not used.
         self.network.fc = nn.Identity()
         if weights is not None:
             self._load(weights)
@@ -81,7 +81,7 @@ class InceptionFeatures(nn.Module):
         expected = {name: value for name, value in self.network.state_dict().items() if _is_weight(name)}
         state = {name: found[name] for name in found if _is_weight(name) and not name.startswith("fc.")}
         if differences := compare(expected, state):
-            raise WeightsError(f"{setting}={weights}: weights of another network: {differences}; take {SOURCE}")
+            raise WeightsError(f"{setting}={weights}: weights of another network: {differences}; give {SOURCE}")
         self.network.load_state_dict(state, strict=False)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class InceptionFeatures(nn.Module):
         """Features of images, on the device of the weights."""
         device, _ = device_and_dtype(self)
         hidden = (resize_like_tensorflow(images.to(device).float(), SIDE) - 128) / 128
-        # Published figures are of full float32, where PyTorch would let convolutions round to TF32.
+        # Published FIDs use full float32, but PyTorch lets convolutions round to TF32 by default.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, pool in BLOCKS:
                 block = self.network.get_submodule(name)
@@ -98,19 +98,19 @@ class InceptionFeatures(nn.Module):
 
 
 def _with_pool(block: nn.Module, hidden: Tensor, pool: Pool) -> Tensor:
-    """A block whose last branch reads what `pool` makes of its input."""
+    """A block whose last branch pools with `pool`."""
     outputs: Tensor = block(hidden)
     branch = block.get_submodule("branch_pool")(pool(hidden))
     return torch.cat([outputs[:, : -branch.shape[1]], branch], dim=1)
 
 
 def _is_weight(name: str) -> bool:
-    # Some published files count batches, some do not; nothing depends on it.
+    # Only some published files have the count of batches, and it is not used.
     return not name.endswith("num_batches_tracked")
 
 
 def resize_like_tensorflow(images: Tensor, side: int) -> Tensor:
-    """Bilinear [B, C, H, W] to [B, C, side, side] as in TensorFlow 1: no half-pixel centres, no antialiasing."""
+    """Resize [B, C, H, W] to [B, C, side, side] as TensorFlow 1: bilinear, no half-pixel centres, no antialiasing."""
     rows, columns = (_weights(length, side).to(images) for length in images.shape[-2:])
     return rows @ images @ columns.T
 

@@ -1,4 +1,4 @@
-"""The pairs that an evaluation is of: the first in the stream's order under its seed, cropped at the centre."""
+"""An evaluation's pairs (the first of the stream's order under the seed, cropped at the centre) and its model."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from vdtrain.training.start import model_of, resolve_weights
 from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
 from vdtrain.weights.folder import open_weights_folder
 
-# What `data.stream` says for training and means otherwise here, where a stream takes it: every image once, as it is.
-ASKED = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
+# Settings of `data.stream` that differ from training, if the stream has them: every image once, unchanged.
+OVERRIDES = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
 
 
 class Pairs:
-    """Pairs by their positions, from the set's own stream (`vdtrain.data.batch.BatchStream`).
+    """Pairs by their positions, from the data set's own stream (`vdtrain.data.batch.BatchStream`).
 
     Raises:
-        ConfigError: no manifest, a stream that cannot be built, or fewer pairs than are asked for.
+        ConfigError: the manifest is missing, the stream cannot be built, or there are too few pairs.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
         target, _ = find_target(config.data.stream, "data.stream")
         parameters = inspect.signature(target).parameters
-        self._asked = {name: value for name, value in ASKED.items() if name in parameters}
+        self._overrides = {name: value for name, value in OVERRIDES.items() if name in parameters}
         stream = self._open(0)
         self.identity: str = getattr(stream, "identity", "")
         count = len(stream) if isinstance(stream, Sized) else None
@@ -57,7 +57,7 @@ class Pairs:
         """The samples of a part by modality, in the order of their positions.
 
         Raises:
-            ConfigError: they cannot be read.
+            ConfigError: the pairs cannot be read.
         """
         stream = self._open(part.number)
         try:
@@ -71,11 +71,11 @@ class Pairs:
         return {modality: _rows(samples, order) for modality, samples in batch.samples.items()}
 
     def _open(self, number: int) -> BatchStream:
-        """The stream at the beginning of a part."""
+        """The stream, at the start of a part."""
         config = self.config
         try:
             stream: BatchStream = instantiate(
-                {**config.data.stream, **self._asked},
+                {**config.data.stream, **self._overrides},
                 "data.stream",
                 manifest=Path(config.data.manifest),
                 seed=config.seed,
@@ -96,13 +96,14 @@ def _rows(samples: Any, order: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint.
+class EvaluatedModel:
+    """The model under test.
 
     Attributes:
-        path: of its folder.
-        sha256: of its record, which holds the checksums of all its files.
+        path: the checkpoint or weights folder.
+        sha256: checksum of the folder's index, which has the checksums of all its files.
         weights: "ema" or "model".
+        groups: layer groups in the folder.
     """
 
     path: Path
@@ -112,11 +113,11 @@ class Subject:
     groups: frozenset[str]
 
     @classmethod
-    def find(cls, checkpoint: str, weights: str) -> Subject:
-        """By a run folder, whose latest checkpoint it is, a checkpoint folder or a weights folder; nothing is loaded.
+    def find(cls, checkpoint: str, weights: str) -> EvaluatedModel:
+        """From a run folder (its latest checkpoint), a checkpoint folder or a weights folder. Nothing is loaded.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no checkpoint.
         """
         try:
             source = resolve_weights("checkpoint", checkpoint, verify_checksums=False)
@@ -134,10 +135,10 @@ class Subject:
         """Flows by name.
 
         Raises:
-            ConfigError: none, one named twice, or one that there are no layers for.
+            ConfigError: there is no name, a name is given twice, or a flow has no layers in the model.
         """
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"flows={names}: name at least one flow, and each once, e.g. [text-to-image]")
+            raise ConfigError(f"flows={names}: name at least one flow, each once, e.g. [text-to-image]")
         flows = []
         for name in names:
             try:
@@ -150,5 +151,5 @@ class Subject:
         return flows
 
     def described(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """The entry in metrics.json."""
         return {"path": str(self.path), "sha256": self.sha256, "weights": self.weights, "model": self.model.name}

@@ -1,10 +1,10 @@
-"""What an evaluation has made so far: a file for every part of the pairs and every flow, whole or not there.
+"""The parts of an evaluation: one file for each part of the pairs and each flow. A file appears when it is whole.
 
-    OUTPUT_DIR/settings.json                     what all of it was made with
+    OUTPUT_DIR/settings.json                     the settings of all parts
     OUTPUT_DIR/parts/pairs-00000.safetensors     features of the real samples, "image/clip" [n, D] ...
     OUTPUT_DIR/parts/text-to-image-00000.safetensors   features of the generated ones, "clip" [n, D] ...
 
-A part is the same whichever process makes it, and on whatever number of them.
+A part does not depend on the process that makes it, or on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import system_error, unreadable
 from vdtrain.files import write_text, written_whole
+from vdtrain.weights.folder import write_safetensors
 
 SETTINGS_FILE, FOLDER = "settings.json", "parts"
 PAIRS = "pairs"
-# Samples of the first part that are kept to be looked at.
+# Samples of the first part that are kept for the contact sheet.
 SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Part:
-    """Pairs `start` ... `stop - 1`, the same in every evaluation with that many pairs to a part."""
+    """Pairs `start` ... `stop - 1`; the same in every evaluation with this size of parts."""
 
     number: int
     start: int
@@ -44,8 +44,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What was read back of all parts: features [N, D] by name, captions by name, and samples to be looked at."""
+class PartContents:
+    """The contents of all parts: features [N, D] by name, captions by name, and samples for the contact sheet."""
 
     features: dict[str, Tensor]
     captions: dict[str, list[str]]
@@ -57,8 +57,8 @@ class Parts:
 
     Args:
         folder: `output_dir`.
-        samples: pairs in all.
-        part_samples: pairs to a part.
+        samples: number of all pairs.
+        part_samples: pairs in a part.
     """
 
     def __init__(self, folder: Path, samples: int, part_samples: int) -> None:
@@ -67,10 +67,10 @@ class Parts:
         self.parts = [Part(number, start, min(start + part_samples, samples)) for number, start in enumerate(starts)]
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder this evaluation's, or see that it is.
+        """Write this evaluation's settings, or compare them with those in the folder.
 
         Raises:
-            ConfigError: it holds an evaluation with other settings, or cannot be written.
+            ConfigError: the folder has an evaluation with other settings, or cannot be written.
         """
         place, path = f"output_dir={self.folder}", self.folder / SETTINGS_FILE
         now = json.loads(json.dumps(settings))
@@ -94,33 +94,36 @@ class Parts:
                 )
 
     def missing(self, names: Sequence[str], features: Mapping[str, set[str]]) -> list[tuple[int, str]]:
-        """(number, name) of what is still to be made of `names`, part by part.
+        """(number, name) of the files that are not made yet, part by part.
 
         Args:
-            features: by name, what a file has to have.
+            features: by name, the features that a file must have.
         """
         return [
             (part.number, name) for part in self.parts for name in names if not self._has(part, name, features[name])
         ]
 
     def write(self, part: Part, name: str, features: Mapping[str, Tensor], samples: Mapping[str, Any]) -> None:
-        """Keep a part's features [n, D], all of its captions, and of its images a few if it is the first.
+        """Write a part's features [n, D] and captions. The first part also has a few of its images.
 
         Args:
             samples: by name, a list of captions or uint8 [n, 3, H, W].
+
+        Raises:
+            ConfigError: the file cannot be written.
         """
-        tensors = {key: value.float().cpu().contiguous() for key, value in features.items()}
+        tensors = {key: value.float() for key, value in features.items()}
         captions = {key: list(value) for key, value in samples.items() if not isinstance(value, Tensor)}
         if part.number == 0:
             images = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
-            tensors |= {f"shown/{key}": value[:SHOWN].cpu().contiguous() for key, value in images.items()}
+            tensors |= {f"shown/{key}": value[:SHOWN] for key, value in images.items()}
         metadata = {"samples": str(len(part)), "captions": json.dumps(captions)}
         path = self._path(part, name)
         with written_whole(path, f"output_dir={self.folder}", overwrite=True) as draft:
-            save_file(tensors, draft, metadata=metadata)
+            write_safetensors(draft, tensors, metadata)
 
-    def read(self, name: str, wanted: set[str]) -> Kept:
-        """All parts of a flow, or of the pairs, put together.
+    def read(self, name: str, wanted: set[str]) -> PartContents:
+        """All parts of a flow, or of the pairs, as one.
 
         Raises:
             ConfigError: a part is missing or damaged.
@@ -142,15 +145,15 @@ class Parts:
                 found = system_error(error)
                 if found is not None and found.errno not in (None, errno.ENOENT):
                     raise ConfigError(f"{path}: {unreadable(found, path, 'see that it can be read')}") from error
-                raise ConfigError(f"{path}: is gone or damaged ({error}); remove it, and evaluate again") from error
+                raise ConfigError(f"{path}: is missing or damaged ({error}); remove it and evaluate again") from error
         shown |= {key: texts[:SHOWN] for key, texts in captions.items()}
-        return Kept({feature: torch.cat(gathered) for feature, gathered in rows.items()}, captions, shown)
+        return PartContents({feature: torch.cat(gathered) for feature, gathered in rows.items()}, captions, shown)
 
     def _path(self, part: Part, name: str) -> Path:
         return self.folder / FOLDER / f"{name}-{part.number:05d}.safetensors"
 
     def _has(self, part: Part, name: str, features: set[str]) -> bool:
-        """Whether a part is there with all that is wanted; one of more pairs than are asked for is."""
+        """Whether a part's file exists with these features, for at least as many pairs."""
         try:
             with safe_open(self._path(part, name), framework="pt") as file:
                 return features <= set(file.keys()) and int(file.metadata()["samples"]) >= len(part)
@@ -159,4 +162,4 @@ class Parts:
 
 
 def _shown(file: Any) -> Iterator[str]:
-    return (key for key in file.keys() if key.startswith("shown/"))  # noqa: SIM118 - no mapping
+    return (key for key in file.keys() if key.startswith("shown/"))  # noqa: SIM118 - not a mapping

@@ -1,4 +1,4 @@
-"""The processes of one evaluation: they share what is missing, and rank 0 reports when all have made their shares."""
+"""The processes of one evaluation share the missing parts; rank 0 reports when all are done."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vdtrain.run.lock import RunLock, take_together
 from vdtrain.run.signals import SCHEDULER_SIGNALS
 
 FAILED, INTERRUPTED = 1, 130
-# Shares may take hours, and some longer than others.
+# A share may take hours, and shares differ.
 TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
 
 def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
-    """Evaluate; returns the exit status. One of several processes ends here and now after an error.
+    """Evaluate; returns the exit status. After an error, one of several processes exits at once.
 
     Args:
         launch: the launcher's variables.
 
     Raises:
-        ConfigError: on every process alike.
+        ConfigError: on every process.
     """
     before = {number: signal.signal(number, _stop) for number in SCHEDULER_SIGNALS}
     try:
@@ -42,7 +42,7 @@ def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
 
 
 def _stop(number: int, frame: object) -> None:
-    # Whatever is finished is on the disk as a whole; the status says that there is more to do.
+    # All finished parts are on the disk. The status tells the scheduler to continue later.
     os._exit(os.EX_TEMPFAIL)
 
 
@@ -66,7 +66,7 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
         return FAILED
     lock = RunLock(Path(config.output_dir), "output_dir")
     try:
-        # Two jobs would take each other's drafts for their own.
+        # Two jobs would overwrite each other's drafts.
         take_together(lock)
     except (ConfigError, distributed.SharedError) as error:
         distributed.finish()
@@ -79,7 +79,7 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     except distributed.SharedError as error:
         raise ConfigError(str(error)) from error
     except KeyboardInterrupt:
-        return _end(place, "interrupted; the same command goes on", INTERRUPTED)
+        return _end(place, "interrupted; the same command continues", INTERRUPTED)
     except ConfigError as error:
         return _end(place, f"error: {error}", FAILED)
     except RuntimeError as error:
@@ -104,7 +104,7 @@ def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
             failure = str(error)
     distributed.raise_if_any(failure)
     missing = distributed.broadcast_json(missing)
-    # Flows of one part stay together: they read the same pairs.
+    # Flows of one part stay together, because they read the same pairs.
     numbers = sorted({number for number, _ in missing})[place.rank :: place.world_size]
     own = [(number, name) for number, name in missing if number in set(numbers)]
     if own:
@@ -117,7 +117,7 @@ def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
 def _end(place: RankInfo, line: str, status: int) -> int:
     print(line, file=sys.stderr, flush=True)
     if place.world_size > 1:
-        # To leave the process group in order, it would wait for the others.
+        # A regular exit would wait for the other processes.
         sys.stdout.flush()
         os._exit(status)
     return status

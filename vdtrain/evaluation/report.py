@@ -1,4 +1,4 @@
-"""The result of an evaluation: metrics.json, a contact sheet for every flow, a table, figures for W&B."""
+"""The report of an evaluation: metrics.json, a contact sheet for each flow, a table, metrics for W&B."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vdtrain.files import write_text, written_whole
 from vdtrain.run.wandb_run import open_run, reason
 
 METRICS_FILE = "metrics.json"
-FIGURES = {"fid": "FID", "clip_distance": "CLIP distance", "clip_score": "CLIP score"}
+METRICS = {"fid": "FID", "clip_distance": "CLIP distance", "clip_score": "CLIP score"}
 VERSIONS = ("torch", "torchvision", "open_clip_torch", "vdtrain")
 
 
 def write_metrics(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write metrics.json, replacing an earlier one."""
+    """Write metrics.json; an earlier one is replaced."""
     path = folder / METRICS_FILE
     with written_whole(path, f"output_dir={folder}", overwrite=True) as draft:
         write_text(draft, json.dumps({**result, "versions": versions()}, indent=2) + "\n")
@@ -32,12 +32,12 @@ def write_metrics(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that figures depend on."""
+    """Versions of the libraries that metrics depend on."""
     return {name: version(name) for name in VERSIONS}
 
 
 def write_sheet(path: Path, given: Any, made: Any, flow: str) -> None:
-    """An image: what a flow was given, above what it made of it; each uint8 [n, 3, H, W] or captions."""
+    """Draw a flow's inputs above its outputs as an image; each is uint8 [n, 3, H, W] or captions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def write_sheet(path: Path, given: Any, made: Any, flow: str) -> None:
             if isinstance(samples, Tensor):
                 cell.imshow(samples[column].permute(1, 2, 0).numpy())
             else:
-                # A caption may hold dollar signs, which would be read as mathematics.
+                # matplotlib reads text between dollar signs as mathematics.
                 text = textwrap.fill(textwrap.shorten(samples[column], 140), 20).replace("$", r"\$")
                 cell.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
         axes[row][0].set_ylabel(label, fontsize=9)
@@ -64,13 +64,13 @@ def write_sheet(path: Path, given: Any, made: Any, flow: str) -> None:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """One row for a flow, and one for the pairs themselves, whose CLIP score is what a flow's compares with."""
+    """Print one row for each flow, and one for the pairs: their CLIP score is the reference for the flows."""
     table = Table(title=f"{result['checkpoint']['path']}, {result['samples']:,} samples a flow")
     table.add_column("flow")
-    for title in FIGURES.values():
+    for title in METRICS.values():
         table.add_column(title, justify="right")
     for flow, figures in result["flows"].items():
-        table.add_row(flow, *(_cell(figures.get(name)) for name in FIGURES))
+        table.add_row(flow, *(_cell(figures.get(name)) for name in METRICS))
     table.add_row("the pairs themselves", "", "", _cell(result["pairs"].get("clip_score")), style="dim")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -84,7 +84,7 @@ def _cell(figure: Any) -> str:
 
 
 def log_to_wandb(folder: Path, tracking: TrackingConfig, result: Mapping[str, Any], sheets: list[Path]) -> None:
-    """Log figures and sheets as a run of their own; where W&B does not take it, a line on standard error says so."""
+    """Log metrics and sheets as a run of its own. An error of W&B becomes a warning on standard error."""
     if tracking.mode == "disabled":
         return
     figures: dict[str, Any] = {"pairs/clip_score": result["pairs"]["clip_score"]["mean"]} if result["pairs"] else {}
@@ -98,7 +98,7 @@ def log_to_wandb(folder: Path, tracking: TrackingConfig, result: Mapping[str, An
 
         run.log(figures | {f"{sheet.stem}/samples": wandb.Image(str(sheet)) for sheet in sheets})
         run.finish()
-    # The figures are written; W&B is not to make an evaluation of hours a failed one.
+    # The metrics are written. An error of W&B must not fail an evaluation of hours.
     except Exception as error:
         line = f"tracking.mode={tracking.mode}: W&B does not take this evaluation ({reason(error)}); its figures are in"
         print(f"warning: {line} {folder / METRICS_FILE}", file=sys.stderr, flush=True)

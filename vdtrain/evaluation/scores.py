@@ -1,7 +1,7 @@
-"""Which figures there are for which modality, and how they follow from features.
+"""The metrics of each modality, and how they are computed from features.
 
-A *feature* is what one network makes of samples of one modality: "clip" of images and of captions, in one space, and
-"inception" of images. A modality that is not in these tables gets no figure.
+A *feature* is one network's output for samples of one modality: "clip" for images and captions, in one space, and
+"inception" for images. A modality that is not in these tables has no metrics.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vdtrain.flows import Flow
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.frozen_weights import freeze, locate, shared_loading
 
-# Hessel et al. multiply by 2.5; most later papers report hundredths of a cosine.
+# Hessel et al. multiply the cosine by 2.5; most later papers multiply it by 100.
 SCALE = 100.0
 ENCODERS = {"image": ClipImageContext, "text": ClipTextContext}
 
 
-class ClipJudge(nn.Module):
-    """One CLIP's embeddings, in float32, not normalised.
+class ClipScorer(nn.Module):
+    """The embeddings of one CLIP, in float32, not normalised.
 
     Args:
-        config: which CLIP; without an architecture that of `model`'s context encoders.
+        config: the CLIP to use; without an architecture, the CLIP of `model`'s context encoders.
 
     Raises:
-        ConfigError: the model's context encoders are no CLIP, or an architecture or weights that are not there.
+        ConfigError: the architecture or its weights do not exist.
     """
 
     def __init__(self, config: ClipConfig, model: ModelConfig) -> None:
@@ -51,7 +51,7 @@ class ClipJudge(nn.Module):
         return found
 
     @torch.no_grad()
-    def captions(self, captions: list[str]) -> Tensor:
+    def embed_captions(self, captions: list[str]) -> Tensor:
         """Embeddings [B, D] of captions."""
         device = self.text.clip.text_projection.device
         found: Tensor = self.text.clip.encode_text(self.text.prepare(captions).to(device))
@@ -59,31 +59,31 @@ class ClipJudge(nn.Module):
 
 
 def clip_scores(first: Tensor, second: Tensor) -> Tensor:
-    """100 max(cosine, 0) for every pair of rows of two embeddings [N, D], float64 [N]."""
+    """100 max(cosine, 0) of the rows of two embeddings [N, D], float64 [N]."""
     return SCALE * torch.cosine_similarity(first.double(), second.double(), dim=-1).clamp(min=0)
 
 
 def check_clip(config: ClipConfig, model: ModelConfig) -> None:
-    """Refuse a CLIP that cannot be built, without building it.
+    """Check the configuration of the CLIP, without building it.
 
     Raises:
-        ConfigError: with the setting, its value and the remedy.
+        ConfigError: the CLIP cannot be built.
     """
     if config.architecture is not None:
         if config.weights is None:
-            raise ConfigError("clip.weights: null, and an untrained CLIP scores nothing; give a safetensors file")
+            raise ConfigError("clip.weights: null, but an untrained CLIP cannot score; give a safetensors file")
         for setting, file in (("clip.weights", config.weights), ("clip.tokenizer", config.tokenizer)):
             if file is not None:
                 locate(file, setting)
         return
     if config.weights is not None or config.tokenizer is not None:
-        raise ConfigError("clip.weights, clip.tokenizer: of a clip.architecture that is null; name that too")
+        raise ConfigError("clip.weights, clip.tokenizer: need clip.architecture, which is null; name it too")
     for name, encoder in ENCODERS.items():
         setting = f"model.modalities.{name}.context_encoder"
         specification = model.modalities[name].context_encoder if name in model.modalities else None
         if specification is None or find_target(specification, setting)[0] is not encoder:
             raise ConfigError(
-                f"clip.architecture: null, and {setting} is no {encoder.__name__}; name a CLIP, with clip.weights"
+                f"clip.architecture: null, but {setting} is not a {encoder.__name__}; name a CLIP, with clip.weights"
             )
         if specification.get("weights") is not None:
             locate(specification["weights"], f"{setting}.weights")
@@ -106,34 +106,37 @@ def _encoders(config: ClipConfig, model: ModelConfig) -> tuple[ClipImageContext,
 
 
 CLIP, INCEPTION = "clip", "inception"
-# Fréchet distances of an output modality: figure -> the feature that it is the distance of.
+# Fréchet distances of an output modality: metric -> the feature that it compares.
 DISTANCES: Mapping[str, Mapping[str, str]] = {"image": {"fid": INCEPTION, "clip_distance": CLIP}}
-# Modalities that the judge has an embedding of.
-JUDGED = {"image", "text"}
-# Images that go through a network together.
+# Modalities that CLIP can embed.
+EMBEDDED = {"image", "text"}
+# Samples per batch of a network.
 BATCH = 50
 
 Network = Callable[[Any], Tensor]
 
 
 def features_of(modality: str, with_inception: bool) -> set[str]:
-    """Features of a modality that are wanted."""
-    wanted = {CLIP} if modality in JUDGED else set()
+    """The features of a modality that its metrics need."""
+    wanted = {CLIP} if modality in EMBEDDED else set()
     if with_inception and INCEPTION in DISTANCES.get(modality, {}).values():
         wanted.add(INCEPTION)
     return wanted
 
 
-def networks(judge: ClipJudge, inception: InceptionFeatures | None) -> dict[tuple[str, str], Network]:
-    """What makes which feature of which modality."""
-    found: dict[tuple[str, str], Network] = {("image", CLIP): judge.embed_images, ("text", CLIP): judge.captions}
+def networks(scorer: ClipScorer, inception: InceptionFeatures | None) -> dict[tuple[str, str], Network]:
+    """(modality, feature) -> the network that computes it."""
+    found: dict[tuple[str, str], Network] = {
+        ("image", CLIP): scorer.embed_images,
+        ("text", CLIP): scorer.embed_captions,
+    }
     if inception is not None:
         found["image", INCEPTION] = inception
     return found
 
 
 def in_batches(network: Network, samples: Any) -> Tensor:
-    """Features [N, D] of samples, on the CPU."""
+    """Features [N, D] of samples, float32 on the CPU."""
     chunks = [samples[begin : begin + BATCH] for begin in range(0, len(samples), BATCH)]
     return torch.cat([network(chunk).float().cpu() for chunk in chunks])
 
@@ -147,23 +150,27 @@ class Mean:
 
     @classmethod
     def of(cls, values: Tensor) -> Mean:
-        """Of at least two values [N]."""
+        """From at least two values [N]."""
         return cls(float(values.mean()), float(values.std() / len(values) ** 0.5))
 
 
 def distances(flow: Flow, generated: Mapping[str, Tensor], real: Mapping[str, Statistics]) -> dict[str, float]:
-    """Fréchet distances of generated features, by figure, to those in `real`, by feature."""
+    """Fréchet distances by metric, between generated features and the real statistics of the same feature.
+
+    Raises:
+        ConfigError: the features are too few or not finite.
+    """
     found = {}
-    for figure, feature in DISTANCES.get(flow.output, {}).items():
+    for metric, feature in DISTANCES.get(flow.output, {}).items():
         if feature in generated and feature in real:
             try:
-                found[figure] = frechet_distance(Statistics.of(generated[feature]), real[feature])
+                found[metric] = frechet_distance(Statistics.of(generated[feature]), real[feature])
             except ValueError as error:
                 raise ConfigError(f"flows: {flow}: {feature}: {error}; look at the samples") from error
     return found
 
 
-def agreement(flow: Flow, generated: Mapping[str, Tensor], pairs: Mapping[str, Tensor]) -> Mean | None:
-    """CLIP score of what was generated with what it was generated from; None where CLIP knows one of them not."""
+def clip_score(flow: Flow, generated: Mapping[str, Tensor], pairs: Mapping[str, Tensor]) -> Mean | None:
+    """The mean CLIP score between outputs and inputs; None if CLIP cannot embed one of the two."""
     context = pairs.get(f"{flow.context}/{CLIP}")
     return None if context is None or CLIP not in generated else Mean.of(clip_scores(generated[CLIP], context))

@@ -138,7 +138,7 @@ def check_weights(diffuser: Diffuser, weights: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"stage.init_from: {len(names)} {problem} weights, e.g. {min(names)}; is it the same model?"
             )
-    for name, tensor in LazyTensors.of(weights).outline().items():
+    for name, tensor in LazyTensors.of(weights).meta().items():
         if own[name].shape != tensor.shape:
             raise ConfigError(
                 f"stage.init_from: {name} is {list(tensor.shape)}, here {list(own[name].shape)}; is it the same model?"

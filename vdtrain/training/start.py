@@ -30,8 +30,8 @@ from vdtrain.training.continuation import (
     trained_stage,
 )
 from vdtrain.training.state import TrainState
-from vdtrain.weights.catalogue import import_first, import_of, is_published
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
+from vdtrain.weights.layouts import import_first, import_of, is_published
 
 
 @dataclass(frozen=True)

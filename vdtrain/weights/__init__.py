@@ -1,4 +1,4 @@
-"""Published weights in, trained weights out: each layout's names, files and checks.
+"""Published weights in, trained weights out: names, files and checks of each layout.
 
 Start at `imports.py` for imports, at `exports.py` for exports.
 """

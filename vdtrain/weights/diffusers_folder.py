@@ -1,38 +1,39 @@
-"""A whole model as a folder that diffusers' Versatile Diffusion pipelines load, and the diffuser out of such a folder.
+"""A whole model as a folder that diffusers' Versatile Diffusion pipelines load.
 
 pipeline = diffusers.VersatileDiffusionPipeline.from_pretrained(folder)
 
-The published folder shi-labs/versatile-diffusion has the same layout. A diffusers pipeline makes images alone, so the
-text VAE is not part of it.
+The published folder shi-labs/versatile-diffusion has the same layout. A diffusers pipeline only makes images, so the
+text VAE is not part of the folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vdtrain.config.schema import ModelConfig
+from vdtrain.config.instantiate import instantiate
+from vdtrain.config.schema import ModelConfig, ScheduleConfig
 from vdtrain.files import refuse_existing, written_whole
-from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.diffuser import Diffuser, layer_group
-from vdtrain.models.frozen_weights import WeightsError, compare
-from vdtrain.models.image_layers import ImageDataLayers
+from vdtrain.models.clip import ClipImageContext, ClipTextContext
+from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
+from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.layer_plan import NORM_EPSILON
-from vdtrain.models.text_layers import FlatLinear, TextDataLayers
-from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames
+from vdtrain.models.tokenizers import released_tokenizer
+from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
 from vdtrain.weights.folder import write_shards
+from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
 
 INDEX_FILE = "model_index.json"
 FLAT_UNET_MODULE = "diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet"
-"""Where the text U-Net's class is. The published folder gives it as "versatile_diffusion", which no longer resolves."""
-FLAT_TOKENS = 4
-"""The tokens that a text state is split into; a constant of the text U-Net's class."""
+"""The module of the text U-Net's class. The published folder names "versatile_diffusion", which no longer exists."""
 COMPONENTS = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     "image_feature_extractor": ("transformers", "CLIPImageProcessor"),
@@ -43,6 +44,9 @@ COMPONENTS = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+ACTIVATIONS: dict[type[nn.Module], str] = {open_clip.transformer.QuickGELU: "quick_gelu", nn.GELU: "gelu"}
+CLIP_PARTS = {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}
+"""First words of the names of CLIP's tensors at Hugging Face."""
 
 
 def write_pipeline(
@@ -51,92 +55,37 @@ def write_pipeline(
     """Write the diffuser and the configured frozen parts. The folder appears when it is whole.
 
     Args:
-        tensors: all of the diffuser by our names; each is read when it is written, and keeps its dtype. The frozen
-            parts are written in the dtype of the global layers.
+        tensors: the whole diffuser by our names. Each tensor is read when it is written, and keeps its dtype. The
+            frozen parts are written in the dtype of the global layers.
         setting: names where the folder comes from, in errors.
-        overwrite: replace what is there.
+        overwrite: replace what exists.
 
     Raises:
         ConfigError: the folder exists already, or cannot be written.
-        WeightsError: layers are missing, or the model has a part that diffusers cannot run.
+        WeightsError: layers are missing, or diffusers cannot run one of the model's parts.
     """
-    # Takes ten seconds, and reading a folder does not need it.
-    from vdtrain.weights import diffusers_frozen
-
     place = f"{setting}={folder}"
     refuse_existing(folder, place, overwrite)
-    diffuser, unets = _unets(model)
+    diffuser, names_by_unet = unets(model)
     tensors = LazyTensors.of(tensors)
-    _check(place, diffuser, tensors)
+    check_whole(tensors, model, place)
     dtype = tensors.entries["global_layers.0.weight"].dtype
-    image, text = unets["image_unet"].data, unets["text_unet"].data
+    image, text = (names.data for names in names_by_unet.values())
     with written_whole(folder, place, overwrite) as draft:
-        for part, names in unets.items():
+        for part, names in names_by_unet.items():
             (draft / part).mkdir(parents=True)
             _unet(model, diffuser, names).save_config(draft / part)
             keys = {name: names.to_diffusers(name) for name in tensors}
             write_shards(draft / part, MODEL_STEM, ((key, tensors[name]) for name, key in keys.items() if key))
-        diffusers_frozen.write_vae(draft / "vae", model, image, dtype)
-        diffusers_frozen.write_text_encoder(draft / "text_encoder", draft / "tokenizer", model, text, dtype)
-        diffusers_frozen.write_image_encoder(
-            draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype
-        )
-        diffusers_frozen.write_scheduler(draft / "scheduler", model.schedule)
+        write_vae(draft / "vae", model, image, dtype)
+        write_text_encoder(draft / "text_encoder", draft / "tokenizer", model, text, dtype)
+        write_image_encoder(draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype)
+        write_scheduler(draft / "scheduler", model.schedule)
         (draft / INDEX_FILE).write_text(json.dumps(_index(), indent=2))
 
 
-def open_pipeline(folder: Path, model: ModelConfig, setting: str = "folder") -> LazyTensors:
-    """The diffuser in a folder that `write_pipeline` or diffusers wrote, by our names; a tensor is read on access.
-
-    Raises:
-        WeightsError: no such folder, or one of another model.
-    """
-    diffuser, unets = _unets(model)
-    parts = {part: names.open(folder / part, model.diffuser, setting) for part, names in unets.items()}
-    image, text = parts.values()
-    for name in sorted(set(image) & set(text)):
-        if not torch.equal(image[name], text[name]):
-            raise WeightsError(
-                f"{setting}={folder}: {unets['image_unet'].to_diffusers(name)} differs between image_unet and "
-                "text_unet, which share their time embedding in Versatile Diffusion"
-            )
-    tensors = LazyTensors(text.entries | image.entries)
-    _check(f"{setting}={folder}", diffuser, tensors)
-    return tensors
-
-
-def _unets(model: ModelConfig) -> tuple[Diffuser, dict[str, UnetNames]]:
-    """The whole diffuser on the meta device, and the names of the two U-Nets that hold it in diffusers."""
-    with torch.device("meta"):
-        diffuser = Diffuser(model, active_groups(all_flows(model.modalities)))
-    found: dict[type, str] = {type(layers): name for name, layers in diffuser.data_layers.items()}
-    if set(found) != {ImageDataLayers, TextDataLayers} or len(model.modalities) != 2:
-        raise WeightsError(
-            f"model.modalities={','.join(model.modalities)}: diffusers' pipelines have one modality with "
-            "ImageDataLayers and one with TextDataLayers"
-        )
-    image, text = found[ImageDataLayers], found[TextDataLayers]
-    tokens = cast(FlatLinear, cast(TextDataLayers, diffuser.data_layers[text])[0]).tokens
-    if tokens != FLAT_TOKENS:
-        raise WeightsError(f"model.modalities.{text}.data_layers.tokens={tokens}: diffusers has {FLAT_TOKENS}")
-    return diffuser, {
-        "image_unet": UnetNames(diffuser.plan, "image", image, image),
-        "text_unet": UnetNames(diffuser.plan, "flat", text, text),
-    }
-
-
-def _check(place: str, diffuser: Diffuser, tensors: LazyTensors) -> None:
-    expected, found = diffuser.state_dict(), tensors.outline()
-    present = {layer_group(name) for name in expected if name in found}
-    groups = dict.fromkeys(map(layer_group, expected))
-    if absent := [group for group in groups if group not in present]:
-        raise WeightsError(f"{place}: no layers of {', '.join(absent)}; take weights of the last stage")
-    if differences := compare(expected, found):
-        raise WeightsError(f"{place}: weights of another model: {differences}")
-
-
 def _unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
-    """diffusers' own U-Net of the same sizes, on the meta device: its configuration is what is wanted of it."""
+    """diffusers' own U-Net of the same sizes, on the meta device, for its configuration."""
     from diffusers import UNet2DConditionModel
     from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
 
@@ -158,7 +107,7 @@ def _unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
             up_block_types=[f"{'CrossAttn' * attend}UpBlock{suffix}" for attend in reversed(attends)],
             norm_num_groups=config.norm_groups,
             norm_eps=NORM_EPSILON,
-            # The number of heads, in spite of its name.
+            # The number of heads, despite the name.
             attention_head_dim=config.heads,
             cross_attention_dim=shapes[f"context_layers.{names.context}.0.transformer_blocks.0.attn2.to_k.weight"][1],
         )
@@ -168,3 +117,135 @@ def _index() -> dict[str, Any]:
     import diffusers
 
     return {"_class_name": "VersatileDiffusionPipeline", "_diffusers_version": diffusers.__version__, **COMPONENTS}
+
+
+def write_vae(folder: Path, model: ModelConfig, image: str, dtype: torch.dtype) -> None:
+    """Write `AutoencoderKL` of the modality `image`."""
+    vae = _built(model, image, "vae", ImageVAE)
+    autoencoder: Any = vae.autoencoder
+    autoencoder.register_to_config(scaling_factor=vae.latent_scale, sample_size=IMAGE_SIDE)
+    folder.mkdir()
+    autoencoder.save_config(folder)
+    write_shards(folder, MODEL_STEM, ((name, tensor.to(dtype)) for name, tensor in autoencoder.state_dict().items()))
+
+
+def write_text_encoder(folder: Path, tokenizer_folder: Path, model: ModelConfig, text: str, dtype: torch.dtype) -> None:
+    """Write `CLIPTextModelWithProjection` and `CLIPTokenizer` of the modality `text`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    context = _built(model, text, "context_encoder", ClipTextContext)
+    clip = context.clip
+    size = context.tokenizer.size
+    config = CLIPTextConfig(
+        **_transformer_sizes(clip.transformer),
+        vocab_size=clip.vocab_size,
+        max_position_embeddings=clip.context_length,
+        layer_norm_eps=clip.ln_final.eps,
+        projection_dim=clip.text_projection.shape[1],
+        # CLIP pools the first token with this id, and the tokenizer pads with it.
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+    _write_encoder(folder, CLIPTextModelWithProjection, config, clip, dtype)
+    path = model.modalities[text].context_encoder.get("tokenizer")
+    _write_tokenizer(tokenizer_folder, path, f"model.modalities.{text}.context_encoder.tokenizer", clip.context_length)
+
+
+def write_image_encoder(
+    folder: Path, processor_folder: Path, model: ModelConfig, image: str, dtype: torch.dtype
+) -> None:
+    """Write `CLIPVisionModelWithProjection` and `CLIPImageProcessor` of the modality `image`."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    context = _built(model, image, "context_encoder", ClipImageContext)
+    visual: Any = context.clip.visual
+    config = CLIPVisionConfig(
+        **_transformer_sizes(visual.transformer),
+        image_size=context.side,
+        patch_size=visual.patch_size[0],
+        layer_norm_eps=visual.ln_post.eps,
+        projection_dim=visual.proj.shape[1],
+    )
+    _write_encoder(folder, CLIPVisionModelWithProjection, config, context.clip, dtype)
+    CLIPImageProcessor(
+        size={"shortest_edge": context.side}, crop_size={"height": context.side, "width": context.side}
+    ).save_pretrained(processor_folder)
+
+
+def write_scheduler(folder: Path, schedule: ScheduleConfig) -> None:
+    """Write `DDIMScheduler` with the original's timesteps: offset by 1, and the last ends at alphas_cumprod[0]."""
+    from diffusers import DDIMScheduler
+
+    # diffusers' constructors are not typed.
+    scheduler: Any = DDIMScheduler
+    scheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(folder)
+
+
+def _built(model: ModelConfig, modality: str, part: str, kind: type[Any]) -> Any:
+    setting = f"model.modalities.{modality}.{part}"
+    built = instantiate(getattr(model.modalities[modality], part), setting)
+    if not isinstance(built, kind):
+        raise WeightsError(
+            f"{setting}._target_={type(built).__name__}: diffusers has only a counterpart of {kind.__name__}"
+        )
+    return built
+
+
+def _transformer_sizes(transformer: open_clip.transformer.Transformer) -> dict[str, Any]:
+    """Hugging Face's configuration of an open_clip transformer."""
+    block: Any = transformer.resblocks[0]
+    if type(block.mlp.gelu) not in ACTIVATIONS:
+        raise WeightsError(f"context_encoder.architecture: {block.mlp.gelu} has no counterpart in Hugging Face's CLIP")
+    return {
+        "hidden_size": block.attn.embed_dim,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": ACTIVATIONS[type(block.mlp.gelu)],
+    }
+
+
+def _write_encoder(
+    folder: Path, kind: Callable[[Any], nn.Module], config: Any, clip: nn.Module, dtype: torch.dtype
+) -> None:
+    """Write one of CLIP's encoders: its tensors of the whole CLIP, under Hugging Face's names."""
+    with torch.device("meta"):
+        expected = kind(config).state_dict()
+    others = CLIP_PARTS - {name.partition(".")[0] for name in expected}
+    found: dict[str, Tensor] = {
+        name: tensor.to(dtype)
+        for name, tensor in to_hugging_face(clip.state_dict()).items()
+        if name.partition(".")[0] not in others
+    }
+    if differences := compare(expected, found):
+        raise WeightsError(
+            f"context_encoder.architecture: not a CLIP that Hugging Face's classes can run: {differences}"
+        )
+    folder.mkdir()
+    config.architectures = [getattr(kind, "__name__", "")]
+    config.save_pretrained(folder)
+    write_shards(folder, "model", found.items())
+
+
+def _write_tokenizer(folder: Path, path: str | None, setting: str, length: int) -> None:
+    tokenizer = released_tokenizer() if path is None else load_tokenizer(path, setting)
+    content = json.loads(tokenizer.to_str())["model"]
+    start, end = (tokenizer.id_to_token(tokenizer.get_vocab_size() - back) for back in (2, 1))
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [" ".join(pair) for pair in content["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}, indent=2)
+    )

@@ -1,29 +1,37 @@
-"""The names of diffusers' U-Nets and the diffuser's own, both ways, derived from the layer plan.
+"""diffusers' names of the diffuser's tensors, derived from the layer plan, and the diffuser in a diffusers folder.
 
 diffusers keeps Versatile Diffusion in two U-Nets: `UNet2DConditionModel` with the image data layers and the image
-context layers, and `UNetFlatConditionModel` with those of the text; each has its copy of the global layers as its time
-embedding. Stable Diffusion's U-Net is the first of the two. A tensor has the same shape under either name.
+context layers, and `UNetFlatConditionModel` with those of text. Each has a copy of the global layers as its time
+embedding. Stable Diffusion's U-Net is like the first of the two. A tensor has the same shape under both names.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from vdtrain.config.schema import DiffuserConfig
+import torch
+
+from vdtrain.config.schema import DiffuserConfig, ModelConfig
+from vdtrain.flows import active_groups, all_flows
+from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.models.layer_plan import NORM_EPSILON, ContextStep, LayerPlan, Role
+from vdtrain.models.image_layers import ImageDataLayers
+from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role
+from vdtrain.models.text_layers import FlatLinear, TextDataLayers
+from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]
-"""Of a U-Net: on images [B, C, H, W], or on latents without extent in space."""
+"""Of a U-Net: on images [B, C, H, W], or on latents without spatial dimensions."""
 
 MODEL_STEM = "diffusion_pytorch_model"
-"""Of the weights files of diffusers' own classes."""
+"""Start of the names of diffusers' weights files."""
 IMAGE_SIDE = 512
-"""Pixels of an image where a pipeline's caller names no size."""
+"""Default side of a pipeline's images, in pixels."""
+FLAT_TOKENS = 4
+"""The tokens that a text state is split into; a constant of the text U-Net's class."""
 GLOBAL_LAYERS = {"0": "time_embedding.linear_1", "2": "time_embedding.linear_2"}
 BLOCK = {
     "in_layers.0": "norm1",
@@ -33,27 +41,17 @@ BLOCK = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-BEHAVIOUR = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "norm_eps": NORM_EPSILON,
-    "resnet_time_scale_shift": "default",
-}
-"""What a U-Net of this kind has in its configuration, where that says anything of it."""
-LEAVE = {"0": "conv_norm_out", "2": "conv_out"}
+CONV_OUT = {"0": "conv_norm_out", "2": "conv_out"}
 
 
 class UnetNames:
     """The modules of one U-Net under both names.
 
     Args:
-        plan: of the diffuser.
-        kind: of the U-Net; only its layers between resolutions are named differently.
-        data: the modality whose data layers it holds.
-        context: the modality whose context layers it holds.
+        plan: the diffuser's layers.
+        kind: of the U-Net. The two kinds differ only in the names of the layers between resolutions.
+        data: modality of its data layers.
+        context: modality of its context layers.
     """
 
     def __init__(self, plan: LayerPlan, kind: Kind, data: str, context: str) -> None:
@@ -68,26 +66,26 @@ class UnetNames:
         self._own = {name: own for own, name in self._theirs.items()}
 
     def to_diffusers(self, name: str) -> str | None:
-        """The U-Net's key of one of our parameter names; None for one that it does not hold."""
+        """The U-Net's key of one of our parameter names; None if the U-Net does not hold the parameter."""
         return _translated(name, self._theirs)
 
     def to_own(self, key: str) -> str | None:
-        """Our parameter name of a key of the U-Net; None for a key that it cannot have."""
+        """Our parameter name of one of the U-Net's keys; None if such a U-Net does not have the key."""
         return _translated(key, self._own)
 
     def open(self, folder: Path, config: DiffuserConfig, setting: str) -> LazyTensors:
-        """The tensors of a U-Net's folder, by our names.
+        """The tensors in a U-Net's folder, by our names.
 
         Args:
-            folder: with the weights and their `config.json`.
-            config: of the diffuser that takes them.
+            folder: has the weights and their `config.json`.
+            config: of the diffuser that takes the weights.
             setting: names where the folder comes from, in errors.
 
         Raises:
-            WeightsError: the weights cannot be read, or there is one that has no place in the diffuser.
+            WeightsError: the weights cannot be read, or one of them has no place in the diffuser.
         """
         tensors = open_tensors(folder, setting)
-        check_sizes(folder / "config.json", config, f"{setting}={folder}")
+        check_unet_config(folder / "config.json", config, f"{setting}={folder}")
         names = {key: self.to_own(key) for key in tensors}
         if foreign := [key for key, name in names.items() if name is None]:
             raise WeightsError(f"{setting}={folder}: {foreign[0]} has no place in the model; is it of this kind?")
@@ -95,9 +93,9 @@ class UnetNames:
 
 
 def module_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
-    """diffusers' module names of the data layers and of the context layers, each in the order of the plan.
+    """diffusers' module names of the data layers and of the context layers, in the order of the plan.
 
-    The last data layer, which is two modules there, goes by "".
+    The last data layer is two modules in diffusers; its name here is "".
     """
     data: list[str] = []
     context: list[str] = []
@@ -125,43 +123,19 @@ def module_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
 
 
 def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
-    """The modules inside a data layer: ours below the layer, diffusers' in full."""
+    """(our name below the layer, diffusers' full name) of the modules in a data layer."""
     if role is Role.BLOCK:
         yield from ((own, f"{name}.{theirs}") for own, theirs in BLOCK.items())
     elif role is Role.LEAVE:
-        yield from LEAVE.items()
+        yield from CONV_OUT.items()
     elif role is Role.ENTER or kind == "flat":
         yield "", name
     else:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"
 
 
-def check_sizes(file: Path, config: DiffuserConfig, place: str) -> None:
-    """Compare what the shapes of weights do not tell with a U-Net's `config.json`, where there is one.
-
-    Raises:
-        WeightsError: it is another network.
-    """
-    if not file.is_file():
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        # The number of heads goes by the name of their size, in configurations of these U-Nets; one, or one a level.
-        heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
-        expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
-        differing = [key for key, value in expected.items() if not _equal(found.get(key, value), value)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{place}: {file.name} is no JSON object; fetch it again") from error
-    for key in differing:
-        raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")
-
-
-def _equal(found: object, value: object) -> bool:
-    return all(each == value for each in found) if isinstance(found, list) and found else found == value
-
-
 def _translated(name: str, modules: Mapping[str, str]) -> str | None:
-    """A parameter's name with that of the module that it lies in replaced."""
+    """A parameter's name with the name of its module replaced; None if no module has it."""
     head, tail = name, ""
     while head:
         head, _, last = head.rpartition(".")
@@ -169,3 +143,60 @@ def _translated(name: str, modules: Mapping[str, str]) -> str | None:
         if head in modules:
             return f"{modules[head]}.{tail}"
     return None
+
+
+def open_pipeline(folder: Path, model: ModelConfig, setting: str = "folder") -> LazyTensors:
+    """The diffuser in a folder that `write_pipeline` or diffusers wrote, by our names; a tensor is read on access.
+
+    Raises:
+        WeightsError: the folder does not exist, or is of another model or noise schedule.
+    """
+    _, names_by_unet = unets(model)
+    parts = {part: names.open(folder / part, model.diffuser, setting) for part, names in names_by_unet.items()}
+    image, text = parts.values()
+    for name in sorted(set(image) & set(text)):
+        if not torch.equal(image[name], text[name]):
+            raise WeightsError(
+                f"{setting}={folder}: {names_by_unet['image_unet'].to_diffusers(name)} differs between image_unet and "
+                "text_unet, which share their time embedding in Versatile Diffusion"
+            )
+    tensors = LazyTensors(text.entries | image.entries)
+    check_whole(tensors, model, f"{setting}={folder}")
+    check_schedule(LazyTensors({}), model.schedule, f"{setting}={folder}", folder, folder)
+    return tensors
+
+
+def unets(model: ModelConfig) -> tuple[Diffuser, dict[str, UnetNames]]:
+    """The whole diffuser on the meta device, and the names in the two U-Nets that hold it: image_unet, text_unet.
+
+    Raises:
+        WeightsError: the model's modalities are not those of diffusers' pipelines.
+    """
+    with torch.device("meta"):
+        diffuser = Diffuser(model, active_groups(all_flows(model.modalities)))
+    found: dict[type, str] = {type(layers): name for name, layers in diffuser.data_layers.items()}
+    if set(found) != {ImageDataLayers, TextDataLayers} or len(model.modalities) != 2:
+        raise WeightsError(
+            f"model.modalities={','.join(model.modalities)}: diffusers' pipelines have one modality with "
+            "ImageDataLayers and one with TextDataLayers"
+        )
+    image, text = found[ImageDataLayers], found[TextDataLayers]
+    tokens = cast(FlatLinear, cast(TextDataLayers, diffuser.data_layers[text])[0]).tokens
+    if tokens != FLAT_TOKENS:
+        raise WeightsError(f"model.modalities.{text}.data_layers.tokens={tokens}: diffusers has {FLAT_TOKENS}")
+    return diffuser, {
+        "image_unet": UnetNames(diffuser.plan, "image", image, image),
+        "text_unet": UnetNames(diffuser.plan, "flat", text, text),
+    }
+
+
+def check_whole(tensors: LazyTensors, model: ModelConfig, place: str) -> None:
+    """Check that tensors are the whole diffuser of a model.
+
+    Raises:
+        WeightsError: layers are missing, or the weights are of another model.
+    """
+    groups, present = active_groups(all_flows(model.modalities)), {layer_group(name) for name in tensors}
+    if absent := [group for group in groups if group not in present]:
+        raise WeightsError(f"{place}: no layers of {', '.join(absent)}; give weights of the last stage")
+    check_diffuser(tensors, model, groups, place)

@@ -1,10 +1,10 @@
-"""A weights folder: the diffuser alone, as what is imported, started from, sampled from and handed on.
+"""A weights folder: the diffuser alone, to start from, to sample from, and to hand on.
 
 weights/versatile_diffusion/
-    model-00001-of-00002.safetensors   tensors under the keys of the released weights, in the precision they came in
-    model.safetensors.index.json       which file has which; absent, with plain model.safetensors, if one is enough
+    model-00001-of-00002.safetensors   tensors under the keys of the 2023 release, in their published precision
+    model.safetensors.index.json       the file of each tensor; with a single model.safetensors there is no index
     model.yaml                         the model's configuration
-    weights.json                       size and SHA-256 of all these; its presence says that they are there
+    weights.json                       size and SHA-256 of each of these files; it is written last
 """
 
 from __future__ import annotations
@@ -21,17 +21,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vdtrain.config.schema import ModelConfig
-from vdtrain.errors import one_line
+from vdtrain.errors import one_line, system_error
 from vdtrain.files import FileRecord, damage, sync, write_text, written_whole
+from vdtrain.models.diffuser import layer_group
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.weights.checks import check_diffuser
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 from vdtrain.weights.versatile_diffusion import from_released, to_released
 
+FORMAT = 1
+STEM = "model"
+INDEX_FILE = "weights.json"
+MODEL_FILE = "model.yaml"
 SHARD_BYTES = 2 * 2**30
 
+Items = Iterable[tuple[str, Tensor]]
+Tracked = Callable[[Items, int], Items]
+"""(named tensors, their number) -> the same tensors, while the progress is shown."""
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file. Names may share memory, as the contexts that start from one attention do; each gets its copy.
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one file. Tensors may share memory; each gets a copy of its own.
+
+    Args:
+        metadata: strings for the file's header, beside "format".
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -47,18 +60,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
-        # transformers reads the framework from the metadata.
-        save_file(separate, path, metadata={"format": "pt"})
+        # transformers needs "format" in the metadata.
+        save_file(separate, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
-    # The library's files can be read by their owner alone, and weights are shared.
+        raise system_error(error) or OSError(str(error)) from error
+    # The library makes files that only their owner can read.
     path.chmod(mode)
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write `<stem>.safetensors`, or `<stem>-0000i-of-0000n.safetensors` with `<stem>.safetensors.index.json`.
 
-    No more than one file's tensors, about 2 GiB, are held at a time.
+    At most one file's tensors, about 2 GiB, are in memory.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -93,23 +106,13 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-FORMAT = 1
-STEM = "model"
-INDEX_FILE = "weights.json"
-MODEL_FILE = "model.yaml"
-
-Items = Iterable[tuple[str, Tensor]]
-Tracked = Callable[[Items, int], Items]
-"""Shows how far a loop over named tensors, of a known number, has come."""
-
-
 def untracked(items: Items, count: int) -> Items:
     """Show nothing."""
     return items
 
 
 def is_weights_folder(path: Path) -> bool:
-    """Whether a folder holds weights of this form, whole or damaged."""
+    """Whether a path is a weights folder, whole or damaged."""
     return (path / INDEX_FILE).is_file()
 
 
@@ -121,16 +124,16 @@ def write_weights_folder(
     overwrite: bool = False,
     tracked: Tracked = untracked,
 ) -> None:
-    """Write a weights folder; it appears when it is whole.
+    """Write a weights folder. The folder appears when it is whole.
 
     Args:
-        tensors: by our names; each is read once, and keeps its dtype.
-        model: what the tensors are the diffuser of.
+        tensors: by our names; each is read once and keeps its dtype.
+        model: the model of these tensors.
         setting: names where the path comes from, in errors.
-        overwrite: replace what is there.
+        overwrite: replace what exists.
 
     Raises:
-        ConfigError: there is something already, or the folder cannot be written.
+        ConfigError: the path exists already, or the folder cannot be written.
     """
     with written_whole(path, f"{setting}={path}", overwrite) as draft:
         draft.mkdir()
@@ -145,7 +148,7 @@ def open_weights_folder(path: Path, setting: str = "checkpoint", hashed: bool = 
     """The diffuser's tensors by our names. All files are checked; a tensor is read on access.
 
     Args:
-        hashed: False checks the files' sizes alone.
+        hashed: verify checksums; False compares only the sizes of files.
 
     Raises:
         WeightsError: a file is missing, truncated, damaged, or of other weights.
@@ -154,15 +157,30 @@ def open_weights_folder(path: Path, setting: str = "checkpoint", hashed: bool = 
     released = open_tensors(path, setting)
     names = {from_released(key): key for key in released}
     if foreign := names.get(None):
-        raise WeightsError(f"{setting}={path}: {foreign} is no key of a diffuser; import the weights again")
+        raise WeightsError(f"{setting}={path}: {foreign} is not a key of a diffuser; import the weights again")
     return released.renamed({name: key for name, key in names.items() if name is not None})
 
 
-def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig:
-    """The model that a weights folder is the diffuser of.
+def open_checked(path: Path, model: ModelConfig, setting: str) -> LazyTensors:
+    """A weights folder whose layer groups are those of a model: all groups, or those that a stage has trained so far.
 
     Raises:
-        WeightsError: the description is missing, damaged, or of another version of vdtrain.
+        WeightsError: the path is not a weights folder, or is of another model.
+    """
+    if not is_weights_folder(path):
+        raise WeightsError(
+            f"{setting}={path}: not a weights folder; give the output of `vdtrain weights export safetensors`"
+        )
+    tensors = open_weights_folder(path, setting)
+    check_diffuser(tensors, model, {layer_group(name) for name in tensors}, f"{setting}={path}")
+    return tensors
+
+
+def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig:
+    """The configuration of a weights folder's model.
+
+    Raises:
+        WeightsError: the configuration is missing, damaged, or of another version of vdtrain.
     """
     try:
         document = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path / MODEL_FILE))
@@ -187,6 +205,6 @@ def _check(path: Path, setting: str, hashed: bool) -> None:
     if written_by != FORMAT:
         raise WeightsError(f"{setting}={path}: format {written_by}, and this version of vdtrain reads format {FORMAT}")
     if foreign := {file.name for file in path.glob("*.safetensors*")} - records.keys():
-        raise WeightsError(f"{setting}={path}: {min(foreign)} does not belong to it; take it away")
+        raise WeightsError(f"{setting}={path}: {min(foreign)} does not belong to it; remove it")
     if damaged := damage(path, records, hashed=hashed):
         raise WeightsError(f"{setting}={path}: {damaged}; {remedy}")

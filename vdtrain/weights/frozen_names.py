@@ -1,4 +1,4 @@
-"""The image VAE's weights under CompVis' names (kl-f8) and under those of diffusers' AutoencoderKL."""
+"""Names of frozen weights: CLIP by open_clip and by Hugging Face, the image VAE by CompVis and by diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Each table: Hugging Face's name -> open_clip's.
+# CLIP, Hugging Face's names -> open_clip's.
 SAME = {
     "logit_scale": "logit_scale",
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
@@ -38,7 +38,7 @@ TOWERS = {
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "text_model.encoder.layers.": "transformer.resblocks.",
 }
-# Constants that files of older versions of transformers have among the weights.
+# Constants that older versions of transformers save with the weights.
 POSITION_IDS = re.compile(r"(vision|text)_model\.embeddings\.position_ids")
 QUERY = "self_attn.q_proj."
 
@@ -71,8 +71,8 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[transposed[name]] = tensor.T.contiguous()
         elif ".attn.in_proj_" in name:
             stem, _, kind = _layer_name(name, towers, {}).rpartition(".attn.in_proj_")
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{stem}.self_attn.{part}_proj.{kind}"] = piece.clone()
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{stem}.self_attn.{part}_proj.{kind}"] = chunk.clone()
         else:
             renamed[same.get(name) or _layer_name(name, towers, parts)] = tensor
     return renamed
@@ -85,7 +85,7 @@ def _joined(name: str) -> str:
 
 
 def _layer_name(name: str, towers: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """A name inside a transformer layer, in the other naming; any other name as it is."""
+    """A name inside a transformer layer under the other naming; any other name is kept."""
     for old, new in towers.items():
         if name.startswith(old):
             number, _, rest = name.removeprefix(old).partition(".")
@@ -94,7 +94,8 @@ def _layer_name(name: str, towers: Mapping[str, str], parts: Mapping[str, str]) 
     return name
 
 
-PARTS = {
+# The image VAE, CompVis' names -> diffusers'.
+VAE_PARTS = {
     "block": "resnets",
     "downsample": "downsamplers.0",
     "upsample": "upsamplers.0",
@@ -110,7 +111,7 @@ ATTENTION = {
     "k": "to_k",
     "v": "to_v",
     "proj_out": "to_out.0",
-    # diffusers before 0.13, and the folders published then.
+    # diffusers before 0.13, and folders published then.
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
@@ -119,12 +120,12 @@ ATTENTION = {
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CompVis' weights for diffusers' AutoencoderKL; what has diffusers' name already, or is foreign, keeps it."""
+    """CompVis' weights for diffusers' AutoencoderKL. A foreign tensor, or one with diffusers' name, keeps its name."""
     levels = 1 + max((int(match[1]) for key in state if (match := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = _diffusers_name(name, levels)
-        # diffusers has linear layers where CompVis has convolutions of one pixel.
+        # diffusers has linear layers in place of CompVis' convolutions of one pixel.
         linear = re.search(r"attentions\.0\.to_\w+(\.0)?\.weight$", new)
         renamed[new] = tensor.flatten(1) if linear else tensor
     return renamed
@@ -139,6 +140,6 @@ def _diffusers_name(name: str, levels: int) -> str:
         return f"{match[1]}.{ATTENTION.get(match[2], match[2])}."
 
     name = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", re.sub(r"\.up\.(\d+)\.", upper, name))
-    for old, new in PARTS.items():
+    for old, new in VAE_PARTS.items():
         name = name.replace(f".{old}.", f".{new}.")
     return re.sub(r"(\.attentions\.0)\.(\w+)\.", attention, name)

@@ -1,9 +1,9 @@
-"""Where an import reads from: a local path, or files of a Hugging Face repository at one commit."""
+"""The local path of published weights: a path of the user's, or files of a Hugging Face repository at one commit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from vdtrain.errors import one_line
@@ -16,25 +16,27 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 DESCRIPTIONS = (".json", ".txt")
 
 
-def fetched(path: str, parts: Sequence[str]) -> Path:
-    """The local path of what an import names, downloaded into Hugging Face's cache if it lies in a repository.
+def fetched(path: str, parts: Collection[str]) -> Path:
+    """The local path of published weights; an address is downloaded into Hugging Face's cache.
 
     Args:
-        path: a local path, also of a repository in the client's cache, or `hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT`.
-        parts: what is needed of a folder: files, or folders within it; none for all weights and descriptions.
+        path: a local path, a repository's folder in the client's cache, or `hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT`.
+        parts: files or subfolders that are needed of a folder; none for all weights and descriptions.
 
     Raises:
-        WeightsError: no such path or repository, no full commit, or no network.
+        WeightsError: the path or repository does not exist, the commit is not complete, or the network fails.
     """
     if not path.startswith(PREFIX):
         local = Path(path).expanduser()
         if not local.exists():
-            raise WeightsError(f"path={path}: no such file or folder; give what is there, or hf:ORG/REPO/FILE@COMMIT")
+            raise WeightsError(
+                f"path={path}: no such file or folder; give an existing path, or hf:ORG/REPO/FILE@COMMIT"
+            )
         return _snapshot(local, path)
     match = ADDRESS.fullmatch(path)
     if match is None or ".." in path or not COMMIT.fullmatch(match[3]):
         raise WeightsError(
-            f"path={path}: not of the form hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT with the 40 digits of a commit; "
+            f"path={path}: not of the form hf:ORG/REPO[/FILE_OR_FOLDER]@COMMIT with a commit of 40 digits; "
             "pin a commit, so that the weights cannot change"
         )
     repository, inside, commit = match.groups()
@@ -42,7 +44,7 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
         return _download(repository, (inside or "").strip("/"), commit, parts)
     except WeightsError:
         raise
-    # The client raises errors of its own, of its HTTP library and of the system, which change with its version.
+    # The client raises its own errors, its HTTP library's and the system's, and they change with its version.
     except Exception as error:
         reason = one_line(error)[:200]
         raise WeightsError(
@@ -52,18 +54,18 @@ def fetched(path: str, parts: Sequence[str]) -> Path:
 
 
 def _snapshot(local: Path, path: str) -> Path:
-    """The files of a repository in the cache of Hugging Face's client, by the folder of the repository."""
+    """The folder of files, if a path is a repository's folder in the cache of Hugging Face's client."""
     snapshots = local / "snapshots"
     if not (snapshots.is_dir() and (local / "blobs").is_dir()):
         return local
     found = sorted(snapshots.iterdir())
     if len(found) != 1:
         names = ", ".join(each.name for each in found[:5])
-        raise WeightsError(f"path={path}: a cache with {len(found)} commits ({names}); name one, snapshots/COMMIT")
+        raise WeightsError(f"path={path}: a cache with {len(found)} commits ({names}); give one, snapshots/COMMIT")
     return found[0]
 
 
-def _download(repository: str, inside: str, commit: str, parts: Sequence[str]) -> Path:
+def _download(repository: str, inside: str, commit: str, parts: Collection[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     if PurePosixPath(inside).suffix in (*SUFFIXES, *DESCRIPTIONS):
@@ -82,8 +84,8 @@ def _download(repository: str, inside: str, commit: str, parts: Sequence[str]) -
     return file.parents[len(PurePosixPath(name).parts) - 1]
 
 
-def needed(files: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """Of a repository's files those that an import reads: one form of weights a folder."""
+def needed(files: Collection[str], parts: Collection[str]) -> list[str]:
+    """The files of a repository that an import reads: one form of weights for each folder."""
     inside = [
         name for name in files if not parts or name in parts or name.startswith(tuple(f"{part}/" for part in parts))
     ]

@@ -1,188 +1,184 @@
-"""What comes of each source of `vdtrain weights import`: files, checked before any of them is written."""
+"""What `vdtrain weights import` reads: one function for each source.
+
+A function reads and checks everything, and returns what will be written; it writes nothing. PyTorch is imported inside
+the functions, so that help and errors of the command line are fast.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
+from vdtrain.config.schema import ModelConfig, WeightsConfig
+from vdtrain.errors import ConfigError
+from vdtrain.files import refuse_existing
 
-from vdtrain.config.schema import ModelConfig
-from vdtrain.files import refuse_existing, write_text, written_whole
-from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights import diffuser_sources, frozen_sources
-from vdtrain.weights import frozen_sources as tokenizer_files
-from vdtrain.weights.catalogue import SOURCES, pipeline_source
-from vdtrain.weights.diffuser_sources import Opened
-from vdtrain.weights.folder import Tracked, write_safetensors, write_weights_folder
-from vdtrain.weights.frozen_sources import Convert, FrozenPart, Target
-from vdtrain.weights.hub import fetched
-from vdtrain.weights.tensor_files import SUFFIXES, LazyTensors, open_tensors
+if TYPE_CHECKING:
+    from vdtrain.weights.folder import Tracked
+    from vdtrain.weights.tensor_files import LazyTensors
 
+RELEASED = "hf:shi-labs/versatile-diffusion{}@2926f8e11ea526b562cd592b099fcf9c2985d0b7"
+# Where a source is downloaded from if no path is given.
+ADDRESSES = {
+    "versatile_diffusion": RELEASED.format("/pretrained_pth/vd-four-flow-v1-0.pth"),
+    "diffusers": RELEASED.format(""),
+    "stable_diffusion": "hf:CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b",
+    "image_vae": RELEASED.format("/pretrained_pth/kl-f8.pth"),
+    "text_vae": RELEASED.format("/pretrained_pth/optimus-vae.pth"),
+    "clip": "hf:openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "bert_tokenizer": "hf:google-bert/bert-base-cased@cd5ef92a9fb2f889e972770a36d4ed042daf221e",
+    "gpt2_tokenizer": "hf:openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+}
+# Where a source's diffuser goes if no output is given. The other sources are frozen parts.
+FOLDERS = {
+    "versatile_diffusion": "weights/versatile_diffusion",
+    "diffusers": "weights/versatile_diffusion",
+    "safetensors": "weights/versatile_diffusion",
+    "stable_diffusion": "weights/stable_diffusion_v1",
+}
+DEFAULT_MODEL = "versatile_diffusion"
 OUTPUT, PATH = "output", "path"
 
 
 @dataclass(frozen=True)
-class Product:
-    """A file or folder that an import makes: checked, not yet written.
+class Output:
+    """A file or folder that an import will write. Its content is checked.
 
     Attributes:
-        place: the setting that names it, and its value.
         summary: what it holds, for people.
-        is_there: whether what stands there already is the same.
+        write: writes it, and shows the progress.
     """
 
     path: Path
-    place: str
     summary: str
-    write: Callable[[bool, Tracked], None]
-    is_there: Callable[[], bool] = lambda: False
+    write: Callable[[Tracked], None]
 
 
-@dataclass(frozen=True)
-class Request:
-    """An import: of what model, where the diffuser goes, and whether what is there may be replaced."""
+def versatile_diffusion(path: str, config: WeightsConfig) -> list[Output]:
+    """Versatile Diffusion: vd-four-flow-v1-0.pth of 2023, or vd-official.pth of 2022 with its frozen parts."""
+    from vdtrain.weights.frozen_parts import outputs_of
+    from vdtrain.weights.versatile_diffusion import open_release
 
-    model: ModelConfig
-    output: Path
-    overwrite: bool
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a source becomes files.
-
-    Attributes:
-        targets: the files of frozen parts that it makes, known before it is read.
-        read: (local path, request) -> what comes of it.
-    """
-
-    targets: Callable[[ModelConfig], list[Target]]
-    read: Callable[[Path, Request], list[Product]]
+    local = _fetched("versatile_diffusion", path, config)
+    diffuser, frozen = open_release(local, config.model, PATH)
+    return [_weights_folder(diffuser, config), *outputs_of(frozen, local, config)]
 
 
-def products(name: str, path: str, request: Request) -> list[Product]:
-    """Fetch and check what a source, by name, gives, without writing anything.
+def diffusers(path: str, config: WeightsConfig) -> list[Output]:
+    """Versatile Diffusion as a diffusers folder; its diffuser only."""
+    from vdtrain.weights.diffusers_names import open_pipeline
 
-    Raises:
-        ConfigError: the source cannot be read, is of another model, or something stands where it would go.
-    """
-    source, reader = SOURCES[name], READERS[name]
-    if source.output is not None:
-        refuse_existing(request.output, f"{OUTPUT}={request.output}", request.overwrite)
-    for target in reader.targets(request.model):
-        if target.path.suffix in SUFFIXES and target.path.suffix != ".safetensors":
-            raise WeightsError(f"{target.place}: safetensors are made; give the file the ending .safetensors")
-        refuse_existing(target.path, target.place, request.overwrite)
-    local = fetched(path, source.parts)
-    if source.output is not None and (other := pipeline_source(local)) not in (None, name):
-        raise WeightsError(
-            f"{PATH}={path}: a pipeline of diffusers for another source; `vdtrain weights import {other}` reads it"
-        )
-    found = reader.read(local, request)
-    for product in found:
-        refuse_existing(product.path, product.place, request.overwrite)
-    return found
+    local = _fetched("diffusers", path, config, ("image_unet", "text_unet", "scheduler"))
+    return [_weights_folder(open_pipeline(local, config.model, PATH), config)]
+
+
+def safetensors(path: str, config: WeightsConfig) -> list[Output]:
+    """A weights folder that `vdtrain weights export safetensors` wrote."""
+    from vdtrain.weights.folder import open_checked
+
+    local = _fetched("safetensors", path, config)
+    return [_weights_folder(open_checked(local, config.model, PATH), config)]
+
+
+def stable_diffusion(path: str, config: WeightsConfig) -> list[Output]:
+    """Stable Diffusion v1 as the start of stage 1: sd-v1-4.ckpt, or a diffusers folder."""
+    from vdtrain.weights.stable_diffusion import open_stable_diffusion
+
+    local = _fetched("stable_diffusion", path, config, ("unet", "scheduler"))
+    return [_weights_folder(open_stable_diffusion(local, config.model, list(config.model.modalities), PATH), config)]
+
+
+def image_vae(path: str, config: WeightsConfig) -> list[Output]:
+    """The image VAE: kl-f8.pth, Stable Diffusion's file, or a diffusers vae folder."""
+    from vdtrain.weights.frozen_parts import IMAGE_VAE, part_outputs
+
+    return part_outputs(IMAGE_VAE, path, config)
+
+
+def text_vae(path: str, config: WeightsConfig) -> list[Output]:
+    """The text VAE Optimus: optimus-vae.pth."""
+    from vdtrain.weights.frozen_parts import TEXT_VAE, part_outputs
+
+    return part_outputs(TEXT_VAE, path, config)
+
+
+def clip(path: str, config: WeightsConfig) -> list[Output]:
+    """CLIP ViT-L/14, by Hugging Face or by open_clip."""
+    from vdtrain.weights.frozen_parts import CLIP, part_outputs
+
+    return part_outputs(CLIP, path, config)
+
+
+def bert_tokenizer(path: str, config: WeightsConfig) -> list[Output]:
+    """BERT-base-cased's tokenizer: tokenizer.json or vocab.txt."""
+    from vdtrain.weights.caption_tokenizers import tokenizer_outputs
+    from vdtrain.weights.frozen_parts import BERT_TOKENIZER
+
+    return tokenizer_outputs(BERT_TOKENIZER, path, config)
+
+
+def gpt2_tokenizer(path: str, config: WeightsConfig) -> list[Output]:
+    """GPT-2's tokenizer: tokenizer.json, or vocab.json and merges.txt."""
+    from vdtrain.weights.caption_tokenizers import tokenizer_outputs
+    from vdtrain.weights.frozen_parts import GPT2_TOKENIZER
+
+    return tokenizer_outputs(GPT2_TOKENIZER, path, config)
+
+
+Source = Callable[[str, WeightsConfig], list[Output]]
+"""(path or address, settings) -> what will be written. For a diffuser, `output` is set. The first line of the docstring
+is the help text. Raises a ConfigError if the weights cannot be read or are of another model, or the output exists."""
+
+SOURCES: dict[str, Source] = {
+    source.__name__: source
+    for source in (
+        versatile_diffusion,
+        diffusers,
+        safetensors,
+        stable_diffusion,
+        image_vae,
+        text_vae,
+        clip,
+        bert_tokenizer,
+        gpt2_tokenizer,
+    )
+}
 
 
 def source_of(file: str, model: ModelConfig) -> str | None:
-    """The source whose import makes a file that the model's configuration names; None if there is none."""
-    for name, reader in READERS.items():
-        with contextlib.suppress(WeightsError):
-            if any(target.path == Path(file).expanduser() for target in reader.targets(model)):
-                return name
+    """The source whose import makes a file of the model's configuration; None if no import makes it."""
+    from vdtrain.weights.frozen_parts import PARTS
+
+    for part in PARTS:
+        try:
+            targets = part.targets(model)
+        except ConfigError:
+            continue
+        if any(target.path == Path(file).expanduser() for target in targets):
+            return part.source
     return None
 
 
-def _no_targets(model: ModelConfig) -> list[Target]:
-    return []
+def _fetched(source: str, path: str, config: WeightsConfig, needed: Collection[str] = ()) -> Path:
+    """The local path of a published diffuser. Where the diffuser will go is checked first."""
+    from vdtrain.weights.hub import fetched
+    from vdtrain.weights.layouts import pipeline_source
+
+    refuse_existing(Path(str(config.output)), f"{OUTPUT}={config.output}", config.overwrite)
+    local = fetched(path, needed)
+    if (other := pipeline_source(local)) not in (None, source):
+        raise ConfigError(
+            f"{PATH}={path}: a diffusers pipeline for another source; `vdtrain weights import {other}` reads it"
+        )
+    return local
 
 
-def _diffuser(read: Callable[[Path, ModelConfig], Opened]) -> Reader:
-    def made(path: Path, request: Request) -> list[Product]:
-        opened = read(path, request.model)
-        place = f"{OUTPUT}={request.output}"
+def _weights_folder(diffuser: LazyTensors, config: WeightsConfig) -> Output:
+    from vdtrain.weights.folder import write_weights_folder
 
-        def write(overwrite: bool, tracked: Tracked) -> None:
-            write_weights_folder(request.output, opened.diffuser, request.model, OUTPUT, overwrite, tracked)
-
-        frozen = [
-            product
-            for part, convert, tensors in opened.frozen
-            for product in _part_files(part, convert, tensors, request.model, f"{PATH}={path}")
-            if request.overwrite or not product.is_there()
-        ]
-        return [Product(request.output, place, opened.diffuser.summary, write), *frozen]
-
-    return Reader(_no_targets, made)
-
-
-def _frozen(part: FrozenPart, convert: Convert) -> Reader:
-    def made(path: Path, request: Request) -> list[Product]:
-        # In a whole pipeline's folder the part has one of its own.
-        inside = path / part.part if (path / part.part).is_dir() else path
-        return _part_files(part, convert, open_tensors(inside, PATH), request.model, f"{PATH}={path}")
-
-    return Reader(part.targets, made)
-
-
-def _tokenizer(part: FrozenPart, size: str, read: Callable[[Path, int, str], Tokenizer]) -> Reader:
-    def made(path: Path, request: Request) -> list[Product]:
-        found = []
-        for target in part.targets(request.model):
-            tokenizer = read(path, target.specification[size], f"{PATH}={path}")
-            summary = f"{tokenizer.get_vocab_size():,} entries"
-            found.append(Product(target.path, target.place, summary, partial(_write_tokenizer, target, tokenizer)))
-        return found
-
-    return Reader(part.targets, made)
-
-
-def _part_files(
-    part: FrozenPart, convert: Convert, tensors: LazyTensors, model: ModelConfig, place: str
-) -> list[Product]:
-    found = []
-    for target in part.targets(model):
-        state = convert(tensors, target.specification, place)
-        summary = LazyTensors.of(state).summary
-        write, is_there = partial(_write_part, target, state), partial(_holds, target, state)
-        found.append(Product(target.path, target.place, summary, write, is_there))
-    return found
-
-
-def _holds(target: Target, state: Mapping[str, Tensor]) -> bool:
-    """Whether a part that was imported before has the same tensors."""
-    if not target.path.is_file():
-        return False
-    there = open_tensors(target.path, target.setting)
-    return there.keys() == state.keys() and all(
-        there.entries[name].dtype == tensor.dtype and torch.equal(there[name], tensor) for name, tensor in state.items()
-    )
-
-
-def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tracked: Tracked) -> None:
-    with written_whole(target.path, target.place, overwrite) as draft:
-        write_safetensors(draft, state)
-
-
-def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool, tracked: Tracked) -> None:
-    with written_whole(target.path, target.place, overwrite) as draft:
-        write_text(draft, tokenizer.to_str(pretty=True))
-
-
-READERS = {
-    "versatile_diffusion": _diffuser(diffuser_sources.versatile_diffusion),
-    "diffusers": _diffuser(diffuser_sources.diffusers),
-    "safetensors": _diffuser(diffuser_sources.safetensors),
-    "stable_diffusion": _diffuser(diffuser_sources.stable_diffusion),
-    "image_vae": _frozen(frozen_sources.IMAGE_VAE, frozen_sources.image_vae),
-    "text_vae": _frozen(frozen_sources.TEXT_VAE, frozen_sources.text_vae),
-    "clip": _frozen(frozen_sources.CLIP, frozen_sources.clip),
-    "bert_tokenizer": _tokenizer(frozen_sources.BERT_TOKENIZER, "encoder_vocabulary", tokenizer_files.bert_tokenizer),
-    "gpt2_tokenizer": _tokenizer(frozen_sources.GPT2_TOKENIZER, "decoder_vocabulary", tokenizer_files.gpt2_tokenizer),
-}
+    folder = Path(str(config.output))
+    write = partial(write_weights_folder, folder, diffuser, config.model, OUTPUT, config.overwrite)
+    return Output(folder, diffuser.summary, write)

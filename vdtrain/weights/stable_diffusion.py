@@ -1,8 +1,8 @@
-"""Stable Diffusion v1.x as a starting point, in CompVis' or in diffusers' layout: what stage 1 inherits, from where.
+"""Stable Diffusion v1.x as the start of stage 1, in CompVis' or in diffusers' layout.
 
-The U-Net's time embedding becomes the global layers, its residual and sampling layers the image data layers, and its
-transformer blocks the context layers of every context modality: stage 1 trains the image's, and carries the text's
-along for stage 2. Text data layers have no counterpart and start at random.
+The U-Net's time embedding becomes the global layers. Its residual and sampling layers become the image data layers. Its
+transformer blocks become the context layers of every modality: stage 1 trains those of images and keeps those of text
+for stage 2. Text data layers have no counterpart and start at random.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ import torch
 from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import GLOBAL_GROUP
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen_weights import WeightsError, compare
+from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
-from vdtrain.weights.diffusers_names import UnetNames, check_sizes
-from vdtrain.weights.layouts import AVERAGED, COMPVIS, DIFFUSERS, LEFTOVERS, VD_2022, averaged_name, contents
-from vdtrain.weights.schedule_buffers import check_schedule
+from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
+from vdtrain.weights.diffusers_names import UnetNames
+from vdtrain.weights.layouts import COMPVIS, DIFFUSERS, EMA_UNET, LEFTOVERS, VD_2022, contents, ema_name
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 UNET_PREFIX = "model.diffusion_model."
-# Channels of the first layer, and widths of the contexts, that tell other networks of the family.
+# Input channels and context widths of the other networks of the family.
 OTHER_CHANNELS = {7: "a network for upscaling", 8: "a network for editing or upscaling", 9: "a network for inpainting"}
 OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
-    """CompVis' module names of the data layers and of the context layers, each in the order of the plan."""
+    """CompVis' module names of the data layers and of the context layers, in the order of the plan."""
     data: list[str] = []
     context: list[str] = []
-    going_up = "load"
-    middle = plan.steps.index(going_up) - 3  # block, context, block stand before the first skip is loaded
+    middle = plan.steps.index("load") - 3  # block, context, block stand before the first skip is loaded
     block, part = -1, 0
     for place, step in enumerate(plan.steps):
         if isinstance(step, str):
@@ -45,7 +44,7 @@ def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
         else:
             if place == middle + 4:
                 block = -1
-            # On the way down every data layer opens a block; on the way up only those that take a skip do.
+            # On the way down every data layer starts a block; on the way up only layers that take a skip do.
             opens = isinstance(step, DataStep) and step.role is not Role.UP
             block, part = (block + 1, 0) if opens else (block, part + 1)
             name = f"{'input' if place < middle else 'output'}_blocks.{block}.{part}"
@@ -54,7 +53,7 @@ def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
 
 
 def own_names(plan: LayerPlan, key: str, image: str, contexts: Collection[str]) -> list[str]:
-    """Our parameter names that take the tensor of a U-Net key (without its prefix); empty if none does."""
+    """Our parameter names for a U-Net key (without its prefix); attention has one for each of `contexts`."""
     if key.startswith("time_embed."):
         return ["global_layers." + key.removeprefix("time_embed.")]
     data, context = layer_names(plan)
@@ -69,7 +68,7 @@ def own_names(plan: LayerPlan, key: str, image: str, contexts: Collection[str]) 
 
 
 def compvis_key(plan: LayerPlan, name: str) -> str:
-    """CompVis' key, below its prefix, of one of our parameter names; the modality is left out."""
+    """CompVis' key, without its prefix, of one of our parameter names. The modality makes no difference."""
     kind, _, rest = name.partition(".")
     if kind == "global_layers":
         return f"time_embed.{rest}"
@@ -79,17 +78,17 @@ def compvis_key(plan: LayerPlan, name: str) -> str:
 
 
 def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[str], setting: str) -> LazyTensors:
-    """Stable Diffusion's U-Net by our names, each tensor read on access.
+    """Stable Diffusion's U-Net by our names; a tensor is read on access.
 
     Args:
-        path: CompVis' file, whole or of the U-Net alone; or diffusers': the pipeline's folder, its `unet/`, or the file
-            in it. Of a file with an averaged copy (`model_ema.*`) beside the weights the weights are taken.
-        model: that takes the weights; its base modality's data layers and the global layers are filled.
-        contexts: names of the context modalities that start from the U-Net's attention.
+        path: CompVis' file, whole or only the U-Net; or diffusers' folder, its `unet/`, or the file in there. In a file
+            with weights and their EMA copy (`model_ema.*`), the weights are read.
+        model: takes the weights: in its global layers and the data layers of its base modality.
+        contexts: modalities whose context layers start from the U-Net's attention.
         setting: names where the path comes from, in errors.
 
     Raises:
-        WeightsError: the file cannot be read without running code, or is no Stable Diffusion v1 of the model's sizes.
+        WeightsError: the file cannot be read without running code, or is not Stable Diffusion v1 of the model's sizes.
     """
     place = f"{setting}={path}"
     folder = path / "unet" if (path / "unet").is_dir() else path
@@ -102,7 +101,7 @@ def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[s
             "starts from Stable Diffusion v1"
         )
     if DIFFUSERS.prefixes(tensors):
-        check_sizes(unet / "config.json", model.diffuser, f"{setting}={folder}")
+        check_unet_config(unet / "config.json", model.diffuser, f"{setting}={folder}")
     check_schedule(tensors, model.schedule, place, path, unet.parent if unet.name == "unet" else None)
     data = model.base_modality
     attention = f"context_layers.{data}."
@@ -115,20 +114,12 @@ def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[s
         }
     found = tensors.renamed(names)
     groups = [GLOBAL_GROUP, f"data.{data}", *(f"context.{name}" for name in contexts)]
-    with torch.device("meta"):
-        expected = Diffuser(model, groups).state_dict()
-    if differences := compare(expected, found.outline()):
-        other = _other_release(found, data)
-        raise WeightsError(f"{place}: {other}weights of another model than model={model.name}: {differences}")
+    check_diffuser(found, model, groups, place + _other_release(found, data))
     return found
 
 
 def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str, str] | None:
-    """Our name, with the base modality's contexts -> the file's key; None where there is no U-Net.
-
-    Raises:
-        WeightsError: a U-Net with something that has no place in the model.
-    """
+    """Our name, with the base modality's contexts -> the file's key; None if the file has no U-Net."""
     plan, data = make_plan(model.diffuser), model.base_modality
     if VD_2022.prefixes(tensors):
         return None
@@ -138,8 +129,8 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
             return next(iter(own_names(plan, key, data, [data])), None)
     elif prefixes := DIFFUSERS.prefixes(tensors):
         own = UnetNames(plan, "image", data, data).to_own
-    elif AVERAGED.prefixes(tensors):
-        return _averaged(tensors, model)
+    elif EMA_UNET.prefixes(tensors):
+        return _ema_names(tensors, model)
     else:
         return None
     prefix = prefixes[0]
@@ -155,28 +146,27 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
     return names
 
 
-def _averaged(tensors: LazyTensors, model: ModelConfig) -> dict[str, str]:
-    """Of a file with nothing but the averaged copy, whose keys have lost their dots."""
+def _ema_names(tensors: LazyTensors, model: ModelConfig) -> dict[str, str]:
+    """The same for a file with only the EMA copy, whose keys have no dots."""
     plan, data = make_plan(model.diffuser), model.base_modality
     with torch.device("meta"):
         expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", f"context.{data}"]).state_dict()
-    keys = {name: averaged_name(UNET_PREFIX + compvis_key(plan, name)) for name in expected}
+    keys = {name: ema_name(UNET_PREFIX + compvis_key(plan, name)) for name in expected}
     return {name: key for name, key in keys.items() if key in tensors}
 
 
 def _release_of(key: str) -> str:
-    return (
-        "it is Stable Diffusion XL or of images' embeddings; " if "label_emb." in key or "add_embedding." in key else ""
-    )
+    is_other = "label_emb." in key or "add_embedding." in key
+    return "it is Stable Diffusion XL, or takes image embeddings; " if is_other else ""
 
 
 def _other_release(found: LazyTensors, data: str) -> str:
-    """Which of the other networks of this family it is, for people."""
-    outline = found.outline()
-    channels = outline[f"data_layers.{data}.0.weight"].shape[1] if f"data_layers.{data}.0.weight" in outline else 4
-    width = next((each.shape[-1] for name, each in outline.items() if name.endswith("attn2.to_k.weight")), 768)
+    """The name of another network of this family, for the error; "" if unknown."""
+    first = found.entries.get(f"data_layers.{data}.0.weight")
+    channels = 4 if first is None else first.shape[1]
+    width = next((each.shape[-1] for name, each in found.entries.items() if name.endswith("attn2.to_k.weight")), 768)
     if channels in OTHER_CHANNELS:
-        return f"it is {OTHER_CHANNELS[channels]}, with {channels} channels in; give the plain one; "
+        return f": it is {OTHER_CHANNELS[channels]}, with {channels} input channels; give the plain one"
     if width in OTHER_WIDTHS:
-        return f"it is {OTHER_WIDTHS[width]}, with contexts {width} wide; give version 1; "
+        return f": it is {OTHER_WIDTHS[width]}, with contexts {width} wide; give version 1"
     return ""

@@ -1,7 +1,7 @@
-"""Tensors by name out of any weights file, each read when it is asked for: a 10 GB file takes the memory of one tensor.
+"""Tensors by name from any weights file. A tensor is read on access, so a 10 GB file takes the memory of one tensor.
 
-Safetensors, one file or several with an index, and PyTorch's files. A file is told by its content, not by its ending.
-Nothing in it is run.
+Reads safetensors, one file or several with an index, and PyTorch's files. The content decides on the kind of a file,
+not its suffix. Nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.weights.torch_reading import read_state_dict
 
-# In the order of preference.
+# In order of preference.
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 VARIANTS = ("", "fp16", "bf16")
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")
@@ -34,11 +34,11 @@ INDICES = re.compile(r"[^.]+(?:\.(\w+))?(\.\w+)\.index(?:\.(\w+))?\.json")
 
 @dataclass(frozen=True)
 class Choice:
-    """One form of the weights.
+    """One form of a folder's weights: a precision and a file format.
 
     Attributes:
-        index: that names the files, if there is one.
-        files: of the weights; with an index, those beside it of the same form.
+        index: name of the index file, if there is one.
+        files: names of the weights files.
     """
 
     index: str | None
@@ -46,14 +46,14 @@ class Choice:
 
     @property
     def sharded(self) -> bool:
-        """Whether the files are parts of a whole."""
+        """Whether each file is one shard of the weights."""
         return all(re.search(r"-\d+-of-\d+", name) for name in self.files)
 
 
 def choose(names: Iterable[str]) -> Choice | None:
-    """The form to read: full precision before variants of it ("model.fp16.bin"), safetensors before pickles.
+    """The form to read: full precision before variants ("model.fp16.bin"), then safetensors before pickles.
 
-    None where there are no weights.
+    None if no file has weights.
     """
     files: dict[tuple[str, str], list[str]] = {}
     indices: dict[tuple[str, str], str] = {}
@@ -87,14 +87,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Names that parallel and compiled models put into those of their weights.
+# Names that parallel and compiled models add to the names of weights.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is somewhere else: its outline, and how it is read."""
+    """A tensor that is not read yet: shape, dtype, and how to read it."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -106,18 +106,18 @@ class Entry:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, on the CPU. Access reads; nothing read is kept, and names, shapes and dtypes cost no reading.
+    """Tensors by name, on the CPU. Each access reads a tensor and keeps nothing. Names, shapes and dtypes are known.
 
     Args:
-        notes: what the file says of itself beside its tensors.
+        metadata: strings in the header of a safetensors file.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], notes: Mapping[str, str] | None = None) -> None:
-        self.entries, self.notes = dict(entries), dict(notes or {})
+    def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
+        self.entries, self.metadata = dict(entries), dict(metadata or {})
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The same of tensors that are in memory, or lazy already."""
+        """From tensors in memory, or from lazy ones."""
         if isinstance(tensors, LazyTensors):
             return cls(tensors.entries)
         return cls({name: Entry.of(tensor) for name, tensor in tensors.items()})
@@ -134,25 +134,25 @@ class LazyTensors(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def outline(self) -> dict[str, Tensor]:
-        """Every tensor without its values, on the meta device: shapes and dtypes."""
+    def meta(self) -> dict[str, Tensor]:
+        """Every tensor on the meta device: shape and dtype without values."""
         return {
             name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in self.entries.items()
         }
 
     def renamed(self, names: Mapping[str, str]) -> LazyTensors:
-        """The tensors under other names, new name -> old name. An old name may serve several new ones, or none."""
+        """The tensors under other names. `names` maps new to old names; several new names may have one old name."""
         return LazyTensors({new: self.entries[old] for new, old in names.items()})
 
     def cast(self, dtype: torch.dtype | None) -> LazyTensors:
-        """Floating-point tensors in another precision, the others as they are; None changes nothing."""
+        """With floating-point tensors in another precision; None changes nothing."""
         if dtype is None:
             return self
 
         def read(name: str, entry: Entry) -> Tensor:
             tensor, given = entry.read().to(dtype), entry.dtype
             if torch.finfo(dtype).max < torch.finfo(given).max and not is_finite(tensor):
-                raise WeightsError(f"precision=fp16: {name} holds values beyond it; choose bf16, fp32 or keep")
+                raise WeightsError(f"precision=fp16: {name} holds values beyond its range; choose bf16, fp32 or keep")
             return tensor
 
         return LazyTensors(
@@ -163,27 +163,27 @@ class LazyTensors(Mapping[str, Tensor]):
         )
 
     def checked(self, place: str) -> LazyTensors:
-        """The same, where access raises a WeightsError with the tensor's name for values that are not finite."""
+        """The same tensors; access raises a WeightsError if a value is not finite."""
 
         def read(name: str, entry: Entry) -> Tensor:
             tensor = entry.read()
             if not is_finite(tensor):
                 raise WeightsError(
-                    f"{place}: {name} holds values that are NaN or infinite; fetch it again, or take other weights"
+                    f"{place}: {name} holds values that are NaN or infinite; fetch it again, or give other weights"
                 )
             return tensor
 
         return LazyTensors(
             {name: Entry(entry.shape, entry.dtype, partial(read, name, entry)) for name, entry in self.entries.items()},
-            self.notes,
+            self.metadata,
         )
 
     def unwrapped(self, place: str) -> LazyTensors:
-        """The same without the names of what a model was wrapped in for training, e.g. "module." and "_orig_mod."."""
+        """The same tensors, without the names of wrappers for training such as "module." and "_orig_mod."."""
         names = {key: ".".join(word for word in key.split(".") if word not in WRAPPERS) for key in self.entries}
         if len(set(names.values())) < len(names):
             raise WeightsError(f"{place}: holds weights twice, with and without {' or '.join(WRAPPERS)} in their names")
-        return LazyTensors({name: self.entries[key] for key, name in names.items()}, self.notes)
+        return LazyTensors({name: self.entries[key] for key, name in names.items()}, self.metadata)
 
     @property
     def nbytes(self) -> int:
@@ -197,23 +197,29 @@ class LazyTensors(Mapping[str, Tensor]):
         return f"{len(self):,} tensors, {' and '.join(dtypes)}, {self.nbytes / 1e6:,.1f} MB"
 
 
+def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether names, dtypes and values are equal."""
+    pairs = ((first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def open_tensors(path: Path, setting: str) -> LazyTensors:
-    """Open a weights file, an index of several, or a folder that holds either.
+    """Open a weights file, an index of shards, or a folder with either.
 
     Args:
-        path: safetensors; an index of shards (`*.index.json`); or what `torch.save` wrote of a state dict, alone or as
-            the entry `state_dict` of a mapping. Files of PyTorch before 1.6 are read into memory as a whole.
+        path: safetensors; an index of shards (`*.index.json`); or a state dict by `torch.save`, alone or in a mapping
+            such as {"state_dict": ...}. Files by PyTorch before 1.6 are read into memory as a whole.
         setting: names where the path comes from, in errors.
 
     Raises:
-        WeightsError: one line: it does not exist, is truncated, asks to run code, or is no tensor file.
+        WeightsError: the file does not exist, is truncated, needs to run code, or is not a file of tensors.
     """
     place = f"{setting}={path}"
     try:
         if path.is_dir():
             path = _weights_file(path, place)
         if path.is_symlink() and not path.exists():
-            raise WeightsError(f"{place}: {path.name} is a link to what is not there; fetch it again")
+            raise WeightsError(f"{place}: {path.name} is a link to a missing file; fetch it again")
         if not path.is_file():
             raise WeightsError(f"{place}: no such file; give a weights file, or a folder with one")
         tensors = _open_shards(path, place) if INDEX.search(path.name) else _open_file(path, place)
@@ -225,7 +231,7 @@ def open_tensors(path: Path, setting: str) -> LazyTensors:
 
 
 def _weights_file(folder: Path, place: str) -> Path:
-    """The index or the one weights file of a folder."""
+    """The index or the only weights file of a folder."""
     choice = choose([path.name for path in folder.iterdir()])
     if choice is None:
         raise WeightsError(f"{place}: a folder without weights; give one with *.safetensors, or a file")
@@ -235,7 +241,7 @@ def _weights_file(folder: Path, place: str) -> Path:
         return folder / choice.files[0]
     names = ", ".join(choice.files[:5])
     if choice.sharded:
-        raise WeightsError(f"{place}: holds parts of weights ({names}) without their index; fetch all of the folder")
+        raise WeightsError(f"{place}: holds shards ({names}) without their index; fetch all files of the folder")
     raise WeightsError(f"{place}: holds {len(choice.files)} weights files ({names}); name one of them")
 
 
@@ -243,16 +249,18 @@ def _open_shards(index: Path, place: str) -> LazyTensors:
     try:
         files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{place}: {index.name} is no index of weights ({error!r}); fetch it again") from error
+        raise WeightsError(f"{place}: {index.name} is not an index of weights ({error!r}); fetch it again") from error
     opened: dict[str, LazyTensors] = {}
     for name in sorted(set(map(str, files.values()))):
         if Path(name).name != name:
-            raise WeightsError(f"{place}: {index.name} names {name}, which lies outside of the folder; fetch it again")
+            raise WeightsError(f"{place}: {index.name} names {name}, which is outside the folder; fetch it again")
         if not (index.parent / name).is_file():
             raise WeightsError(f"{place}: {name} is missing beside {index.name}; fetch all files of the folder")
         opened[name] = _open_file(index.parent / name, place)
     if absent := [key for key, file in files.items() if key not in opened[file]]:
-        raise WeightsError(f"{place}: {absent[0]} is not in {files[absent[0]]}; the files are of different weights")
+        raise WeightsError(
+            f"{place}: {absent[0]} is not in {files[absent[0]]}; the files are of different weights, fetch them again"
+        )
     return LazyTensors({key: opened[file].entries[key] for key, file in files.items()})
 
 
@@ -262,22 +270,22 @@ def _open_file(path: Path, place: str) -> LazyTensors:
     if start.startswith(LFS_POINTER):
         raise WeightsError(f"{place}: {path.name} is a pointer of Git LFS, not the file; run `git lfs pull` there")
     if _is_tar(start):
-        raise WeightsError(f"{place}: {path.name} is a tar archive; unpack it, and give the weights file in it")
+        raise WeightsError(f"{place}: {path.name} is a tar archive; unpack it and give the weights file in it")
     if start.startswith((b"PK", b"\x80")):
         return _checked_dtypes(LazyTensors.of(read_state_dict(path, place)), place)
-    # Safetensors: eight bytes of length, then JSON.
+    # Safetensors has eight bytes of length, then JSON.
     if start[8:9] == b"{":
         return _open_safetensors(path, place)
     if not start:
         raise WeightsError(f"{place}: {path.name} is empty; fetch it again")
-    raise WeightsError(f"{place}: {path.name} is no file of tensors; give safetensors or what torch.save writes")
+    raise WeightsError(f"{place}: {path.name} is not a file of tensors; give safetensors or a file by torch.save")
 
 
 def _open_safetensors(path: Path, place: str) -> LazyTensors:
     try:
         file: Any = safe_open(path, framework="pt")
         entries = {}
-        for name in file.keys():  # noqa: SIM118 - no mapping
+        for name in file.keys():  # noqa: SIM118 - not a mapping
             piece = file.get_slice(name)
             dtype = DTYPES.get(piece.get_dtype())
             if dtype is None:
@@ -289,10 +297,10 @@ def _open_safetensors(path: Path, place: str) -> LazyTensors:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether all values are finite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # Both are NaN where a value is, and this takes no memory.
+    # Both bounds are NaN if a value is NaN, and this needs no memory.
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 

@@ -1,8 +1,8 @@
-"""The tensors of a file that `torch.save` wrote, without running anything that the file asks for.
+"""Reads the tensors of a file by `torch.save` without running code from it.
 
-A pickle builds objects by calling classes and functions by name. Here a name leads to one of three things: to what a
-tensor is rebuilt from; to a placeholder, which keeps nothing and does nothing (NumPy scalars of a learning rate, the
-settings and callbacks of a trainer); or to an error with that name, where the standard library would act.
+A pickle builds objects by calling classes and functions by name. Here each name becomes one of three things. Names that
+rebuild tensors do that. Names of the standard library that can act raise an error. All others, such as NumPy scalars or
+a trainer's settings and callbacks, become placeholders, which keep nothing and do nothing.
 """
 
 from __future__ import annotations
@@ -23,46 +23,19 @@ from torch import Tensor
 
 from vdtrain.models.frozen_weights import WeightsError
 
-# A state dict's places in what training scripts save, in the order of preference; averaged weights come last.
+# Keys under which training scripts save a state dict, in order of preference; EMA weights come last.
 WRAPPERS = (
-    "state_dict",
-    "module",
-    "model",
-    "net",
-    "model_state_dict",
-    "params",
-    "weights",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "params_ema",
+    *("state_dict", "module", "model", "net", "model_state_dict", "params", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema"),
 )
 PATHS = {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
-# Of the standard library, what settings and counters are made of. Everything else of it is refused.
+# What settings and counters are made of. Everything else in the standard library is refused.
 DATA = {
     "argparse": {"Namespace"},
     "array": {"_array_reconstructor", "array"},
     "builtins": {
-        "bool",
-        "bytearray",
-        "bytes",
-        "complex",
-        "dict",
-        "ellipsis",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "object",
-        "range",
-        "set",
-        "slice",
-        "str",
-        "tuple",
-        "type",
-        "NoneType",
-        "Ellipsis",
+        *("bool", "bytearray", "bytes", "complex", "dict", "ellipsis", "Ellipsis", "float", "frozenset", "int"),
+        *("list", "NoneType", "object", "range", "set", "slice", "str", "tuple", "type"),
     },
     "collections": {"ChainMap", "Counter", "OrderedDict", "UserDict", "UserList", "defaultdict", "deque"},
     "copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"},
@@ -71,7 +44,7 @@ DATA = {
     "fractions": {"Fraction"},
     "functools": {"partial"},
     "pathlib": PATHS,
-    # Of Python 3.13.
+    # Python 3.13 has this module.
     "pathlib._local": PATHS,
     "io": {"BytesIO"},
     "_io": {"BytesIO"},
@@ -80,19 +53,19 @@ DATA = {
     "uuid": {"UUID", "SafeUUID"},
     "_codecs": {"encode"},
 }
-# Modules of the standard library that describe and do nothing.
+# Modules of the standard library that only describe.
 DESCRIPTIONS = {"typing", "numbers"}
 
 
 class _Fixed(type):
-    """Of classes that a pickle cannot change."""
+    """The type of classes that a pickle cannot change."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"sets {name} of a class")
 
 
 class Placeholder(metaclass=_Fixed):
-    """Stands for an object that weights do not need. Whatever a pickle does with it has no effect."""
+    """Stands for an object that weights do not need. Nothing that a pickle does with it has an effect."""
 
     __slots__ = ()
 
@@ -118,7 +91,7 @@ class Placeholder(metaclass=_Fixed):
 
 
 class _Names(dict[Any, Any], metaclass=_Fixed):
-    """A mapping of any kind, without the attributes and the default factory that it had."""
+    """A mapping of any kind, without its attributes and its default factory."""
 
     __slots__ = ()
 
@@ -130,7 +103,7 @@ class _Names(dict[Any, Any], metaclass=_Fixed):
 
 
 class _Function:
-    """A function without attributes, so that a pickle can call it and not change it."""
+    """A function without attributes: a pickle can call it but not change it."""
 
     __slots__ = ("_call",)
     _call: Callable[..., Any]
@@ -149,14 +122,14 @@ class _Function:
 
 
 class _Bytes:
-    """The kind of storage whose dtype stands elsewhere."""
+    """The kind of storage whose dtype is given elsewhere."""
 
     __slots__ = ()
     dtype = torch.uint8
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """A tensor without its gradient's settings, hooks and notes."""
+    """A tensor without requires_grad, hooks and metadata."""
     made: Tensor = torch._utils._rebuild_tensor(storage, offset, size, stride)
     return made
 
@@ -166,7 +139,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _with_attributes(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor of a subclass or with attributes, as the plain tensor."""
+    """A tensor of a subclass or with attributes, as a plain tensor."""
     return rebuild(*arguments)
 
 
@@ -186,12 +159,12 @@ KNOWN: dict[str, Any] = {
 
 
 class _RefusedError(Exception):
-    """A pickle names what is not looked at."""
+    """A pickle uses a name that is refused."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Pickles of the protocol that PyTorch writes have the names of Python 2.
+        # PyTorch's pickle protocol uses the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get(
             (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
         )
@@ -207,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Pickles:
-    """What `torch.load` wants of a pickle module."""
+    """The parts of a pickle module that `torch.load` uses."""
 
     Unpickler = _Unpickler
 
@@ -217,12 +190,12 @@ class _Pickles:
 
 
 def read_state_dict(path: Path, place: str) -> dict[str, Tensor]:
-    """The tensors of a file of PyTorch by name, out of what they are wrapped in.
+    """The tensors of a PyTorch file by name, out of their wrappers.
 
-    Tensors of a file of PyTorch 1.6 or later stay in the file; they are read where their values are looked at.
+    Tensors in a file by PyTorch 1.6 or later stay in the file until their values are used.
 
     Raises:
-        WeightsError: it is truncated, no state dict, or asks for what is refused; the message names that.
+        WeightsError: the file is truncated, is not a state dict, or uses a refused name; the message has the name.
     """
     try:
         with warnings.catch_warnings():
@@ -237,12 +210,12 @@ def read_state_dict(path: Path, place: str) -> dict[str, Tensor]:
             )
     except _RefusedError as refused:
         raise WeightsError(
-            f"{place}: {path.name} cannot be read as plain tensors: it asks for {str(refused)[:120]}, and nothing that "
-            "a file asks for is run; convert it to safetensors where you trust it"
+            f"{place}: {path.name} cannot be read as plain tensors: it calls {str(refused)[:120]}, and no code of a "
+            "file is run; if you trust the file, convert it to safetensors"
         ) from refused
     except WeightsError:
         raise
-    # A damaged pickle can make its reader do anything that it can do, in any order.
+    # A damaged pickle can raise any error.
     except Exception as error:
         raise WeightsError(f"{place}: {path.name} is truncated or damaged; fetch it again") from error
     state = _unwrapped(content)
@@ -250,8 +223,8 @@ def read_state_dict(path: Path, place: str) -> dict[str, Tensor]:
         found = [content] if not isinstance(content, Mapping) else content.values()
         kinds = ", ".join(dict.fromkeys(map(_kind, found)))
         raise WeightsError(
-            f"{place}: {path.name} holds no tensors by name{kinds and f', only {kinds[:120]}'}; give the state dict of "
-            "a model"
+            f"{place}: {path.name} holds no tensors by name{kinds and f', only {kinds[:120]}'}; "
+            "give the state dict of a model"
         )
     for name, value in state.items():
         if isinstance(value, Placeholder) and re.search("tensor|parameter", _kind(value), re.IGNORECASE):
@@ -260,7 +233,7 @@ def read_state_dict(path: Path, place: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(content: Any, depth: int = 4) -> Mapping[Any, Any] | None:
-    """The innermost mapping that holds tensors, by the names that wrappers have."""
+    """The innermost mapping with tensors, found by the names of wrappers."""
     if not isinstance(content, Mapping) or not depth:
         return None
     inner = (_unwrapped(content.get(name), depth - 1) for name in WRAPPERS)
@@ -274,18 +247,14 @@ def _kind(value: Any) -> str:
 
 
 def _is_archive(path: Path, place: str) -> bool:
-    """Whether it is a zip archive of tensors, as PyTorch writes since version 1.6.
-
-    Raises:
-        WeightsError: an archive of another kind.
-    """
+    """Whether a file is a zip archive of tensors, as PyTorch writes since version 1.6."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return False
     if not zipfile.is_zipfile(path):
         raise WeightsError(f"{place}: {path.name} is truncated or damaged; fetch it again")
     try:
-        # PyTorch decides by these names whether it is a program.
+        # PyTorch recognises a program by these names.
         records = torch._C.PyTorchFileReader(str(path)).get_all_records()
     except RuntimeError as error:
         raise WeightsError(
@@ -293,7 +262,7 @@ def _is_archive(path: Path, place: str) -> bool:
         ) from error
     if "constants.pkl" in records:
         raise WeightsError(
-            f"{place}: {path.name} is a TorchScript program, which would have to be run; give the same weights "
+            f"{place}: {path.name} is a TorchScript program, and no code of a file is run; give the same weights "
             "as safetensors or as a state dict (for CLIP: Hugging Face's openai/clip-vit-large-patch14)"
         )
     return True
