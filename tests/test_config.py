@@ -11,7 +11,7 @@ from vdtrain.commands.train import main
 from vdtrain.config.compose import SCHEMAS, ConfigError, compose, options, to_object
 from vdtrain.config.fields import check_values, keys, look_up, value_problems
 from vdtrain.config.schema import BlendConfig, DataPipelineConfig, SampleConfig, TrainConfig
-from vdtrain.config.validation import check, gradient_scales
+from vdtrain.config.validation import check, gradient_scales, micro_batches
 
 MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
 STAGES = {
@@ -90,10 +90,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("stage.flows=[image_variation]", ["stage.flows", "image_variation", "CONTEXT-to-OUTPUT"]),
         ("stage.flows=[]", ["stage.flows", "empty"]),
         ("stage.flows=[image-to-image,image-to-image]", ["stage.flows", "twice"]),
-        (
-            "stage.global_batch_size=33",
-            ["stage.global_batch_size=33", "hardware.micro_batch_size.32=32", "multiple of 32"],
-        ),
+        ("hardware.micro_batch_size.32=0", ["hardware.micro_batch_size.32=0", "at least 1"]),
         ("stage.phases=[{resolution:40,samples:640}]", ["stage.phases.0.resolution=40", "multiple of 16", "try 48"]),
         (
             "stage.phases=[{resolution:48,samples:640}]",
@@ -261,3 +258,21 @@ def test_a_misspelt_part_is_a_configuration_error() -> None:
         instantiate(
             {"_target_": "vdtrain.models.image_layers.ImageDataLayers", "latent_chanels": 4}, "model.x", plan=None
         )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("hardware", ["a100_40gb", "h100", "h200"])
+def test_a_stage_starts_on_any_number_of_gpus_that_its_batch_divides_over(stage: str, hardware: str) -> None:
+    config = to_object(compose("train", [f"stage={stage}", f"hardware={hardware}"]), TrainConfig)
+    batch = config.stage.global_batch_size
+    for gpus in (1, 2, 3, 6, 8, 12, 24, 64, 128):
+        for resolution, limit in config.hardware.micro_batch_size.items():
+            if batch % gpus:
+                with pytest.raises(
+                    ConfigError, match=rf"={batch}: does not divide over {gpus} processes; choose \d+ or"
+                ):
+                    micro_batches(config, resolution, gpus)
+                continue
+            local = batch // gpus
+            size = local // micro_batches(config, resolution, gpus)
+            assert size == max(divisor for divisor in range(1, limit + 1) if local % divisor == 0)

@@ -127,7 +127,7 @@ def test_everything_that_is_wrong_is_said(
         "stage.flows: image-to-sound needs modality 'sound'",
         "stage.phases.0.resolution=40: not a multiple of 16",
         "hardware.micro_batch_size: no entry for resolution 40",
-        "stage.global_batch_size=4 does not divide over 3 processes",
+        "stage.global_batch_size=4: does not divide over 3 processes; choose 3 or 6",
         "2 shards, fewer than 3 processes x hardware.loader_workers=1",
         f"stage.init_from={tmp_path}/{STAGES[0]}: does not exist; train that stage first",
         "tracking.mode=online: no API key for",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +217,23 @@ def test_a_copy_that_is_not_the_manifests_shard_is_not_kept(tmp_path: Path) -> N
 def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "OPEN_FILES", 1)
     assert same(read(folder, workers=3), read(folder))
+
+
+def test_open_files_are_bounded_for_all_threads_together(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / str(number)).write_bytes(str(number).encode())
+    files = shards.OpenFiles(4)
+
+    def read_all(seed: int) -> bool:
+        for number in np.random.default_rng(seed).permutation(40).tolist():
+            with files.borrow(str(tmp_path / str(number))) as descriptor:
+                opened = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
+                # Eight files in use at most, and four that stay open.
+                if len(opened) > 12 or os.pread(descriptor, 9, 0) != str(number).encode():
+                    return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read_all, range(16)))
+    files.close()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]

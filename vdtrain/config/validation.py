@@ -81,10 +81,12 @@ def warmup_samples(config: TrainConfig) -> float:
 
 
 def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
-    """Micro-batches per process and step.
+    """Number of micro-batches per process and step.
+
+    Each holds the largest number of pairs that divides the process's batch and is within `hardware.micro_batch_size`.
 
     Raises:
-        ConfigError: the hardware names no micro-batch for the resolution, or the batch does not divide.
+        ConfigError: the hardware has no entry for the resolution, or the batch does not divide over the processes.
     """
     sizes = config.hardware.micro_batch_size
     batch = config.stage.global_batch_size
@@ -93,14 +95,18 @@ def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
             f"hardware.micro_batch_size: no entry for resolution {resolution}, only {sorted(sizes)}; "
             f"add '+hardware.micro_batch_size={{{resolution}: N}}'"
         )
-    micro = sizes[resolution]
-    if micro < 1 or batch % (world_size * micro):
+    limit = sizes[resolution]
+    if limit < 1:
+        raise ConfigError(f"hardware.micro_batch_size.{resolution}={limit}: must be at least 1")
+    if batch % world_size:
+        below = batch - batch % world_size
+        choices = [str(size) for size in (below, below + world_size) if size]
         raise ConfigError(
-            f"stage.global_batch_size={batch} does not divide over {world_size} processes x "
-            f"hardware.micro_batch_size.{resolution}={micro}; choose a multiple of {world_size * max(micro, 1)}, "
-            "or a micro-batch that divides"
+            f"stage.global_batch_size={batch}: does not divide over {world_size} processes; choose "
+            f"{' or '.join(choices)}, or another number of processes"
         )
-    return batch // (world_size * micro)
+    local = batch // world_size
+    return next(count for count in range(1, local + 1) if local % count == 0 and local // count <= limit)
 
 
 def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:

@@ -11,9 +11,9 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,8 @@ from vdtrain.files import LockedError, atomic_write, locked
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
 FETCHES = 4
-OPEN_FILES = 256
+# Shards that a reader keeps open for all of its threads; a process may usually open 1,024 files.
+OPEN_FILES = 512
 INDEX_AGAIN = f"index the shards again: {INDEX}"
 # Errors that no network has.
 OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
@@ -38,6 +39,47 @@ Found = TypeVar("Found")
 
 class StreamError(RuntimeError):
     """Data that cannot be trained on; the message is one line."""
+
+
+class OpenFiles:
+    """Files that stay open to be read by several threads; the least recently used one closes.
+
+    Args:
+        limit: number of files that stay open. A file in use is never closed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        # By path, the least recently used first: descriptor and number of present users.
+        self._files: dict[str, list[int]] = {}
+
+    @contextmanager
+    def borrow(self, path: str) -> Iterator[int]:
+        """A descriptor of the file, which stays open for the block.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        with self._lock:
+            file = self._files.pop(path, None) or [os.open(path, os.O_RDONLY), 0]
+            self._files[path] = file
+            file[1] += 1
+            surplus = len(self._files) - self.limit
+            idle = [name for name, (_, users) in self._files.items() if users == 0][: max(0, surplus)]
+            for name in idle:
+                os.close(self._files.pop(name)[0])
+        try:
+            yield file[0]
+        finally:
+            with self._lock:
+                file[1] -= 1
+
+    def close(self) -> None:
+        """Close every file that is not in use."""
+        with self._lock:
+            for name in [name for name, (_, users) in self._files.items() if users == 0]:
+                os.close(self._files.pop(name)[0])
 
 
 class ShardReader:
@@ -55,7 +97,7 @@ class ShardReader:
         self._remote = ["://" in shard for shard in manifest.shards]
         self._systems: dict[int, tuple[Any, str]] = {}
         self._local = threading.local()
-        self._descriptors: set[int] = set()
+        self._open = OpenFiles(OPEN_FILES)
         self._fetching: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._fetchers: ThreadPoolExecutor | None = None
@@ -89,9 +131,7 @@ class ShardReader:
         """Close the files; nothing is read afterwards."""
         if self._fetchers is not None:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._open.close()
 
     def _pread(self, shard: int, path: str, offset: int, size: int) -> memoryview:
         kept: dict[str, memoryview] = self._local.__dict__
@@ -99,7 +139,8 @@ class ShardReader:
             kept["memory"] = memoryview(bytearray(max(size, READ_BYTES)))
         data = kept["memory"][:size]
         try:
-            found = os.preadv(self._descriptor(path), [data], offset)
+            with self._open.borrow(path) as descriptor:
+                found = os.preadv(descriptor, [data], offset)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self._remote[shard]:
                 raise
@@ -115,23 +156,6 @@ class ShardReader:
         if isinstance(error, FileNotFoundError) and path.parent.is_dir() and not path.is_symlink():
             return f"is not there; bring it back, or {INDEX_AGAIN}"
         return unreadable(error, path, "see that it can be read")
-
-    def _descriptor(self, path: str) -> int:
-        """This thread's own open file: no other thread closes it while it is being read."""
-        opened: dict[str, int] = self._local.__dict__.setdefault("opened", {})
-        if path in opened:
-            opened[path] = opened.pop(path)
-            return opened[path]
-        descriptor = os.open(path, os.O_RDONLY)
-        opened[path] = descriptor
-        with self._lock:
-            self._descriptors.add(descriptor)
-        if len(opened) > OPEN_FILES:
-            oldest = opened.pop(next(iter(opened)))
-            with self._lock:
-                self._descriptors.discard(oldest)
-            os.close(oldest)
-        return descriptor
 
     def _system(self, shard: int) -> tuple[Any, str]:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import micro_batches
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.errors import described, one_line, unwritable
@@ -53,6 +55,7 @@ def run(config: TrainConfig, raw_config: DictConfig, rank: int, stop: StopSignal
     Raises:
         ConfigError: on every process.
     """
+    _allow_open_files()
     dumps = Path(config.run_dir) / DUMPS
     watchdog = Watchdog(config.watchdog_seconds, dumps, rank)
     stop.note(signal.SIGINT)
@@ -119,6 +122,13 @@ def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchd
         lock.release()
 
 
+def _allow_open_files() -> None:
+    """Raise the limit on open files to the most that the system allows: shards, sockets and W&B need many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+
+
 def _is_complete(start: Start, config: TrainConfig) -> bool:
     return start.position is not None and start.position.completes(stage_steps(config.stage))
 
@@ -135,8 +145,16 @@ def _begin(
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
         )
         print(f"{config.stage.name} {origin}", flush=True)
+        print(f"micro-batches of each process: {_micro_batches(config, place.world_size)}", flush=True)
         for line in remarks:
             print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _micro_batches(config: TrainConfig, world_size: int) -> str:
+    """Number and size of the micro-batches of a step at each resolution: "2 x 32 pairs at 256 pixels"."""
+    local = config.stage.global_batch_size // world_size
+    counts = {phase.resolution: micro_batches(config, phase.resolution, world_size) for phase in config.stage.phases}
+    return ", ".join(f"{count} x {local // count} pairs at {pixels} pixels" for pixels, count in counts.items())
 
 
 def _prepare_folder(config: TrainConfig, raw_config: DictConfig, step: int, hosts: list[str]) -> str | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.checkpoint.store import CheckpointStore, load
 from vdtrain.config.compose import ConfigError
@@ -20,6 +21,7 @@ from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
 from vdtrain.models.activation_checkpointing import recompute_activations
 from vdtrain.models.context_layers import use_kernel
@@ -56,7 +58,7 @@ def build_trainer(
         CheckpointError: the checkpoint to resume from does not fit the stage.
     """
     watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
-    diffuser = starting_diffuser(config, start).to(place.device)
+    diffuser = starting_diffuser(config, start, place.device)
     groups, flows = parameters_by_group(diffuser), stage_flows(config)
     engine = Engine(diffuser, {group: groups[group] for group in active_groups(flows)}, engine_settings(config))
     try:
@@ -91,16 +93,39 @@ def build_trainer(
     )
 
 
-def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
-    """The diffuser with a new stage's starting weights, on the CPU.
+def starting_diffuser(config: TrainConfig, start: Start, device: torch.device) -> Diffuser:
+    """The diffuser with a new stage's starting weights, on `device`. Every process calls this together.
 
-    It also has the layers that earlier stages trained: this stage carries them over to later ones. If the stage
-    resumes, the checkpoint fills in the weights afterwards.
+    Rank 0 alone draws and reads the weights and broadcasts them. The diffuser also has the layers that earlier stages
+    trained: this stage carries them over to later ones. If the stage resumes, all weights are zero: the checkpoint
+    fills them in afterwards.
+
+    Raises:
+        ConfigError, SharedError: on every process, if the weights do not fit or cannot be read.
     """
-    weights = initial_weights(start, config.model)
-    names = start.resume.weight_names() if start.resume is not None else weights
-    diffuser = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
-    load_weights(diffuser, weights)
+    drawn, failure, names = None, None, [] if start.resume is None else start.resume.weight_names()
+    if start.resume is None and distributed.rank() == 0:
+        try:
+            weights = initial_weights(start, config.model)
+            names = list(weights)
+            drawn = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
+            load_weights(drawn, weights)
+        except (ConfigError, CheckpointError, OSError) as error:
+            failure = [isinstance(error, ConfigError), one_line(error)]
+    if (failed := distributed.broadcast_json(failure)) is not None:
+        raise (ConfigError if failed[0] else distributed.SharedError)(failed[1])
+    names = distributed.broadcast_json(names)
+    if drawn is not None:
+        diffuser = drawn.to(device)
+    else:
+        with torch.device("meta"):
+            diffuser = Diffuser(config.model, layer_groups(config, names))
+        diffuser = diffuser.to_empty(device=device)
+        for tensor in diffuser.state_dict().values():
+            tensor.zero_()
+    if start.resume is None and distributed.world_size() > 1:
+        for tensor in diffuser.state_dict().values():
+            dist.broadcast(tensor, src=0)
     use_kernel(diffuser, config.hardware.attention)
     recompute_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
