@@ -21,7 +21,7 @@ from vdtrain.models.frozen import Encoded, FrozenParts
 from vdtrain.seeds import generator_of
 
 
-class StepDraws:
+class StepRandom:
     """Draws for rows `rows` of the global batch of one step.
 
     Every call draws for the whole global batch from a generator of its own, keyed by (seed, step, purpose), and
@@ -78,7 +78,7 @@ class Objective:
         self,
         samples: Mapping[str, object],
         resolution: int,
-        draws: StepDraws,
+        rng: StepRandom,
         moments: Mapping[str, Tensor] | None = None,
     ) -> Encoded:
         """Latents and contexts of a micro-batch, each encoded once and shared by all flows.
@@ -87,20 +87,20 @@ class Objective:
             moments: cached moments by modality, in place of its VAE's encoding of the samples.
         """
         noise = {
-            output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
+            output: rng.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
             for output in sorted(self.outputs)
         }
         return self.frozen.encode(samples, self.outputs, self.contexts, noise, moments)
 
-    def losses(self, denoiser: Denoiser, encoded: Encoded, draws: StepDraws) -> dict[str, Tensor]:
+    def losses(self, denoiser: Denoiser, encoded: Encoded, rng: StepRandom) -> dict[str, Tensor]:
         """Unweighted mean squared error of each flow, scalars in float32, by flow name."""
         inputs, noises = [], []
         for output, flows in self.flows.items():
             latents = encoded.latents[output]
-            noise = torch.cat([draws.normal(f"noise/{flow}", latents.shape[1:]) for flow in flows])
-            timesteps = torch.cat([draws.integers(f"timestep/{flow}", self.schedule.steps) for flow in flows])
+            noise = torch.cat([rng.normal(f"noise/{flow}", latents.shape[1:]) for flow in flows])
+            timesteps = torch.cat([rng.integers(f"timestep/{flow}", self.schedule.steps) for flow in flows])
             noisy = self.schedule.add_noise(latents.repeat(len(flows), *[1] * (latents.ndim - 1)), noise, timesteps)
-            contexts = [Context(flow.context, self._context(flow, encoded, draws)) for flow in flows]
+            contexts = [Context(flow.context, self._context(flow, encoded, rng)) for flow in flows]
             inputs.append(DiffuserInput(output, noisy, timesteps, contexts))
             noises.append(noise)
         losses: dict[str, Tensor] = {}
@@ -113,10 +113,10 @@ class Objective:
         """The weighted sum that is back-propagated."""
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
 
-    def _context(self, flow: Flow, encoded: Encoded, draws: StepDraws) -> Tensor:
+    def _context(self, flow: Flow, encoded: Encoded, rng: StepRandom) -> Tensor:
         """The flow's context tokens [B, M, D], some of them replaced by the unconditional context."""
         tokens = encoded.contexts[flow.context]
-        dropped = draws.chance(f"dropout/{flow}", self.context_dropout)
+        dropped = rng.chance(f"dropout/{flow}", self.context_dropout)
         if flow not in self._unconditional:
             self._unconditional[flow] = self.frozen.unconditional(flow, 1).to(tokens)
         return torch.where(dropped[:, None, None], self._unconditional[flow], tokens)

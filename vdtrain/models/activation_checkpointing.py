@@ -17,7 +17,7 @@ from vdtrain.models.diffuser import Diffuser
 MODES = ("none", "context", "blocks")
 
 
-def recompute_activations(diffuser: Diffuser, mode: str) -> None:
+def checkpoint_activations(diffuser: Diffuser, mode: str) -> None:
     """Choose what the backward pass computes again; a second call replaces the first.
 
     Of a block that is computed again, only its inputs are kept from forward to backward. Losses and gradients stay the
@@ -41,7 +41,7 @@ def recompute_activations(diffuser: Diffuser, mode: str) -> None:
         vars(block).pop("forward", None)
     for block in _blocks(*chosen[mode]):
         # On the instance, over its class's own: parameters keep their names.
-        block.forward = _Recomputed(block)
+        block.forward = _Checkpointed(block)
 
 
 def _blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
@@ -50,7 +50,7 @@ def _blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
             yield from cast(nn.ModuleList, blocks)
 
 
-class _Recomputed:
+class _Checkpointed:
     """A block's forward without its activations; a class, so that copies of the model are wholes of their own."""
 
     def __init__(self, block: nn.Module) -> None:

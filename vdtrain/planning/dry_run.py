@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
@@ -89,7 +89,7 @@ class MicroBatchMemory:
     peak: int
 
 
-class Outline:
+class DryRun:
     """The diffuser with the layers that a stage trains, and the frozen parts.
 
     Attributes:
@@ -113,7 +113,7 @@ class Outline:
         with self._mode:
             self.diffuser, self.frozen = _fake(diffuser, self._dtype), _fake(frozen, self._dtype)
             self._objective = Objective(flows, Schedule(config.model.schedule), self.frozen, config.objective)
-        recompute_activations(self.diffuser, config.hardware.activation_checkpointing)
+        checkpoint_activations(self.diffuser, config.hardware.activation_checkpointing)
         for parameter in self.diffuser.parameters():
             # Whatever gradients stay is counted with all that is there between steps.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -126,12 +126,12 @@ class Outline:
 
     def _measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
         batch = self.config.stage.global_batch_size
-        draws = StepDraws("outline", 0, batch, slice(0, micro_batch), torch.device("cpu"))
+        rng = StepRandom("dry run", 0, batch, slice(0, micro_batch), torch.device("cpu"))
         with self._mode:
             encoding = self._encoding(resolution, micro_batch)
             encoded = self.encoded(resolution, micro_batch)
             with LiveMemory() as memory:
-                total = self._objective.total(self._objective.losses(self.diffuser, encoded, draws))
+                total = self._objective.total(self._objective.losses(self.diffuser, encoded, rng))
                 kept = memory.now
                 total.backward()
         return MicroBatchMemory(encoding, kept, memory.peak)

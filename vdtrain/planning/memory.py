@@ -1,7 +1,7 @@
 """What a stage takes of each GPU's memory and of the disk, and what its phases consist of; no GPU is asked.
 
 Bytes that are there from step to step follow from the layer groups' rows and their cuts, as the engine lays them out;
-what a micro-batch takes is measured (outline.py). One GB is 10^9 bytes.
+what a micro-batch takes is measured (dry_run.py). One GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vdtrain.engine.deepspeed import BUCKET_ELEMENTS
 from vdtrain.engine.partitions import GroupLayout
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.planning.dry_run import MicroBatchMemory, Outline
+from vdtrain.planning.dry_run import DryRun, MicroBatchMemory
 
 GB = 10**9
 FLOAT32 = 4
@@ -118,26 +118,26 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     Raises:
         ConfigError: a part that cannot be built, or a batch that does not divide.
     """
-    outline = Outline(config)
-    groups = parameters_by_group(outline.diffuser)
+    dry_run = DryRun(config)
+    groups = parameters_by_group(dry_run.diffuser)
     # In the engine's order.
     layouts = [GroupLayout.of(group, groups[group]) for group in active_groups(stage_flows(config))]
-    standing = standing_memory(config, layouts, gpus, tensor_bytes(outline.frozen))
+    standing = standing_memory(config, layouts, gpus, tensor_bytes(dry_run.frozen))
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
-    phases = [_plan_phase(config, phase, outline, standing.total, layouts, gpus) for phase in config.stage.phases]
+    phases = [_plan_phase(config, phase, dry_run, standing.total, layouts, gpus) for phase in config.stage.phases]
     checkpoint = checkpoint_bytes(config, layouts)
     return StagePlan(
         stage=config.stage.name,
         gpus=gpus,
         memory=memory,
         parameters={layout.group: layout.numel for layout in layouts},
-        frozen_parameters=sum(parameter.numel() for parameter in outline.frozen.parameters()),
+        frozen_parameters=sum(parameter.numel() for parameter in dry_run.frozen.parameters()),
         pairs_per_step=config.stage.global_batch_size,
         standing=standing,
         phases=phases,
         checkpoint=checkpoint,
         checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
-        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(outline.unmeasured))],
+        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(dry_run.unmeasured))],
         warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
     )
 
@@ -145,7 +145,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
 def _plan_phase(
     config: TrainConfig,
     phase: PhaseConfig,
-    outline: Outline,
+    dry_run: DryRun,
     standing: int,
     layouts: Sequence[GroupLayout],
     gpus: int,
@@ -159,9 +159,9 @@ def _plan_phase(
         return standing + max(of.encoding, of.peak + exchange, update)
 
     def peak_at(size: int) -> int:
-        return peak(outline.measure(phase.resolution, size))
+        return peak(dry_run.measure(phase.resolution, size))
 
-    measured = outline.measure(phase.resolution, micro)
+    measured = dry_run.measure(phase.resolution, micro)
     memory = config.hardware.memory_gb
     largest = None if memory is None else _largest(peak_at, micro, local, int(memory * GB))
     steps = phase_steps(config, phase)

@@ -21,7 +21,7 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.frozen import build_frozen
@@ -102,7 +102,7 @@ def starting_diffuser(config: TrainConfig, start: Start) -> Diffuser:
     diffuser = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
     load_weights(diffuser, weights)
     use_kernel(diffuser, config.hardware.attention)
-    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
 
 
