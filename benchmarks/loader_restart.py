@@ -31,7 +31,7 @@ def write_manifests(folder: Path) -> list[Path]:
     (folder / "shards").mkdir(parents=True)
     write_shard(folder / "shards" / "00000.tar", IMAGES, seed=0)
     index({"photographs": folder / "shards"}, folder / "manifest")
-    real = Manifest(folder / "manifest").table()
+    real = Manifest(folder / "manifest").columns(0, SAMPLE_SCHEMA.names)
     generator, words = np.random.default_rng(0), vocabulary()
     table = real.take(pa.array(np.arange(SAMPLES) % len(real)))
     own = {

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import webdataset
 from PIL import Image
 
 from data_pipeline.index.index import index
 from miniature.shapes import caption, draw, sample_scene
+from vdtrain.data.manifest import SAMPLE_SCHEMA, Manifest
 
 
 def write_shard(path: Path, count: int, seed: int, pixels: int = 64) -> None:
@@ -36,3 +38,10 @@ def write_pairs(folder: Path, shards: int = 2, count: int = 40) -> Path:
         write_shard(folder / "shards" / f"{number:06d}.tar", count, seed=number)
     index({"drawn": folder / "shards"}, folder / "manifest")
     return folder / "manifest"
+
+
+def all_samples(manifest: Path) -> pa.Table:
+    """Every sample of a manifest with all columns, shard by shard."""
+    content = Manifest(manifest)
+    tables = [content.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(content.paths))]
+    return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])

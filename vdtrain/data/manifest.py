@@ -161,11 +161,6 @@ class Manifest:
             table["caption"].combine_chunks(),
         )
 
-    def table(self) -> pa.Table:
-        """All samples with all columns, shard by shard: for sets that fit in memory."""
-        tables = [self.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(self.paths))]
-        return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])
-
     def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """Columns of SAMPLE_SCHEMA of a shard's samples.
 

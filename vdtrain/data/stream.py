@@ -147,14 +147,6 @@ class PairStream:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
-    def rows_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """(shard, row in the shard) of global positions, int64 [n]."""
-        places = self.order.locate(positions)
-        return [
-            (int(shard), int(self._samples(int(shard))[1][sample]))
-            for shard, sample in zip(places.shard, places.sample, strict=True)
-        ]
-
     def _pools(self, weights: Mapping[str, float] | None) -> tuple[list[tuple[Integers, Integers]], list[float] | None]:
         counts = self.manifest.counts(self.min_side)
         place = f"data.manifest={self.manifest.folder}"
