@@ -214,7 +214,7 @@ def shorten_shard(world: World) -> None:
 
 
 def make_manifest_anew(world: World, line: str) -> None:
-    assert f"remove the folder {world / 'manifest'} and make it anew" in line
+    assert f"remove the folder {world / 'manifest'} and make it again" in line
     shutil.rmtree(world / "manifest")
     index_again(world, line)
 
@@ -263,7 +263,7 @@ DATA_CASES: dict[str, tuple[Callable[[World], object], str, Callable[[World, str
     ),
     "a shard was made anew, shorter": (
         shorten_shard,
-        "00000.tar: shorter than its manifest says; index the shards again",
+        "00000.tar: shorter than in its manifest; index the shards again",
         index_again,
     ),
     "there is no manifest": (
@@ -274,7 +274,7 @@ DATA_CASES: dict[str, tuple[Callable[[World], object], str, Callable[[World, str
     "the manifest is damaged": (cut_manifest, f"{MANIFEST}shards.parquet cannot be read", make_manifest_anew),
     "the manifest is of another layout": (
         older_manifest,
-        f"{MANIFEST}shards.parquet is of another",
+        f"{MANIFEST}shards.parquet has another",
         make_manifest_anew,
     ),
     "a file of samples is gone": (lose_samples, f"{MANIFEST}samples-00000.parquet is not there; run `", index_again),
@@ -366,7 +366,7 @@ def test_images_that_cannot_be_decoded_name_the_index_only_where_it_looks_again(
     assert status == 1
     assert "10 samples in a row" in line
     if kind == "written since":
-        assert "it was written to after it was indexed: index the shards again" in line
+        assert "it has changed since it was indexed: index the shards again" in line
         # The headers are gone too, so that the index sees what has become of the shard.
         index_again(world, line)
     elif kind == "not decoded":

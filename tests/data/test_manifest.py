@@ -153,7 +153,7 @@ def test_what_is_missing_or_damaged_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / SHARDS_FILE).write_bytes(content[: len(content) // 2])
     for reading in (Manifest, read_shards):
         with pytest.raises(
-            ManifestError, match=r"shards\.parquet cannot be read .*; remove the folder .* make it anew"
+            ManifestError, match=r"shards\.parquet cannot be read .*; remove the folder .* make it again"
         ):
             reading(tmp_path)
 
@@ -162,6 +162,6 @@ def test_a_manifest_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> 
     write(tmp_path)
     pq.write_table(read_shards(tmp_path).drop_columns(["sides", "decoded"]), tmp_path / SHARDS_FILE)
     for reading in (Manifest, read_shards):
-        with pytest.raises(ManifestError, match=r"remove the folder .* and make it anew") as raised:
+        with pytest.raises(ManifestError, match=r"remove the folder .* and make it again") as raised:
             reading(tmp_path)
         assert "\n" not in str(raised.value)

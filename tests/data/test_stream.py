@@ -120,7 +120,7 @@ def test_small_images_are_left_out_by_the_manifest(tmp_path: Path) -> None:
     ("settings", "line"),
     [
         ({"lanes": 0}, r"data\.stream: lanes=0, block=32768: both must be at least 1"),
-        ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: a share of samples is from 0 to 1"),
+        ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: must be from 0 to 1"),
         ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give each"),
         ({"weights": {"drawn": -1.0}}, r"data\.stream: weights=\[-1\.0\]: each must be above 0"),
         ({"cache": {"folder": "x"}}, r"data\.stream\.cache=\{'folder': 'x'\}: give \{folder: \.\.\., gigabytes"),
