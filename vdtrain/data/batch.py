@@ -53,7 +53,7 @@ class BatchStream(Protocol):
 class BatchMemory:
     """Memory of batches. With a GPU it is pinned, so that the copy overlaps with computation.
 
-    A new batch reuses the memory of an old one once no tensor refers to it, because the kernel must clear new pages.
+    A new batch reuses the memory of an old one once no tensor refers to it; the kernel would have to clear new pages.
     PyTorch itself reuses pinned memory.
     """
 

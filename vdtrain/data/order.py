@@ -1,6 +1,6 @@
 """The order of training samples: a pure function of seed and position, for any number of ranks and workers.
 
-An epoch puts the shards in a random order and cuts this line of samples into equal interleaved streams, the *lanes*.
+An epoch puts the shards in a random order. It cuts this line of samples into equal interleaved streams, the *lanes*.
 Each lane is read from start to end, and its samples are shuffled inside blocks. The lanes take turns sample by sample.
 A batch therefore mixes samples from as many distant shards as there are lanes. A rank takes some of the lanes, and so
 reads few shards at a time. A set that fits into one block has one lane and is shuffled as a whole.

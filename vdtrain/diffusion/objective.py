@@ -25,8 +25,8 @@ class StepRandom:
     """The random numbers of one step, for the rows `rows` of its global batch.
 
     Every call draws for the whole global batch from its own generator, keyed by (seed, step, purpose). It returns this
-    rank's rows. A sample's noise therefore depends only on its position in the data, and any number of ranks can repeat
-    a step at any time.
+    rank's rows. A sample's noise therefore depends only on its position in the data. Any number of ranks can repeat a
+    step at any time.
     """
 
     def __init__(self, seed: str, step: int, global_batch_size: int, rows: slice, device: torch.device) -> None:

@@ -71,7 +71,7 @@ class Preparing(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch of one modality, prepared for its VAE and for its context encoder, each a tensor or a list [B]."""
+    """A batch of one modality in two forms, for its VAE and its context encoder, each a tensor or a list [B]."""
 
     vae: Any
     context: Any

@@ -30,7 +30,7 @@ MERGES = 49152 - 256 - 2
 SETTING = "context_encoder.tokenizer"
 # The cache of word ids takes about 30 MB.
 KNOWN_WORDS, LONGEST_WORD = 200_000, 32
-# A tokenizer that joins words gives this text other ids than its single words.
+# If a tokenizer joins words, the ids of this text differ from those of its single words.
 PROBE = "two words, e\u0301t\u00e9 1984!  it's THE end"
 ITEM = np.dtype(np.int64).itemsize
 
