@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.engine import Engine, EngineSettings
 from vdtrain.flows import active_groups
@@ -85,10 +85,10 @@ def measure(config: TrainConfig, frozen: FrozenParts, stage: int, precision: str
         for index in range(MICRO_BATCHES):
             first = (distributed.rank() * MICRO_BATCHES + index) * ROWS
             rows = slice(first, first + ROWS)
-            draws = StepDraws("0", 0, PROCESSES * MICRO_BATCHES * ROWS, rows, torch.device("cpu"))
-            encoded = together.encode(samples, RESOLUTION, draws)
+            rng = StepRandom("0", 0, PROCESSES * MICRO_BATCHES * ROWS, rows, torch.device("cpu"))
+            encoded = together.encode(samples, RESOLUTION, rng)
             for objective in parts:
-                loss = objective.total(objective.losses(engine, encoded, draws)) / MICRO_BATCHES
+                loss = objective.total(objective.losses(engine, encoded, rng)) / MICRO_BATCHES
                 engine.backward(loss, last=index == MICRO_BATCHES - 1 and objective is parts[-1])
         engine.step(1e-4)
     engine.close()

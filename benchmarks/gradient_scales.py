@@ -21,7 +21,7 @@ from miniature.corpus import draw_images, sample_scenes, write_captions
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
@@ -62,8 +62,8 @@ def movements(config: TrainConfig, steps: int, gradient: float, rate: float, cli
     for step in range(steps):
         scenes = sample_scenes(BATCH, random)
         samples = {"image": draw_images(scenes, RESOLUTION, random), "text": write_captions(scenes, random)}
-        draws = StepDraws("gradient scales", step, BATCH, slice(0, BATCH), torch.device("cpu"))
-        losses = objective.losses(diffuser, objective.encode(samples, RESOLUTION, draws), draws)
+        rng = StepRandom("gradient scales", step, BATCH, slice(0, BATCH), torch.device("cpu"))
+        losses = objective.losses(diffuser, objective.encode(samples, RESOLUTION, rng), rng)
         optimizer.zero_grad()
         objective.total(losses).backward()
         if clip > 0:

@@ -21,14 +21,14 @@ import torch
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded
-from vdtrain.planning.dry_run import Outline
+from vdtrain.planning.dry_run import DryRun
 from vdtrain.planning.memory import tensor_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
@@ -36,7 +36,7 @@ DEFAULTS = ("stage=stage3_four_flow", "hardware=h100")
 
 
 class NoContexts:
-    """Stands where the frozen parts are: contexts of no sample, of the shapes that the outline has."""
+    """Stands where the frozen parts are: contexts of no sample, of the shapes that the dry run has."""
 
     def __init__(self, encoded: Encoded) -> None:
         self.contexts = encoded.contexts
@@ -45,10 +45,10 @@ class NoContexts:
         return torch.zeros_like(self.contexts[flow.context][:batch])
 
 
-def predicted(outline: Outline, resolution: int, micro_batch: int) -> dict[str, int]:
+def predicted(dry_run: DryRun, resolution: int, micro_batch: int) -> dict[str, int]:
     """Bytes of a step: weights, gradients and averages, what a micro-batch takes, and all at most."""
-    weights = tensor_bytes(outline.diffuser)
-    micro_batch_peak = outline.measure(resolution, micro_batch).peak
+    weights = tensor_bytes(dry_run.diffuser)
+    micro_batch_peak = dry_run.measure(resolution, micro_batch).peak
     return {
         "weights": weights,
         "gradients": weights,
@@ -64,7 +64,7 @@ def train(config: TrainConfig, shapes: Encoded, micro_batch: int, device: str) -
     dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
     diffuser = Diffuser(config.model, active_groups(flows)).to(device, dtype)
     use_kernel(diffuser, config.hardware.attention)
-    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     optimizer = torch.optim.AdamW(diffuser.parameters(), lr=1e-5, fused=True)
     encoded = Encoded(
         {name: torch.randn(latents.shape, device=device, dtype=dtype) for name, latents in shapes.latents.items()},
@@ -73,8 +73,8 @@ def train(config: TrainConfig, shapes: Encoded, micro_batch: int, device: str) -
     contexts: Any = NoContexts(encoded)
     objective = Objective(flows, Schedule(config.model.schedule, device), contexts, config.objective)
     for step in range(2):
-        draws = StepDraws("memory", step, micro_batch, slice(0, micro_batch), torch.device(device))
-        objective.total(objective.losses(diffuser, encoded, draws)).backward()
+        rng = StepRandom("memory", step, micro_batch, slice(0, micro_batch), torch.device(device))
+        objective.total(objective.losses(diffuser, encoded, rng)).backward()
         optimizer.step()
         # Kept, as between the micro-batches of a step.
         optimizer.zero_grad(set_to_none=False)
@@ -90,13 +90,13 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    outline = Outline(config)
+    dry_run = DryRun(config)
     rows = []
     for phase in config.stage.phases:
         micro_batch = config.hardware.micro_batch_size[phase.resolution]
-        expected = predicted(outline, phase.resolution, micro_batch)
+        expected = predicted(dry_run, phase.resolution, micro_batch)
         torch.cuda.reset_peak_memory_stats()
-        train(config, outline.encoded(phase.resolution, micro_batch), micro_batch, "cuda")
+        train(config, dry_run.encoded(phase.resolution, micro_batch), micro_batch, "cuda")
         found = int(torch.cuda.max_memory_allocated())
         torch.cuda.empty_cache()
         ratio = round(expected["at_most"] / found, 4)

@@ -40,7 +40,8 @@ def write_pairs(folder: Path, shards: int = 2, count: int = 40) -> Path:
     return folder / "manifest"
 
 
-def all_samples(manifest: Manifest) -> pa.Table:
-    """All samples of a manifest with all columns, shard by shard."""
-    tables = [manifest.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(manifest.paths))]
+def all_samples(manifest: Path) -> pa.Table:
+    """Every sample of a manifest with all columns, shard by shard."""
+    content = Manifest(manifest)
+    tables = [content.columns(shard, SAMPLE_SCHEMA.names) for shard in range(len(content.paths))]
     return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *tables])

@@ -11,7 +11,7 @@ import torch
 
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.planning.dry_run import LiveMemory, Outline
+from vdtrain.planning.dry_run import DryRun, LiveMemory
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def benchmark() -> ModuleType:
 def test_prediction_is_what_the_steps_take(benchmark: ModuleType, mode: str) -> None:
     settings = ["model=tiny", "data=shapes", "hardware=cpu", "stage=stage3_four_flow"]
     config = to_object(compose("train", [*settings, f"hardware.activation_checkpointing={mode}"]), TrainConfig)
-    outline = Outline(config)
-    predicted = benchmark.predicted(outline, 64, 8)
+    dry_run = DryRun(config)
+    predicted = benchmark.predicted(dry_run, 64, 8)
     assert predicted["at_most"] > 4 * predicted["weights"] > 0
-    shapes = outline.encoded(64, 8)
+    shapes = dry_run.encoded(64, 8)
     with LiveMemory() as memory:
         benchmark.train(config, shapes, 8, "cpu")
     assert predicted["at_most"] == pytest.approx(memory.peak, rel=0.01)

@@ -117,7 +117,7 @@ def test_focus_turns_the_context(model: VersatileDiffusion) -> None:
     assert torch.equal(plain, model.generate("image-to-image", given, height=32, width=32, steps=4))
     assert not torch.equal(plain, content)
     assert not torch.equal(plain, style)
-    with pytest.raises(ConfigError, match="focus=2: not in 0"):
+    with pytest.raises(ConfigError, match="focus=2: must be from 0"):
         model.generate("image-to-image", given, focus=2)
 
 
@@ -132,7 +132,7 @@ def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) ->
     for wrong, message in (
         ({"fidelity": 0.5}, r"start_from: nothing for 3 inputs; fidelity=0\.5 needs one"),
         ({"fidelity": 0.5, "start_from": given[:2]}, "start_from: 2 for 3 inputs"),
-        ({"fidelity": 1.5}, r"fidelity=1\.5: not in 0"),
+        ({"fidelity": 1.5}, r"fidelity=1\.5: must be from 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             images(model, CAPTIONS, **wrong)
@@ -142,7 +142,7 @@ SMALL = {"height": 32, "width": 32, "steps": 3}
 
 
 @pytest.mark.parametrize("output", ["image", "text"])
-def test_one_ingredient_is_its_flow(model: VersatileDiffusion, output: str) -> None:
+def test_a_blend_of_one_context_is_its_flow(model: VersatileDiffusion, output: str) -> None:
     blended = model.blend(output, [ContextInput("text", CAPTIONS[0])], **SMALL)
     plain = model.generate(f"text-to-{output}", CAPTIONS[:1], **SMALL)
     assert torch.equal(blended, plain) if output == "image" else blended == plain
@@ -155,16 +155,16 @@ def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str
     drawn = images(model, CAPTIONS[:1], seed=9)[0]
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1
-    ingredients = [
+    inputs = [
         ContextInput("text", CAPTIONS[0], 1.0),
         ContextInput("text", CAPTIONS[1], 2.0),
         ContextInput("image", drawn, 0.5),
         ContextInput("image", drawn, 0.5, mask),
     ]
     for join in (True, False):
-        made = model.blend(output, ingredients, count=3, mixing=mixing, join=join, **SMALL)
+        made = model.blend(output, inputs, count=3, mixing=mixing, join=join, **SMALL)
         assert len(made) == 3
-        again = model.blend(output, ingredients, count=3, mixing=mixing, join=join, batch_size=2, **SMALL)
+        again = model.blend(output, inputs, count=3, mixing=mixing, join=join, batch_size=2, **SMALL)
         assert (made.int() - again.int()).abs().max() <= 1 if output == "image" else made == again
 
 
@@ -184,17 +184,17 @@ def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusio
 
 def test_impossible_blends_are_refused(model: VersatileDiffusion) -> None:
     text = ContextInput("text", CAPTIONS[0])
-    for ingredients, settings, message in (
+    for inputs, settings, message in (
         ([], {}, "contexts: 0 for 1 samples"),
         ([text], {"count": 0}, "contexts: 1 for 0 samples"),
         ([ContextInput("text", "a", -1.0)], {}, "none may be negative"),
         ([ContextInput("text", "a", 0.0)], {}, "one must be above 0"),
         ([text], {"mixing": "coin"}, "mixing=coin: choose one of attention, layer"),
         ([ContextInput("sound", "a")], {}, "no layers for 'sound'"),
-        ([ContextInput("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: a context of modality 'text' takes none"),
+        ([ContextInput("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: contexts of modality 'text' take no mask"),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.blend("image", ingredients, **{**SMALL, **settings})
+            model.blend("image", inputs, **{**SMALL, **settings})
 
 
 def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
@@ -208,7 +208,7 @@ def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
         drawn, captions = edit(model, given, **words, **SMALL)
         assert drawn.shape == given.shape
         assert len(captions) == 3
-    with pytest.raises(ConfigError, match="remove, add: both empty"):
+    with pytest.raises(ConfigError, match="remove, add: both are empty"):
         edit(model, given, **SMALL)
     with pytest.raises(ConfigError, match=r"text_share=1\.5"):
         edit(model, given, add="a star", text_share=1.5, **SMALL)

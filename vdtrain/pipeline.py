@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig, SamplingConfig
 from vdtrain.config.validation import check_sampling
 from vdtrain.diffusion.contexts import focus as focused
 from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalised
 from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.errors import ConfigError
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, layer_group
 from vdtrain.models.frozen import FrozenParts, build_frozen
@@ -37,8 +37,8 @@ class ContextInput:
     Attributes:
         modality: of the context.
         sample: a caption, or an image uint8 [3, H, W], by the modality.
-        weight: share in the blend; only the ratio to the other weights matters.
-        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a place of the image, 0 hides it.
+        weight: in the blend; only the ratio to the other weights matters.
+        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a part of the image, 0 hides it.
     """
 
     modality: str
@@ -59,13 +59,13 @@ class VersatileDiffusion:
     """Diffuser, frozen parts and noise schedule, on one device.
 
     The methods take the fields of `SamplingConfig` as keywords: height, width, steps, guidance_scale, solver, eta,
-    seed, batch_size. The random numbers of a sample depend on the seed and on its place among the samples alone.
+    seed, batch_size. The random numbers of a sample depend only on the seed and on its index among the samples.
 
     Args:
         config: of the whole model; names the frozen parts' weights.
-        diffuser: with at least the layers of the flows that will be asked for.
+        diffuser: must have the layers of the flows that will be sampled.
         dtype: precision of the networks; the solver always works in float32.
-        frozen: VAEs and context encoders; None builds those that `config` names.
+        frozen: VAEs and context encoders; None builds those of `config`.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class VersatileDiffusion:
         """Load a run folder's latest checkpoint, a checkpoint folder, or a weights folder.
 
         Args:
-            weights: "ema" (averaged) or "model" (as trained).
+            weights: "ema" (the moving average) or "model" (the trained weights).
 
         Raises:
-            ConfigError: there is nothing complete to load.
+            ConfigError: there is no complete checkpoint, or it belongs to another model.
         """
         config, tensors = open_weights("checkpoint", path, weights)
-        # Made without values, so that a large model is held once, and in the precision that is asked for.
+        # A meta model has no values, so that memory holds a large model once, in the requested precision.
         with torch.device("meta"):
             diffuser = Diffuser(config, {layer_group(name) for name in tensors})
         differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).meta())
@@ -123,18 +123,18 @@ class VersatileDiffusion:
         Args:
             flow: "text-to-image", "image-to-image", "image-to-text" or "text-to-text".
             inputs: captions, or uint8 [B, 3, h, w] images, by the flow's context.
-            focus: semantic-style disentanglement of image contexts: 0 content, 0.5 as they are, 1 style.
-            start_from: samples of the output modality, one per input, to begin from instead of from noise; images of
-                the size that is asked for.
-            fidelity: how little `start_from` is noised: at 0 nothing of it is left, at 1 it comes back as it is.
+            focus: semantic-style disentanglement of image contexts: 0 content, 0.5 unchanged, 1 style.
+            start_from: samples of the output modality, one per input, that replace the initial noise. Images must have
+                the requested size.
+            fidelity: how much of `start_from` remains under the noise: at 0 nothing, at 1 all of it.
             settings: fields of `SamplingConfig`.
 
         Raises:
-            ConfigError: the model was not trained for the flow, or a setting that cannot work.
+            ConfigError: the model has no layers for the flow, or a setting is invalid.
         """
-        way, chosen = self.flow(flow), self.settings(settings)
+        wanted, chosen = self.flow(flow), self.settings(settings)
         if not 0 <= fidelity <= 1:
-            raise ConfigError(f"fidelity={fidelity}: not in 0 (from noise) to 1 (start_from itself)")
+            raise ConfigError(f"fidelity={fidelity}: must be from 0 (noise) to 1 (start_from itself)")
         start = None
         if fidelity > 0:
             if start_from is None or len(start_from) != len(inputs):
@@ -144,19 +144,19 @@ class VersatileDiffusion:
                 )
             if fidelity == 1:
                 return start_from
-            start = self.encode_latents(way.output, start_from, chosen.batch_size)
-        tokens = self.encode_context(way.context, inputs, chosen.batch_size)
+            start = self.encode_latents(wanted.output, start_from, chosen.batch_size)
+        tokens = self.encode_context(wanted.context, inputs, chosen.batch_size)
         try:
             tokens = focused(tokens, focus)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        contexts = [Context(way.context, tokens)]
-        return self.sample(way.output, contexts, chosen, start=start, fidelity=fidelity, progress=progress)
+        contexts = [Context(wanted.context, tokens)]
+        return self.sample(wanted.output, contexts, chosen, start=start, fidelity=fidelity, progress=progress)
 
     def blend(
         self,
         output: str,
-        ingredients: Sequence[ContextInput],
+        inputs: Sequence[ContextInput],
         *,
         count: int = 1,
         mixing: str = "attention",
@@ -164,35 +164,35 @@ class VersatileDiffusion:
         progress: Progress = list,
         **settings: Any,
     ) -> Any:
-        """Samples from several contexts at once: `count` images or captions, by `output`.
+        """Samples from several contexts: `count` images or captions, by `output`.
 
         Args:
-            mixing: "attention" averages the contexts at every context layer; "layer" draws one of them for each.
-            join: contexts of one modality become one, token after token, as in the released application; otherwise
-                each is mixed on its own.
+            mixing: "attention" averages the contexts at every context layer; "layer" draws one context for each layer.
+            join: concatenate the tokens of contexts of one modality, as in the released application. Otherwise each
+                context is mixed on its own.
 
         Raises:
-            ConfigError: the model has no layers for a modality, or a setting that cannot work.
+            ConfigError: the model has no layers for a modality, or a setting is invalid.
         """
         chosen = self.settings(settings)
-        if not ingredients or count < 1:
-            raise ConfigError(f"contexts: {len(ingredients)} for {count} samples; give at least one of each")
-        for ingredient in ingredients:
-            self.flow(Flow(output, ingredient.modality).name)
+        if not inputs or count < 1:
+            raise ConfigError(f"contexts: {len(inputs)} for {count} samples; give at least one of each")
+        for each in inputs:
+            self.flow(Flow(output, each.modality).name)
         contexts = [
             Context(each.modality, self.encode_context(each.modality, each.batch(), masks=each.masks()))
-            for each in ingredients
+            for each in inputs
         ]
-        weights = [each.weight for each in ingredients]
+        weights = [each.weight for each in inputs]
         try:
             normalised(weights)
             if join:
                 contexts, weights = joined_by_modality(contexts, weights)
-            way = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), chosen.seed)
+            mix = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), chosen.seed)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         contexts = [Context(each.modality, each.tokens.expand(count, -1, -1)) for each in contexts]
-        return self.sample(output, contexts, chosen, mixing=way, progress=progress)
+        return self.sample(output, contexts, chosen, mixing=mix, progress=progress)
 
     def sample(
         self,
@@ -207,12 +207,12 @@ class VersatileDiffusion:
         progress: Progress = list,
         decode: bool = True,
     ) -> Any:
-        """Samples of a modality from encoded contexts; what the other methods come down to.
+        """Samples of a modality from encoded contexts; the other methods call this one.
 
         Args:
-            contexts: tokens [B, M, D] each, B samples in all.
-            unconditional: for each of `contexts`, tokens [1, M, D]; None takes the modality's own, as often as it fits.
-            start: clean latents [B, ...] to begin from, noised as `fidelity` (below 1) says.
+            contexts: tokens [B, M, D] each, for B samples.
+            unconditional: for each of `contexts`, tokens [1, M, D]; None repeats the modality's own to that length.
+            start: clean latents [B, ...] to begin from; `fidelity` (below 1) sets their noise.
             decode: False returns latents [B, ...], float32.
         """
         if unconditional is None:
@@ -244,7 +244,7 @@ class VersatileDiffusion:
             masks: [B, 1, h, w] in 0..1, for modalities whose encoder takes them.
 
         Raises:
-            ConfigError: masks for a modality that takes none.
+            ConfigError: the modality's encoder takes no masks.
         """
         if masks is not None:
             return self.frozen.encode_masked(modality, self._here(samples), masks.to(self.device))
@@ -261,7 +261,7 @@ class VersatileDiffusion:
         )
 
     def decode(self, modality: str, latents: Tensor, seed: int = 0) -> Any:
-        """Samples of a modality from latents [B, ...]; what is drawn at random depends on the seed and the row."""
+        """Samples of a modality from latents [B, ...]; random numbers depend only on the seed and the row."""
         generators = [torch.Generator().manual_seed(seed + row) for row in range(len(latents))]
         return self.frozen.decode(modality, latents, generators)
 
@@ -269,7 +269,7 @@ class VersatileDiffusion:
         """A flow by name.
 
         Raises:
-            ConfigError: no flow, or one that this model has no layers for.
+            ConfigError: the name is not a flow, or the model has no layers for it.
         """
         try:
             flow = Flow.parse(name)
@@ -281,7 +281,7 @@ class VersatileDiffusion:
         return flow
 
     def unconditional(self, output: str, modality: str) -> Tensor:
-        """The context [1, M, D] that stands for no sample of `modality` where `output` is generated."""
+        """The unconditional context [1, M, D] of `modality` for generating `output`."""
         return self.frozen.unconditional(Flow(output, modality), 1)
 
     def _unconditional(self, output: str, context: Context) -> Context:
@@ -289,10 +289,10 @@ class VersatileDiffusion:
         return Context(context.modality, tokens.repeat(1, context.tokens.shape[1] // tokens.shape[1], 1))
 
     def settings(self, changes: Mapping[str, Any]) -> SamplingConfig:
-        """The default settings with changes, checked.
+        """The default settings with changes, validated.
 
         Raises:
-            ConfigError: a setting that cannot work.
+            ConfigError: a setting is invalid.
         """
         settings = replace(SamplingConfig(), **changes)
         check_sampling(settings, self.config)

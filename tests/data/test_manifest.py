@@ -66,7 +66,7 @@ def test_a_manifest_with_a_column_of_an_earlier_version_is_read(tmp_path: Path) 
         with pq.ParquetWriter(file, hashed[0].schema) as writer:
             for group in hashed:
                 writer.write_table(group)
-    assert all_samples(Manifest(tmp_path)).equals(pa.concat_tables(tables))
+    assert all_samples(tmp_path).equals(pa.concat_tables(tables))
     assert Manifest(tmp_path).rows(0).captions.to_pylist() == tables[0]["caption"].to_pylist()
 
 
@@ -77,7 +77,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert manifest.samples.tolist() == list(SHARDS.values())
     assert len(manifest) == 15
     assert [manifest.source_names[number] for number in manifest.sources] == ["a", "a", "b", "b"]
-    assert all_samples(manifest).equals(pa.concat_tables(tables))
+    assert all_samples(tmp_path).equals(pa.concat_tables(tables))
     for shard, table in enumerate(tables):
         rows = manifest.rows(shard)
         assert len(rows) == len(table)
@@ -165,7 +165,7 @@ def test_what_is_missing_or_damaged_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / SHARDS_FILE).write_bytes(content[: len(content) // 2])
     for reading in (Manifest, read_shards):
         with pytest.raises(
-            ManifestError, match=r"shards\.parquet cannot be read .*; remove the folder .* make it anew"
+            ManifestError, match=r"shards\.parquet cannot be read .*; remove the folder .* make it again"
         ):
             reading(tmp_path)
 
@@ -174,6 +174,6 @@ def test_a_manifest_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> 
     write(tmp_path)
     pq.write_table(read_shards(tmp_path).drop_columns(["sides", "decoded"]), tmp_path / SHARDS_FILE)
     for reading in (Manifest, read_shards):
-        with pytest.raises(ManifestError, match=r"remove the folder .* and make it anew") as raised:
+        with pytest.raises(ManifestError, match=r"remove the folder .* and make it again") as raised:
             reading(tmp_path)
         assert "\n" not in str(raised.value)

@@ -137,7 +137,7 @@ def test_a_server_that_keeps_failing_is_named(folder: Path, server: Server) -> N
 
 def test_a_server_without_ranges_is_named(folder: Path, server: Server) -> None:
     server.ranged = False
-    with pytest.raises(StreamError, match="its server gives no ranges"):
+    with pytest.raises(StreamError, match="use a server that serves ranges"):
         read(folder, shard_root=f"{server.address}/manifest")
 
 
@@ -147,7 +147,7 @@ def test_a_shard_that_is_not_there_is_named_at_once(folder: Path, server: Server
 
 
 def test_an_unknown_kind_of_address_is_named_before_anything_is_read(folder: Path) -> None:
-    with pytest.raises(ManifestError, match=r"install fsspec's part for nowhere://"):
+    with pytest.raises(ManifestError, match=r"install fsspec's package for nowhere://"):
         PairStream(
             folder / "manifest", seed=0, resolution=32, global_batch_size=9, shard_root="nowhere://bucket/manifest"
         )

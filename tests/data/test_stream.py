@@ -43,10 +43,11 @@ def same(first: Batch, second: Batch) -> bool:
 def test_an_epoch_holds_every_sample_once(manifest: Path) -> None:
     stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=BATCH)
     assert len(stream) == 69
-    epochs = [stream.rows_at(np.arange(epoch * 69, (epoch + 1) * 69)) for epoch in range(3)]
+    places = [stream.order.locate(np.arange(epoch * 69, (epoch + 1) * 69)) for epoch in range(3)]
     stream.close()
-    for rows in epochs:
-        assert sorted(rows) == [(shard, row) for shard in range(3) for row in range(23)]
+    epochs = [list(zip(each.shard.tolist(), each.sample.tolist(), strict=True)) for each in places]
+    for samples in epochs:
+        assert sorted(samples) == [(shard, sample) for shard in range(3) for sample in range(23)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != sorted(epochs[0])
 
@@ -119,7 +120,7 @@ def test_small_images_are_left_out_by_the_manifest(tmp_path: Path) -> None:
     ("settings", "line"),
     [
         ({"lanes": 0}, r"data\.stream: lanes=0, block=32768: both must be at least 1"),
-        ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: a share of samples is from 0 to 1"),
+        ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: must be from 0 to 1"),
         ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give each"),
         ({"weights": {"drawn": -1.0}}, r"data\.stream: weights=\[-1\.0\]: each must be above 0"),
         ({"cache": {"folder": "x"}}, r"data\.stream\.cache=\{'folder': 'x'\}: give \{folder: \.\.\., gigabytes"),

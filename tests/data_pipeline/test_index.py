@@ -59,7 +59,7 @@ def write_shards(folder: Path, numbers: range, count: int = 5) -> Path:
 
 
 def content(manifest: Path) -> tuple[object, object]:
-    return read_shards(manifest), all_samples(Manifest(manifest))
+    return read_shards(manifest), all_samples(manifest)
 
 
 def cut(shard: Path) -> None:
@@ -76,7 +76,7 @@ def test_only_new_shards_are_read_and_the_manifest_is_the_same_as_from_nothing(t
     assert read == ["000002.tar"]
     assert len(Manifest(manifest)) == 15
     index({"drawn": tmp_path / "shards"}, tmp_path / "fresh")
-    assert all_samples(Manifest(manifest)).equals(all_samples(Manifest(tmp_path / "fresh")))
+    assert all_samples(manifest).equals(all_samples(tmp_path / "fresh"))
     places = ["samples_file", "row_group"]
     assert read_shards(manifest).drop_columns(places).equals(read_shards(tmp_path / "fresh").drop_columns(places))
 
@@ -160,14 +160,14 @@ def test_shards_that_are_gone_are_dropped_and_their_samples_removed(
         "dropped: 2 shards that are gone: ../shards/00000/000000.tar, ../shards/00000/000001.tar"
     ]
     assert not read
-    assert len(all_samples(Manifest(tmp_path / "manifest"))) == 15
+    assert len(all_samples(tmp_path / "manifest")) == 15
     # A reader that still knows the file that was removed must not take another one for it.
     write_shards(tmp_path, range(2))
     index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
     assert sorted(file.name for file in (tmp_path / "manifest").glob(SAMPLES_FILES)) == [
         f"samples-0000{number}.parquet" for number in (1, 2, 3)
     ]
-    assert len(all_samples(Manifest(tmp_path / "manifest"))) == 25
+    assert len(all_samples(tmp_path / "manifest")) == 25
 
 
 def test_files_of_samples_that_are_missing_or_damaged_are_made_anew(tmp_path: Path, read: list[str]) -> None:
@@ -179,7 +179,7 @@ def test_files_of_samples_that_are_missing_or_damaged_are_made_anew(tmp_path: Pa
     index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
     assert read == ["000002.tar", "000003.tar", "000004.tar"]
     index({"drawn": shards}, tmp_path / "fresh")
-    assert all_samples(Manifest(tmp_path / "manifest")).equals(all_samples(Manifest(tmp_path / "fresh")))
+    assert all_samples(tmp_path / "manifest").equals(all_samples(tmp_path / "fresh"))
 
 
 def test_a_shard_that_was_made_anew_is_read_again(tmp_path: Path, read: list[str]) -> None:
@@ -190,7 +190,7 @@ def test_a_shard_that_was_made_anew_is_read_again(tmp_path: Path, read: list[str
     index({"drawn": shards}, tmp_path / "manifest")
     assert read == ["000001.tar"]
     index({"drawn": shards}, tmp_path / "fresh")
-    assert all_samples(Manifest(tmp_path / "manifest")).equals(all_samples(Manifest(tmp_path / "fresh")))
+    assert all_samples(tmp_path / "manifest").equals(all_samples(tmp_path / "fresh"))
 
 
 def test_images_are_decoded_if_that_is_asked_for_and_was_not_done(tmp_path: Path, read: list[str]) -> None:

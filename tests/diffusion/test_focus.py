@@ -50,5 +50,5 @@ def test_samples_do_not_depend_on_those_beside_them() -> None:
 
 @pytest.mark.parametrize("level", [-0.1, 1.1])
 def test_levels_off_the_scale_are_refused(level: float) -> None:
-    with pytest.raises(ValueError, match=f"focus={level}: not in 0"):
+    with pytest.raises(ValueError, match=f"focus={level}: must be from 0"):
         focus(tokens(), level)

@@ -5,7 +5,7 @@ import torch
 
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ObjectiveConfig, TrainConfig
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
@@ -44,8 +44,8 @@ def encoded() -> Encoded:
     )
 
 
-def draws(step: int = 0) -> StepDraws:
-    return StepDraws("seed", step, BATCH, slice(0, BATCH), torch.device("cpu"))
+def rng(step: int = 0) -> StepRandom:
+    return StepRandom("seed", step, BATCH, slice(0, BATCH), torch.device("cpu"))
 
 
 def objective(**settings: object) -> Objective:
@@ -57,8 +57,8 @@ def objective(**settings: object) -> Objective:
 
 def test_flows_together_equal_flows_alone(diffuser: Diffuser, encoded: Encoded) -> None:
     with torch.no_grad():
-        losses = objective().losses(diffuser, encoded, draws())
-    own = draws()
+        losses = objective().losses(diffuser, encoded, rng())
+    own = rng()
     schedule = objective().schedule
     for flow in FLOWS:
         latents = encoded.latents[flow.output]
@@ -75,29 +75,29 @@ def test_flows_together_equal_flows_alone(diffuser: Diffuser, encoded: Encoded) 
 def test_one_backward_of_the_sum_equals_a_backward_per_flow(diffuser: Diffuser, encoded: Encoded) -> None:
     whole = objective(flow_weights={"text-to-text": 0.25})
     diffuser.zero_grad()
-    whole.total(whole.losses(diffuser, encoded, draws())).backward()
+    whole.total(whole.losses(diffuser, encoded, rng())).backward()
     together = {name: parameter.grad.clone() for name, parameter in diffuser.named_parameters()}
     diffuser.zero_grad()
     for name in (flow.name for flow in FLOWS):
-        (whole.weights[name] * whole.losses(diffuser, encoded, draws())[name]).backward()
+        (whole.weights[name] * whole.losses(diffuser, encoded, rng())[name]).backward()
     assert whole.weights["text-to-text"] == 0.25
     for name, parameter in diffuser.named_parameters():
         torch.testing.assert_close(together[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_noise_of_a_flow_does_not_depend_on_the_other_flows(diffuser: Diffuser, encoded: Encoded) -> None:
-    """A stage that adds flows gives the earlier flows the same losses on the same batch and draws."""
+    """A stage that adds flows gives the earlier flows the same losses on the same batch and random numbers."""
     schedule = objective().schedule
     config = ObjectiveConfig(context_dropout=0.1, flow_weights={})
     with torch.no_grad():
-        few = Objective(FLOWS[:1], schedule, Unconditional(), config).losses(diffuser, encoded, draws())
-        many = Objective(FLOWS, schedule, Unconditional(), config).losses(diffuser, encoded, draws())
+        few = Objective(FLOWS[:1], schedule, Unconditional(), config).losses(diffuser, encoded, rng())
+        many = Objective(FLOWS, schedule, Unconditional(), config).losses(diffuser, encoded, rng())
     torch.testing.assert_close(few[FLOWS[0].name], many[FLOWS[0].name], atol=1e-6, rtol=1e-6)
 
 
 def test_perfect_predictions_have_no_loss(encoded: Encoded) -> None:
     def oracle(inputs: list[DiffuserInput]) -> list[torch.Tensor]:
-        own = draws()
+        own = rng()
         return [
             torch.cat(
                 [own.normal(f"noise/{flow}", item.latents.shape[1:]) for flow in FLOWS if flow.output == item.output]
@@ -105,6 +105,6 @@ def test_perfect_predictions_have_no_loss(encoded: Encoded) -> None:
             for item in inputs
         ]
 
-    losses = objective().losses(oracle, encoded, draws())
+    losses = objective().losses(oracle, encoded, rng())
     assert set(losses) == {flow.name for flow in FLOWS}
     assert all(float(loss) == 0 for loss in losses.values())

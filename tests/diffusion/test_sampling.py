@@ -56,8 +56,8 @@ def test_what_a_number_of_steps_becomes_is_said(name: str) -> None:
         ({"steps": 0}, "steps=0: choose 1 to 1000"),
         ({"steps": 1001}, "steps=1001: choose 1 to 1000"),
         ({"name": "euler"}, "solver=euler: choose one of ddim, dpm-solver\\+\\+, unipc"),
-        ({"eta": 2.0}, "eta=2.0: not in 0"),
-        ({"name": "unipc", "eta": 0.5}, "eta=0.5: only solver=ddim has it"),
+        ({"eta": 2.0}, "eta=2.0: must be from 0"),
+        ({"name": "unipc", "eta": 0.5}, "eta=0.5: only solver=ddim takes it"),
     ],
 )
 def test_impossible_solvers_are_refused(settings: dict, message: str) -> None:

@@ -17,7 +17,6 @@ from tests.pairs import all_samples, write_pairs
 from vdtrain.commands.evaluate import main as evaluate
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import EvaluateConfig, TrainConfig
-from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.pairs import Pairs
@@ -206,7 +205,7 @@ def test_every_image_takes_part_once_cropped_at_its_centre(folder: Path) -> None
     pairs, parts = Pairs(config), Parts(folder, 24, PART)
     read = [pairs.read(part) for part in parts.parts]
     assert all(each["image"].shape == (PART, 3, 96, 96) for each in read)
-    manifest = all_samples(Manifest(folder / "data" / "manifest"))["caption"].to_pylist()
+    manifest = all_samples(folder / "data" / "manifest")["caption"].to_pylist()
     assert sorted(caption for each in read for caption in each["text"]) == sorted(manifest)
     # The drawn images are squares already, which no crop would change.
     stream = pairs._open(0)

@@ -85,7 +85,7 @@ def test_a_tokenizer_that_joins_words_is_refused(tmp_path: Path) -> None:
     joining = released_tokenizer()
     joining.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     joining.save(str(tmp_path / "joining.json"))
-    with pytest.raises(WeightsError, match="joins words over spaces"):
+    with pytest.raises(WeightsError, match="joins words across spaces"):
         ClipTokenizer(str(tmp_path / "joining.json"), 77)
 
 
@@ -148,7 +148,7 @@ def test_unconditional_contexts(text, image):
     mixed = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank_for={"text": "black"})
     assert torch.equal(mixed.unconditional(2, "text"), black.unconditional(2, "text"))
     assert torch.equal(mixed.unconditional(2, "image"), torch.zeros(2, 17, 64))
-    with pytest.raises(ValueError, match="blank=white: not one of zeros, black, grey"):
+    with pytest.raises(ValueError, match="blank=white: choose one of zeros, black, grey"):
         ClipImageContext(architecture(), blank="white")
 
 
@@ -157,9 +157,9 @@ def test_bad_settings_are_named():
         build_clip("ViT-Q-7", None)
     with pytest.raises(ValueError, match=r"architecture: .*unexpected keyword argument 'colour'"):
         build_clip({**architecture(), "colour": 1}, None)
-    with pytest.raises(ValueError, match="image side is no vision transformer"):
+    with pytest.raises(ValueError, match="image encoder is not a vision transformer"):
         build_clip("RN50", None)
-    with pytest.raises(ValueError, match=r"vocab_size=629: the tokenizer of CLIP has 49408 entries"):
+    with pytest.raises(ValueError, match=r"vocab_size=629: the tokenizer of CLIP has 49408 entries; set vocab_size"):
         ClipTextContext(architecture())
 
 

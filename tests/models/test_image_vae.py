@@ -22,7 +22,7 @@ def test_latent_shape_is_an_eighth(vae):
 
 
 def test_resolution_off_the_grid_is_refused(vae):
-    with pytest.raises(ValueError, match=r"size=\(64, 60\): no multiples of 8"):
+    with pytest.raises(ValueError, match=r"size=\(64, 60\): must be multiples of 8"):
         vae.latent_shape((64, 60))
 
 

@@ -16,16 +16,16 @@ from vdtrain.commands.plan import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS, ZERO_STAGES
 from vdtrain.engine.engine import Engine, EngineSettings, ShardEMA
 from vdtrain.engine.partitions import GroupLayout
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
 from vdtrain.models.frozen import build_frozen
-from vdtrain.planning.dry_run import LiveMemory, Outline
+from vdtrain.planning.dry_run import DryRun, LiveMemory
 from vdtrain.planning.memory import checkpoint_bytes, standing_memory, update_bytes
 from vdtrain.run import distributed
 
@@ -135,16 +135,16 @@ def real_micro_batch(config: TrainConfig, resolution: int, rows: int) -> tuple[i
     """Of a real forward and backward: bytes kept and at most, tensors that autograd saved, and the encoding's peak."""
     flows = stage_flows(config)
     diffuser = Diffuser(config.model, active_groups(flows))
-    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     for parameter in diffuser.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     frozen = build_frozen(config.model)
     objective = Objective(flows, Schedule(config.model.schedule), frozen, config.objective)
-    draws = StepDraws("real", 0, config.stage.global_batch_size, slice(0, rows), torch.device("cpu"))
+    rng = StepRandom("real", 0, config.stage.global_batch_size, slice(0, rows), torch.device("cpu"))
     images = torch.zeros(rows, 3, resolution, resolution, dtype=torch.uint8)
     with LiveMemory() as encoding, torch.no_grad():
         frozen.vaes["image"].encode(images)
-    encoded = objective.encode({"image": images, "text": ["a red circle"] * rows}, resolution, draws)
+    encoded = objective.encode({"image": images, "text": ["a red circle"] * rows}, resolution, rng)
     parameters = storages(diffuser.parameters())
     saved: dict[int, int] = {}
 
@@ -153,33 +153,33 @@ def real_micro_batch(config: TrainConfig, resolution: int, rows: int) -> tuple[i
         return tensor
 
     with LiveMemory() as memory, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        total = objective.total(objective.losses(diffuser, encoded, draws))
+        total = objective.total(objective.losses(diffuser, encoded, rng))
         kept = memory.now
         total.backward()
     return kept, memory.peak, sum(size for key, size in saved.items() if key not in parameters), encoding.peak
 
 
 @pytest.fixture(scope="module")
-def outlines() -> dict[str, Outline]:
+def dry_runs() -> dict[str, DryRun]:
     modes = ("none", "context", "blocks")
-    return {mode: Outline(tiny(f"hardware.activation_checkpointing={mode}")) for mode in modes}
+    return {mode: DryRun(tiny(f"hardware.activation_checkpointing={mode}")) for mode in modes}
 
 
 @pytest.mark.parametrize("mode", ["none", "context", "blocks"])
-def test_a_micro_batch_takes_what_the_real_one_takes(outlines: dict[str, Outline], mode: str) -> None:
-    measured = outlines[mode].measure(32, 8)
-    kept, peak, saved, encoding = real_micro_batch(outlines[mode].config, 32, 8)
+def test_a_micro_batch_takes_what_the_real_one_takes(dry_runs: dict[str, DryRun], mode: str) -> None:
+    measured = dry_runs[mode].measure(32, 8)
+    kept, peak, saved, encoding = real_micro_batch(dry_runs[mode].config, 32, 8)
     assert measured.kept == pytest.approx(kept, abs=SMALL)
     assert measured.peak == pytest.approx(peak, rel=0.005)
     assert measured.encoding == encoding
     if mode == "none":
         # What autograd saves is nearly all that stays; some of it was there before.
         assert measured.kept == pytest.approx(saved, rel=0.02)
-    assert outlines[mode].unmeasured == set()
+    assert dry_runs[mode].unmeasured == set()
 
 
-def test_recomputing_takes_less(outlines: dict[str, Outline]) -> None:
-    none, context, blocks = (outline.measure(32, 8) for outline in outlines.values())
+def test_recomputing_takes_less(dry_runs: dict[str, DryRun]) -> None:
+    none, context, blocks = (dry_run.measure(32, 8) for dry_run in dry_runs.values())
     assert blocks.kept < context.kept < none.kept
     assert blocks.peak < context.peak < none.peak
     assert blocks.encoding == none.encoding

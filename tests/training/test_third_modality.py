@@ -26,7 +26,7 @@ from vdtrain.commands.train import main as train
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import TrainConfig
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import ContextInput, VersatileDiffusion
@@ -110,9 +110,9 @@ def fixed_losses(trainer: Trainer, names: list[str]) -> dict[str, float]:
     (batch,) = islice(stream, 1)
     stream.close()
     fixed = Objective([Flow.parse(name) for name in names], objective.schedule, objective.frozen, config.objective)
-    draws = StepDraws("fixed", 0, 32, slice(0, 32), torch.device("cpu"))
+    rng = StepRandom("fixed", 0, 32, slice(0, 32), torch.device("cpu"))
     with torch.no_grad():
-        losses = fixed.losses(trainer.engine.module, fixed.encode(batch.samples, 32, draws), draws)
+        losses = fixed.losses(trainer.engine.module, fixed.encode(batch.samples, 32, rng), rng)
     return {name: float(loss) for name, loss in losses.items()}
 
 

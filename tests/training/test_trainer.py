@@ -21,7 +21,7 @@ from toy import gather
 from vdtrain.commands.sample import main as sample
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.run import distributed
@@ -145,10 +145,10 @@ def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (BATCH, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
     samples = {"image": images, "text": [f"a red circle number {index}" for index in range(BATCH)]}
-    draws = StepDraws("fixed", 0, BATCH, slice(0, BATCH), torch.device("cpu"))
+    rng = StepRandom("fixed", 0, BATCH, slice(0, BATCH), torch.device("cpu"))
     with torch.no_grad():
-        encoded = objective.encode(samples, resolution, draws)
-        return float(objective.losses(trainer.engine.module, encoded, draws)[name]).hex()
+        encoded = objective.encode(samples, resolution, rng)
+        return float(objective.losses(trainer.engine.module, encoded, rng)[name]).hex()
 
 
 def carried_along(folder: Path) -> None:

@@ -98,7 +98,9 @@ class DrillStream(PairStream):
             positions = batch.positions.numpy()
             if plan.get("when") == "place" and positions[0] // self.global_batch_size == plan["number"]:
                 _befall(plan["what"])
-            rows = [f"{shard}/{row}" for shard, row in self.rows_at(positions)]
+            places = self.order.locate(positions)
+            each = zip(places.shard.tolist(), places.sample.tolist(), strict=True)
+            rows = [f"{shard}/{self._samples(shard)[1][sample]}" for shard, sample in each]
             line = {"seed": self.seed, "positions": positions.tolist(), "rows": rows}
             with self.diary.open("a") as file:
                 file.write(json.dumps(line) + "\n")

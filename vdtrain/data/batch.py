@@ -1,4 +1,4 @@
-"""A batch of samples, the stream that yields such batches, and the memory that they lie in."""
+"""A batch of samples, the interface of the streams that yield batches, and the memory of batches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Batch:
     Attributes:
         samples: by modality, in the form that its VAE and context encoder take: a tensor [b, ...] or a list of b.
         positions: int64 [b] global positions.
-        moments: by modality, tensors [b, ...] of cached moments that stand for the VAE's encoding of the samples.
-        replaced: bad samples that were replaced by others, by reason.
+        moments: by modality, tensors [b, ...] of cached moments, which replace the VAE's encoding of the samples.
+        replaced: how many bad samples were replaced by others, by reason.
     """
 
     samples: dict[str, Any]
@@ -32,40 +32,42 @@ class Batch:
 
 
 class BatchStream(Protocol):
-    """What training asks of a stream; `data.stream` names one by its `_target_`, with arguments of its own.
+    """The stream interface of training; `data.stream` names a class by `_target_`, with its own arguments.
 
-    It is made anew for every phase of a stage, with the arguments of `vdtrain.data.stream.PairStream` from `manifest`
-    to `start` and `workers`, by name, and must guarantee three things. It does not end. The batch at a position depends
-    on the other arguments alone, so that a run that is stopped goes on with the samples that it would have seen. And
-    the ranks' batches, put one after another, are the batch of one rank that reads alone. A stream whose batches also
-    depend on files may have a string `identity` of them: a run that resumes on others says so.
+    Every phase of a stage makes a new stream. Training passes the arguments of `vdtrain.data.stream.PairStream` from
+    `manifest` to `start`, and `workers`, by name. A stream must guarantee three things:
+    * It does not end.
+    * The batch at a position depends only on the other arguments. A resumed run therefore reads the same samples.
+    * The batches of all ranks, concatenated in rank order, equal the batch of a single rank.
+    A stream whose batches also depend on files may have a string `identity` of those files. A run that resumes with
+    another identity prints a warning.
     """
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of global_batch_size / world_size samples, in every modality of the stage's flows."""
+        """Batches of global_batch_size / world_size samples in every modality of the stage's flows."""
 
     def close(self) -> None:
-        """Let go of files and threads; nothing is read afterwards."""
+        """Release files and threads; nothing is read afterwards."""
 
 
 class BatchMemory:
-    """Memory of batches, pinned where there is a GPU, so that it travels while the GPU computes.
+    """Memory of batches. With a GPU it is pinned, so that the copy overlaps with computation.
 
-    What a batch lay in is given to another when nobody holds a tensor of it any more: the kernel would have to clear
-    fresh pages. PyTorch itself does as much for pinned memory.
+    A new batch reuses the memory of an old one once no tensor refers to it; the kernel would have to clear new pages.
+    PyTorch itself reuses pinned memory.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[NDArray[np.uint8]]] = defaultdict(list)
 
     def take(self, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
-        """A tensor of any content, in memory that no other tensor has."""
+        """An uninitialised tensor whose memory belongs to no other tensor."""
         if torch.cuda.is_available():
             return torch.empty(shape, dtype=kind, pin_memory=True)
         size = math.prod(shape) * kind.itemsize
         free = self._free[size]
         memory = free.pop() if free else np.empty(size, np.uint8)
-        # Every tensor of the batch, views too, keeps this array alive, and nothing else does.
+        # Only the tensors of the batch and their views keep this array alive.
         lent = memory[:]
         weakref.finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent).view(kind).view(shape)

@@ -1,9 +1,9 @@
-"""Captions from alternative texts of web pages: what describes no image is taken out.
+"""Captions from alternative texts of web pages, without the parts that do not describe the image.
 
-The paper cleans its captions by a procedure of its own. This one takes out, in this order: HTML entities and tags,
-web and e-mail addresses, what stands in square or curly brackets, characters that are not printed, underscores and
-dashes or slashes that stand alone, quotation marks around words (an apostrophe inside a word stays), file name endings,
-and superfluous white space.
+The paper describes its cleaning only in outline. This one removes, in this order: HTML entities and tags; web and
+e-mail addresses; text in square or curly brackets; unprintable characters; underscores, and dashes or slashes that
+stand alone; quotation marks around words (an apostrophe inside a word stays); file name extensions; superfluous white
+space.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import html
 import re
 import unicodedata
 
-# Captions that do not match are clean. The pattern is RE2 syntax too, for whole columns (data_pipeline.select.filters).
-# It errs towards cleaning once too often.
+# A caption that does not match is clean. A match may also be a clean caption, which cleaning does not change.
+# The pattern is also valid RE2 syntax, for whole columns (data_pipeline.select.filters).
 UNCLEAN = (
     r"""[^ -~]|[<>&\[\]{}_"`@*#|~^\\]|  |^[ ,;:]|[ ,;:]$| [,;:.!?]|//|[Ww]{3}\.|\.[A-Za-z]{3,4}[^A-Za-z0-9]*$"""
     r"""|(?:^|[^A-Za-z0-9])['/-]|['/-](?:[^A-Za-z0-9]|$)"""
@@ -36,7 +36,7 @@ _SYMBOLS: dict[int, str | None] = str.maketrans(
 
 
 def clean_caption(text: str) -> str:
-    """A caption without what is no description; empty where nothing else was there. Cleaning again changes nothing."""
+    """The cleaned caption, empty if no description remains. Cleaning it again changes nothing."""
     for _ in range(8):
         cleaned = _clean_once(text)
         if cleaned == text:
@@ -46,7 +46,7 @@ def clean_caption(text: str) -> str:
 
 
 def _clean_once(text: str) -> str:
-    # Most captions have little of all this, and looking for a character costs less than a pattern.
+    # Most captions need few of these steps, and a search for a character costs less than a pattern.
     if "&" in text:
         text = html.unescape(text)
     if not text.isascii():

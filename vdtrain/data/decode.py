@@ -1,4 +1,4 @@
-"""Image bytes to square uint8 images, by the cheapest way that keeps their quality."""
+"""Image bytes to square uint8 images, in the cheapest way that keeps their quality."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-# Images above this many pixels are refused before they are decoded.
+# Images with more pixels are refused before decoding.
 MAX_PIXELS = 100_000_000
-# What img2dataset writes; for some others Pillow starts programs.
+# The formats that img2dataset writes. Pillow starts external programs for some other formats.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# Of each thread; larger images are decoded into memory of their own.
+# Decoding memory of each thread; larger images get their own memory.
 SCRATCH_BYTES = 4_000_000
 
 IMAGE_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -25,14 +25,14 @@ _memory = threading.local()
 
 
 class DecodeError(ValueError):
-    """Bytes that are no usable image."""
+    """The bytes are not a usable image."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height of an image as it is stored, by its header alone.
+    """Width and height of an image as stored, from its header alone.
 
     Raises:
-        DecodeError: the bytes are no image, or one of too many pixels.
+        DecodeError: the bytes are not an image, or it has too many pixels.
     """
     try:
         if simplejpeg.is_jpeg(data):
@@ -47,7 +47,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """A view of an image [H, W, 3] that is stored in an EXIF orientation, 1 (upright) to 8, as it is to be seen."""
+    """An upright view of an image [H, W, 3] that is stored in an EXIF orientation, 1 (upright) to 8."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
@@ -69,15 +69,15 @@ def decode_into(
 ) -> None:
     """Decode an image into `place`, uint8 [resolution, resolution, 3], C-contiguous.
 
-    JPEG is decoded at the smallest DCT scale that is large enough (512 pixels to 256 needs no resampling at all); the
-    shortest side is resized to the resolution, and a square is cropped.
+    JPEG is decoded at the smallest sufficient DCT scale (512 pixels to 256 need no resampling at all). The largest
+    square is cropped and resized to the resolution.
 
     Args:
-        crop: place of the crop in [0, 1] along height and width, as seen upright; (0.5, 0.5) is the centre.
-        orientation: in which the image is stored, in EXIF's numbers; tags in the bytes themselves are not looked at.
+        crop: position of the crop in [0, 1] along height and width of the upright image; (0.5, 0.5) is the centre.
+        orientation: EXIF orientation of the stored image; tags in the bytes themselves are ignored.
 
     Raises:
-        DecodeError: the bytes are damaged, no image, or of too many pixels.
+        DecodeError: the bytes are damaged, are not an image, or have too many pixels.
     """
     resolution = place.shape[0]
     try:
@@ -92,22 +92,22 @@ def decode_into(
     top, left = int(crop[0] * (height - side)), int(crop[1] * (width - side))
     square = image[top : top + side, left : left + side]
     if side != resolution:
-        # Pillow filters before it shrinks; only the square is resized.
+        # Pillow filters before it shrinks. Only the square is resized.
         square = np.asarray(Image.fromarray(square).resize(place.shape[:2], Image.Resampling.BICUBIC))
     place[...] = square
 
 
 def _decode_jpeg(data: bytes | memoryview, place: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """`place` where nothing is left to be done, else an image in memory that this thread's next one takes."""
+    """`place` if it holds the final image, else an image in memory that this thread's next call overwrites."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
     resolution = place.shape[0]
     if orientation == 1 and height == width >= resolution and 8 * resolution % height == 0:
-        # DCT scales are eighths: the smallest that is large enough gives the square itself.
+        # DCT scales are eighths: the smallest sufficient one gives exactly the square.
         simplejpeg.decode_jpeg(data, "RGB", min_height=resolution, min_width=resolution, buffer=place)
         return place
     shortest = min(height, width, resolution)
-    # Fresh memory for every image would come in pages that the kernel has to clear.
+    # The kernel would have to clear the pages of new memory for every image.
     if not hasattr(_memory, "scratch"):
         _memory.scratch = np.empty(SCRATCH_BYTES, np.uint8)
     image: NDArray[np.uint8] = simplejpeg.decode_jpeg(
@@ -128,4 +128,4 @@ def _decode_other(data: bytes | memoryview) -> NDArray[np.uint8]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} is above {MAX_PIXELS} pixels")
+        raise DecodeError(f"{width} x {height} exceeds {MAX_PIXELS} pixels")

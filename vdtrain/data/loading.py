@@ -1,4 +1,4 @@
-"""The next batch made ready while a step computes: what its samples need of the CPU alone is done beside training."""
+"""Opens the stream of a phase, and prepares the next batch on a CPU thread while a step computes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vdtrain.errors import described, one_line
 
 
 def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, step: int = 0) -> BatchStream:
-    """The batches of a process from a step of a phase on.
+    """The batches of a process, from a step of a phase.
 
     Args:
-        phase: number of the phase; each has a data order of its own, the same in every stage.
+        phase: number of the phase; each number has its own data order, the same in every stage.
 
     Raises:
-        ConfigError, ManifestError, StreamError, OSError: the data are not there, or not as the settings want them.
+        ConfigError, ManifestError, StreamError, OSError: the data are missing, or do not match the settings.
     """
     stage, data = config.stage, config.data
-    # Only asked of a stream where it is wanted: others than PairStream need not know of it.
+    # Streams other than PairStream need not take this argument, so it is passed only if the setting asks for it.
     cached = {"latents": data.latent_cache.folder} if data.latents == "cached" else {}
     stream: BatchStream = instantiate(
         data.stream,
@@ -43,18 +43,18 @@ def open_stream(config: TrainConfig, phase: int, *, rank: int, world_size: int, 
 
 
 def data_problem(error: Exception, manifest: str) -> str:
-    """What an error of `open_stream`, or of its batches, says in a line."""
+    """The message of an error of `open_stream`, or of its batches, in one line."""
     if isinstance(error, OSError):
         return f"data.manifest={manifest}: {described(error)}"
     return one_line(error)
 
 
 class Prefetcher:
-    """Yields a stream's batches with their samples prepared, one batch ahead, and owns the stream.
+    """Prepares a stream's batches one batch ahead; it owns the stream.
 
     Args:
-        prepare: from samples by modality to what takes their place, such as captions to token ids; it is called on a
-            thread, and must not touch the accelerator.
+        prepare: replaces samples by modality, for example captions by token ids. A thread calls it, so it must not use
+            the accelerator.
     """
 
     def __init__(self, stream: BatchStream, prepare: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ class Prefetcher:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. An error of the stream is raised when its batch is asked for."""
+        """The next batch. A stream's error is raised by the call that asks for its batch."""
         batch = self._next.result()
         self._next = self._pool.submit(self._make)
         return batch

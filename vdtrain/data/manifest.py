@@ -1,8 +1,8 @@
-"""The manifest: what lies where in the tar shards, one row per shard and one per sample.
+"""The manifest: an index of the tar shards, with one row per shard and one per sample.
 
-A manifest is a folder with `shards.parquet`, one row per shard, and files `samples-*.parquet`, in which every shard has
-a row group of its own: a reader holds the shards' rows and fetches the samples of a few shards at a time. Files of
-samples are only ever added; a manifest changes when `shards.parquet`, which names them, is replaced by one rename.
+A manifest is a folder with `shards.parquet`, one row per shard, and files `samples-*.parquet`, one row per sample.
+Every shard has its own row group there. A reader keeps the shards' rows and reads the samples of a few shards at a
+time. Files of samples are only added. `shards.parquet` names them; a rename replaces it, which changes the manifest.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ def pair_uid(source: str, url: str, caption: str) -> str:
 
 SHARDS_FILE = "shards.parquet"
 SAMPLES_FILES = "samples-*.parquet"
+INDEX = "`python -m data_pipeline index` with the same settings of data"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
         pa.field("uid", pa.string()),  # vdtrain.data.manifest.pair_uid
         pa.field("shard", pa.string()),  # as in shards.parquet
         pa.field("key", pa.string()),  # of the sample inside its shard
-        pa.field("offset", pa.int64()),  # of the image file's bytes in the tar
+        pa.field("offset", pa.int64()),  # of the image's bytes in the tar
         pa.field("size", pa.int32()),
-        pa.field("orientation", pa.int8()),  # in which the image is stored: EXIF's 1 (upright) to 8
-        pa.field("width", pa.int32()),  # once it is turned upright
+        pa.field("orientation", pa.int8()),  # of the stored image: EXIF's 1 (upright) to 8
+        pa.field("width", pa.int32()),  # of the upright image
         pa.field("height", pa.int32()),
         pa.field("caption", pa.string()),
     ]
@@ -55,11 +56,11 @@ SHARD_SCHEMA: pa.Schema = pa.schema(
         pa.field("modified_ns", pa.int64()),
         pa.field("sha256", pa.string()),
         pa.field("samples", pa.int32()),
-        # How many samples have which shortest side: those large enough for a phase are counted without reading them.
+        # Number of samples for each shortest side, to count those large enough for a phase without reading them.
         pa.field("sides", pa.list_(pa.int32())),
         pa.field("side_counts", pa.list_(pa.int32())),
-        pa.field("broken", pa.string()),  # JSON: reason -> samples left out
-        pa.field("decoded", pa.bool_()),  # whether every image was decoded, and not its header alone
+        pa.field("broken", pa.string()),  # JSON: reason -> number of omitted samples
+        pa.field("decoded", pa.bool_()),  # true: every image was decoded, false: only the headers
         pa.field("samples_file", pa.string()),
         pa.field("row_group", pa.int32()),
     ]
@@ -68,17 +69,17 @@ SHARD_COLUMNS = ["path", "source", "bytes", "samples", "sides", "side_counts", "
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used; the message is one line."""
+    """A manifest cannot be used. The message is one line."""
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """What a reader needs of one shard's n samples, in their order in the tar.
+    """The columns that a reader needs of one shard's n samples, in their order in the tar.
 
     Attributes:
-        offset, size: int64 [n] place of the image bytes.
+        offset, size: int64 [n] of the image bytes.
         side: int32 [n] shortest side in pixels.
-        orientation: int8 [n] in which the images are stored: EXIF's 1 (upright) to 8.
+        orientation: int8 [n] of the stored images: EXIF's 1 (upright) to 8.
         captions: pyarrow strings [n].
     """
 
@@ -93,7 +94,7 @@ class ShardRows:
 
 
 class Manifest:
-    """A manifest's shards in memory; their samples are read when they are asked for. Safe to use from several threads.
+    """A manifest's shards in memory; samples are read on request. Several threads may use it.
 
     Args:
         folder: written by `python -m data_pipeline index`.
@@ -101,13 +102,13 @@ class Manifest:
             folder by default.
 
     Attributes:
-        paths: of the shards, as they stand in the manifest.
-        shards: their places, under `root`: paths or addresses.
+        paths: of the shards, as in the manifest.
+        shards: paths or addresses of the shards, under `root`.
         sources: int32 [S] number of each shard's source, in `source_names`.
-        bytes, samples: int64 [S] size of each tar, number of its samples.
+        bytes, samples: int64 [S] size of each tar in bytes, and number of its samples.
 
     Raises:
-        ManifestError: it is missing, damaged, or of an earlier layout.
+        ManifestError: it is missing or damaged, or has an earlier layout.
     """
 
     def __init__(self, folder: Path, root: str | None = None) -> None:
@@ -133,12 +134,12 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Changes when a shard is added, removed or made anew, and with it the order of the samples."""
+        """16 hexadecimal digits. Like the order, they change when a shard is added, removed or made again."""
         described = zip(self.paths, self.hashes, self.samples.tolist(), strict=True)
         return hashlib.blake2b(repr(list(described)).encode(), digest_size=8).hexdigest()
 
     def counts(self, min_side: int) -> NDArray[np.int64]:
-        """int64 [S]: how many samples of each shard have a shortest side of `min_side` pixels or more."""
+        """int64 [S]: number of samples of each shard whose shortest side has at least `min_side` pixels."""
         lengths = np.diff(self._sides.offsets.to_numpy())
         owners = np.repeat(np.arange(len(self.paths)), lengths)
         enough = self._sides.flatten().to_numpy() >= min_side
@@ -181,7 +182,7 @@ class Manifest:
         return table
 
     def changed(self, shard: int) -> bool | None:
-        """Whether a shard's file is another one than was indexed, by size and time; None of one at an address."""
+        """Whether a shard's file differs from the indexed one in size or time; None for a shard at an address."""
         if "://" in self.shards[shard]:
             return None
         written = int(self._column("modified_ns")[shard].as_py())
@@ -192,7 +193,7 @@ class Manifest:
         return (status.st_size, status.st_mtime_ns) != (int(self.bytes[shard]), written)
 
     def decoded(self, shard: int | None = None) -> bool:
-        """Whether every image of a shard, or of all, was decoded when it was indexed."""
+        """Whether indexing decoded every image of a shard, or of all shards."""
         found = self._column("decoded")
         return bool(found[shard].as_py()) if shard is not None else all(found.to_pylist())
 
@@ -200,18 +201,15 @@ class Manifest:
         return _read_shard_columns(self.folder, [name])[name]
 
 
-INDEX = "`python -m data_pipeline index` with the same settings of data"
-
-
 class SamplesWriter:
-    """Adds a file of samples to a manifest, a row group per shard; `close` makes it whole under its name.
+    """Writes a file of samples, one row group per shard; `close` publishes it under its name.
 
     Args:
         folder: of the manifest.
-        name: of the file, one that the folder does not have.
+        name: of the file; the folder must not have it yet.
 
     Attributes:
-        rows: of the shards in it, once it is closed to be added to the manifest's.
+        rows: of the file's shards; the caller adds them to `shards.parquet` after `close`.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -225,7 +223,7 @@ class SamplesWriter:
         """Write the samples of a shard.
 
         Args:
-            shard: its columns of SHARD_SCHEMA, without those that the samples tell.
+            shard: its columns of SHARD_SCHEMA, except those that follow from the samples.
             samples: columns of SAMPLE_SCHEMA.
         """
         self._writer.write_table(samples.cast(SAMPLE_SCHEMA), row_group_size=max(1, len(samples)))
@@ -235,7 +233,7 @@ class SamplesWriter:
         self.rows.append({**shard, **counted, "samples_file": self.path.name, "row_group": len(self.rows)})
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file and publish it."""
         self._writer.close()
         sync(self._draft)
         self._draft.rename(self.path)
@@ -243,10 +241,10 @@ class SamplesWriter:
 
 
 def read_shards(folder: Path) -> pa.Table:
-    """The shards of a manifest, with the columns of SHARD_SCHEMA; empty where there is none yet.
+    """The shards of a manifest, with the columns of SHARD_SCHEMA; empty if the manifest does not exist yet.
 
     Raises:
-        ManifestError: there is one that cannot be read.
+        ManifestError: it exists and cannot be read.
     """
     if not (folder / SHARDS_FILE).exists():
         return SHARD_SCHEMA.empty_table()
@@ -254,7 +252,7 @@ def read_shards(folder: Path) -> pa.Table:
 
 
 def write_shards(folder: Path, shards: pa.Table) -> None:
-    """Replace the manifest's list of shards: the manifest is the old one before, and the new one after."""
+    """Replace the manifest's list of shards atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / SHARDS_FILE) as draft:
         pq.write_table(shards, draft, compression="zstd")
@@ -266,7 +264,7 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
         with pq.ParquetFile(folder / SHARDS_FILE) as file:
             missing = [column for column in columns if column not in file.schema_arrow.names]
             if missing:
-                raise ManifestError(f"{place} is of another layout, without {', '.join(missing)}; {_anew(folder)}")
+                raise ManifestError(f"{place} has another layout, without {', '.join(missing)}; {_anew(folder)}")
             return file.read(columns=list(columns))
     except FileNotFoundError as error:
         if folder.is_dir() or not folder.is_symlink():
@@ -281,7 +279,7 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _unreadable(error: Exception, path: Path) -> str:
-    """What is wrong with a file of a manifest: only one that is damaged or gone is to be made anew."""
+    """Cause and remedy for a file of a manifest. Only a damaged or missing file must be indexed again."""
     found = system_error(error)
     if found is not None and found.errno not in (None, errno.ENOENT, errno.EINVAL):
         return unreadable(found, path)
@@ -291,16 +289,16 @@ def _unreadable(error: Exception, path: Path) -> str:
 
 
 def _anew(folder: Path) -> str:
-    return f"remove the folder {folder} and make it anew with {INDEX}"
+    return f"remove the folder {folder} and make it again with {INDEX}"
 
 
 def _join(root: str, path: str) -> str:
-    """A shard's location: its path is relative to the root, unless it is an address or absolute itself."""
+    """A shard's location: its path is relative to the root unless it is absolute or an address."""
     if "://" in path or path.startswith("/"):
         return path
     if "://" not in root:
         return os.path.normpath(os.path.join(root, path))
-    # As a browser would: the root is a folder, and each ../ leaves one.
+    # As in a browser: the root is a folder, and each ../ goes up one folder.
     scheme, rest = root.rstrip("/").split("://", 1)
     parts = rest.split("/")
     for step in path.split("/"):

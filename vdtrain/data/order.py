@@ -1,11 +1,11 @@
-"""In which order samples are trained on: a pure function of seed and position, for any number of ranks and workers.
+"""The order of training samples: a pure function of seed and position, for any number of ranks and workers.
 
-An epoch puts the shards into a random order, one after another, and cuts this line of samples into equal pieces, the
-*lanes*. Every lane is read from its start to its end, with its samples shuffled inside blocks, and the lanes take turns
-sample by sample. A batch therefore mixes samples of as many far-apart shards as there are lanes, while a rank that
-takes some of the lanes reads few shards at a time. A set that fits into one block has one lane and is shuffled whole.
+An epoch puts the shards in a random order. It cuts this line of samples into equal interleaved streams, the *lanes*.
+Each lane is read from start to end, and its samples are shuffled inside blocks. The lanes take turns sample by sample.
+A batch therefore mixes samples from as many distant shards as there are lanes. A rank takes some of the lanes, and so
+reads few shards at a time. A set that fits into one block has one lane and is shuffled as a whole.
 
-Sources with weights are mixed by a fixed pattern; each goes through epochs of its own at the pace of its weight.
+A fixed pattern mixes weighted sources. Each source has its own epochs, whose pace follows its weight.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-# Weights are kept to one part in as many; the pattern of sources repeats after it.
+# The pattern of sources repeats after this many positions, so a weight is exact to one part in as many.
 PATTERN = 10_000
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the samples of n positions are.
+    """The samples at n positions.
 
     Attributes:
         shard: int64 [n] number of the shard.
-        sample: int64 [n] number among the shard's samples that take part.
-        lane: int64 [n] the lane that each comes from; those of different sources do not meet.
+        sample: int64 [n] number among those of the shard's samples that take part.
+        lane: int64 [n] number of the lane; sources share no lanes.
     """
 
     shard: Integers
@@ -46,16 +46,15 @@ class Order:
     """The order of a whole training phase, over endless epochs.
 
     Args:
-        pools: for every source that is mixed by weight, int64 arrays (shards, counts): numbers of its shards, and how
-            many samples of each take part. One pool holds everything where sources are not weighted.
-        weights: of the pools; any scale.
+        pools: for every weighted source, int64 arrays (shards, counts): the numbers of its shards, and how many samples
+            of each take part. Without weights, one pool holds all shards.
+        weights: of the pools, in any scale.
         seed: of all shuffles.
-        lanes: at most so many.
-        block: samples that are shuffled among each other inside a lane.
+        lanes: largest number of interleaved streams.
+        block: samples of a lane that are shuffled among each other.
 
     Raises:
-        ValueError: a pool without samples, less than one lane or sample in a block, or a weight that gets no place in
-            the pattern.
+        ValueError: a pool has no samples, `lanes` or `block` is below 1, or a weight is too small for the pattern.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Order:
         block: int = 32_768,
     ) -> None:
         if any(counts.sum() == 0 for _, counts in pools):
-            raise ValueError("a pool has no samples")
+            raise ValueError("a source has no samples; remove it")
         if lanes < 1 or block < 1:
             raise ValueError(f"lanes={lanes}, block={block}: both must be at least 1")
         self.pattern = pattern(weights if weights is not None else [1.0] * len(pools))
@@ -77,7 +76,7 @@ class Order:
             for number, (shards, counts) in enumerate(pools)
         ]
         self._first_lanes = np.cumsum([0, *(pool.lanes for pool in self.pools)])
-        # How many of the pattern's first p places belong to each pool.
+        # For each p, how many of the pattern's first p positions belong to each pool.
         belongs = self.pattern[:, None] == np.arange(len(pools))
         self._before: Integers = np.concatenate([np.zeros((1, len(pools)), np.int64), belongs.cumsum(axis=0)])
 
@@ -105,7 +104,7 @@ class Order:
         return found
 
     def batch(self, number: int, size: int) -> tuple[Integers, Places]:
-        """Positions number * size ... + size - 1, int64 [size], sorted by lane so that neighbours share shards."""
+        """Positions of a batch, int64 [size], and their samples, sorted by lane so that neighbours share shards."""
         positions = np.arange(number * size, (number + 1) * size, dtype=np.int64)
         places = self.locate(positions)
         by_lane = np.argsort(places.lane, kind="stable")
@@ -113,7 +112,7 @@ class Order:
 
 
 class Pool:
-    """The order of samples that go through their epochs together: the arguments of `Order`, and numbers as its seed."""
+    """The order of samples that share their epochs; arguments as in `Order`, with several numbers as seed."""
 
     def __init__(self, shards: Integers, counts: Integers, seed: tuple[int, ...], lanes: int, block: int) -> None:
         self.shards, self.counts, self.seed, self.block = shards, counts, seed, block
@@ -123,7 +122,7 @@ class Pool:
         self._blocks: OrderedDict[tuple[int, int, int], tuple[int, Integers]] = OrderedDict()
 
     def locate(self, positions: Integers) -> Places:
-        """Samples at positions int64 [n], counted over this pool's epochs."""
+        """The samples at positions int64 [n], which count over this pool's epochs."""
         epochs, inside = np.divmod(positions, self.samples)
         places = Places(*(np.empty(len(positions), np.int64) for _ in range(3)))
         for epoch in np.unique(epochs):
@@ -147,23 +146,23 @@ class Pool:
         return Places(self.shards[order[turns]], line - (ends[turns] - counts), lanes)
 
     def _lane_start(self, lane: int) -> int:
-        """Lanes differ in length by one sample at most; the longer ones come first."""
+        """First sample of a lane. Lane lengths differ by at most one sample; the longer lanes come first."""
         length, longer = divmod(self.samples, self.lanes)
         return lane * length + min(lane, longer)
 
     def _line(self, epoch: int) -> tuple[Integers, Integers]:
-        """The order of an epoch's shards, and where each of them ends in the line of samples."""
+        """The order of an epoch's shards, and the end of each shard in the line of samples."""
         if epoch not in self._lines:
             order = _generator(*self.seed, epoch).permutation(len(self.shards))
             _keep(self._lines, epoch, (order, np.cumsum(self.counts[order])), 2)
         return self._lines[epoch]
 
     def _lead(self, lane: Any) -> Any:
-        """By how much a lane's first block is shorter: lanes come to their next shards at different times."""
+        """How many samples a lane's first block lacks, so that lanes reach their next shards at different times."""
         return lane * self.block // self.lanes
 
     def _shuffled(self, epoch: int, lane: int, block: int) -> tuple[int, Integers]:
-        """Where a block begins in its lane, and the order of the samples in it."""
+        """The start of a block in its lane, and the order of its samples."""
         key = (epoch, lane, block)
         if key not in self._blocks:
             first = max(0, block * self.block - self._lead(lane))
@@ -174,10 +173,10 @@ class Pool:
 
 
 def pattern(weights: Sequence[float]) -> Integers:
-    """int64 [PATTERN]: which of the weighted pools gives each place; every stretch of it keeps the weights.
+    """int64 [PATTERN]: the pool of each position; every part of the pattern keeps the weights.
 
     Raises:
-        ValueError: a weight that is not above 0, or too small to get a place.
+        ValueError: a weight is not above 0, or too small to get a position.
     """
     shares = np.asarray(weights, np.float64)
     if not (shares > 0).all() or (shares / shares.sum() * PATTERN < 0.5).any():
@@ -193,11 +192,11 @@ def pattern(weights: Sequence[float]) -> Integers:
     return places
 
 
-def uniform(seed: int, positions: Integers, draws: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), float64 [n, draws], that depend on seed and position alone (the SplitMix64 generator)."""
-    counters = np.add(positions[:, None] * draws, np.arange(1, draws + 1)).astype(np.uint64)
+def uniform(seed: int, positions: Integers, count: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), float64 [n, count], that depend only on seed and position (the SplitMix64 generator)."""
+    counters = np.add(positions[:, None] * count, np.arange(1, count + 1)).astype(np.uint64)
     (start,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    # Overflow is meant: arithmetic is modulo 2**64.
+    # Overflow is intended: the arithmetic is modulo 2**64.
     with np.errstate(over="ignore"):
         state: NDArray[np.uint64] = np.multiply(counters, np.uint64(0x9E3779B97F4A7C15)) + start
         state = np.multiply(_scrambled(state, 30), np.uint64(0xBF58476D1CE4E5B9))

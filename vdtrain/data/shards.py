@@ -1,7 +1,7 @@
-"""Bytes out of tar shards, wherever they lie: local folders, web servers, object stores.
+"""Bytes from tar shards in local folders, on web servers and in object stores.
 
-A local shard is read at the place that the manifest names. A remote one is read by ranges through fsspec, and with a
-cache it is also fetched whole, in the background, for the samples of it that come later.
+A local shard is read at the offset in the manifest. fsspec reads byte ranges of a remote shard. With a cache, the whole
+shard is also fetched in the background, for its later samples.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ FETCHES = 4
 # Shards that a reader keeps open for all of its threads; a process may usually open 1,024 files.
 OPEN_FILES = 512
 INDEX_AGAIN = f"index the shards again: {INDEX}"
-# Errors that no network has.
+# Errors of this machine, which no network causes.
 OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
-# That a thread reads into; most images are a tenth of it.
+# Size of a thread's read buffer; most images have a tenth of it.
 READ_BYTES = 1_000_000
 
 Found = TypeVar("Found")
 
 
 class StreamError(RuntimeError):
-    """Data that cannot be trained on; the message is one line."""
+    """The data cannot be trained on. The message is one line."""
 
 
 class OpenFiles:
@@ -83,13 +83,13 @@ class OpenFiles:
 
 
 class ShardReader:
-    """Reads parts of a manifest's shards, from any number of threads.
+    """Reads parts of a manifest's shards; any number of threads may use it.
 
     Args:
-        cache: where whole copies of remote shards are kept; without it, they are read by ranges alone.
+        cache: holds whole copies of remote shards; None reads them only by ranges.
 
     Raises:
-        ManifestError: a shard's address is of a kind that cannot be read here, or the cache cannot hold one shard.
+        ManifestError: this machine cannot read a shard's kind of address, or the cache cannot hold one shard.
     """
 
     def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
@@ -108,21 +108,21 @@ class ShardReader:
             if cache is not None and manifest.bytes.max() > cache.limit_bytes:
                 raise ManifestError(
                     f"data.stream.cache.gigabytes={cache.limit_bytes / 1e9:g}: a shard has "
-                    f"{manifest.bytes.max() / 1e9:.2f}; give the cache room for some hundred shards"
+                    f"{manifest.bytes.max() / 1e9:.2f}; give the cache room for a few hundred shards"
                 )
 
     def read(self, shard: int, offset: int, size: int) -> bytes | memoryview:
-        """`size` bytes of a shard, which may lie in memory that this thread's next reading takes.
+        """`size` bytes of a shard, possibly in memory that this thread's next read overwrites.
 
         Raises:
-            StreamError: the shard cannot be read, or ends before.
+            StreamError: the shard cannot be read, or is too short.
         """
         if not self._remote[shard]:
             return self._pread(shard, self._manifest.shards[shard], offset, size)
         if self._cache is not None:
             path = self._cache.find(self._manifest.shards[shard], int(self._manifest.bytes[shard]))
             if path is not None:
-                with suppress(FileNotFoundError):  # it was dropped from the cache just now
+                with suppress(FileNotFoundError):  # the cache dropped it just now
                     return self._pread(shard, str(path), offset, size)
             self._fetch(shard)
         return self._range(shard, offset, size)
@@ -147,12 +147,12 @@ class ShardReader:
             raise StreamError(f"{path}: {self._unreadable(error, Path(path))}") from error
         if found < size:
             if self._remote[shard]:
-                raise StreamError(f"{path}: shorter than its shard; remove this copy, and it is fetched again")
-            raise StreamError(f"{path}: shorter than its manifest says; {INDEX_AGAIN}")
+                raise StreamError(f"{path}: shorter than its shard; remove this copy to fetch it again")
+            raise StreamError(f"{path}: shorter than in its manifest; {INDEX_AGAIN}")
         return data
 
     def _unreadable(self, error: OSError, path: Path) -> str:
-        """Only a shard that is gone from a folder that is there is a matter of the index."""
+        """Cause and remedy. Indexing helps only if the shard is missing from an existing folder."""
         if isinstance(error, FileNotFoundError) and path.parent.is_dir() and not path.is_symlink():
             return f"is not there; bring it back, or {INDEX_AGAIN}"
         return unreadable(error, path, "see that it can be read")
@@ -166,7 +166,7 @@ class ShardReader:
                 except (ImportError, ValueError) as error:
                     kind = address.split("://")[0]
                     raise ManifestError(
-                        f"{address}: cannot be read here ({error}); install fsspec's part for {kind}://"
+                        f"{address}: cannot be read here ({error}); install fsspec's package for {kind}://"
                     ) from error
             return self._systems[shard]
 
@@ -176,13 +176,13 @@ class ShardReader:
         data: bytes = patiently(address, lambda: system.cat_file(path, start=offset, end=offset + size))
         if len(data) != size:
             raise StreamError(
-                f"{address}: {len(data)} bytes instead of {size}; its server gives no ranges, or the manifest is of "
-                "other shards"
+                f"{address}: {len(data)} bytes instead of {size}; use a server that serves ranges, or, if the shard "
+                f"has changed, {INDEX_AGAIN}"
             )
         return data
 
     def _fetch(self, shard: int) -> None:
-        """Begin to copy a shard into the cache, unless that goes on; its samples are read by ranges meanwhile."""
+        """Start copying a shard into the cache unless a copy is running; until then its samples are read by ranges."""
         assert self._cache is not None
         assert self._fetchers is not None
         system, path = self._system(shard)
@@ -192,7 +192,7 @@ class ShardReader:
             if before is not None:
                 if not before.done():
                     return
-                # What went wrong with a whole copy also goes wrong with its ranges, which say so.
+                # An error of the whole copy also concerns the ranges.
                 if before.exception() is not None:
                     raise before.exception()
             self._fetching[shard] = self._fetchers.submit(
@@ -205,11 +205,11 @@ class ShardReader:
 
 
 class ShardCache:
-    """Whole copies of remote shards in a local folder, shared by all processes of a machine, the oldest dropped.
+    """Whole copies of remote shards in a local folder that all processes of a machine share.
 
     Args:
         folder: on a local disk.
-        gigabytes: how much of it may be used, in 10^9 bytes.
+        gigabytes: largest total size, in 10^9 bytes; the oldest copies are dropped first.
     """
 
     def __init__(self, folder: str, gigabytes: float) -> None:
@@ -220,7 +220,7 @@ class ShardCache:
         """The cache that `data.stream.cache` describes.
 
         Raises:
-            ManifestError: it is not {folder, gigabytes}, or its folder cannot be made.
+            ManifestError: the setting is not {folder, gigabytes}, or the folder cannot be made.
         """
         if settings is None:
             return None
@@ -240,15 +240,15 @@ class ShardCache:
         return cache
 
     def find(self, address: str, size: int) -> Path | None:
-        """The whole copy of a shard, if there is one."""
+        """The whole copy of a shard, or None."""
         path = self._path(address, size)
         return path if path.exists() else None
 
     def fetch(self, address: str, size: int, sha256: str, get: Callable[[Path], object]) -> None:
-        """Make a copy by `get`, unless another process is about it.
+        """Make a copy with `get`, unless another process is making it.
 
         Raises:
-            StreamError: what was fetched is not what the manifest lists.
+            StreamError: the fetched shard differs from the manifest's.
         """
         path = self._path(address, size)
         # Without locks two processes could write one draft: such a file system keeps no copies.
@@ -278,28 +278,30 @@ class ShardCache:
 
 
 def patiently(address: str, action: Callable[[], Found], copy: Path | None = None) -> Found:
-    """Do something over a network, again after growing pauses where it fails.
+    """Run an action over a network; if it fails, repeat it after growing pauses.
 
     Args:
-        copy: the file that is written on the way; what this machine's disk says is not said again.
+        copy: the local file that the action writes. An error of this machine's disk is not retried.
 
     Raises:
-        StreamError: it failed every time, or what is asked for is not there.
+        StreamError: every attempt failed, or the address does not exist.
     """
     for attempt in range(ATTEMPTS):
         try:
             return action()
         except FileNotFoundError as error:
-            raise StreamError(f"{address}: is not there; see that the shards lie there") from error
+            raise StreamError(
+                f"{address}: is not there; check data.stream.shard_root, or put the shards there"
+            ) from error
         except PermissionError as error:
-            raise StreamError(f"{address}: access is refused; see that its server lets this machine in") from error
+            raise StreamError(f"{address}: access is refused; allow this machine on its server") from error
         except Exception as error:
-            # Every file system of fsspec brings exceptions of its own.
+            # Every file system of fsspec has its own exceptions.
             if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
                 place = Path("." if copy is None else copy)
                 raise StreamError(f"{address}: its copy {place} {unwritable(error, place)}") from error
             if attempt == ATTEMPTS - 1:
                 reason = one_line(error)
-                raise StreamError(f"{address}: {reason}, {ATTEMPTS} times; see that it can be reached") from error
+                raise StreamError(f"{address}: {reason}, {ATTEMPTS} times; check that it can be reached") from error
             time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")

@@ -1,8 +1,8 @@
-"""Batches of image-text pairs out of tar shards, in an order that is a pure function of seed and position.
+"""Batches of image-text pairs from tar shards, in an order that is a pure function of seed and position.
 
-The global batch g of size B holds positions gB ... (g + 1)B - 1 of an `Order` without end, and each rank takes its
-contiguous part of it. No sample is dropped and none is repeated for padding: a batch at the end of an epoch is filled
-up from the beginning of the next one. A run resumes at any position, on any number of ranks, from a single number.
+The global batch g of size B holds the positions gB ... (g + 1)B - 1 of an endless `Order`. Each rank takes a contiguous
+part of it. No sample is dropped or repeated as padding: the next epoch fills the last batch of an epoch. A run resumes
+at any position, on any number of ranks, from a single number.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vdtrain.data.shards import INDEX_AGAIN, ShardCache, ShardReader, StreamErro
 
 __all__ = ["PairStream", "StreamError"]
 
-# Neighbours that are tried in place of a bad sample, and bad samples that are borne before their share counts.
+# How many samples are tried for one position, and how many bad samples are tolerated beyond `bad_share`.
 BAD_ALLOWANCE = 10
-# Samples whose places in their shards are kept in memory, about 100 bytes each.
+# Samples whose manifest rows stay in memory, about 100 bytes each.
 KEPT_ROWS = 4_000_000
-# Samples that a thread decodes in one go, at most; fewer where a batch would not keep all threads busy twice.
+# Most samples that a thread decodes in one task; fewer if a batch gives each thread less than two tasks.
 CHUNK = 32
 CENTRE = (0.5, 0.5)
 DECODE = "index the shards again with `python -m data_pipeline index data.index.decode=true`"
@@ -46,23 +46,24 @@ class PairStream:
         seed: of the order and of the crops.
         resolution: R, side of the images in pixels.
         global_batch_size: pairs per step over all ranks.
-        start: position of the first pair to deliver, a multiple of the global batch size.
+        start: position of the first pair, a multiple of the global batch size.
         workers: decoding threads.
-        prefetch: batches kept ready beyond the one that is being delivered.
-        min_side: images with a shorter side are left out; the resolution by default.
-        random_crop: crop at a random place (a function of seed and position), else at the centre.
-        weights: by source, how much of the mixture it makes; every sample of a source comes once in that source's
-            epoch. None mixes all sources as if they were one, every sample once per epoch.
-        lanes, block: of the shuffle, see `vdtrain.data.order`.
-        bad_share: share of samples that may turn out bad before the stream stops; each is replaced by the next good one
-            of its shard.
+        prefetch: batches kept ready beyond the current one.
+        min_side: images with a shorter side are omitted; the resolution by default.
+        random_crop: crop at a random position (a function of seed and position), else at the centre.
+        weights: by source, its share of the mixture; each source has its own epochs. None treats all sources as one.
+            Every sample comes once per epoch.
+        lanes: interleaved streams of the shuffle, see `vdtrain.data.order`.
+        block: samples of a lane that are shuffled among each other.
+        bad_share: the stream stops if a larger share of samples is bad. The next good sample of the shard replaces a
+            bad one.
         shard_root: folder or address (http, https, s3, gs, ...) that the manifest's shard paths are relative to; the
             manifest's own folder by default.
         cache: {folder, gigabytes} for whole copies of remote shards on this machine (`vdtrain.data.shards`).
         latents: folder of cached moments (`python -m data_pipeline latents`), delivered with each batch.
 
     Raises:
-        ManifestError: no manifest, no image in it is large enough, or an argument that cannot be.
+        ManifestError: the manifest is missing, no image is large enough, or an argument is invalid.
         StreamError: while iterating, if too many samples are bad or a shard cannot be read.
     """
 
@@ -94,7 +95,7 @@ class PairStream:
         self.identity = self.manifest.identity
         self.min_side = resolution if min_side is None else min_side
         if not 0 <= bad_share <= 1:
-            raise ManifestError(f"data.stream.bad_share={bad_share}: a share of samples is from 0 to 1")
+            raise ManifestError(f"data.stream.bad_share={bad_share}: must be from 0 to 1")
         pools, shares = self._pools(weights)
         try:
             self.order = Order(pools, shares, seed=seed, lanes=lanes, block=block)
@@ -120,7 +121,7 @@ class PairStream:
         self._lock = Lock()
 
     def __len__(self) -> int:
-        """Samples that take part, each once per epoch."""
+        """Number of samples that take part; each comes once per epoch."""
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -135,7 +136,7 @@ class PairStream:
             if bad > BAD_ALLOWANCE + self.bad_share * self._delivered:
                 remedy = f"raise data.stream.bad_share, or {DECODE}"
                 if self.manifest.decoded():
-                    remedy = f"all were decoded when they were indexed: raise data.stream.bad_share, or {FETCH}"
+                    remedy = f"indexing decoded all of them: raise data.stream.bad_share, or {FETCH}"
                 raise StreamError(
                     f"{bad} of {self._delivered} samples were bad ({dict(self.replaced)}), above "
                     f"data.stream.bad_share={self.bad_share:g}; {remedy}"
@@ -147,21 +148,13 @@ class PairStream:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
-    def rows_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """(shard, row in the shard) of global positions, int64 [n]."""
-        places = self.order.locate(positions)
-        return [
-            (int(shard), int(self._samples(int(shard))[1][sample]))
-            for shard, sample in zip(places.shard, places.sample, strict=True)
-        ]
-
     def _pools(self, weights: Mapping[str, float] | None) -> tuple[list[tuple[Integers, Integers]], list[float] | None]:
         counts = self.manifest.counts(self.min_side)
-        place = f"data.manifest={self.manifest.folder}"
+        setting = f"data.manifest={self.manifest.folder}"
         large = f"has a side of {self.min_side} pixels or more"
         if counts.sum() == 0:
             raise ManifestError(
-                f"{place}: none of {len(self.manifest)} images {large}; lower the phase's resolution or index more "
+                f"{setting}: none of {len(self.manifest)} images {large}; lower the phase's resolution or index more "
                 "shards"
             )
         numbers = np.arange(len(counts), dtype=np.int64)
@@ -170,21 +163,21 @@ class PairStream:
         names = self.manifest.source_names
         if set(weights) != set(names):
             raise ManifestError(
-                f"data.stream.weights={dict(weights)}: {place} has the sources {', '.join(names)}; give each a weight"
+                f"data.stream.weights={dict(weights)}: {setting} has the sources {', '.join(names)}; give each a weight"
             )
         pools = []
         for source, name in enumerate(names):
             own = numbers[self.manifest.sources == source]
             if counts[own].sum() == 0:
                 raise ManifestError(
-                    f"data.stream.weights: no image of {name} {large}; lower the phase's resolution or leave the "
-                    "source out of the manifest"
+                    f"data.stream.weights: no image of {name} {large}; lower the phase's resolution or remove "
+                    "the source from the manifest"
                 )
             pools.append((own, counts[own]))
         return pools, [weights[name] for name in names]
 
     def _begin(self, number: int) -> _Loading:
-        """Have this rank's part of a global batch loaded by the threads."""
+        """Let the threads load this rank's part of a global batch."""
         positions, places = self.order.batch(number, self.global_batch_size)
         own = slice(self.rank * self.local_batch_size, (self.rank + 1) * self.local_batch_size)
         moments = None if self._moments is None else (self.local_batch_size, *self._moments.shape)
@@ -204,7 +197,7 @@ class PairStream:
             self._load_one(loading, place, shard, sample, (top, left))
 
     def _load_one(self, loading: _Loading, place: int, shard: int, sample: int, crop: tuple[float, float]) -> None:
-        """Put a sample into its place, or the next good one of its shard where it is bad."""
+        """Write a sample into its row of the batch; the next good sample of its shard replaces a bad one."""
         rows, taking_part = self._samples(shard)
         for step in range(min(BAD_ALLOWANCE, len(taking_part))):
             row = taking_part.item((sample + step) % len(taking_part))
@@ -226,13 +219,13 @@ class PairStream:
         )
 
     def _bad_remedy(self, shard: int) -> str:
-        """What to do about a shard of bad samples: an index passes over what it has seen as it is."""
+        """The remedy for a shard of bad samples. Indexing again skips a shard that has not changed."""
         if self.manifest.changed(shard):
-            return f"it was written to after it was indexed: {INDEX_AGAIN}"
-        return f"all of it was decoded when it was indexed: {FETCH}" if self.manifest.decoded(shard) else DECODE
+            return f"it has changed since it was indexed: {INDEX_AGAIN}"
+        return f"indexing decoded all of it: {FETCH}" if self.manifest.decoded(shard) else DECODE
 
     def _samples(self, shard: int) -> tuple[ShardRows, Integers]:
-        """A shard's rows in the manifest, and int64 numbers of those that take part."""
+        """A shard's rows in the manifest, and the int64 numbers of the rows that take part."""
         with self._lock:
             if shard in self._rows:
                 self._rows.move_to_end(shard)
@@ -250,7 +243,7 @@ class PairStream:
 
 
 class _Loading:
-    """A batch whose samples the threads put into their places."""
+    """A batch whose rows the threads fill."""
 
     def __init__(
         self, memory: BatchMemory, positions: Integers, resolution: int, moments: tuple[int, ...] | None
@@ -265,7 +258,7 @@ class _Loading:
         self.chunks: list[Future[None]] = []
 
     def result(self) -> Batch:
-        # Woken once, not for every chunk.
+        # This wakes once, not for every chunk.
         wait(self.chunks, return_when=FIRST_EXCEPTION)
         for chunk in self.chunks:
             chunk.result()

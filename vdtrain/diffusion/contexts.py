@@ -1,8 +1,8 @@
-"""Semantic-style disentanglement: turning an image's context towards its content or towards its style.
+"""Operations on contexts: mixing several of them, and focus on the content or the style of an image.
 
-Versatile Diffusion, section 4.3: the leading principal components of the local tokens carry what is in an image, the
-others how it looks. The scale of a level follows the released application (February 2023), with an exact singular
-value decomposition where that took a random approximation.
+Versatile Diffusion, section 4.3: the leading principal components of an image's local tokens carry its content, the
+others its style. The scale of the focus level follows the released application (February 2023). That application
+approximates the singular value decomposition at random; this module computes it exactly.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from vdtrain.models.diffuser import Context, ContextRoute
 from vdtrain.seeds import generator_of
 
 MIXINGS = ("attention", "layer")
+# Leading components that a focus on content weakens.
+SEMANTIC_RANK = 2
+# A focus on style keeps the first STYLE_RANK components, weakens the next ones, and drops those after KEPT_RANK.
+STYLE_RANK = 5
+KEPT_RANK = 20
 
 
 def normalised(ratios: Sequence[float]) -> list[float]:
-    """Ratios that sum to 1.
+    """The ratios, scaled to a sum of 1.
 
     Raises:
-        ValueError: a negative ratio, or none above 0.
+        ValueError: a ratio is negative, or all are 0.
     """
     if min(ratios, default=0) < 0 or sum(ratios) <= 0:
         raise ValueError(f"context weights {list(ratios)}: none may be negative, and one must be above 0")
@@ -33,11 +38,11 @@ def normalised(ratios: Sequence[float]) -> list[float]:
 
 
 def mixed(contexts: Sequence[Context], ratios: Sequence[float]) -> ContextRoute:
-    """Attention mixing: every context is applied at every position, and the results are averaged by their ratios.
+    """Attention mixing: every context is applied at every position; the result is their average, weighted by ratio.
 
     Args:
         contexts: tokens [B, M, D] each, all of the same B.
-        ratios: one per context; normalised to sum to 1.
+        ratios: one per context; only their proportions matter.
     """
     shares = normalised(ratios)
 
@@ -53,7 +58,7 @@ def mixed(contexts: Sequence[Context], ratios: Sequence[float]) -> ContextRoute:
 
 
 def by_layer(contexts: Sequence[Context], choices: Sequence[int]) -> ContextRoute:
-    """Layer mixing: each position is served by one context alone.
+    """Layer mixing: a single context serves each position.
 
     Args:
         contexts: tokens [B, M, D] each, all of the same B.
@@ -67,7 +72,7 @@ def by_layer(contexts: Sequence[Context], choices: Sequence[int]) -> ContextRout
 
 
 def draw_choices(ratios: Sequence[float], positions: int, generator: torch.Generator) -> list[int]:
-    """A context for each position, drawn with the probability of its ratio."""
+    """For each position the index of a context, drawn in proportion to the ratios."""
     shares = torch.tensor(normalised(ratios))
     drawn: list[int] = torch.multinomial(shares, positions, replacement=True, generator=generator).tolist()
     return drawn
@@ -77,11 +82,12 @@ def make_mixing(name: str, ratios: Sequence[float], positions: int, seed: int) -
     """A mixing by name, for `guided`.
 
     Args:
-        name: "attention" (`mixed`) or "layer" (`by_layer`, drawn anew at each timestep from a generator of its own).
+        name: "attention" (`mixed`) or "layer" (`by_layer`, with new choices at each timestep).
         positions: number of context positions in the network.
+        seed: of the choices; each timestep has its own generator.
 
     Raises:
-        ValueError: another name, or impossible ratios.
+        ValueError: the name is unknown, a ratio is negative, or all ratios are 0.
     """
     shares = normalised(ratios)
     if name == "attention":
@@ -94,7 +100,7 @@ def make_mixing(name: str, ratios: Sequence[float], positions: int, seed: int) -
 
 
 def joined_by_modality(contexts: Sequence[Context], weights: Sequence[float]) -> tuple[list[Context], list[float]]:
-    """One context per modality (see `joined`), and the sum of its weights; contexts of weight 0 are left out."""
+    """One context per modality (see `joined`) and the sum of its weights; contexts of weight 0 are omitted."""
     groups: dict[str, list[tuple[Context, float]]] = {}
     for context, weight in zip(contexts, weights, strict=True):
         if weight > 0:
@@ -106,10 +112,9 @@ def joined_by_modality(contexts: Sequence[Context], weights: Sequence[float]) ->
 
 
 def joined(contexts: Sequence[Context], weights: Sequence[float]) -> Context:
-    """Contexts of one modality as one, tokens [B, M1 + M2 + ..., D], each scaled by its weight over their mean.
+    """Contexts of one modality as one, tokens [B, M1 + M2 + ..., D], each scaled by its weight over the mean weight.
 
-    The released application gives several images to the network in this way; equal weights leave all tokens as they
-    are.
+    The released application combines several images in this way. Equal weights leave all tokens unchanged.
     """
     scales = [weight * len(weights) for weight in normalised(weights)]
     tokens = [context.tokens * scale for context, scale in zip(contexts, scales, strict=True)]
@@ -121,24 +126,18 @@ def _applied(layers: nn.ModuleDict, position: int, h: Tensor, context: Context) 
     return out
 
 
-# Components that a focus on content weakens, those that a focus on style leaves alone, and those that it keeps at all.
-SEMANTIC_RANK = 2
-STYLE_RANK = 5
-KEPT_RANK = 20
-
-
 def focus(tokens: Tensor, level: float) -> Tensor:
     """Move an image context between content and style.
 
     Args:
-        tokens: [B, 1 + N, D], the global token first, which stays as it is.
-        level: 0 keeps content alone, 0.5 changes nothing, 1 keeps style alone.
+        tokens: [B, 1 + N, D]; the first is the global token, which does not change.
+        level: 0 keeps only the content, 0.5 changes nothing, 1 keeps only the style.
 
     Raises:
-        ValueError: the level is not in 0..1.
+        ValueError: the level is outside 0..1.
     """
     if not 0 <= level <= 1:
-        raise ValueError(f"focus={level}: not in 0 (content) to 1 (style); 0.5 changes nothing")
+        raise ValueError(f"focus={level}: must be from 0 (content) to 1 (style); 0.5 changes nothing")
     if level == 0.5:
         return tokens
     start, local = tokens[:, :1], tokens[:, 1:].float()
@@ -146,13 +145,13 @@ def focus(tokens: Tensor, level: float) -> Tensor:
     left, values, right = torch.linalg.svd(local - mean, full_matrices=False)
     factors = factors_of(level, values.shape[-1]).to(values)
     changed = (left * (values * factors)[:, None]) @ right + mean
-    # The spread over tokens and channels stays what the network was trained with.
+    # The standard deviation over tokens and channels keeps the value that the network was trained with.
     changed = changed * (_spread(local) / _spread(changed).clamp_min(torch.finfo(local.dtype).tiny))
     return torch.cat([start, changed.to(tokens)], dim=1)
 
 
 def low_rank(tokens: Tensor, rank: int) -> Tensor:
-    """Tokens [B, N, D] with their `rank` leading components alone; the mean of each token stays."""
+    """Tokens [B, N, D] reduced to their `rank` leading components; the mean of each token stays."""
     mean = tokens.float().mean(dim=-1, keepdim=True)
     left, values, right = torch.linalg.svd(tokens.float() - mean, full_matrices=False)
     kept = (left[..., :rank] * values[:, None, :rank]) @ right[:, :rank]
@@ -161,7 +160,7 @@ def low_rank(tokens: Tensor, rank: int) -> Tensor:
 
 
 def factors_of(level: float, rank: int) -> Tensor:
-    """Factor on each of `rank` singular values, largest first, at a focus level."""
+    """The factors [rank] on the singular values, largest first, at a focus level."""
     factors = torch.ones(rank)
     if level < 0.5:
         base = _base(level, 0.0, SEMANTIC_RANK)
@@ -177,7 +176,7 @@ def factors_of(level: float, rank: int) -> Tensor:
 
 
 def _base(level: float, end: float, span: int) -> float:
-    """1 at the neutral level, falling exponentially to 1 - span at the `end` of the scale."""
+    """1 at the neutral level; falls exponentially to 1 - span at the `end` of the scale."""
 
     def curve(at: float) -> float:
         return math.exp(2 * (at - 0.5))

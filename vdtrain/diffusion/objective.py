@@ -1,8 +1,8 @@
-"""The training objective: every flow of a stage predicts the noise in its output latent, from its context.
+"""The training objective: every flow of a stage predicts the noise in its output latent from its context.
 
-Versatile Diffusion, section 3.3: each flow's loss is the mean squared error of the predicted noise (weighted by flow),
-and the gradients of all flows accumulate into one update. Flows with the same output modality share their data
-layers, so they go through them in one batch.
+Versatile Diffusion, section 3.3: each flow's loss is the mean squared error of the predicted noise, with a weight for
+each flow. The gradients of all flows accumulate into one update. Flows with the same output modality share their data
+layers, which process them in one batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vdtrain.models.frozen import Encoded, FrozenParts
 from vdtrain.seeds import generator_of
 
 
-class StepDraws:
-    """Draws for rows `rows` of the global batch of one step.
+class StepRandom:
+    """The random numbers of one step, for the rows `rows` of its global batch.
 
-    Every call draws for the whole global batch from a generator of its own, keyed by (seed, step, purpose), and
-    returns this rank's rows. A sample's noise therefore depends on its place in the data alone, and a step can be
-    repeated at any time, on any number of ranks.
+    Every call draws for the whole global batch from its own generator, keyed by (seed, step, purpose). It returns this
+    rank's rows. A sample's noise therefore depends only on its position in the data. Any number of ranks can repeat a
+    step at any time.
     """
 
     def __init__(self, seed: str, step: int, global_batch_size: int, rows: slice, device: torch.device) -> None:
@@ -71,36 +71,36 @@ class Objective:
         self._unconditional: dict[Flow, Tensor] = {}
 
     def prepare(self, samples: Mapping[str, Any]) -> dict[str, Any]:
-        """What `encode` takes in place of a batch's samples, after the work that needs the CPU alone."""
+        """A batch's samples after their CPU work, in a form that `encode` also accepts."""
         return self.frozen.prepare(samples, self.outputs, self.contexts)
 
     def encode(
         self,
         samples: Mapping[str, object],
         resolution: int,
-        draws: StepDraws,
+        rng: StepRandom,
         moments: Mapping[str, Tensor] | None = None,
     ) -> Encoded:
-        """Latents and contexts of a micro-batch, each encoded once and shared by all flows.
+        """Latents and contexts of a micro-batch; all flows share them.
 
         Args:
-            moments: cached moments by modality, in place of its VAE's encoding of the samples.
+            moments: cached moments by modality. They replace the VAE's encoding of the samples.
         """
         noise = {
-            output: draws.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
+            output: rng.normal(f"latent/{output}", self.frozen.latent_shape(output, (resolution, resolution)))
             for output in sorted(self.outputs)
         }
         return self.frozen.encode(samples, self.outputs, self.contexts, noise, moments)
 
-    def losses(self, denoiser: Denoiser, encoded: Encoded, draws: StepDraws) -> dict[str, Tensor]:
-        """Unweighted mean squared error of each flow, scalars in float32, by flow name."""
+    def losses(self, denoiser: Denoiser, encoded: Encoded, rng: StepRandom) -> dict[str, Tensor]:
+        """The unweighted mean squared error of each flow, a float32 scalar, by flow name."""
         inputs, noises = [], []
         for output, flows in self.flows.items():
             latents = encoded.latents[output]
-            noise = torch.cat([draws.normal(f"noise/{flow}", latents.shape[1:]) for flow in flows])
-            timesteps = torch.cat([draws.integers(f"timestep/{flow}", self.schedule.steps) for flow in flows])
+            noise = torch.cat([rng.normal(f"noise/{flow}", latents.shape[1:]) for flow in flows])
+            timesteps = torch.cat([rng.integers(f"timestep/{flow}", self.schedule.steps) for flow in flows])
             noisy = self.schedule.add_noise(latents.repeat(len(flows), *[1] * (latents.ndim - 1)), noise, timesteps)
-            contexts = [Context(flow.context, self._context(flow, encoded, draws)) for flow in flows]
+            contexts = [Context(flow.context, self._context(flow, encoded, rng)) for flow in flows]
             inputs.append(DiffuserInput(output, noisy, timesteps, contexts))
             noises.append(noise)
         losses: dict[str, Tensor] = {}
@@ -113,10 +113,10 @@ class Objective:
         """The weighted sum that is back-propagated."""
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
 
-    def _context(self, flow: Flow, encoded: Encoded, draws: StepDraws) -> Tensor:
-        """The flow's context tokens [B, M, D], some of them replaced by the unconditional context."""
+    def _context(self, flow: Flow, encoded: Encoded, rng: StepRandom) -> Tensor:
+        """The flow's context tokens [B, M, D]; context dropout replaces some rows by the unconditional context."""
         tokens = encoded.contexts[flow.context]
-        dropped = draws.chance(f"dropout/{flow}", self.context_dropout)
+        dropped = rng.chance(f"dropout/{flow}", self.context_dropout)
         if flow not in self._unconditional:
             self._unconditional[flow] = self.frozen.unconditional(flow, 1).to(tokens)
         return torch.where(dropped[:, None, None], self._unconditional[flow], tokens)

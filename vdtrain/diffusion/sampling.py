@@ -8,44 +8,44 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.errors import ConfigError
 from vdtrain.models.diffuser import Context, ContextRoute, Diffuser, by_rows
 
-# Unit normal noise for a step, counted from 0, in the shape of the latents.
+# Unit normal noise in the shape of the latents, by the index of the step, from 0.
 StepNoise = Callable[[int], Tensor]
 
 
 class Solver(Protocol):
-    """Turns predictions of noise into ever cleaner latents; made anew for every batch.
+    """Denoises latents step by step with the predicted noise; every batch needs a new solver.
 
     Attributes:
-        timesteps: those at which the noise is predicted, falling.
+        timesteps: of the noise predictions, in descending order.
     """
 
     timesteps: list[int]
 
     def begin(self, index: int) -> None:
-        """Start at `timesteps[index]` rather than at the first."""
+        """Start at `timesteps[index]` instead of the first timestep."""
 
     def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Latents [B, ...] after `timesteps[index]`, from those before it and the noise predicted in them."""
+        """The latents [B, ...] after `timesteps[index]`, from those before it and their predicted noise."""
 
 
 def ddim_timesteps(schedule: Schedule, steps: int) -> list[int]:
-    """Uniform timesteps, falling, offset by one: 981, ..., 21, 1 for 50 steps of 1000.
+    """Uniform timesteps in descending order, offset by one: 981, ..., 21, 1 for 50 steps of 1000.
 
-    As in the original, a number that does not divide the schedule gives a few more than were asked for. A first one
-    that would lie beyond the schedule, where the original fails, is left out.
+    As in the original, a number that does not divide the schedule gives a few more steps than that number. The original
+    fails if the first timestep lies beyond the schedule; this function omits it.
     """
     return list(range(1, schedule.steps, schedule.steps // steps))[::-1]
 
 
 def spacing_note(name: str, schedule: Schedule, steps: int) -> str | None:
-    """A line on what a number of steps becomes; None where it is taken as it is.
+    """A line for the user if the solver takes another number of steps than `steps`, else None.
 
     Args:
-        name, steps: of a solver that `make_solver` takes. Those of diffusers take any number as it is.
+        name, steps: arguments that `make_solver` accepts. The solvers of diffusers take exactly `steps` steps.
     """
     if name != "ddim":
         return None
@@ -61,7 +61,7 @@ def spacing_note(name: str, schedule: Schedule, steps: int) -> str | None:
     others = f"steps={below}" + (f" or {above}" if above else "")
     return (
         f"steps={steps}: {why}; solver=ddim takes {len(timesteps)} steps, at timesteps "
-        f"{', '.join(map(str, timesteps[:2]))} ... {timesteps[-1]}; {others} is taken as it is"
+        f"{', '.join(map(str, timesteps[:2]))} ... {timesteps[-1]}; {others} is taken exactly"
     )
 
 
@@ -69,7 +69,7 @@ class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), at the original's timesteps.
 
     Args:
-        eta: 0 is deterministic; above it, `step_noise` gives the unit noise of each step.
+        eta: 0 is deterministic; above 0, `step_noise` gives the unit noise of each step.
     """
 
     def __init__(self, schedule: Schedule, steps: int, eta: float = 0.0, step_noise: StepNoise | None = None) -> None:
@@ -77,12 +77,12 @@ class DDIM:
         self.schedule, self.eta, self.step_noise = schedule, eta, step_noise
 
     def begin(self, index: int) -> None:
-        """Every step stands on its own."""
+        """Nothing to do: a step does not depend on earlier ones."""
 
     def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
         """See `Solver`."""
         kept = self.schedule.alphas_cumprod.to(latents.device)
-        # The last step lands on the first training timestep's variance, not on a noiseless one, as in the original.
+        # As in the original, the last step ends at the first training timestep's variance, not at zero noise.
         following = [*self.timesteps[1:], 0]
         now, after = kept[self.timesteps[index]], kept[following[index]]
         sigma = self.eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
@@ -100,7 +100,7 @@ class DiffusersSolver:
             beta_start=schedule.beta_start,
             beta_end=schedule.beta_end,
             beta_schedule="scaled_linear",
-            # Small steps at the end: where the way is known exactly this divides the error by ten (docs/log.md).
+            # Small steps at the end: with an exactly known path they divide the error by ten (docs/log.md).
             use_karras_sigmas=True,
             **settings,
         )
@@ -140,18 +140,18 @@ def make_solver(
     """A solver by name, "ddim", "dpm-solver++" or "unipc".
 
     Raises:
-        ConfigError: no such solver, a number of steps that it cannot take, or `eta` where it has no meaning.
+        ConfigError: the name is unknown, the number of steps is impossible, or the solver has no `eta`.
     """
     if name not in SOLVERS:
         raise ConfigError(f"solver={name}: choose one of {', '.join(SOLVERS)}")
     if not 1 <= steps <= schedule.steps:
         raise ConfigError(f"steps={steps}: choose 1 to {schedule.steps}")
     if not 0 <= eta <= 1:
-        raise ConfigError(f"eta={eta}: not in 0 (deterministic) to 1")
+        raise ConfigError(f"eta={eta}: must be from 0 (deterministic) to 1")
     if name == "ddim":
         return DDIM(schedule, steps, eta, step_noise if eta > 0 else None)
     if eta > 0:
-        raise ConfigError(f"eta={eta}: only solver=ddim has it; set eta=0 or solver=ddim")
+        raise ConfigError(f"eta={eta}: only solver=ddim takes it; set eta=0 or solver=ddim")
     return FAST_SOLVERS[name](schedule, steps)
 
 
@@ -159,12 +159,12 @@ def make_solver(
 NoisePredictor = Callable[[Tensor, int], Tensor]
 # Wraps the indices of a loop, e.g. in a progress bar.
 Progress = Callable[[Sequence[int]], Iterable[int]]
-# The way of several contexts into the network at one timestep; all of them have the same B.
+# The route of several contexts through the network at one timestep; all contexts have the same B.
 Mixing = Callable[[Sequence[Context], int], ContextRoute]
 
 
 def alone(contexts: Sequence[Context], timestep: int) -> ContextRoute:
-    """The mixing of a single context: none."""
+    """The mixing of a single context, which serves every position alone."""
     (context,) = contexts
     return by_rows([context])
 
@@ -177,16 +177,16 @@ def guided(
     scale: float,
     mixing: Mixing = alone,
 ) -> NoisePredictor:
-    """Noise predictor with classifier-free guidance: unconditional + scale * (conditional - unconditional).
+    """A noise predictor with classifier-free guidance: unconditional + scale * (conditional - unconditional).
 
     Args:
         contexts: tokens [B, M, D] each.
-        unconditional: one for each of `contexts`, of its modality and shape.
-        scale: 1 leaves the unconditional pass out.
+        unconditional: one for each of `contexts`, with the same modality and shape.
+        scale: 1 skips the unconditional pass.
         mixing: how several contexts enter the network.
 
     Returns:
-        A predictor of float32 noise, whatever the diffuser's precision.
+        A predictor of float32 noise; the diffuser may have another precision.
     """
     if scale == 1:
         return lambda latents, timestep: _predict(diffuser, output, latents, timestep, mixing(contexts, timestep))
@@ -208,11 +208,11 @@ def guided(
 def denoise(
     predict: NoisePredictor, latents: Tensor, solver: Solver, first: int = 0, progress: Progress = list
 ) -> Tensor:
-    """Take `latents` [B, ...] to the end of a solver's timesteps.
+    """Denoise `latents` [B, ...] through a solver's timesteps.
 
     Args:
         latents: unit normal, or samples noised to `solver.timesteps[first]`.
-        first: index of the timestep to begin at.
+        first: index of the first timestep.
     """
     solver.begin(first)
     for index in progress(range(first, len(solver.timesteps))):

@@ -9,10 +9,10 @@ from vdtrain.config.schema import ScheduleConfig
 
 
 class Schedule:
-    """Variance-preserving schedule with betas linear in their square root, computed in float64.
+    """A variance-preserving schedule whose betas are linear in their square root, computed in float64.
 
     Attributes:
-        alphas_cumprod: [steps] float32, the share of signal variance left at each timestep.
+        alphas_cumprod: [steps] float32, the share of signal variance that remains at each timestep.
     """
 
     def __init__(self, config: ScheduleConfig, device: torch.device | str = "cpu") -> None:

@@ -5,5 +5,5 @@ Start at `diffuser.py`; `frozen.py` turns pairs into latents and contexts.
 
 import logging
 
-# diffusers imports xformers, which warns of kernels that it cannot load; none is used unless it is asked for.
+# diffusers imports xformers, which warns about kernels that it cannot load. No setting uses those by default.
 logging.getLogger("xformers").setLevel(logging.ERROR)

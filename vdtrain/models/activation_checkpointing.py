@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks whose activations are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: the backward pass recomputes the activations of chosen blocks instead of keeping them.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", with PyTorch's non-reentrant checkpoints.
 """
@@ -13,22 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 from vdtrain.models.diffuser import Diffuser
 
-# What is computed again: nothing; every context layer; every context layer and every data layer.
+# Checkpointed blocks: no block; every context layer; every context layer and every data layer.
 MODES = ("none", "context", "blocks")
 
 
-def recompute_activations(diffuser: Diffuser, mode: str) -> None:
-    """Choose what the backward pass computes again; a second call replaces the first.
+def checkpoint_activations(diffuser: Diffuser, mode: str) -> None:
+    """Choose the blocks that the backward pass recomputes; a second call replaces the first.
 
-    Of a block that is computed again, only its inputs are kept from forward to backward. Losses and gradients stay the
-    same to the last bit wherever a kernel gives the same result twice, and random numbers that a block draws are drawn
-    again as they were. The layers themselves, which any modality may bring, know nothing of it.
+    A checkpointed block keeps only its inputs from forward to backward. It draws the same random numbers again. Losses
+    and gradients stay bit-identical if the kernels are deterministic. The layers of a modality need no code for this.
 
     Args:
         mode: one of MODES.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: the mode is not one of MODES.
     """
     if mode not in MODES:
         raise ValueError(f"activation checkpointing {mode!r}: choose one of {', '.join(MODES)}")
@@ -40,8 +39,8 @@ def recompute_activations(diffuser: Diffuser, mode: str) -> None:
     for block in _blocks(diffuser.context_layers, diffuser.data_layers):
         vars(block).pop("forward", None)
     for block in _blocks(*chosen[mode]):
-        # On the instance, over its class's own: parameters keep their names.
-        block.forward = _Recomputed(block)
+        # The instance's attribute hides the class's method, so that parameters keep their names.
+        block.forward = _Checkpointed(block)
 
 
 def _blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
@@ -50,8 +49,8 @@ def _blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
             yield from cast(nn.ModuleList, blocks)
 
 
-class _Recomputed:
-    """A block's forward without its activations; a class, so that copies of the model are wholes of their own."""
+class _Checkpointed:
+    """A block's forward that keeps no activations. It is a class, so that a copied model refers to its own blocks."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

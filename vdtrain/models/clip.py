@@ -1,8 +1,8 @@
 """Contexts: captions and images as the token sequences that the diffuser's cross-attention reads.
 
-Both come from one CLIP (Radford et al. 2021), built and run by open_clip. Versatile Diffusion takes every token
-through the final normalisation and the projection, and divides all of them by the norm of the projected pooled
-token, so that the global token has length 1 and the others keep their size relative to it.
+Both come from one CLIP (Radford et al. 2021), built and run by open_clip. Versatile Diffusion applies the final
+normalisation and the projection to every token. It divides all tokens by the norm of the projected pooled token. The
+global token therefore has length 1, and the others keep their size relative to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLANK_LEVELS = {"black": 0, "grey": 127}
 
 
 def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> open_clip.CLIP:
-    """Build a CLIP; within `shared_loading` one and the same for the same architecture and weights.
+    """Build a CLIP; within `shared_loading`, the same architecture and weights give the same module.
 
     Args:
         architecture: name of an open_clip model, such as "ViT-L-14-quickgelu", or a mapping in the form of its model
@@ -36,8 +36,8 @@ def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> op
         weights: safetensors file with open_clip's key names; None leaves random weights, which are never shared.
 
     Raises:
-        ValueError: open_clip knows no such architecture, or it is none with image and text transformer.
-        WeightsError: the weights are missing or of another model.
+        ValueError: open_clip does not know the architecture, or its image encoder is not a vision transformer.
+        WeightsError: the weights are missing, or belong to another model.
     """
     config = _architecture(architecture)
     if weights is None:
@@ -55,9 +55,9 @@ def _build(config: dict[str, Any]) -> open_clip.CLIP:
     try:
         clip = open_clip.CLIP(**config)
     except TypeError as error:
-        raise ValueError(f"context_encoder.architecture: {error}; it takes what open_clip's files hold") from error
+        raise ValueError(f"context_encoder.architecture: {error}; give the keys of open_clip's model files") from error
     if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
-        raise ValueError("context_encoder.architecture: the image side is no vision transformer; choose a ViT model")
+        raise ValueError("context_encoder.architecture: image encoder is not a vision transformer; choose a ViT model")
     return clip
 
 
@@ -65,8 +65,8 @@ class ClipTextContext(nn.Module):
     """Captions to contexts [B, L, D], L the text context length and D the embedding size (77 and 768 in ViT-L/14).
 
     Args:
-        architecture, weights: see `build_clip`; the image context of the same arguments shares the model.
-        tokenizer: `tokenizers` JSON file whose largest id is the end-of-text token; None takes CLIP's own vocabulary.
+        architecture, weights: see `build_clip`; an image context with the same arguments shares the model.
+        tokenizer: `tokenizers` JSON file whose largest id is the end-of-text token; None uses CLIP's own vocabulary.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ClipTextContext(nn.Module):
         if self.tokenizer.size != self.clip.vocab_size:
             raise ValueError(
                 f"context_encoder.architecture.text_cfg.vocab_size={self.clip.vocab_size}: "
-                f"the tokenizer {tokenizer or 'of CLIP'} has {self.tokenizer.size} entries; set it to that"
+                f"the tokenizer {tokenizer or 'of CLIP'} has {self.tokenizer.size} entries; set vocab_size to that"
             )
 
     def prepare(self, captions: Sequence[str]) -> Tensor:
@@ -86,27 +86,27 @@ class ClipTextContext(nn.Module):
         return self.tokenizer(captions)
 
     def encode(self, captions: Sequence[str] | Tensor) -> Tensor:
-        """Encode captions, or what `prepare` made of them, into [B, L, D] in the dtype of the parameters.
+        """Encode captions, or the ids that `prepare` returned, into [B, L, D] in the dtype of the parameters.
 
-        Padding is kept: no token is masked.
+        Padding stays in the context; no token is masked.
         """
         return self.encode_ids(captions if isinstance(captions, Tensor) else self.tokenizer(captions))
 
     def encode_ids(self, ids: Tensor) -> Tensor:
-        """`encode` for ids int64 [B, L] that are filled up with the end-of-text id, the largest of the vocabulary."""
+        """`encode` for ids int64 [B, L], padded with the end-of-text id, which is the largest of the vocabulary."""
         clip = self.clip
         device, _ = device_and_dtype(clip)
         ids = ids.to(device)
         hidden = clip.token_embedding(ids) + clip.positional_embedding
         hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask))
         tokens: Tensor = hidden @ clip.text_projection
-        # The pooled token is the first end-of-text one: argmax names the first of equals.
+        # The pooled token is the first end-of-text one: argmax returns the first of equal values.
         pooled = tokens[torch.arange(len(ids), device=device), ids.argmax(dim=-1)]
         context: Tensor = tokens / pooled.norm(dim=-1)[:, None, None]
         return context
 
     def unconditional(self, batch: int, output: str) -> Tensor:
-        """The context of no caption, [batch, L, D]: the encoding of "", whatever the output modality."""
+        """The unconditional context [batch, L, D]: the encoding of "", the same for every output modality."""
         return self.encode([""]).expand(batch, -1, -1)
 
 
@@ -114,9 +114,9 @@ class ClipImageContext(nn.Module):
     """Images to contexts [B, 1 + patches, D], the global token first (257 tokens of 768 in ViT-L/14 at 224 pixels).
 
     Args:
-        architecture, weights: see `build_clip`; the text context of the same arguments shares the model.
-        blank: what stands for no image: "zeros", a context of zeros, or the encoding of a "black" or "grey" image.
-        blank_for: the same for single output modalities.
+        architecture, weights: see `build_clip`; a text context with the same arguments shares the model.
+        blank: the unconditional context: "zeros", or the encoding of a "black" or "grey" image.
+        blank_for: exceptions to `blank`, by output modality.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ClipImageContext(nn.Module):
         super().__init__()
         for given in (blank, *blank_for.values()):
             if given != "zeros" and given not in BLANK_LEVELS:
-                raise ValueError(f"context_encoder.blank={given}: not one of zeros, {', '.join(BLANK_LEVELS)}")
+                raise ValueError(f"context_encoder.blank={given}: choose one of zeros, {', '.join(BLANK_LEVELS)}")
         self.clip = build_clip(architecture, weights)
         self.blank, self.blank_for = blank, dict(blank_for)
         self.side = int(self.clip.visual.image_size[0])
@@ -139,13 +139,13 @@ class ClipImageContext(nn.Module):
         return self.encode_pixels(self.preprocess(images))
 
     def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
-        """`encode` through masks [B, 1, h, w] in 0..1, stretched over what CLIP sees of an image: 0 hides a place."""
+        """`encode` with masks [B, 1, h, w] in 0..1, resized to CLIP's cropped input; 0 hides a part of the image."""
         return self.encode_pixels(self.preprocess(images), masks)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """CLIP's own preparation: uint8 [B, 3, H, W] to normalised [B, 3, side, side].
+        """CLIP's own preprocessing: uint8 [B, 3, H, W] to normalised [B, 3, side, side].
 
-        Bicubic, antialiased resize of the shorter side, on bytes as in CLIP's; middle cut out; mean and deviation.
+        A bicubic, antialiased resize of the shorter side (on uint8, as in CLIP), a centre crop, mean and deviation.
         """
         device, dtype = device_and_dtype(self.clip)
         images = images.to(device)
@@ -160,7 +160,7 @@ class ClipImageContext(nn.Module):
         return ((images.float() / 255 - mean) / deviation).to(dtype)
 
     def encode_pixels(self, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
-        """`encode` for what `preprocess` gives."""
+        """`encode` for the pixels [B, 3, side, side] that `preprocess` returns."""
         visual = self.clip.visual
         patches = visual.conv1(pixels).flatten(2).transpose(1, 2)
         start = visual.class_embedding.expand(len(pixels), 1, -1)
@@ -168,19 +168,19 @@ class ClipImageContext(nn.Module):
         weights = None if masks is None else self._token_weights(masks.to(hidden))
         if weights is not None:
             hidden = hidden * weights
-        # CLIP itself applies the last normalisation to the global token alone; contexts are made of all of them.
+        # CLIP itself applies the last normalisation to the global token alone; a context has all tokens.
         tokens = visual.ln_post(visual.transformer(visual.ln_pre(hidden))) @ visual.proj
         context: Tensor = tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
         return context if weights is None else context * weights
 
     def _token_weights(self, masks: Tensor) -> Tensor:
-        """Weight [B, 1 + patches, 1] of each token: the mask's mean over all, then over each patch."""
+        """Weight [B, 1 + patches, 1] of each token: the mask's mean over the image, then over each patch."""
         masks = functional.interpolate(masks, (self.side, self.side), mode="bilinear")
         patches = functional.avg_pool2d(masks, self.clip.visual.patch_size)
         return torch.cat([masks.mean(dim=(2, 3)), patches.flatten(1)], dim=1)[..., None]
 
     def unconditional(self, batch: int, output: str) -> Tensor:
-        """The context of no image, [batch, 1 + patches, D], where the modality `output` is generated."""
+        """The unconditional context [batch, 1 + patches, D] for generating the modality `output`."""
         device, dtype = device_and_dtype(self.clip)
         blank = self.blank_for.get(output, self.blank)
         if blank == "zeros":

@@ -1,7 +1,7 @@
-"""Context layers: transformer blocks whose cross-attention reads the context, of the same kind for every modality.
+"""Context layers: transformer blocks whose cross-attention reads the context, of one kind for all modalities.
 
-The n-th layer serves the n-th context position of whichever modality is being generated, so it sees image states
-[B, C, H, W] and text states [B, C, S, 1] alike. Names are those of the released weights below `context_blocks.N.0.`.
+The n-th layer serves the n-th context position of every output modality. It therefore sees image states [B, C, H, W]
+and text states [B, C, S, 1] alike. Names are those of the released weights below `context_blocks.N.0.`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vdtrain.models.image_layers import zero
 from vdtrain.models.layer_plan import LayerPlan
+
+NORM_EPSILON = 1e-6  # of the group norm here, unlike the data layers' 1e-5
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,7 +48,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """tokens [B, L, width], context [B, M, context_width] -> [B, L, width]. No mask: padding is attended to."""
+        """tokens [B, L, width], context [B, M, context_width] -> [B, L, width]. No mask: queries attend to padding."""
         batch, length, width = tokens.shape
         query, key, value = (
             part.view(batch, -1, self.heads, width // self.heads).transpose(1, 2)
@@ -63,11 +65,8 @@ def use_kernel(module: nn.Module, name: str) -> None:
             layer.kernel = KERNELS[name]
 
 
-NORM_EPSILON = 1e-6  # of the group norm here, unlike the data layers' 1e-5
-
-
 class GatedGelu(nn.Module):
-    """Linear to twice the hidden width; one half gates the other."""
+    """A linear layer to twice the hidden width; one half gates the other."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -80,6 +79,8 @@ class GatedGelu(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """A gated GELU layer of four times the width, and a linear layer back."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GatedGelu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
@@ -121,7 +122,7 @@ class ContextLayer(nn.Module):
 
     def forward(self, h: Tensor, context: Tensor) -> Tensor:
         """h [B, C, H, W], context [B, M, context_width] -> [B, C, H, W]."""
-        # The 1x1 convolutions are linear layers on tokens; applied as such they need no second transposition.
+        # The 1x1 convolutions are linear layers on tokens; in this form they need no second transposition.
         tokens = self.norm(h).flatten(2).transpose(1, 2)
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:

@@ -1,7 +1,7 @@
-"""The diffuser: one network of global, data and context layers that every flow takes its own way through.
+"""The diffuser: one network of global, data and context layers; every flow has its own route through it.
 
 Versatile Diffusion, section 3.2: a flow from context k to output o uses the global layers, the data layers of o and
-the context layers of k. Nothing here names a modality; each brings its layers through the model's configuration.
+the context layers of k. This module names no modality; the model's configuration lists each modality's layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DiffuserInput:
         output: the modality to generate.
         latents: [B, ...] noisy latents.
         timesteps: [B] integers.
-        contexts: consecutive rows of the batch, b1 + b2 + ... = B, each with the context that it is generated from.
+        contexts: of consecutive rows of the batch, with b1 + b2 + ... = B rows.
     """
 
     output: str
@@ -56,8 +56,8 @@ class Diffuser(nn.Module):
     Args:
         config: widths, depths and the modalities' layers.
         groups: the layer groups to create, e.g. global, data.image, context.text.
-        seed: start of the random weights. Each group draws from its own stream, so that it starts the same whichever
-            other groups are created with it.
+        seed: of the initial weights. Each group has its own random stream, so its initial weights do not depend on the
+            other groups.
     """
 
     def __init__(self, config: ModelConfig, groups: Collection[str], seed: int = 0) -> None:
@@ -85,7 +85,7 @@ class Diffuser(nn.Module):
         return [self.predict(item.output, item.latents, item.timesteps, by_rows(item.contexts)) for item in inputs]
 
     def predict(self, output: str, latents: Tensor, timesteps: Tensor, route: ContextRoute) -> Tensor:
-        """One pass: noise [B, ...] in `latents` [B, ...] at `timesteps` [B], contexts applied by `route`."""
+        """One pass: the noise [B, ...] in `latents` [B, ...] at `timesteps` [B]; `route` applies the contexts."""
         sinusoid = timestep_sinusoid(timesteps, self.plan.time_width).to(latents.dtype)
         embedding = self.global_layers(sinusoid)
         data_layers = iter(cast(nn.ModuleList, self.data_layers[output]))
@@ -104,7 +104,7 @@ class Diffuser(nn.Module):
 
 
 def by_rows(contexts: Sequence[Context]) -> ContextRoute:
-    """Each context serves its own consecutive rows of the batch: flows that share data layers go through together."""
+    """Each context serves its own consecutive rows of the batch, so that flows can share data layers in one pass."""
     sizes = [context.tokens.shape[0] for context in contexts]
 
     def route(layers: nn.ModuleDict, position: int, h: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 def layer_group(parameter_name: str) -> str:
-    """The layer group of a diffuser parameter: "data_layers.image.0.weight" is in "data.image"."""
+    """The layer group of a diffuser parameter: "data_layers.image.0.weight" belongs to "data.image"."""
     kind, modality = parameter_name.split(".")[:2]
     return GLOBAL_GROUP if kind == "global_layers" else f"{kind.removesuffix('_layers')}.{modality}"
 
@@ -142,7 +142,7 @@ def parameters_by_group(diffuser: nn.Module) -> dict[str, dict[str, nn.Parameter
 
 @contextmanager
 def _seeded(seed: int, group: str) -> Iterator[None]:
-    """Draw initial weights from a stream of the group's own, leaving the global generator as it was."""
+    """Draw initial weights from the group's own random stream; the global generator's state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, group))
         yield

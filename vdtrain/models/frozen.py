@@ -1,4 +1,4 @@
-"""The frozen parts: one VAE and one context encoder per modality, each run once for a batch of pairs."""
+"""The frozen parts: one VAE and one context encoder per modality; each runs once per batch of pairs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import ModelConfig
+from vdtrain.errors import ConfigError
 from vdtrain.flows import Flow
 from vdtrain.models.frozen_weights import freeze, shared_loading
 
@@ -23,22 +23,24 @@ class VAE(Protocol):
         """Shape of one latent for images of `size`, height and width in pixels; other modalities may ignore it."""
 
     def encode(self, samples: Any, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, *latent_shape] of a batch; standard normal noise of that shape asks for a posterior sample."""
+        """Latents [B, *latent_shape] of a batch: posterior samples if standard normal noise of that shape is given."""
 
     def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Any:
-        """Samples of the modality from latents [B, *latent_shape]; a decoder that draws at random takes each row's
-        numbers from its own generator."""
+        """Samples of the modality from latents [B, *latent_shape].
+
+        A decoder that draws random numbers takes those of each row from the row's own generator.
+        """
 
 
 @runtime_checkable
 class MomentsVAE(VAE, Protocol):
-    """A VAE whose encoding has two halves: moments, which are the sample's alone and can be kept, and the draw."""
+    """A VAE that encodes in two halves: moments, which depend on the sample alone and can be cached, and the draw."""
 
     def moments(self, samples: Any) -> Tensor:
-        """What describes the posterior of each sample, [B, ...]."""
+        """The moments [B, ...] of each sample's posterior."""
 
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents as `encode` gives them, from its samples' moments, on any device and in any precision."""
+        """The latents that `encode` returns, from the samples' moments, which may have any device and precision."""
 
 
 class ContextEncoder(Protocol):
@@ -48,28 +50,28 @@ class ContextEncoder(Protocol):
         """Contexts [B, tokens, D] of a batch."""
 
     def unconditional(self, batch: int, output: str) -> Tensor:
-        """The context [batch, tokens, D] of no sample at all, for classifier-free guidance of the modality `output`."""
+        """The context [batch, tokens, D] without a sample, for classifier-free guidance of the modality `output`."""
 
 
 @runtime_checkable
 class MaskedContextEncoder(ContextEncoder, Protocol):
-    """A context encoder that can leave parts of a sample out."""
+    """A context encoder that can hide parts of a sample."""
 
     def encode_masked(self, samples: Any, masks: Tensor) -> Tensor:
-        """Contexts [B, tokens, D] of a batch, seen through masks [B, 1, h, w] in 0..1."""
+        """Contexts [B, tokens, D] of a batch with masks [B, 1, h, w] in 0..1; 0 hides a part."""
 
 
 @runtime_checkable
 class Preparing(Protocol):
-    """A VAE or context encoder with work for the CPU, such as tokenising, that can be done before `encode`."""
+    """A VAE or context encoder whose CPU work, such as tokenising, can be done before `encode`."""
 
     def prepare(self, samples: Any) -> Any:
-        """What `encode` takes in place of a batch of samples; called on a thread beside training."""
+        """The form of a batch of samples that `encode` also accepts; called on a thread beside training."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch of one modality in the forms that its VAE and its context encoder take, each a tensor or a list [B]."""
+    """A batch of one modality in two forms, for its VAE and its context encoder, each a tensor or a list [B]."""
 
     vae: Any
     context: Any
@@ -80,7 +82,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch as the diffuser sees it, by modality: latents [B, ...] and contexts [B, tokens, D]."""
+    """The diffuser's view of a batch, by modality: latents [B, ...] and contexts [B, tokens, D]."""
 
     latents: dict[str, Tensor]
     contexts: dict[str, Tensor]
@@ -90,7 +92,7 @@ class FrozenParts(nn.Module):
     """VAEs and context encoders of all modalities, without gradients and always in evaluation mode.
 
     Args:
-        parts: for every modality its VAE and its context encoder, both modules (`VAE`, `ContextEncoder`).
+        parts: by modality, its VAE and its context encoder, both modules (`VAE`, `ContextEncoder`).
     """
 
     def __init__(self, parts: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
@@ -100,7 +102,7 @@ class FrozenParts(nn.Module):
         freeze(self)
 
     def train(self, mode: bool = True) -> FrozenParts:
-        """Stay in evaluation mode, whatever the module that this one is part of does."""
+        """Stay in evaluation mode when the parent module enters training mode."""
         super().train(False)
         return self
 
@@ -113,19 +115,17 @@ class FrozenParts(nn.Module):
         noise: Mapping[str, Tensor] | None = None,
         moments: Mapping[str, Tensor] | None = None,
     ) -> Encoded:
-        """Encode a batch of pairs, every needed part once.
+        """Encode a batch of pairs; every needed part runs once.
 
         Args:
-            samples: the batch by modality, in the form that the modality's parts take, or as `prepare` gives it.
-            outputs: modalities whose latents are asked for.
-            contexts: modalities whose contexts are asked for.
-            noise: standard normal noise for posterior samples, by modality; a modality that is not in it gets its
-                VAE's mean.
-            moments: cached moments of the same samples, by modality: latents are drawn from them, and the modality's
-                VAE encodes nothing.
+            samples: the batch by modality, in the form that the modality's parts take, or from `prepare`.
+            outputs: modalities whose latents are needed.
+            contexts: modalities whose contexts are needed.
+            noise: standard normal noise for posterior samples, by modality; without it, the latent is the VAE's mean.
+            moments: cached moments of the same samples, by modality. They replace the VAE's encoding.
 
         Raises:
-            ConfigError: a modality that is asked for has no samples, or one with moments a VAE that takes none.
+            ConfigError: a needed modality has no samples, or a VAE cannot use cached moments.
         """
         moments = moments or {}
         for modality in [*(name for name in outputs if name not in moments), *contexts]:
@@ -150,7 +150,7 @@ class FrozenParts(nn.Module):
     def prepare(
         self, samples: Mapping[str, Any], outputs: Collection[str], contexts: Collection[str]
     ) -> dict[str, Any]:
-        """What `encode` takes in place of the samples, after the work that needs the CPU alone."""
+        """The samples after their CPU work, in a form that `encode` also accepts."""
         prepared = dict(samples)
         for modality, batch in samples.items():
             vae = self._vae(modality) if modality in outputs else None
@@ -161,19 +161,19 @@ class FrozenParts(nn.Module):
 
     @torch.no_grad()
     def encode_masked(self, modality: str, samples: Any, masks: Tensor) -> Tensor:
-        """Contexts [B, tokens, D] of samples seen through masks [B, 1, h, w] in 0..1.
+        """Contexts [B, tokens, D] of samples with masks [B, 1, h, w] in 0..1; 0 hides a part.
 
         Raises:
             ConfigError: the modality's context encoder takes no masks.
         """
         encoder = self._context_encoder(modality)
         if not isinstance(encoder, MaskedContextEncoder):
-            raise ConfigError(f"mask: a context of modality {modality!r} takes none; leave it out")
+            raise ConfigError(f"mask: contexts of modality {modality!r} take no mask; leave it out")
         return encoder.encode_masked(samples, masks)
 
     @torch.no_grad()
     def unconditional(self, flow: Flow, batch: int) -> Tensor:
-        """The context [batch, tokens, D] that stands for no sample of the flow's context modality."""
+        """The unconditional context [batch, tokens, D] of the flow's context modality."""
         return self._context_encoder(flow.context).unconditional(batch, flow.output)
 
     def latent_shape(self, modality: str, size: tuple[int, int]) -> tuple[int, ...]:
@@ -182,7 +182,7 @@ class FrozenParts(nn.Module):
 
     @torch.no_grad()
     def decode(self, modality: str, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Any:
-        """Samples of a modality from latents [B, ...]; generators, one a row, are for decoders that draw at random."""
+        """Samples of a modality from latents [B, ...]; random decoders draw each row from the row's own generator."""
         return self._vae(modality).decode(latents, generators)
 
     def _from_moments(self, modality: str, moments: Tensor, noise: Tensor | None) -> Tensor:
@@ -220,7 +220,7 @@ def build_frozen(config: ModelConfig) -> FrozenParts:
     """VAE and context encoder of every modality, with their weights, in float32 on the CPU.
 
     Raises:
-        ConfigError: a `_target_` or an argument that does not exist.
+        ConfigError: a `_target_` or one of its arguments does not exist.
     """
     with shared_loading():
         return FrozenParts(

@@ -1,4 +1,4 @@
-"""Reads the weights and tokenizers of the frozen parts: safetensors and JSON, never a pickle."""
+"""Reads the weights and tokenizers of the frozen parts from safetensors and JSON files, never from a pickle."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from vdtrain.config.compose import ConfigError
+from vdtrain.errors import ConfigError
 from vdtrain.files import FileRecord
 
 ASSET = "asset:"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-# Endings of arguments that name a file.
+# An argument with one of these endings names a file.
 FILES = (".safetensors", ".json")
 LISTED_KEYS = 5
 
@@ -31,9 +31,9 @@ _read_files: ContextVar[bool] = ContextVar("read_files", default=True)
 
 
 class WeightsError(ConfigError):
-    """Weights or tokenizer that are missing, damaged or of another model; the message is one line.
+    """Weights or a tokenizer are missing, damaged or belong to another model. The message is one line.
 
-    Names out of a file that are in it cannot steer a terminal.
+    The message may quote names from a file, so unprintable characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,7 +42,7 @@ class WeightsError(ConfigError):
 
 @contextmanager
 def shared_loading() -> Iterator[None]:
-    """Inside, parts that ask for the same weights get one and the same module; outside, each gets its own."""
+    """Inside, parts with the same weights share one module; outside, each part has its own."""
     token = _shared_modules.set({})
     try:
         yield
@@ -52,7 +52,7 @@ def shared_loading() -> Iterator[None]:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Inside, `load_weights` reads nothing: parts that are built only to be measured need no files."""
+    """Inside, `load_weights` reads nothing: a part that is only measured needs no files."""
     token = _read_files.set(False)
     try:
         yield
@@ -61,7 +61,7 @@ def without_weights() -> Iterator[None]:
 
 
 def shared_module(key: str, build: Callable[[], Module]) -> Module:
-    """The module that was built for `key` in the same `shared_loading`, else a new one."""
+    """The module that the current `shared_loading` has for `key`, else a new one."""
     modules = _shared_modules.get()
     if modules is None:
         return build()
@@ -72,10 +72,13 @@ def shared_module(key: str, build: Callable[[], Module]) -> Module:
 
 
 def locate(path: str, setting: str) -> Path:
-    """Resolve a path from the configuration; "asset:tiny/x" lies in the package's own `vdtrain/assets/tiny/x`.
+    """Resolve a path from the configuration; "asset:tiny/x" is the package's own `vdtrain/assets/tiny/x`.
+
+    Args:
+        setting: name of the setting that holds the path.
 
     Raises:
-        WeightsError: there is no such file; `setting` names the setting that holds the path.
+        WeightsError: the file does not exist.
     """
     found = ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else Path(path).expanduser()
     if not found.is_file():
@@ -85,12 +88,12 @@ def locate(path: str, setting: str) -> Path:
 
 
 def names_file(value: Any) -> bool:
-    """Whether an argument of a part names a file of its weights or its tokenizer."""
+    """Whether an argument of a part names a file with its weights or its tokenizer."""
     return isinstance(value, str) and (value.startswith(ASSET) or Path(value).suffix in FILES)
 
 
 def named_files(specification: Mapping[str, Any], setting: str) -> dict[str, str]:
-    """The files that a part is made of, by the setting that names each.
+    """The files of a part, by the setting that names each.
 
     Args:
         specification: a `_target_` with its arguments.
@@ -105,16 +108,16 @@ def named_files(specification: Mapping[str, Any], setting: str) -> dict[str, str
 
 
 def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
-    """Tells parts that differ in an argument, or in the contents of a file that one names, 16 hexadecimal digits.
+    """16 hexadecimal digits that differ if an argument differs, or the contents of a file that an argument names.
 
     Args:
         specification: a `_target_` with its arguments.
 
     Raises:
-        WeightsError: a file is not there, or the part has random weights, which differ from run to run.
+        WeightsError: a file does not exist, or the part has random weights, which differ from run to run.
     """
     if "weights" in specification and specification["weights"] is None:
-        raise WeightsError(f"{setting}.weights=null: random weights are other ones in every run; give a weights file")
+        raise WeightsError(f"{setting}.weights=null: random weights differ from run to run; give a weights file")
 
     def content(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -129,22 +132,22 @@ def load_tokenizer(path: str, setting: str) -> Tokenizer:
     """Read a `tokenizers` JSON file.
 
     Raises:
-        WeightsError: the file is missing or is no tokenizer.
+        WeightsError: the file is missing, or is not a tokenizer.
     """
     file = locate(path, setting)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise WeightsError(f"{setting}={path}: no tokenizer of the `tokenizers` library ({error})") from error
+        raise WeightsError(f"{setting}={path}: not a `tokenizers` file ({error}); give a tokenizer.json") from error
 
 
 def load_weights(module: nn.Module, path: str, setting: str) -> None:
-    """Fill a module from a safetensors file; values are cast to the dtype of the parameters.
+    """Load a safetensors file into a module; values are cast to the dtype of the parameters.
 
-    Tensors that share memory in the module (tied weights) need to be in the file once.
+    The file needs tensors that share memory in the module (tied weights) only once.
 
     Raises:
-        WeightsError: the file is missing or damaged, or its keys or shapes are not those of the module.
+        WeightsError: the file is missing or damaged, or its keys or shapes differ from the module's.
     """
     if not _read_files.get():
         return
@@ -160,7 +163,7 @@ def load_weights(module: nn.Module, path: str, setting: str) -> None:
 
 
 def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Describe in one line how a state dict differs in keys and shapes from the expected one; "" if it does not."""
+    """One line on how a state dict differs from the expected one in keys and shapes; "" if it does not differ."""
     present = {expected[key].data_ptr() for key in found if key in expected}
     missing = [key for key, value in expected.items() if key not in found and not _shared(value, present)]
     unexpected = [key for key in found if key not in expected]
@@ -174,7 +177,7 @@ def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
 
 
 def untied(module: nn.Module) -> dict[str, Tensor]:
-    """State dict with every tensor once, contiguous: what safetensors can hold and `load_weights` reads."""
+    """A state dict with every tensor once, contiguous: safetensors can hold it, and `load_weights` reads it."""
     seen: set[int] = set()
     state: dict[str, Tensor] = {}
     for key, value in module.state_dict().items():
@@ -185,18 +188,18 @@ def untied(module: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(module: nn.Module) -> None:
-    """Put a module in evaluation mode, without gradients."""
+    """Put a module in evaluation mode and switch its gradients off."""
     module.eval().requires_grad_(False)
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module's first floating-point parameter lives, and in what precision."""
+    """Device and dtype of a module's first floating-point parameter."""
     parameter = next(p for p in module.parameters() if p.is_floating_point())
     return parameter.device, parameter.dtype
 
 
 def _shared(value: Tensor, pointers: set[int]) -> bool:
-    # Tensors on the meta device and empty ones all have pointer 0.
+    # Empty tensors and those on the meta device have pointer 0.
     return value.data_ptr() != 0 and value.data_ptr() in pointers
 
 

@@ -16,7 +16,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep added between them, around a shortcut."""
+    """Two 3x3 convolutions beside a shortcut; the timestep is added between them."""
 
     def __init__(self, step: DataStep, plan: LayerPlan) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(plan.norm_groups, step.width_out, eps=NORM_EPSILON),
             nn.SiLU(),
-            nn.Identity(),  # the released layout counts a dropout of 0 here
+            nn.Identity(),  # stands for the released layout's dropout of 0
             zero(nn.Conv2d(step.width_out, step.width_out, 3, padding=1)),
         )
         self.skip_connection = (
@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution."""
+    """Halves height and width with a strided convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by nearest neighbour and a convolution."""
+    """Doubles height and width with nearest-neighbour interpolation and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class Upsample(nn.Module):
 
 
 class Enter(nn.Conv2d):
-    """First layer: image latent to the first level's width."""
+    """First layer: from the image latent to the first level's width."""
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(h)
 
 
 class Leave(nn.Sequential):
-    """Last layer: normalise and predict the noise; starts at zero."""
+    """Last layer: normalises and predicts the noise; starts at zero."""
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -114,7 +114,7 @@ class ImageDataLayers(nn.ModuleList):
 
 
 def zero(layer: Layer) -> Layer:
-    """Start a layer at zero, so that its branch is silent until it is trained."""
+    """Start a layer at zero, so that its branch adds nothing before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

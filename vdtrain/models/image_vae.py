@@ -1,4 +1,4 @@
-"""Images to latents and back: the KL autoencoder of latent diffusion, frozen while the diffuser trains.
+"""Images to latents and back: the frozen KL autoencoder of latent diffusion.
 
 Rombach et al. 2022, section 3.1 and appendix G (model kl-f8); Versatile Diffusion uses it unchanged (section 3.3).
 """
@@ -26,7 +26,7 @@ class ImageVAE(nn.Module):
         layers_per_block: residual blocks of a level in the encoder; the decoder has one more.
         latent_channels: channels of a latent.
         norm_num_groups: groups of the group normalisations; divides every width.
-        latent_scale: factor between the autoencoder's latents and the diffuser's, whose standard deviation is about 1.
+        latent_scale: factor from the autoencoder's latents to the diffuser's, whose standard deviation is about 1.
         weights: safetensors file with diffusers' key names; None leaves random weights.
     """
 
@@ -48,7 +48,7 @@ class ImageVAE(nn.Module):
         self.latent_channels = latent_channels
         self.latent_scale = latent_scale
         self.downsampling = 2 ** (levels - 1)
-        # diffusers' constructors and methods carry no types.
+        # diffusers' constructors and methods have no types.
         autoencoder: Any = AutoencoderKL
         self.model = autoencoder(
             in_channels=CHANNELS,
@@ -67,10 +67,10 @@ class ImageVAE(nn.Module):
         """Shape of one latent, [channels, H/f, W/f], for images of `size` (H, W) in pixels.
 
         Raises:
-            ValueError: a side is no multiple of the downsampling factor f.
+            ValueError: a side is not a multiple of the downsampling factor f.
         """
         if any(side % self.downsampling for side in size):
-            raise ValueError(f"size={size}: no multiples of {self.downsampling}, the image VAE's downsampling")
+            raise ValueError(f"size={size}: must be multiples of {self.downsampling}, the image VAE's downsampling")
         height, width = (side // self.downsampling for side in size)
         return self.latent_channels, height, width
 
@@ -78,24 +78,27 @@ class ImageVAE(nn.Module):
         """Encode images.
 
         Args:
-            images: uint8 [B, 3, H, W]; H and W multiples of the downsampling factor f.
-            noise: standard normal [B, channels, H/f, W/f]; the latent is a sample of the posterior, mean + std * noise,
-                as in latent diffusion's training. None gives the mean.
+            images: uint8 [B, 3, H, W]; H and W are multiples of the downsampling factor f.
+            noise: standard normal [B, channels, H/f, W/f]. The latent is then a sample of the posterior,
+                mean + std * noise, as in latent diffusion's training. None gives the mean.
 
         Returns:
-            [B, channels, H/f, W/f] in the dtype of the parameters, times `latent_scale`.
+            Latents [B, channels, H/f, W/f] in the dtype of the parameters, multiplied by `latent_scale`.
         """
         return self.from_moments(self.moments(images), noise)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Means and logarithms of variances, unscaled and not clamped, [B, 2 * channels, H/f, W/f], in the dtype of the
-        parameters, of images uint8 [B, 3, H, W]: all that `encode` needs to know of an image."""
+        """Means and log variances of images uint8 [B, 3, H, W]; `encode` needs nothing else of an image.
+
+        Returns:
+            [B, 2 * channels, H/f, W/f] in the dtype of the parameters, unscaled and not clamped.
+        """
         device, dtype = device_and_dtype(self)
         return self._distribution(to_signed(images.to(device), dtype)).parameters
 
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What `encode` returns for the images that `moments` gave these for; of any device and precision."""
-        # The distribution clamps the logarithm of the variance to -30..20.
+        """The latents that `encode` returns, from moments on any device and in any precision."""
+        # The distribution clamps the log variance to -30..20.
         distribution = DiagonalGaussianDistribution(moments.to(*device_and_dtype(self)))
         mean: Tensor = distribution.mean
         latents = mean if noise is None else mean + distribution.std * noise.to(mean)
@@ -105,7 +108,7 @@ class ImageVAE(nn.Module):
     def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Decode latents [B, channels, h, w] of `encode` into images, uint8 [B, 3, h*f, w*f].
 
-        The decoder draws nothing at random: `generators` is there for the interface that all VAEs share.
+        The decoder draws no random numbers; `generators` belongs to the interface that all VAEs share.
         """
         device, dtype = device_and_dtype(self)
         pixels = self.reconstruct(latents.to(device, dtype) / self.latent_scale)
@@ -113,7 +116,7 @@ class ImageVAE(nn.Module):
 
     @property
     def autoencoder(self) -> nn.Module:
-        """The diffusers module that does the work; weights files have its key names."""
+        """The diffusers module; weights files have its key names."""
         model: nn.Module = self.model
         return model
 

@@ -1,4 +1,4 @@
-"""The order in which data layers, context layers and skips follow each other; the same for every modality."""
+"""The order of data layers, context layers and skips; it is the same for every modality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NORM_EPSILON = 1e-5
 
 
 class Role(Enum):
-    """What a data layer does; each modality has its own module for each role."""
+    """The role of a data layer; each modality has its own module for each role."""
 
     ENTER = "enter"
     BLOCK = "block"
@@ -24,7 +24,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class DataStep:
-    """One data layer: from `width_in` to `width_out` channels (skip included in `width_in`)."""
+    """One data layer, from `width_in` (with the skip) to `width_out` channels."""
 
     role: Role
     width_in: int
@@ -43,7 +43,7 @@ Step = DataStep | ContextStep | Literal["save", "load"]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Steps of one pass through the diffuser, and the sizes that all modalities share."""
+    """The steps of one pass through the diffuser, and the sizes that all modalities share."""
 
     steps: tuple[Step, ...]
     heads: int
@@ -61,9 +61,9 @@ class LayerPlan:
 
 
 def make_plan(config: DiffuserConfig) -> LayerPlan:
-    """Lay the U-Net out: levels down, a middle with attention, levels up, a skip from every layer on the way down.
+    """Plan the U-Net: levels down, a middle with attention, levels up, and a skip from every layer on the way down.
 
-    At full size this gives 30 data layers and 16 context layers, in the order of the released weights.
+    The full size has 30 data layers and 16 context layers, in the order of the released weights.
     """
     channels: Sequence[int] = config.channels
     attention = set(config.attention_levels)

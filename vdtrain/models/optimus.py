@@ -1,8 +1,8 @@
 """Captions to one latent vector and back: Optimus, the text VAE of Versatile Diffusion, frozen in training.
 
-Li et al. 2020, "Optimus: Organizing Sentences via Pre-trained Modeling of a Latent Space": a BERT encoder, and a GPT-2
-decoder into which the latent is injected both ways of section 3.1 there, as an addition to every token embedding and
-as one more position that every layer attends to.
+Li et al. 2020, "Optimus: Organizing Sentences via Pre-trained Modeling of a Latent Space": a BERT encoder and a GPT-2
+decoder. The latent enters the decoder in both ways of section 3.1: added to every token embedding, and as one more
+position that every layer attends to.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Optimus(nn.Module):
         encoder_width, encoder_layers, encoder_heads, encoder_feed_forward, encoder_positions, encoder_vocabulary:
             size of the BERT encoder.
         decoder_width, decoder_layers, decoder_heads, decoder_positions, decoder_vocabulary: size of the GPT-2 decoder.
-        encoder_tokenizer: `tokenizers` JSON file of the encoder; None: the model takes and gives ids only.
+        encoder_tokenizer: `tokenizers` JSON file of the encoder; None limits the model to ids.
         decoder_tokenizer: the same for the decoder.
-        max_word_pieces: where a caption is cut before it is encoded.
+        max_word_pieces: word pieces of a caption that are encoded; the rest is cut.
         max_length: length in ids of a decoded caption, <BOS> and <EOS> included.
         weights: safetensors file with the released key names; None leaves random weights.
     """
@@ -67,13 +67,13 @@ class Optimus(nn.Module):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        # Positions start at 1 after the latent's own, and the last id, <EOS>, is never fed.
+        # Token positions start at 1, after the latent's. The last id, <EOS>, is never an input.
         for name, positions, needed in (
             ("encoder_positions", encoder_positions, max_word_pieces + 2),
             ("decoder_positions", decoder_positions, max_length),
         ):
             if positions < needed:
-                raise ValueError(f"{name}={positions} holds fewer than the {needed} positions of the longest caption")
+                raise ValueError(f"{name}={positions}: must be at least {needed}, for the longest caption")
         self.latent_size = latent_size
         self.max_length = max_length
         self.encoder_tokenizer = EncoderTokenizer(encoder_tokenizer, max_word_pieces) if encoder_tokenizer else None
@@ -104,7 +104,7 @@ class Optimus(nn.Module):
                 eos_token_id=None,
             )
         )
-        # These three sit inside the transformers' own modules because the released weights name them so.
+        # The released weights' names put these three inside the modules of transformers.
         self.encoder.add_module("linear", nn.Linear(encoder_width, 2 * latent_size, bias=False))
         transformer = self.decoder.transformer
         transformer.add_module("linear", nn.Linear(latent_size, decoder_width * decoder_layers, bias=False))
@@ -114,24 +114,23 @@ class Optimus(nn.Module):
             load_weights(self, weights, "vae.weights")
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of one latent, [latent size]; a caption's does not depend on the image's size."""
+        """Shape of one latent, [latent size]; it does not depend on the image's size."""
         return (self.latent_size,)
 
     def prepare(self, captions: Sequence[str]) -> Tensor:
         """Encoder ids int64 [B, longest caption + 2] of captions, padded on the right.
 
         Raises:
-            ValueError: the model has no tokenizers.
+            ValueError: the model has no encoder tokenizer.
         """
         if self.encoder_tokenizer is None:
-            raise ValueError("vae.encoder_tokenizer is not set: without it, captions cannot be encoded")
+            raise ValueError("vae.encoder_tokenizer=null: captions cannot be encoded; give a tokenizer.json")
         return self.encoder_tokenizer(captions)
 
     def encode(self, captions: Sequence[str] | Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode captions, or what `prepare` made of them: the posterior's mean, [B, latent size], in the dtype of the
-        parameters.
+        """The posterior's mean [B, latent size] of captions, or of ids from `prepare`, in the dtype of the parameters.
 
-        Versatile Diffusion trains on the mean, so `noise`, there for the interface that all VAEs share, is not used.
+        Versatile Diffusion trains on the mean. `noise` is unused; it belongs to the interface that all VAEs share.
         """
         return self._posterior_of(captions)[0]
 
@@ -139,36 +138,36 @@ class Optimus(nn.Module):
     def decode(
         self, latents: Tensor, generators: Sequence[torch.Generator] | None = None, temperature: float = 1.0
     ) -> list[str]:
-        """Write one caption per latent.
+        """Decode one caption per latent.
 
         Args:
             latents: [B, latent size].
-            generators: draw the words, one generator a row, so that a row's words do not depend on the others; None
-                takes the likeliest word each time.
-            temperature: below 1 favours likely words; has no effect without generators.
+            generators: one for each row, so that a row's random words do not depend on the others; None takes the
+                likeliest word each time.
+            temperature: a value below 1 favours likely words; it has no effect without generators.
 
         Raises:
-            ValueError: the temperature is not above 0, or the model has no tokenizers.
+            ValueError: the temperature is not above 0, or the model has no decoder tokenizer.
         """
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: not above 0; for the likeliest words leave generators out")
+            raise ValueError(f"temperature={temperature}: must be above 0; for the likeliest words, omit generators")
         tokenizer = self._decoder_tokenizer()
         ids = self.generate(latents, tokenizer.first, tokenizer.last, generators, temperature)
         return tokenizer.texts(ids)
 
     def posterior(self, ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance, each [B, latent size], for encoder ids int64 [B, L]."""
+        """Mean and log variance, each [B, latent size], of encoder ids int64 [B, L]."""
         hidden = self.encoder(input_ids=ids, attention_mask=(ids != pad).long()).pooler_output
         mean, log_variance = self.encoder.get_submodule("linear")(hidden).chunk(2, dim=-1)
         return mean, log_variance
 
     def logits(self, ids: Tensor, latents: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """Scores of the next id after each one, [B, L, vocabulary].
+        """Scores [B, L, vocabulary] of the id that follows each id.
 
         Args:
-            ids: int64 [B, L], those that follow the ones in `cache`.
+            ids: int64 [B, L]; they follow the ids in `cache`.
             latents: [B, latent size].
-            cache: keys and values of the ids before, from `memory`; extended in place. None starts afresh.
+            cache: keys and values of the earlier ids, from `memory`; extended in place. None starts a new one.
         """
         cache = self.memory(latents) if cache is None else cache
         transformer = self.decoder.transformer
@@ -178,7 +177,7 @@ class Optimus(nn.Module):
         return scores
 
     def memory(self, latents: Tensor) -> DynamicCache:
-        """The latent as position 0 of every layer, key and value alike; token positions therefore start at 1."""
+        """A cache with the latent as key and value of position 0 in every layer; token positions start at 1."""
         projected = self.decoder.transformer.get_submodule("linear")(latents)
         cache = DynamicCache()
         for layer, part in enumerate(projected.chunk(self._layers, dim=-1)):
@@ -195,9 +194,9 @@ class Optimus(nn.Module):
         generators: Sequence[torch.Generator] | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Ids int64 [B, at most max_length], from `first` to `last`, which fills up ended rows and ends all of them.
+        """Ids int64 [B, at most max_length] from `first` to `last`; `last` also pads rows that ended earlier.
 
-        Without generators the likeliest id is taken each time.
+        Without generators, each id is the likeliest one.
         """
         device, dtype = device_and_dtype(self)
         latents = latents.to(device, dtype)
@@ -217,7 +216,7 @@ class Optimus(nn.Module):
         return torch.cat([ids, torch.full_like(ids[:, :1], last)], dim=1)
 
     def reconstruction(self, ids: Tensor, latents: Tensor, pad: int) -> Tensor:
-        """Cross-entropy in nats of the decoder ids int64 [B, L] after the first, summed over a row's ids but `pad`."""
+        """Cross-entropy [B] in nats of decoder ids int64 [B, L] after the first, summed over each row except `pad`."""
         scores = self.logits(ids[:, :-1], latents)
         losses = functional.cross_entropy(scores.transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none")
         return losses.sum(dim=1)
@@ -233,10 +232,10 @@ class Optimus(nn.Module):
         """The text VAE's training loss (Li et al. 2020, section 3.2).
 
         Args:
-            captions: B texts to say again.
+            captions: B texts to reconstruct.
             noise: standard normal [B, latent size].
             beta: weight of the divergence from the standard normal.
-            free_bits: "none"; "mask" leaves out dimensions whose divergence is at most `target_divergence` nats;
+            free_bits: "none"; "mask" omits dimensions whose divergence is at most `target_divergence` nats;
                 "deterministic" sets the posterior's variance to 1.
             target_divergence: per dimension, in nats.
         """
@@ -256,7 +255,7 @@ class Optimus(nn.Module):
         free_bits: FreeBits = "mask",
         target_divergence: float = 0.0,
     ) -> TextLoss:
-        """`loss` for posteriors [B, latent size] of `posterior` and decoder ids int64 [B, L] that `pad` fills up."""
+        """`loss` for the `posterior`, each part [B, latent size], and decoder ids int64 [B, L] padded by `pad`."""
         if free_bits == "deterministic":
             log_variance = torch.zeros_like(log_variance)
         divergences = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1)
@@ -270,7 +269,7 @@ class Optimus(nn.Module):
 
     def _decoder_tokenizer(self) -> DecoderTokenizer:
         if self.decoder_tokenizer is None:
-            raise ValueError("vae.decoder_tokenizer is not set: without it, captions cannot be decoded")
+            raise ValueError("vae.decoder_tokenizer=null: captions cannot be decoded; give a tokenizer.json")
         return self.decoder_tokenizer
 
     def _posterior_of(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
@@ -285,8 +284,8 @@ def _uniform(columns: int, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def _pick(scores: Tensor, uniform: Tensor) -> Tensor:
-    """One id per row of scores [B, vocabulary] by inversion of the cumulative distribution at uniform [B]."""
+    """One id [B] per row of scores [B, vocabulary]: the inverse of its cumulative distribution at uniform [B]."""
     cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-    # Rounding can leave the last sum below 1: scaling by it keeps every draw inside the vocabulary.
+    # Rounding can leave the last sum below 1. Scaling by it keeps every draw inside the vocabulary.
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return drawn.squeeze(1).clamp_max(scores.shape[-1] - 1)

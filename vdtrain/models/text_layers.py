@@ -1,7 +1,7 @@
 """Data layers of the text modality: fully connected counterparts of the image layers ("FCResBlocks" in the paper).
 
-A text latent has no extent in space. The state between the layers is [B, C, S, 1]: S tokens of width C, which the
-context layers attend over; every data layer sees the C x S values as one flat vector, channel by channel.
+A text latent has no spatial extent. The state between the layers is [B, C, S, 1]: S tokens of width C. Context layers
+attend over the tokens. Data layers see the C x S values as one flat vector, channel by channel.
 Parameter names and shapes are those of the released weights below `data_blocks.N.0.` (pointwise weights are 4-D).
 """
 
@@ -25,7 +25,7 @@ class PointwiseLinear(nn.Conv2d):
 
 
 class FullyConnectedBlock(nn.Module):
-    """Two linear layers with the timestep added between them, around a shortcut."""
+    """Two linear layers beside a shortcut; the timestep is added between them."""
 
     def __init__(self, step: DataStep, plan: LayerPlan, tokens: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FullyConnectedBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(plan.norm_groups, width_out, eps=NORM_EPSILON),
             nn.SiLU(),
-            nn.Identity(),  # the released layout counts a dropout of 0 here
+            nn.Identity(),  # stands for the released layout's dropout of 0
             zero(PointwiseLinear(width_out, width_out)),
         )
         self.skip_connection = nn.Identity() if width_in == width_out else PointwiseLinear(width_in, width_out)
@@ -54,7 +54,7 @@ class FullyConnectedBlock(nn.Module):
 
 
 class FlatLinear(nn.Linear):
-    """A linear layer on the flat state; stands where the image layers change resolution, and at the entrance."""
+    """A linear layer on the flat state: the first layer, and the one where image layers change resolution."""
 
     def __init__(self, width_in: int, width_out: int, tokens: int) -> None:
         super().__init__(width_in, width_out * tokens)
@@ -66,7 +66,7 @@ class FlatLinear(nn.Linear):
 
 
 class Leave(nn.Sequential):
-    """Last layer: normalise and predict the noise; starts at zero."""
+    """Last layer: normalises and predicts the noise; starts at zero."""
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         norm, activation, linear = self
@@ -80,7 +80,7 @@ class TextDataLayers(nn.ModuleList):
     Args:
         plan: order and widths.
         latent_width: width of the text latent [B, latent_width].
-        tokens: S, the tokens that the state is split into for the context layers.
+        tokens: S, the number of tokens that the context layers see.
     """
 
     def __init__(self, plan: LayerPlan, latent_width: int, tokens: int) -> None:

@@ -1,4 +1,7 @@
-"""CLIP's tokenizer: byte-level BPE on lower-cased text, cut and padded to the full context length."""
+"""The tokenizers of the frozen parts: BERT's and GPT-2's for the text VAE, CLIP's for text contexts.
+
+CLIP's is a byte-level BPE on lower-cased text, cut and padded to the full context length.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,27 @@ from vdtrain.models.frozen_weights import WeightsError, load_tokenizer
 ENCODER_SPECIALS = ("[PAD]", "[CLS]", "[SEP]")
 DECODER_SPECIALS = ("<PAD>", "<BOS>", "<EOS>")
 
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# Entries of the vocabulary file that CLIP uses.
+MERGES = 49152 - 256 - 2
+SETTING = "context_encoder.tokenizer"
+# The cache of word ids takes about 30 MB.
+KNOWN_WORDS, LONGEST_WORD = 200_000, 32
+# If a tokenizer joins words, the ids of this text differ from those of its single words.
+PROBE = "two words, e\u0301t\u00e9 1984!  it's THE end"
+ITEM = np.dtype(np.int64).itemsize
+
 
 class EncoderTokenizer:
-    """Captions to BERT ids as Versatile Diffusion makes them: lower case, cut, between [CLS] and [SEP].
+    """Captions to BERT ids as in Versatile Diffusion: lower-cased, cut, between [CLS] and [SEP].
 
     Args:
-        path: `tokenizers` JSON file of a WordPiece model. The full size has BERT-base-*cased*: lower-casing happens
-            here, on that vocabulary, because the released text VAE was used so.
-        limit: word pieces that are kept of a caption.
+        path: `tokenizers` JSON file of a WordPiece model. The full size uses BERT-base-*cased* on lower-cased text,
+            as the released text VAE does.
+        limit: word pieces of a caption that are kept.
     """
 
     def __init__(self, path: str, limit: int) -> None:
@@ -45,11 +61,11 @@ class EncoderTokenizer:
 
 
 class DecoderTokenizer:
-    """GPT-2 ids to captions, and captions to the ids that the decoder is trained to say.
+    """GPT-2 ids to captions, and captions to the decoder's target ids.
 
     Args:
         path: `tokenizers` JSON file of a byte-level BPE model. Optimus adds <PAD>, <BOS> and <EOS>, in this order, to
-            GPT-2's 50,257 tokens; a file without them gets them here.
+            GPT-2's 50,257 tokens. This class adds them if the file lacks them.
     """
 
     def __init__(self, path: str) -> None:
@@ -63,14 +79,14 @@ class DecoderTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, longest caption + 2], <BOS> ... <EOS>, padded on the right with `pad`.
 
-        Every word has a space before it, the first one too, so that a word has one id wherever it stands.
+        A space comes before every word, also the first, so that the same word always has the same ids.
         """
         spaced = [" " + " ".join(caption.split()) if caption.strip() else "" for caption in captions]
         encoded = self._tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
         return padded([[self.first, *row.ids, self.last] for row in encoded], self.pad)
 
     def texts(self, ids: Tensor) -> list[str]:
-        """Captions of generated ids [B, L]: what stands before the first <EOS>, without special tokens."""
+        """Captions of generated ids [B, L]: the text before the first <EOS>, without special tokens."""
         rows = [row[: row.index(self.last)] if self.last in row else row for row in ids.tolist()]
         decoded: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=True)
         return [text.strip() for text in decoded]
@@ -80,46 +96,32 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str], setting: str) -> lis
     """Ids of the named special tokens.
 
     Raises:
-        WeightsError: the vocabulary lacks one; `setting` names where the tokenizer comes from.
+        WeightsError: the vocabulary lacks one; the message names the tokenizer by `setting`.
     """
     ids = [tokenizer.token_to_id(name) for name in names]
     missing = [name for name, index in zip(names, ids, strict=True) if index is None]
     if missing:
-        raise WeightsError(f"{setting}: has no {', '.join(missing)}; give it the tokenizer.json of the model")
+        raise WeightsError(f"{setting}: has no {', '.join(missing)}; give the model's own tokenizer.json")
     return [index for index in ids if index is not None]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows of ids as int64 [B, longest row], filled up on the right."""
+    """Rows of ids as int64 [B, longest row], padded on the right."""
     ids = np.full((len(rows), max((len(row) for row in rows), default=0)), pad, dtype=np.int64)
     for place, row in zip(ids, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(ids)
 
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
-WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
-SETTING = "context_encoder.tokenizer"
-# Words whose ids are remembered, some 30 MB.
-KNOWN_WORDS, LONGEST_WORD = 200_000, 32
-# A tokenizer of another kind has other ids for these together than one by one.
-PROBE = "two words, e\u0301t\u00e9 1984!  it's THE end"
-ITEM = np.dtype(np.int64).itemsize
-MERGES = 49152 - 256 - 2
-"""Entries of the vocabulary file that CLIP uses."""
-
-
 class ClipTokenizer:
-    """Captions to ids [B, L], between a start and an end id; the end id also fills up the row, as in CLIP's.
+    """Captions to ids [B, L] between a start and an end id; the end id also pads the row, as in CLIP.
 
     Args:
         path: `tokenizers` JSON file whose last two ids are start and end; None reads CLIP's vocabulary from open_clip.
         length: L; longer captions lose their tail, never the end id.
 
     Raises:
-        WeightsError: no such file, or a tokenizer that does not take words one by one.
+        WeightsError: the file does not exist, or the tokenizer joins words across spaces.
     """
 
     def __init__(self, path: str | None, length: int) -> None:
@@ -128,11 +130,11 @@ class ClipTokenizer:
         tokenizer.no_truncation()
         self._words = _WordIds(tokenizer)
         if self._words.of(PROBE) != self._words.encode(PROBE):
-            raise WeightsError(f"{SETTING}={path}: joins words over spaces; give it the tokenizer.json of a CLIP model")
+            raise WeightsError(f"{SETTING}={path}: joins words across spaces; give the tokenizer.json of a CLIP model")
         self._length = length
         self.size = tokenizer.get_vocab_size()
         self._start, end = _bytes([self.size - 2]), _bytes([self.size - 1])
-        # What is left to fill after n bytes of words, always an end id at least.
+        # The slice after n bytes of words pads the row, with at least one end id.
         self._end = end * (length - 1)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -146,9 +148,9 @@ class ClipTokenizer:
 
 
 class _WordIds(dict[str, bytes]):
-    """Ids of words, int64 one after another, that are looked up once: CLIP's tokens never reach over a space.
+    """A cache of the ids of words, as int64 bytes. It is valid because CLIP's tokens never cross a space.
 
-    Most words of a caption are common ones, and the rules that split and clean text cost more than they find.
+    Most words of a caption are common, so the cache saves most of the tokenizer's cleaning and splitting.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -173,7 +175,7 @@ def _bytes(ids: Sequence[int]) -> bytes:
 
 
 def released_tokenizer() -> Tokenizer:
-    """CLIP's own tokenizer (49,408 entries) from the vocabulary file that open_clip brings along."""
+    """CLIP's own tokenizer (49,408 entries), from the vocabulary file in open_clip."""
     file = Path(open_clip.__file__).with_name(VOCABULARY_FILE)
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         pairs = [line.split() for line in lines.read().split("\n")[1 : MERGES + 1]]
@@ -181,7 +183,7 @@ def released_tokenizer() -> Tokenizer:
 
 
 def clip_model(merges: Sequence[tuple[str, str]]) -> BPE:
-    """BPE model with CLIP's order of ids: bytes, bytes that end a word, merges, start and end of text."""
+    """A BPE model with CLIP's order of ids: bytes, bytes that end a word, merges, start and end of text."""
     alphabet = _byte_characters()
     entries = [*alphabet, *(character + WORD_END for character in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}
@@ -189,7 +191,7 @@ def clip_model(merges: Sequence[tuple[str, str]]) -> BPE:
 
 
 def arranged(model: BPE) -> Tokenizer:
-    """A tokenizer around a BPE model with CLIP's way of cleaning and splitting text."""
+    """A tokenizer around a BPE model, with CLIP's rules for cleaning and splitting text."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

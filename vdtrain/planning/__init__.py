@@ -1,4 +1,4 @@
 """Predictions without a GPU: memory by its parts, steps, disk space.
 
-Start at `memory.py`; `dry_run.py` runs the model without its data.
+Start at `memory.py`; `dry_run.py` runs the networks on tensors without values.
 """

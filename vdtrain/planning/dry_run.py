@@ -1,7 +1,7 @@
-"""A stage's networks without their memory, and what one micro-batch through them would take.
+"""A dry run: a stage's networks process one micro-batch of tensors without values, which measures its memory.
 
-The networks, the objective and the operators are the real ones; only the tensors hold no values (PyTorch's
-FakeTensorMode, on the CPU, whose fused attention keeps for the backward pass what the GPU's keeps).
+The networks, the objective and the operators are the real ones; the tensors are those of PyTorch's FakeTensorMode. They
+are on the CPU, whose fused attention keeps the same tensors for the backward pass as the GPU's.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.utils._pytree import tree_leaves
 
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
 
 
 class LiveMemory(TorchDispatchMode):
-    """`with LiveMemory() as memory:` counts every storage that an operator creates inside, once, until it dies.
+    """`with LiveMemory() as memory:` counts every storage that an operator creates inside, once, until it is freed.
 
-    What was there before does not count, nor do the buffers that a kernel uses within itself.
+    It counts neither older storages nor a kernel's internal buffers.
 
     Attributes:
         now: bytes alive.
-        peak: the most that `now` has been.
+        peak: largest value of `now` so far.
     """
 
     def __init__(self) -> None:
@@ -70,18 +70,18 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-# Longer than what any text part keeps of a caption.
+# Longer than the part of a caption that any text encoder keeps.
 LONG_CAPTION = "a word " * 200
 
 
 @dataclass(frozen=True)
 class MicroBatchMemory:
-    """What one micro-batch takes, in bytes, beside all that is there between steps.
+    """The memory of one micro-batch in bytes, beyond the memory that stays between steps.
 
     Attributes:
-        encoding: the most that the frozen parts take at once.
-        kept: what forward leaves for backward.
-        peak: the most that forward and backward take at once, `kept` and single gradients included.
+        encoding: peak of the frozen parts.
+        kept: bytes that the forward pass keeps for the backward pass.
+        peak: of the forward and backward passes, with `kept` and the gradient of one parameter at a time.
     """
 
     encoding: int
@@ -89,15 +89,15 @@ class MicroBatchMemory:
     peak: int
 
 
-class Outline:
-    """The diffuser with the layers that a stage trains, and the frozen parts.
+class DryRun:
+    """The diffuser with the layers that a stage trains, and the frozen parts, all without memory.
 
     Attributes:
-        diffuser: parameters in the compute dtype, without memory.
-        unmeasured: frozen parts whose encoding is not measured, as setting names.
+        diffuser: has its parameters in the compute dtype.
+        unmeasured: setting names of the frozen parts whose encoding was not measured.
 
     Raises:
-        ConfigError: a `_target_` or an argument that does not exist.
+        ConfigError: a `_target_` or one of its arguments does not exist.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -113,31 +113,31 @@ class Outline:
         with self._mode:
             self.diffuser, self.frozen = _fake(diffuser, self._dtype), _fake(frozen, self._dtype)
             self._objective = Objective(flows, Schedule(config.model.schedule), self.frozen, config.objective)
-        recompute_activations(self.diffuser, config.hardware.activation_checkpointing)
+        checkpoint_activations(self.diffuser, config.hardware.activation_checkpointing)
         for parameter in self.diffuser.parameters():
-            # Whatever gradients stay is counted with all that is there between steps.
+            # The memory that stays between steps already counts the gradients.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
-        """Send one micro-batch of pairs through encoding, the losses of all flows, and backward; once for each size."""
+        """Measure encoding, the losses of all flows, and backward of one micro-batch; each size is measured once."""
         if (resolution, micro_batch) not in self._measured:
             self._measured[resolution, micro_batch] = self._measure(resolution, micro_batch)
         return self._measured[resolution, micro_batch]
 
     def _measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
         batch = self.config.stage.global_batch_size
-        draws = StepDraws("outline", 0, batch, slice(0, micro_batch), torch.device("cpu"))
+        rng = StepRandom("dry run", 0, batch, slice(0, micro_batch), torch.device("cpu"))
         with self._mode:
             encoding = self._encoding(resolution, micro_batch)
             encoded = self.encoded(resolution, micro_batch)
             with LiveMemory() as memory:
-                total = self._objective.total(self._objective.losses(self.diffuser, encoded, draws))
+                total = self._objective.total(self._objective.losses(self.diffuser, encoded, rng))
                 kept = memory.now
                 total.backward()
         return MicroBatchMemory(encoding, kept, memory.peak)
 
     def encoded(self, resolution: int, rows: int) -> Encoded:
-        """Latents and contexts without values, of the shapes that `rows` pairs have."""
+        """Latents and contexts of `rows` pairs, without values."""
         size = (resolution, resolution)
         with self._mode:
             latents = {name: self.frozen.latent_shape(name, size) for name in self._objective.outputs}
@@ -148,7 +148,7 @@ class Outline:
             )
 
     def _encoding(self, resolution: int, rows: int) -> int:
-        """The largest of the frozen parts' peaks; they run one after another."""
+        """The largest peak of the frozen parts, which run one after another."""
         samples = _pairs(resolution, rows)
         peak = 0
         for kind, parts, names in (
@@ -158,7 +158,7 @@ class Outline:
             for name in sorted(names):
                 setting = f"model.modalities.{name}.{kind}"
                 part: Any = parts[name]
-                # A part without its tokenizer takes no captions.
+                # A part without its tokenizer raises ValueError for captions.
                 with LiveMemory() as memory, torch.no_grad(), suppress(ValueError):
                     if name in samples:
                         part.encode(samples[name])
@@ -169,7 +169,7 @@ class Outline:
 
 
 def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
-    """Samples as `vdtrain.data.stream.PairStream` yields them; what other streams yield is not known."""
+    """Samples as from `vdtrain.data.stream.PairStream`; those of other streams are unknown."""
     return {
         "image": torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8),
         "text": [LONG_CAPTION] * rows,
@@ -177,7 +177,7 @@ def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
 
 
 def _without_missing_tokenizers(config: ModelConfig) -> ModelConfig:
-    """The model without the tokenizer files that are not there: their parts take memory with or without them."""
+    """The model without its missing tokenizer files, which do not change the memory of their parts."""
 
     def kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in arguments.items() if not _is_missing_file(value)}
@@ -200,7 +200,7 @@ def _is_missing_file(value: object) -> bool:
 
 
 def _fake(module: nn.Module, dtype: torch.dtype) -> Any:
-    """A module of the meta device, its tensors now fake ones, shared ones still shared, floats in `dtype`."""
+    """A meta module with its tensors replaced by fake ones: shared ones stay shared, and floats get `dtype`."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
         for name, tensor in _own_tensors(child):

@@ -1,7 +1,7 @@
-"""What a stage takes of each GPU's memory and of the disk, and what its phases consist of; no GPU is asked.
+"""Predicts a stage's memory on each GPU, its disk space, and the steps of its phases, without a GPU.
 
-Bytes that are there from step to step follow from the layer groups' rows and their cuts, as the engine lays them out;
-what a micro-batch takes is measured (outline.py). One GB is 10^9 bytes.
+The bytes that stay between steps follow from the engine's flat buffers and their partitions. A dry run (dry_run.py)
+measures the bytes of a micro-batch. One GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from vdtrain.engine.deepspeed import BUCKET_ELEMENTS
 from vdtrain.engine.partitions import GroupLayout
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.planning.dry_run import MicroBatchMemory, Outline
+from vdtrain.planning.dry_run import DryRun, MicroBatchMemory
 
 GB = 10**9
 FLOAT32 = 4
-# Under ZeRO 1 with bf16, DeepSpeed reduces gradients in copies that it closes when they are longer than this.
+# Under ZeRO 1 with bf16, DeepSpeed reduces gradients in copies; it starts a new copy after this many elements.
 REDUCED_TOGETHER = 500_000_000
 LEFT_OUT = (
-    "CUDA's own share and the allocator's slack (a card's nominal GB are GiB, 7 % more, which is meant for them)",
-    "what kernels use within themselves (workspaces of cuDNN and cuBLAS)",
-    "layers that are only carried along for a later stage",
+    "the CUDA context and the allocator's slack (a card's nominal GB are GiB; the extra 7 % covers both)",
+    "the kernels' internal buffers (workspaces of cuDNN and cuBLAS)",
+    "layers that this stage only keeps for a later one",
 )
 
 
 @dataclass(frozen=True)
 class StandingMemory:
-    """Bytes on one GPU from step to step.
+    """Bytes on one GPU that stay between steps.
 
     Attributes:
         weights: of the diffuser, in the compute dtype.
-        masters: float32 weights; 0 where the weights are they.
-        gradients: as they stand between the micro-batches of a step.
-        moments: AdamW's two averages.
-        ema: averaged weights.
+        masters: float32 weights; 0 if `weights` are the masters.
+        gradients: between the micro-batches of a step.
+        moments: AdamW's two moving averages.
+        ema: EMA weights.
         frozen: VAEs and context encoders, in the compute dtype.
     """
 
@@ -63,12 +63,12 @@ class PhaseMemory:
     Attributes:
         samples: pairs in whole steps.
         micro_batch: pairs in one forward pass.
-        measured: what one micro-batch takes.
-        exchange: buffers that gradients travel in during backward.
-        update: the most that reducing gradients and updating weights take, after the activations are gone.
-        peak: the most that is there at any time.
-        largest_micro_batch: of those that divide the batch, the largest that fits; 0 if none does, None if the GPU's
-            memory is not known.
+        measured: memory of one micro-batch.
+        exchange: communication buffers of the gradients during backward.
+        update: peak of the gradient reduction and the weight update, after the activations are freed.
+        peak: of the whole phase.
+        largest_micro_batch: the largest divisor of the batch that fits; 0 if none fits, None if the GPU's memory is
+            unknown.
     """
 
     resolution: int
@@ -88,10 +88,10 @@ class StagePlan:
     """A stage on `gpus` GPUs of `memory` bytes each.
 
     Attributes:
-        parameters: trained ones, by layer group.
-        checkpoint: bytes of one on disk, over all processes.
-        checkpoints: bytes of all that are there at the end, at most.
-        left_out: what the figures do not contain.
+        parameters: number of trained parameters, by layer group.
+        checkpoint: bytes of one checkpoint on disk, over all processes.
+        checkpoints: upper bound of the bytes of all checkpoints at the end.
+        left_out: items that the figures do not contain.
         warnings: one for each phase that does not fit.
     """
 
@@ -116,28 +116,28 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     """Plan every phase of a stage.
 
     Raises:
-        ConfigError: a part that cannot be built, or a batch that does not divide.
+        ConfigError: a part cannot be built, or the batch does not divide evenly.
     """
-    outline = Outline(config)
-    groups = parameters_by_group(outline.diffuser)
+    dry_run = DryRun(config)
+    groups = parameters_by_group(dry_run.diffuser)
     # In the engine's order.
     layouts = [GroupLayout.of(group, groups[group]) for group in active_groups(stage_flows(config))]
-    standing = standing_memory(config, layouts, gpus, tensor_bytes(outline.frozen))
+    standing = standing_memory(config, layouts, gpus, tensor_bytes(dry_run.frozen))
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
-    phases = [_plan_phase(config, phase, outline, standing.total, layouts, gpus) for phase in config.stage.phases]
+    phases = [_plan_phase(config, phase, dry_run, standing.total, layouts, gpus) for phase in config.stage.phases]
     checkpoint = checkpoint_bytes(config, layouts)
     return StagePlan(
         stage=config.stage.name,
         gpus=gpus,
         memory=memory,
         parameters={layout.group: layout.numel for layout in layouts},
-        frozen_parameters=sum(parameter.numel() for parameter in outline.frozen.parameters()),
+        frozen_parameters=sum(parameter.numel() for parameter in dry_run.frozen.parameters()),
         pairs_per_step=config.stage.global_batch_size,
         standing=standing,
         phases=phases,
         checkpoint=checkpoint,
         checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
-        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(outline.unmeasured))],
+        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(dry_run.unmeasured))],
         warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
     )
 
@@ -145,7 +145,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
 def _plan_phase(
     config: TrainConfig,
     phase: PhaseConfig,
-    outline: Outline,
+    dry_run: DryRun,
     standing: int,
     layouts: Sequence[GroupLayout],
     gpus: int,
@@ -159,9 +159,9 @@ def _plan_phase(
         return standing + max(of.encoding, of.peak + exchange, update)
 
     def peak_at(size: int) -> int:
-        return peak(outline.measure(phase.resolution, size))
+        return peak(dry_run.measure(phase.resolution, size))
 
-    measured = outline.measure(phase.resolution, micro)
+    measured = dry_run.measure(phase.resolution, micro)
     memory = config.hardware.memory_gb
     largest = None if memory is None else _largest(peak_at, micro, local, int(memory * GB))
     steps = phase_steps(config, phase)
@@ -180,9 +180,9 @@ def _plan_phase(
 
 
 def _largest(peak_at: Callable[[int], int], micro: int, local: int, memory: int) -> int:
-    """The largest micro-batch of those that divide `local` whose peak is within the memory; 0 if there is none."""
+    """The largest micro-batch that divides `local` and whose peak fits into the memory; 0 if none fits."""
     peak, twice = peak_at(micro), peak_at(2 * micro)
-    # Peaks grow at least as fast as the line through two of them: what lies above it needs no trial.
+    # Peaks grow at least as fast as the line through two of them, so sizes beyond `reach` cannot fit.
     reach = micro + (memory - peak) * micro // max(1, twice - peak)
     candidates = [size for size in range(1, local + 1) if local % size == 0 and size <= reach]
     return next((size for size in reversed(candidates) if peak_at(size) <= memory), 0)
@@ -201,19 +201,19 @@ def _warning(phase: PhaseMemory, memory: int) -> str:
 
 
 def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
-    """Bytes of the diffuser that trains `layouts`, as the engine keeps them, on the first of `gpus` processes."""
+    """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
-    rows = partitions * gpus
-    held = rows if stage == 0 else partitions
-    gradients = partitions if stage == 2 else rows
+    buffers = partitions * gpus
+    held = buffers if stage == 0 else partitions
+    gradients = partitions if stage == 2 else buffers
     if size == FLOAT32 and stage > 0:
-        # These stay with the parameters that they are of, whole ones.
+        # Float32 gradients stay with their parameters, also those that lie only partly in a partition.
         bounds = [layout.partition(0, gpus if stage == 2 else 1) for layout in layouts]
         gradients = sum(_numel_within(layout, *bound) for layout, bound in zip(layouts, bounds, strict=True))
     own = sum(stop - start for start, stop in (layout.partition(0, gpus) for layout in layouts))
     return StandingMemory(
-        weights=size * rows,
+        weights=size * buffers,
         masters=0 if size == FLOAT32 and stage == 0 else FLOAT32 * held,
         gradients=FLOAT32 * gradients,
         moments=2 * FLOAT32 * held,
@@ -223,7 +223,7 @@ def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: i
 
 
 def exchange_bytes(config: TrainConfig) -> int:
-    """The bucket in which gradients travel while backward runs; under bf16, with the float32 copy that is reduced."""
+    """The bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
     if stage == 0 or (stage == 1 and size < FLOAT32):
         return 0
@@ -231,7 +231,7 @@ def exchange_bytes(config: TrainConfig) -> int:
 
 
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
-    """After backward: bf16 under ZeRO 1 reduces copies of buffers; float32 copies its partition's gradients twice."""
+    """After backward, bf16 under ZeRO 1 reduces copies of buffers; float32 copies its partition's gradients twice."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
     partitions = [layout.partition_size(gpus) for layout in layouts]
     if size == FLOAT32 and stage > 0:
@@ -242,7 +242,7 @@ def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int)
     together: list[int] = []
     for partition in partitions:
         together.append(partition * gpus)
-        # A row that is alone is reduced where it lies.
+        # A single buffer is reduced in place.
         copies.append(sum(together) if len(together) > 1 else 0)
         if sum(together) > REDUCED_TOGETHER:
             together = []
@@ -250,7 +250,7 @@ def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int)
 
 
 def checkpoint_bytes(config: TrainConfig, layouts: Sequence[GroupLayout]) -> int:
-    """Weights, AdamW's averages and averaged weights, float32, in one checkpoint's files over all processes."""
+    """Float32 weights, AdamW's moving averages and EMA weights in one checkpoint's files, over all processes."""
     kinds = 4 if config.ema.enabled else 3
     return kinds * FLOAT32 * sum(layout.numel for layout in layouts)
 
@@ -261,7 +261,7 @@ def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, shared ones once."""
+    """Bytes of a module's parameters and buffers; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -271,5 +271,5 @@ def _compute_bytes(config: TrainConfig) -> int:
 
 
 def _numel_within(layout: GroupLayout, start: int, stop: int) -> int:
-    """Elements of the parameters that lie, at least in part, within a partition."""
+    """Elements of the parameters that lie at least partly within a partition."""
     return sum(slot.numel for slot in layout.slots if slot.offset < stop and slot.offset + slot.numel > start)

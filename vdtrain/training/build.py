@@ -23,7 +23,7 @@ from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.frozen import build_frozen
@@ -127,7 +127,7 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device) -
         for tensor in diffuser.state_dict().values():
             dist.broadcast(tensor, src=0)
     use_kernel(diffuser, config.hardware.attention)
-    recompute_activations(diffuser, config.hardware.activation_checkpointing)
+    checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
 
 

@@ -25,7 +25,7 @@ from vdtrain.data.batch import Batch, BatchStream
 from vdtrain.data.loading import Prefetcher, data_problem, open_stream
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.diffusion.objective import Objective, StepDraws
+from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
@@ -340,7 +340,7 @@ class Trainer:
 
     def _losses(self, batch: Batch, rows: slice, local: int, phase: PhaseConfig) -> dict[str, Tensor]:
         first = self.place.rank * local
-        draws = StepDraws(
+        rng = StepRandom(
             self._draw_seed,
             self.state.phase_step,
             self.config.stage.global_batch_size,
@@ -350,8 +350,8 @@ class Trainer:
         device = self.place.device
         samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
         moments = {name: _to(values[rows], device) for name, values in batch.moments.items()}
-        encoded = self.objective.encode(samples, phase.resolution, draws, moments)
-        return self.objective.losses(self.engine, encoded, draws)
+        encoded = self.objective.encode(samples, phase.resolution, rng, moments)
+        return self.objective.losses(self.engine, encoded, rng)
 
     @property
     def _draw_seed(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.activation_checkpointing import recompute_activations
+from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
 
 MODALITIES = ["image", "text"]
@@ -71,14 +71,14 @@ def test_losses_and_gradients_are_the_same_bits_and_fewer_bytes_are_kept(diffuse
     loss, gradients, kept = step(diffuser)
     assert all(gradient is not None and gradient.any() for gradient in gradients.values())
     for mode, share in (("context", 0.5), ("blocks", 0.1)):
-        recompute_activations(diffuser, mode)
+        checkpoint_activations(diffuser, mode)
         again, recomputed, fewer = step(diffuser)
         assert torch.equal(again, loss)
         assert recomputed.keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert torch.equal(recomputed[name], gradient), name
         assert fewer < share * kept, mode
-    recompute_activations(diffuser, "none")
+    checkpoint_activations(diffuser, "none")
     assert step(diffuser)[2] == kept
 
 
@@ -89,7 +89,7 @@ def test_a_layer_that_draws_random_numbers_draws_the_same_again(diffuser: Diffus
     torch.manual_seed(7)
     _, gradients, _ = step(diffuser)
     after = torch.get_rng_state()
-    recompute_activations(diffuser, "blocks")
+    checkpoint_activations(diffuser, "blocks")
     torch.manual_seed(7)
     _, recomputed, _ = step(diffuser)
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
@@ -102,14 +102,14 @@ def test_names_and_inference_stay_what_they_are(diffuser: Diffuser) -> None:
     names = list(diffuser.state_dict())
     with torch.no_grad():
         expected = diffuser(four_flows())
-        recompute_activations(diffuser, "blocks")
+        checkpoint_activations(diffuser, "blocks")
         found = diffuser(four_flows())
     assert list(diffuser.state_dict()) == names
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_a_copy_does_not_run_the_originals_layers(diffuser: Diffuser) -> None:
-    recompute_activations(diffuser, "blocks")
+    checkpoint_activations(diffuser, "blocks")
     copied = copy.deepcopy(diffuser)
     with torch.no_grad():
         for parameter in copied.parameters():
@@ -120,4 +120,4 @@ def test_a_copy_does_not_run_the_originals_layers(diffuser: Diffuser) -> None:
 
 def test_an_unknown_mode_is_refused(diffuser: Diffuser) -> None:
     with pytest.raises(ValueError, match=r"'layers'.*none, context, blocks"):
-        recompute_activations(diffuser, "layers")
+        checkpoint_activations(diffuser, "layers")

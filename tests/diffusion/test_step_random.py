@@ -1,13 +1,13 @@
 import torch
 
-from vdtrain.diffusion.objective import StepDraws
+from vdtrain.diffusion.objective import StepRandom
 
 CPU = torch.device("cpu")
 
 
 def draw_all(rows: slice, step: int = 7, purpose: str = "noise") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    draws = StepDraws("seed", step, 12, rows, CPU)
-    return draws.normal(purpose, (2, 3)), draws.integers(purpose, 1000), draws.chance(purpose, 0.5)
+    rng = StepRandom("seed", step, 12, rows, CPU)
+    return rng.normal(purpose, (2, 3)), rng.integers(purpose, 1000), rng.chance(purpose, 0.5)
 
 
 def test_rows_are_the_same_however_the_batch_is_split() -> None:
@@ -26,5 +26,5 @@ def test_steps_and_purposes_draw_differently() -> None:
 
 
 def test_chance_keeps_its_probability() -> None:
-    dropped = StepDraws("seed", 0, 20_000, slice(0, 20_000), CPU).chance("dropout", 0.1)
+    dropped = StepRandom("seed", 0, 20_000, slice(0, 20_000), CPU).chance("dropout", 0.1)
     assert abs(float(dropped.float().mean()) - 0.1) < 0.01
