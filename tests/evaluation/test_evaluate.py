@@ -160,8 +160,8 @@ def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole:
     found = metrics(folder, "shared")
     assert {flow: whole["flows"][flow] for flow in found["flows"]} == found["flows"]
     # Rank 0 reports its own share, parts 0 and 2 of 3; the other one prints nothing.
-    assert "text-to-image: 2 of 6 samples" in first
-    assert "text-to-text: 6 of 6 samples" in first
+    assert "text-to-image: 2 of 12 samples" in first
+    assert "text-to-text: 12 of 12 samples" in first
     assert "metrics.json" in first
     assert second == ""
 
