@@ -151,7 +151,7 @@ def test_a_blend_of_one_context_is_its_flow(model: VersatileDiffusion, output: s
 @pytest.mark.parametrize("output", ["image", "text"])
 @pytest.mark.parametrize("mixing", ["attention", "layer"])
 def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str, mixing: str) -> None:
-    """Text from several contexts too, where the original crashes."""
+    """This includes text from several contexts, for which the original crashes."""
     drawn = images(model, CAPTIONS[:1], seed=9)[0]
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1

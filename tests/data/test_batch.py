@@ -1,4 +1,4 @@
-"""The memory of batches: shared with nobody, and used again."""
+"""The memory of batches: two live batches never share it, and later batches reuse it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_whatever_shares_the_memory_keeps_it(held) -> None:
     assert memory.take(SHAPE, torch.uint8).data_ptr() != place
     del kept
     gc.collect()
-    # The tensor that was taken meanwhile is gone too: either memory may come first.
+    # The other tensor is freed too, so either memory may come first.
     assert place in {tensor.data_ptr() for tensor in [memory.take(SHAPE, torch.uint8) for _ in range(2)]}
 
 

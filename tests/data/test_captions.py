@@ -1,4 +1,4 @@
-"""What is no description goes, what is one stays, and cleaning twice is cleaning once (3 seconds)."""
+"""Cleaning removes what does not describe the image and keeps the rest; repeating it changes nothing. 3 seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLEANED = {
     "http://example.org/only.jpg": "",
     "***": "",
 }
-# What is cleaned away, and what cleaning brings together.
+# Parts that cleaning removes, and characters that it may bring together.
 PIECES = [*"abZ09 .,;:!?'-/_\"<>[]{}()&@*#|~^`\\+=%$\n\t", "\u200b", "\u2019", "\u2014", "\u0301", "\u00a0", "http://"]
 PIECES += ["www.", "WWW.", "&amp;", "&lt;", "&#60;", "<b>", "a@b.co", ".jpg", ".PNG", "  ", "//", "--", "it's"]
 
@@ -66,5 +66,5 @@ def test_once_is_enough_and_the_pattern_overlooks_nothing() -> None:
         cleaned = clean_caption(text)
         assert clean_caption(cleaned) == cleaned, repr(text)
         assert marked or cleaned == text, repr(text)
-        # RE2 and re agree about it.
+        # RE2 and re agree on the pattern.
         assert marked == bool(re.search(UNCLEAN, text)), repr(text)

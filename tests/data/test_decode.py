@@ -73,7 +73,7 @@ def test_images_are_turned_once_as_their_orientation_says(width: int, orientatio
     top, left = (expected.shape[0] - 64) // 4, (expected.shape[1] - 64) // 4
     found = decode(file.getvalue(), 64, (0.25, 0.25), orientation)
     assert np.abs(found.astype(int) - expected[top : top + 64, left : left + 64]).max() <= 2
-    # The tag that the bytes carry is not looked at: it stays as it was in one place, and is lost in another.
+    # The tag in the bytes is ignored; some programs keep it, others lose it.
     if orientation > 1:
         assert not np.array_equal(decode(file.getvalue(), 64, (0.25, 0.25)), found)
 

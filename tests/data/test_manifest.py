@@ -1,4 +1,4 @@
-"""The manifest's format: what is written is read, by shard and by column, and what is damaged or foreign is refused."""
+"""The manifest's format: reading returns what was written; damaged and foreign files are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def samples(name: str, count: int, seed: int) -> pa.Table:
 
 
 def write(folder: Path, file_shards: int = 3) -> list[pa.Table]:
-    """Four shards over two files; returns their samples."""
+    """Write four shards in two files; returns their samples."""
     tables = [samples(name, count, seed) for seed, (name, count) in enumerate(SHARDS.items())]
     rows = []
     for first in range(0, len(SHARDS), file_shards):

@@ -1,4 +1,4 @@
-"""The order of samples: each exactly once per epoch, whatever the shards, the ranks, the weights and the stops."""
+"""The order of samples: each comes once per epoch, for any shards, ranks, weights and stops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def order_of(pools: Sequence[Sequence[int]], weights: Sequence[float] | None, **
 
 
 def read(order: Order, first: int, batches: int, size: int, ranks: int) -> list[list[tuple[int, int]]]:
-    """Samples of batches first, first + 1, ... as the ranks get them."""
+    """Samples of the ranks' batches first, first + 1, ..."""
     found = []
     for number in range(first, first + batches):
         _, places = order.batch(number, size)
@@ -69,7 +69,7 @@ def test_every_sample_comes_once_per_epoch_though_the_run_stops_and_goes_on_with
     whole = read(order_of([sizes], None, **made), 0, batches, size, 1)
     assert before + after == whole
 
-    # Batches run over the ends of epochs: by position, each epoch holds everything once.
+    # Batches cross the ends of epochs. By position, each epoch holds every sample once.
     places = order_of([sizes], None, **made).locate(np.arange(3 * total))
     everything = sorted((shard, sample) for shard, count in enumerate(sizes) for sample in range(count))
     for epoch in range(3):
@@ -107,7 +107,7 @@ def test_weighted_sources_keep_their_epochs_and_their_weights(
         everything = sorted((shard, sample) for shard, count in enumerate(sizes) for sample in range(count))
         for epoch in range(len(pairs) // len(everything)):
             assert sorted(pairs[epoch * len(everything) : (epoch + 1) * len(everything)]) == everything
-        # Every stretch keeps the weights, to one sample either side of each source.
+        # Every part of the pattern keeps the weights, within one sample of each source.
         share = weights[number] / sum(weights)
         assert np.abs(np.cumsum(sources == number) - share * (positions + 1)).max() <= len(pools) + 0.5
         first += len(sizes)
@@ -164,7 +164,7 @@ def test_streams_of_real_shards_stop_and_go_on_with_other_ranks_and_workers(
 
 
 def test_batches_mix_far_more_shards_than_a_rank_reads() -> None:
-    """At full scale: 2,000 shards of 10,000 in 64 lanes, of which each of 8 ranks takes 8."""
+    """At full scale: 2,000 shards of 10,000 samples in 64 lanes; each of 8 ranks takes 8 lanes."""
     order = order_of([[10_000] * 2_000], None, seed=0)
     shards: list[set[int]] = [set() for _ in range(8)]
     for number in range(20):
@@ -172,7 +172,7 @@ def test_batches_mix_far_more_shards_than_a_rank_reads() -> None:
         assert len(np.unique(places.shard)) > 100
         for rank in range(8):
             shards[rank] |= set(places.shard[rank * 256 : (rank + 1) * 256].tolist())
-    # 8 lanes of blocks that span four or five shards, and one lane more where batches do not begin with a first lane.
+    # 8 lanes whose blocks span four or five shards; one more lane if a batch does not begin with a first lane.
     assert max(map(len, shards)) <= 9 * 6
     assert len(set.union(*shards)) > 200
 

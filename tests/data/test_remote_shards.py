@@ -1,4 +1,4 @@
-"""Shards on servers and in object stores: ranges, retries, whole copies in a cache, and what goes wrong."""
+"""Shards on servers and in object stores: ranges, retries, whole copies in a cache, and errors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vdtrain.data.stream import PairStream
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder, by ranges too.
+    """Serves a folder, with ranges.
 
     Attributes:
         whole, ranges: requests by path.
-        failures: answers of 503 that are still to be given.
-        ranged: whether ranges are given when they are asked for.
+        failures: number of next answers that are a 503.
+        ranged: whether the server answers requests for ranges.
     """
 
     daemon_threads = True
@@ -154,7 +154,7 @@ def test_an_unknown_kind_of_address_is_named_before_anything_is_read(folder: Pat
 
 
 def fetch_all(folder: Path, root: str, cache: ShardCache) -> ShardReader:
-    """A reader that has read of every shard, after its copies were made."""
+    """A reader that has read from every shard and has finished their copies."""
     manifest = Manifest(folder / "manifest", root)
     reader = ShardReader(manifest, cache)
     for shard in range(3):
@@ -188,7 +188,7 @@ def test_the_cache_stays_within_its_bound_and_drops_the_oldest(folder: Path, ser
     kept = list(tmp_path.glob("*.tar"))
     assert len(kept) == 1
     assert sum(path.stat().st_size for path in kept) <= cache.limit_bytes
-    # What was dropped is read by ranges again, and fetched again.
+    # Ranges serve a dropped shard again, until it is fetched again.
     for shard in range(3):
         assert len(reader.read(shard, 0, 512)) == 512
     reader.close()

@@ -1,4 +1,4 @@
-"""A stream over 2,000 shards, stopped at 90 % of its epoch: what comes after the restart. About 20 seconds."""
+"""A stream over 2,000 shards stops at 90 % of its epoch and restarts. About 20 seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vdtrain.data.stream import PairStream
 
 SHARDS, SAMPLES, PIXELS = 2000, 3, 8
 EPOCH = SHARDS * SAMPLES
-# 90 % of the epoch; the batches after it reach into the next one.
+# 90 % of the epoch; later batches reach into the next epoch.
 BATCH, DONE, BATCHES = 100, 54, 8
 
 
@@ -74,7 +74,7 @@ def test_a_restart_deep_in_an_epoch_goes_on_with_the_same_batches(manifest: Path
             == found.samples["text"]
             == [caption for piece in pieces for caption in piece.samples["text"]]
         )
-    # Before the restart and after it, the epoch held every sample once, each image beside its own caption.
+    # Across the restart, the epoch held every sample once, each image with its own caption.
     epoch = [*whole[:DONE], *resumed[: EPOCH // BATCH - DONE]]
     assert sorted(int(caption) for batch in epoch for caption in batch.samples["text"]) == list(range(EPOCH))
     for batch in resumed:

@@ -1,4 +1,4 @@
-"""The stream: order, ranks, resume, images, and what it does about bad samples."""
+"""The stream: order, ranks, resume, images, and bad samples."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_resuming_anywhere_goes_on_as_if_never_stopped(manifest: Path, done: int
 
 
 def test_pairs_stay_together(manifest: Path) -> None:
-    """Each caption comes with the image that stands beside it in the shard, read by another library."""
+    """Each caption comes with its image in the shard, which another library reads for comparison."""
     own = {}
     for shard in Manifest(manifest).shards:
         for sample in webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgb8"):

@@ -29,7 +29,7 @@ def test_global_token_and_spread_stay(level: float) -> None:
 
 def test_content_without_its_leading_components_and_style_without_the_others() -> None:
     whole, content, style = (spectrum(focus(tokens(), level)) for level in (0.5, 0.0, 1.0))
-    # Scaled back to the same spread: compare ratios within a spectrum.
+    # The result has the same standard deviation, so the test compares ratios within a spectrum.
     torch.testing.assert_close(content[:, 1:20] / content[:, :1], whole[:, 3:22] / whole[:, 2:3], atol=1e-4, rtol=1e-3)
     assert (style[:, 5:] < 1e-3 * style[:, :1]).all()
     torch.testing.assert_close(style[:, :5] / style[:, :1], whole[:, :5] / whole[:, :1], atol=1e-4, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Losses of all flows against the same thing written out flow by flow."""
+"""The losses of all flows against a computation flow by flow."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCH = 4
 
 
 class Unconditional:
-    """Stands where the frozen parts are: the latents and contexts of this test are given."""
+    """Replaces the frozen parts; the tests supply latents and contexts."""
 
     def unconditional(self, flow: Flow, batch: int) -> torch.Tensor:
         return torch.full((batch, 1, 64), {"image": 0.0, "text": 0.5}[flow.context])
@@ -86,7 +86,7 @@ def test_one_backward_of_the_sum_equals_a_backward_per_flow(diffuser: Diffuser, 
 
 
 def test_noise_of_a_flow_does_not_depend_on_the_other_flows(diffuser: Diffuser, encoded: Encoded) -> None:
-    """A stage that adds flows gives the earlier flows the same losses on the same batch and random numbers."""
+    """New flows do not change the losses of the earlier flows on the same batch and random numbers."""
     schedule = objective().schedule
     config = ObjectiveConfig(context_dropout=0.1, flow_weights={})
     with torch.no_grad():

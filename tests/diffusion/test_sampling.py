@@ -1,4 +1,4 @@
-"""Solvers against a perfect predictor: whatever the way, it leads to the clean latents."""
+"""Solvers with a perfect predictor: every path ends at the clean latents."""
 
 import re
 
@@ -21,7 +21,7 @@ CLEAN = normal(0)
 
 
 def perfect(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-    """The noise that separates latents from the clean ones."""
+    """The noise in latents, from the known clean latents."""
     kept = SCHEDULE.alphas_cumprod[timestep]
     return (latents - kept.sqrt() * CLEAN) / (1 - kept).sqrt()
 
@@ -45,7 +45,7 @@ def test_what_a_number_of_steps_becomes_is_said(name: str) -> None:
             assert taken == steps
             continue
         assert f"takes {taken} steps" in note
-        # The remedy holds.
+        # The note's own proposals work.
         for other in re.findall(r"\d+", note.rpartition("; ")[2]):
             assert spacing_note(name, SCHEDULE, int(other)) is None
 
@@ -99,7 +99,7 @@ def test_eta_adds_the_given_noise() -> None:
 
 
 def test_the_fast_solvers_need_fewer_steps() -> None:
-    """On data that are normal with a known deviation, the way from noise to sample has a closed form."""
+    """For normal data with a known deviation, the path from noise to sample has a closed form."""
     deviation = 0.3
 
     def exact(latents: torch.Tensor, timestep: int) -> torch.Tensor:

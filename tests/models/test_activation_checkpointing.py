@@ -1,4 +1,4 @@
-"""Activations that are computed again: fewer bytes are kept, and nothing else changes."""
+"""Activation checkpointing keeps fewer bytes and changes neither losses nor gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_diffuser() -> Diffuser:
     config = to_object(compose("train", ["model=tiny"]), TrainConfig).model
     model = Diffuser(config, active_groups(all_flows(MODALITIES)))
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # layers that start at zero would let nothing through
+    with torch.no_grad():  # layers that start at zero would block the gradients
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.02, generator=generator)
@@ -36,7 +36,7 @@ def diffuser() -> Diffuser:
 
 
 def four_flows() -> list[DiffuserInput]:
-    """All four flows in one forward, as the objective sends them."""
+    """The inputs of all four flows in one forward pass, as from the objective."""
     generator = torch.Generator().manual_seed(1)
     return [
         DiffuserInput(
@@ -50,7 +50,7 @@ def four_flows() -> list[DiffuserInput]:
 
 
 def step(diffuser: Diffuser) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients by name, and bytes that the forward keeps for the backward beside the parameters."""
+    """Loss, gradients by name, and bytes beside the parameters that forward keeps for backward."""
     diffuser.zero_grad()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in diffuser.parameters()}
     kept: dict[int, int] = {}
@@ -83,7 +83,7 @@ def test_losses_and_gradients_are_the_same_bits_and_fewer_bytes_are_kept(diffuse
 
 
 def test_a_layer_that_draws_random_numbers_draws_the_same_again(diffuser: Diffuser) -> None:
-    """No layer here drops anything out; one that a modality brings along may."""
+    """The model's own layers have no dropout; a new modality's may have it."""
     first = diffuser.context_layers["image"][0]
     first.norm = nn.Sequential(first.norm, nn.Dropout(0.5))
     torch.manual_seed(7)

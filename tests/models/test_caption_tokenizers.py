@@ -1,6 +1,6 @@
-"""The text VAE's fast tokenizers give the ids of the plain ones that the published model was made with.
+"""The text VAE's fast tokenizers return the same ids as the plain ones of the published model.
 
-The published vocabularies are not part of the project: vocabularies of their kinds are learnt here from a few pages.
+The project does not contain the published vocabularies, so the tests train vocabularies of the same kinds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.weights.caption_tokenizers import bert_tokenizer, gpt2_tokenizer
 
-PAGES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
+# A text that does not change.
+PAGES = [(Path(__file__).parents[2] / "LICENSE").read_text()]
 CAPTIONS = [
     "a red circle on a white background",
     "A  Large\tBLUE star, at the top-left!",
@@ -33,7 +34,7 @@ CAPTIONS = [
     "$5 & 50% #hashtag @name http://example.org/a_b?c=d",
     "",
 ]
-# GPT-2's way of cutting text into words, from its published encoder.
+# GPT-2's rule for splitting text into words, from its published encoder.
 GPT2_WORDS = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 
 
@@ -83,7 +84,7 @@ def test_gpt2s_ids(gpt2: tuple[DecoderTokenizer, dict[str, int], list[tuple[str,
 
 
 def byte_pair_pieces(text: str, merges: list[tuple[str, str]]) -> Iterator[str]:
-    """Byte pair encoding as it is defined: in each word, the pair that was learnt first is joined, again and again."""
+    """Byte pair encoding by its definition: in each word, the pair with the lowest rank is joined, repeatedly."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     characters = byte_characters()
     for word in GPT2_WORDS.findall(text):

@@ -1,4 +1,4 @@
-"""CLIP contexts: tokens, normalisation, sharing, and what the tiny preset's trained weights promise."""
+"""CLIP contexts: tokens, normalisation, sharing, and the quality of the tiny preset's trained weights."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from vdtrain.models.tokenizers import ClipTokenizer, released_tokenizer
 
 WHOLE, ONE_BY_ONE = released_tokenizer(), ClipTokenizer(None, 40)
 COUNT, TRAINED = 1200, 800
-"""Samples, and how many of them a probe is fitted to."""
+"""Number of samples, and how many of them train a probe."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def pooled(text: ClipTextContext, captions: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def probe(features: Tensor, labels: Tensor) -> float:
-    """Accuracy of a ridge regression onto the labels, on samples that it was not fitted to."""
+    """Accuracy of a ridge regression onto the labels, on held-out samples."""
     inputs = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
     wanted = torch.nn.functional.one_hot(labels).double()
     seen, targets = inputs[:TRAINED], wanted[:TRAINED]
@@ -77,7 +77,7 @@ def test_words_one_by_one_have_the_ids_of_the_whole_caption(captions: list[str])
     for caption in captions:
         kept = WHOLE.encode(caption, add_special_tokens=False).ids[:38]
         expected.append([49_406, *kept, *[49_407] * (39 - len(kept))])
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time from the cache
         assert ONE_BY_ONE(captions).tolist() == expected
 
 

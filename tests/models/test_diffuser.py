@@ -18,7 +18,7 @@ def model_config(name: str) -> ModelConfig:
 def diffuser() -> Diffuser:
     model = Diffuser(model_config("tiny"), active_groups(FLOWS))
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # layers that start at zero would let nothing through
+    with torch.no_grad():  # layers that start at zero would block the gradients
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.02, generator=generator)

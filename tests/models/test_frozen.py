@@ -1,4 +1,4 @@
-"""The frozen parts together: one pass per part, no gradients, no modality by name."""
+"""The frozen parts together: one pass per part, no gradients, any names of modalities."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +76,7 @@ def test_cached_moments_stand_for_the_encoding():
     assert torch.equal(encoded.latents["sound"], torch.full((2, 2), 4.0))
     assert parts.vaes["sound"].calls == []
     assert len(parts.vaes["scent"].calls) == 1
-    # A context is seen in the sample itself.
+    # A context needs the sample itself.
     with pytest.raises(ValueError, match="no 'sound' in the batch"):
         parts.encode({}, ["sound"], ["sound"], noise, moments)
 
@@ -126,7 +126,7 @@ def test_the_tiny_preset_encodes_a_batch_of_pairs():
 
 
 def test_samples_prepared_beforehand_encode_to_the_same():
-    """And so do the micro-batches that a prepared batch is cut into."""
+    """This also holds for the micro-batches of a prepared batch."""
     parts = FrozenParts({name: (tiny(name, "vae"), tiny(name, "context_encoder")) for name in ("image", "text")})
     _, images, captions = fresh(8, 64)
     samples = {"image": images, "text": captions}

@@ -1,4 +1,4 @@
-"""The image VAE: shapes and scales, and what the tiny preset's trained weights promise."""
+"""The image VAE: shapes and scales, and the quality of the tiny preset's trained weights."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_compute_follows_the_parameters():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoding_is_the_draw_from_moments(dtype):
-    """To the last bit, and with the arithmetic of the clamped variance."""
+    """The results are bit-identical, and the variance is clamped."""
     vae = ImageVAE(**SMALL).to(dtype).eval().requires_grad_(False)
     _, images, _ = fresh(4, 32)
     noise = normal(torch.Size((4, 4, 4, 4)))

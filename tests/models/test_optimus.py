@@ -1,4 +1,4 @@
-"""The text VAE: tokens, decoding, loss, and what the tiny preset's trained weights promise."""
+"""The text VAE: tokens, decoding, loss, and the quality of the tiny preset's trained weights."""
 
 import pytest
 import torch

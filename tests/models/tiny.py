@@ -1,4 +1,4 @@
-"""The tiny preset's frozen parts, from its own YAML arguments and weights, and fresh images to try them on."""
+"""The tiny preset's frozen parts, from its own YAML arguments and weights, and new images for tests."""
 
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from vdtrain.config.compose import config_folder
 from vdtrain.config.instantiate import instantiate
 
 FRESH_SEED = 20_221_115
-"""Not the seed of any training."""
+"""No training uses this seed."""
 
 
 def arguments(preset: str, modality: str, part: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def tiny(modality: str, part: str) -> Any:
 
 @cache
 def fresh(count: int, pixels: int) -> tuple[list[Scene], Tensor, list[str]]:
-    """Scenes, images uint8 [count, 3, pixels, pixels] and captions that no part was trained on."""
+    """Scenes, images uint8 [count, 3, pixels, pixels] and captions, which no part was trained on."""
     rng = np.random.default_rng(FRESH_SEED)
     scenes = sample_scenes(count, rng)
     return scenes, draw_images(scenes, pixels, rng), write_captions(scenes, rng)

@@ -1,4 +1,4 @@
-"""The plan of a stage's memory against the bytes of the real thing, at tiny size; its totals at full size."""
+"""The predicted memory of a stage against counted bytes at tiny size, and its totals at full size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny(*overrides: str) -> TrainConfig:
     return to_object(compose("train", [*TINY, *overrides]), TrainConfig)
 
 
-# What each group of ranks does; every function runs in processes of its own.
+# The code of each group of ranks; every function runs in new processes.
 
 
 def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
@@ -50,7 +50,7 @@ def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None
 
 
 def standing(zero_stage: int, precision: str) -> dict[str, Any]:
-    """Bytes of one engine: predicted, and counted in the middle of a step, when gradients are there."""
+    """Bytes of one engine: predicted, and counted in the middle of a step, while gradients exist."""
     config = tiny(f"hardware.zero_stage={zero_stage}", f"hardware.precision={precision}")
     before = storages(everything())
     diffuser = Diffuser(config.model, active_groups(stage_flows(config)))
@@ -110,7 +110,7 @@ def everything() -> list[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of every storage, by its place in memory."""
+    """Bytes of every storage, by its address."""
     kept = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 
@@ -132,7 +132,7 @@ def test_what_stands_from_step_to_step_is_what_the_engine_holds(
 
 
 def real_micro_batch(config: TrainConfig, resolution: int, rows: int) -> tuple[int, int, int, int]:
-    """Of a real forward and backward: bytes kept and at most, tensors that autograd saved, and the encoding's peak."""
+    """A real forward and backward: bytes kept, peak, bytes that autograd saved, and the encoding's peak."""
     flows = stage_flows(config)
     diffuser = Diffuser(config.model, active_groups(flows))
     checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
@@ -173,7 +173,7 @@ def test_a_micro_batch_takes_what_the_real_one_takes(dry_runs: dict[str, DryRun]
     assert measured.peak == pytest.approx(peak, rel=0.005)
     assert measured.encoding == encoding
     if mode == "none":
-        # What autograd saves is nearly all that stays; some of it was there before.
+        # Nearly all kept bytes are tensors that autograd saved; some of those are older.
         assert measured.kept == pytest.approx(saved, rel=0.02)
     assert dry_runs[mode].unmeasured == set()
 
