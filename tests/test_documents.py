@@ -19,7 +19,7 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
     assert link.startswith("https://") or (page.parent / link).exists()
 
 
-def test_verbs_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_helps_of_commands_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert vdtrain_main(["--help"]) == 0
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2

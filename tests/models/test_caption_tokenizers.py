@@ -1,6 +1,7 @@
 """The text VAE's fast tokenizers give the ids of the plain ones that the published model was made with.
 
-The published vocabularies are not part of the project: vocabularies of their kinds are learnt here from a few pages.
+The published vocabularies are not part of the project: vocabularies of their kinds are learnt here
+from a text that stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.weights.frozen_sources import bert_tokenizer, gpt2_tokenizer
 
-PAGES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 CAPTIONS = [
     "a red circle on a white background",
     "A  Large\tBLUE star, at the top-left!",
@@ -44,7 +45,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderTokenizer, Be
     learnt.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     learnt.train_from_iterator(
-        [*PAGES, *CAPTIONS[:4]], trainers.WordPieceTrainer(vocab_size=3000, special_tokens=specials)
+        [TEXT, *CAPTIONS[:4]], trainers.WordPieceTrainer(vocab_size=3000, special_tokens=specials)
     )
     entries = sorted(learnt.get_vocab(), key=learnt.token_to_id)
     (folder / "vocab.txt").write_text("\n".join(entries) + "\n")
@@ -65,7 +66,7 @@ def test_berts_ids(bert: tuple[EncoderTokenizer, BertTokenizerLegacy], caption: 
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderTokenizer, dict[str, int], list[tuple[str, str]]]:
     folder = tmp_path_factory.mktemp("gpt2")
     learnt = ByteLevelBPETokenizer()
-    learnt.train_from_iterator([*PAGES, *CAPTIONS[:6]], vocab_size=3000, special_tokens=["<|endoftext|>"])
+    learnt.train_from_iterator([TEXT, *CAPTIONS[:6]], vocab_size=3000, special_tokens=["<|endoftext|>"])
     learnt.save_model(str(folder))
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if line[0] != "#"]
