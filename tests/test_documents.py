@@ -68,7 +68,7 @@ def test_the_pages_name_files_and_what_is_in_them() -> None:
     assert {name for _, _, name in NAMES} >= {"BatchStream", "PairStream", "ContextLayers", "VAE"}
 
 
-def test_commands_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_helps_of_commands_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert vdtrain_main(["--help"]) == 0
     assert "train one stage" in capsys.readouterr().out
     assert vdtrain_main(["trian"]) == 2

@@ -18,8 +18,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 from vdtrain.weights.caption_tokenizers import bert_tokenizer, gpt2_tokenizer
 
-# A text that does not change.
-PAGES = [(Path(__file__).parents[2] / "LICENSE").read_text()]
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 CAPTIONS = [
     "a red circle on a white background",
     "A  Large\tBLUE star, at the top-left!",
@@ -45,7 +44,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderTokenizer, Be
     learnt.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     learnt.train_from_iterator(
-        [*PAGES, *CAPTIONS[:4]], trainers.WordPieceTrainer(vocab_size=3000, special_tokens=specials)
+        [TEXT, *CAPTIONS[:4]], trainers.WordPieceTrainer(vocab_size=3000, special_tokens=specials)
     )
     entries = sorted(learnt.get_vocab(), key=learnt.token_to_id)
     (folder / "vocab.txt").write_text("\n".join(entries) + "\n")
@@ -66,7 +65,7 @@ def test_berts_ids(bert: tuple[EncoderTokenizer, BertTokenizerLegacy], caption: 
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderTokenizer, dict[str, int], list[tuple[str, str]]]:
     folder = tmp_path_factory.mktemp("gpt2")
     learnt = ByteLevelBPETokenizer()
-    learnt.train_from_iterator([*PAGES, *CAPTIONS[:6]], vocab_size=3000, special_tokens=["<|endoftext|>"])
+    learnt.train_from_iterator([TEXT, *CAPTIONS[:6]], vocab_size=3000, special_tokens=["<|endoftext|>"])
     learnt.save_model(str(folder))
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if line[0] != "#"]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from read_back import read_trainer_state, read_weights
 from safetensors.torch import load_file, save_file
-from toy import gather
 
+from tests import settings
+from tests.programs import program
+from tests.training.read_back import read_trainer_state, read_weights
+from tests.training.toy import gather
 from vdtrain.commands.sample import main as sample
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
@@ -37,10 +38,7 @@ GRADIENT_BOUND = 1e-6
 # The same of a group's movement, and the rounding of each weight: 1e-8, where the global layers move by 5e-5.
 MOVEMENT_BOUND = 1e-4
 MINIATURE = [
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+    *settings.TINY,
     f"stage.global_batch_size={BATCH}",
     "hardware.micro_batch_size={32:4,64:2}",
     "optimizer.warmup_samples=0",
@@ -51,14 +49,12 @@ MINIATURE = [
 
 
 def phases(low: int, high: int) -> str:
-    first, second = ({"resolution": side, "samples": steps * BATCH} for side, steps in ((32, low), (64, high)))
-    kept = [phase for phase in (first, second) if phase["samples"]]
-    return f"stage.phases={json.dumps(kept)}".replace('"', "")
+    return settings.phases(BATCH, (32, low), (64, high))
 
 
 def make_trainer(folder: Path, stage: str, *overrides: str) -> Trainer:
-    settings = [*MINIATURE, f"stage={stage}", f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
-    document = compose("train", [*settings, *overrides])
+    common = [*MINIATURE, f"stage={stage}", f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
+    document = compose("train", [*common, *overrides])
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     place = distributed.RankInfo(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))
@@ -324,7 +320,7 @@ def test_a_trained_checkpoint_samples(
 
 def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], folder: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "demo_report.py"
-    command = [sys.executable, str(script), str(folder / "runs"), "8"]
+    command = [program("python"), str(script), str(folder / "runs"), "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "runs" / "report.json").read_text())
