@@ -73,7 +73,7 @@ ELSEWHERE = {
 
 # What a mark may say a command needs -> the form that such a command has. It is not run.
 OUT_OF_REACH = {
-    "the internet": r"https?://|\buv (venv|pip)\b",
+    "the internet": r"https?://|\buv (venv|pip|lock)\b",
     "a cluster": r"cluster=\S+:\d+",
     "root": r"^apt-get ",
 }
@@ -125,6 +125,7 @@ GETS: Mapping[str, tuple[str, ...]] = {
 
 # Form of a command -> what it prints.
 SAYS = {
+    r"make help": r"(?m)^demo +the whole curriculum",
     r"vdtrain (train|latents) .*--cfg job": r"^stage:\n",
     r"vdtrain plan .*format=json": r"^\s*[\[{]",
     r"vdtrain plan.*": r"micro.batch",
