@@ -152,7 +152,7 @@ class SoundDataLayers(nn.ModuleList):
     @staticmethod
     def _layer(step: DataStep, plan: LayerPlan) -> nn.Module:
         match step.role:
-            case Role.ENTER:
+            case Role.INPUT:
                 return Convolution(FRAME, step.width_out, 3, padding=1)
             case Role.BLOCK:
                 return Block(step, plan)
@@ -160,7 +160,7 @@ class SoundDataLayers(nn.ModuleList):
                 return Convolution(step.width_in, step.width_out, 3, stride=2, padding=1)
             case Role.UP:
                 return Upsample(step.width_in, step.width_out, 3, padding=1)
-            case Role.LEAVE:
+            case Role.OUTPUT:
                 last = zero(Convolution(step.width_in, FRAME, 3, padding=1))
                 return Leave(nn.GroupNorm(plan.norm_groups, step.width_in), nn.SiLU(), last)
 

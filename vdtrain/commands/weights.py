@@ -7,11 +7,10 @@ vdtrain weights export diffusers exported runs/stage3_four_flow
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -101,7 +100,7 @@ def import_weights(name: str, path: str, config: WeightsConfig) -> int:
         _refuse_name(output, "a weights folder")
         config = replace(config, output=str(output))
     for made in SOURCES[name](path, config):
-        made.write(_tracked)
+        made.write()
         print(f"{made.path}  ({made.summary})")
     return 0
 
@@ -122,7 +121,7 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     model, weights = open_weights("checkpoint", config.checkpoint, config.weights)
     dtype = PRECISIONS[config.precision]
     tensors = LazyTensors.of(weights).cast(getattr(torch, dtype) if dtype else None)
-    FORMATS[name](output, tensors, model, config.overwrite, _tracked)
+    FORMATS[name](output, tensors, model, config.overwrite)
     print(f"{output}  ({tensors.summary})")
     return 0
 
@@ -132,13 +131,6 @@ def _refuse_name(output: Path, what: str) -> None:
 
     if output.suffix in SUFFIXES:
         raise ConfigError(f"output={output}: the result is {what}, not a file; leave out {output.suffix}")
-
-
-def _tracked(items: Iterable[Any], count: int) -> Iterable[Any]:
-    """Show the tensors that are written."""
-    from vdtrain.progress import track
-
-    return track(items, "writing", "tensors", count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

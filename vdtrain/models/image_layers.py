@@ -97,7 +97,7 @@ class ImageDataLayers(nn.ModuleList):
     @staticmethod
     def _layer(step: DataStep, plan: LayerPlan, latent_channels: int) -> nn.Module:
         match step.role:
-            case Role.ENTER:
+            case Role.INPUT:
                 return Enter(latent_channels, step.width_out, 3, padding=1)
             case Role.BLOCK:
                 return ResidualBlock(step, plan)
@@ -105,7 +105,7 @@ class ImageDataLayers(nn.ModuleList):
                 return Downsample(step.width_out)
             case Role.UP:
                 return Upsample(step.width_out)
-            case Role.LEAVE:
+            case Role.OUTPUT:
                 return Leave(
                     nn.GroupNorm(plan.norm_groups, step.width_in, eps=NORM_EPSILON),
                     nn.SiLU(),

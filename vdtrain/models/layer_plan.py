@@ -15,11 +15,11 @@ NORM_EPSILON = 1e-5
 class Role(Enum):
     """The role of a data layer; each modality has its own module for each role."""
 
-    ENTER = "enter"
+    INPUT = "input"
     BLOCK = "block"
     DOWN = "down"
     UP = "up"
-    LEAVE = "leave"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_plan(config: DiffuserConfig) -> LayerPlan:
     """
     channels: Sequence[int] = config.channels
     attention = set(config.attention_levels)
-    steps: list[Step] = [DataStep(Role.ENTER, 0, channels[0]), "save"]
+    steps: list[Step] = [DataStep(Role.INPUT, 0, channels[0]), "save"]
     skips = [channels[0]]
     width = channels[0]
     last = len(channels) - 1
@@ -91,5 +91,5 @@ def make_plan(config: DiffuserConfig) -> LayerPlan:
                 steps.append(ContextStep(width))
         if level > 0:
             steps.append(DataStep(Role.UP, width, width))
-    steps.append(DataStep(Role.LEAVE, width, 0))
+    steps.append(DataStep(Role.OUTPUT, width, 0))
     return LayerPlan(tuple(steps), config.heads, config.norm_groups, channels[0], 4 * channels[0])

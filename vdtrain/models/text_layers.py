@@ -89,13 +89,13 @@ class TextDataLayers(nn.ModuleList):
     @staticmethod
     def _layer(step: DataStep, plan: LayerPlan, latent_width: int, tokens: int) -> nn.Module:
         match step.role:
-            case Role.ENTER:
+            case Role.INPUT:
                 return FlatLinear(latent_width, step.width_out, tokens)
             case Role.BLOCK:
                 return FullyConnectedBlock(step, plan, tokens)
             case Role.DOWN | Role.UP:
                 return FlatLinear(step.width_in * tokens, step.width_out, tokens)
-            case Role.LEAVE:
+            case Role.OUTPUT:
                 return Leave(
                     nn.GroupNorm(plan.norm_groups, step.width_in, eps=NORM_EPSILON),
                     nn.SiLU(),

@@ -14,7 +14,6 @@ from vdtrain.errors import one_line
 from vdtrain.files import write_text, written_whole
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.tokenizers import DECODER_SPECIALS, ENCODER_SPECIALS, special_ids
-from vdtrain.weights.folder import Tracked
 from vdtrain.weights.frozen_parts import BERT_TOKENIZER, GPT2_TOKENIZER, FrozenPart, Target, fetched_part
 from vdtrain.weights.imports import PATH, Output
 
@@ -137,6 +136,6 @@ TOKENIZERS: dict[FrozenPart, tuple[Callable[[Path, int, str], Tokenizer], str]] 
 }
 
 
-def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool, tracked: Tracked) -> None:
+def _write_tokenizer(target: Target, tokenizer: Tokenizer, overwrite: bool) -> None:
     with written_whole(target.path, target.place, overwrite) as draft:
         write_text(draft, tokenizer.to_str(pretty=True))

@@ -26,6 +26,7 @@ from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.tokenizers import released_tokenizer
+from vdtrain.progress import track
 from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
 from vdtrain.weights.folder import write_shards
 from vdtrain.weights.frozen_names import to_hugging_face
@@ -75,8 +76,8 @@ def write_pipeline(
         for part, names in names_by_unet.items():
             (draft / part).mkdir(parents=True)
             _unet(model, diffuser, names).save_config(draft / part)
-            keys = {name: names.to_diffusers(name) for name in tensors}
-            write_shards(draft / part, MODEL_STEM, ((key, tensors[name]) for name, key in keys.items() if key))
+            keys = {key: name for name in tensors if (key := names.to_diffusers(name))}
+            write_shards(draft / part, MODEL_STEM, track(tensors.renamed(keys).items(), f"writing {part}", "tensors"))
         write_vae(draft / "vae", model, image, dtype)
         write_text_encoder(draft / "text_encoder", draft / "tokenizer", model, text, dtype)
         write_image_encoder(draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype)

@@ -117,7 +117,7 @@ def module_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
             name = f"{side}_blocks.{level}.{side}samplers.0"
             level, block = level + 1, -1
         else:
-            name = "conv_in" if step.role is Role.ENTER else ""
+            name = "conv_in" if step.role is Role.INPUT else ""
         (context if isinstance(step, ContextStep) else data).append(name)
     return data, context
 
@@ -126,9 +126,9 @@ def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
     """(our name below the layer, diffusers' full name) of the modules in a data layer."""
     if role is Role.BLOCK:
         yield from ((own, f"{name}.{theirs}") for own, theirs in BLOCK.items())
-    elif role is Role.LEAVE:
+    elif role is Role.OUTPUT:
         yield from CONV_OUT.items()
-    elif role is Role.ENTER or kind == "flat":
+    elif role is Role.INPUT or kind == "flat":
         yield "", name
     else:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"

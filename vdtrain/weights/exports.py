@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from vdtrain.config.schema import ModelConfig
 from vdtrain.files import written_whole
+from vdtrain.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vdtrain.weights.folder import Tracked
     from vdtrain.weights.tensor_files import LazyTensors
 
 # Names of PyTorch's dtypes; None keeps the dtype of each tensor.
@@ -23,32 +23,30 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "keep": 
 OUTPUT = "output"
 
 
-def versatile_diffusion(
-    output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, tracked: Tracked
-) -> None:
+def versatile_diffusion(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
     """One .pth in the layout of the released vd-four-flow-v1-0."""
     from vdtrain.weights.versatile_diffusion import to_released
 
-    write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), OUTPUT, overwrite, tracked)
+    write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), OUTPUT, overwrite)
 
 
-def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, tracked: Tracked) -> None:
+def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
     """A weights folder: the same keys as safetensors, with the model's configuration."""
     from vdtrain.weights.folder import write_weights_folder
 
-    write_weights_folder(output, tensors, model, OUTPUT, overwrite, tracked)
+    write_weights_folder(output, tensors, model, OUTPUT, overwrite)
 
 
-def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, tracked: Tracked) -> None:
+def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
     """A folder for diffusers' Versatile Diffusion pipelines, with the frozen parts."""
     from vdtrain.weights.diffusers_folder import write_pipeline
 
     write_pipeline(output, tensors, model, OUTPUT, overwrite)
 
 
-Format = Callable[[Path, "LazyTensors", ModelConfig, bool, "Tracked"], None]
-"""(output, the diffuser by our names, its model, whether to replace what exists, progress). Raises a ConfigError if
-the output exists or cannot be written. The first line of the docstring is its help."""
+Format = Callable[[Path, "LazyTensors", ModelConfig, bool], None]
+"""(output, the diffuser by our names, its model, whether to replace what exists). Raises a ConfigError if the output
+exists or cannot be written. The first line of the docstring is its help."""
 
 FORMATS: dict[str, Format] = {each.__name__: each for each in (versatile_diffusion, safetensors, diffusers)}
 
@@ -58,7 +56,6 @@ def write_torch(
     tensors: Mapping[str, Tensor],
     setting: str = "output",
     overwrite: bool = False,
-    tracked: Tracked | None = None,
 ) -> None:
     """Write a state dict that `torch.load` reads. The file appears when it is whole.
 
@@ -72,10 +69,12 @@ def write_torch(
     """
     import torch
 
-    items = tensors.items() if tracked is None else tracked(tensors.items(), len(tensors))
     with written_whole(path, f"{setting}={path}", overwrite) as draft, draft.open("wb") as file:
         # A tensor may be a view of a whole file, and PyTorch would write that file with each of its tensors.
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in items}
+        state = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in track(tensors.items(), "reading", "tensors")
+        }
         try:
             torch.save(state, file)
         except RuntimeError as error:

@@ -10,7 +10,7 @@ weights/versatile_diffusion/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from vdtrain.errors import one_line, system_error
 from vdtrain.files import FileRecord, damage, sync, write_text, written_whole
 from vdtrain.models.diffuser import layer_group
 from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.progress import track
 from vdtrain.weights.checks import check_diffuser
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 from vdtrain.weights.versatile_diffusion import from_released, to_released
@@ -34,10 +35,6 @@ STEM = "model"
 INDEX_FILE = "weights.json"
 MODEL_FILE = "model.yaml"
 SHARD_BYTES = 2 * 2**30
-
-Items = Iterable[tuple[str, Tensor]]
-Tracked = Callable[[Items, int], Items]
-"""(named tensors, their number) -> the same tensors, while the progress is shown."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -106,11 +103,6 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def untracked(items: Items, count: int) -> Items:
-    """Show nothing."""
-    return items
-
-
 def is_weights_folder(path: Path) -> bool:
     """Whether a path is a weights folder, whole or damaged."""
     return (path / INDEX_FILE).is_file()
@@ -122,7 +114,6 @@ def write_weights_folder(
     model: ModelConfig,
     setting: str = "output",
     overwrite: bool = False,
-    tracked: Tracked = untracked,
 ) -> None:
     """Write a weights folder. The folder appears when it is whole.
 
@@ -137,7 +128,7 @@ def write_weights_folder(
     """
     with written_whole(path, f"{setting}={path}", overwrite) as draft:
         draft.mkdir()
-        items = ((to_released(name), tensor) for name, tensor in tracked(tensors.items(), len(tensors)))
+        items = ((to_released(name), tensor) for name, tensor in track(tensors.items(), "writing", "tensors"))
         write_shards(draft, STEM, items)
         write_text(draft / MODEL_FILE, OmegaConf.to_yaml(OmegaConf.structured(model)))
         records = {file.name: asdict(FileRecord.of(file)) for file in sorted(draft.iterdir())}

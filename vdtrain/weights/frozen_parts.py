@@ -22,7 +22,7 @@ from vdtrain.models.frozen_weights import ASSET, WeightsError, compare
 from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.optimus import Optimus
 from vdtrain.weights import layouts
-from vdtrain.weights.folder import Tracked, write_safetensors
+from vdtrain.weights.folder import write_safetensors
 from vdtrain.weights.frozen_names import to_diffusers, to_open_clip
 from vdtrain.weights.hub import fetched
 from vdtrain.weights.imports import PATH, Output
@@ -156,7 +156,7 @@ def _holds(target: Target, state: Mapping[str, Tensor]) -> bool:
     return target.path.is_file() and equal(open_tensors(target.path, target.setting), state)
 
 
-def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool, tracked: Tracked) -> None:
+def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool) -> None:
     with written_whole(target.path, target.place, overwrite) as draft:
         write_safetensors(draft, state)
 

@@ -17,7 +17,6 @@ from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
 
 if TYPE_CHECKING:
-    from vdtrain.weights.folder import Tracked
     from vdtrain.weights.tensor_files import LazyTensors
 
 RELEASED = "hf:shi-labs/versatile-diffusion{}@2926f8e11ea526b562cd592b099fcf9c2985d0b7"
@@ -49,12 +48,12 @@ class Output:
 
     Attributes:
         summary: what it holds, for people.
-        write: writes it, and shows the progress.
+        write: writes it.
     """
 
     path: Path
     summary: str
-    write: Callable[[Tracked], None]
+    write: Callable[[], None]
 
 
 def versatile_diffusion(path: str, config: WeightsConfig) -> list[Output]:

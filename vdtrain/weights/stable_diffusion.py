@@ -39,7 +39,7 @@ def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
             continue
         if middle <= place < middle + 3:
             name = f"middle_block.{place - middle}"
-        elif isinstance(step, DataStep) and step.role is Role.LEAVE:
+        elif isinstance(step, DataStep) and step.role is Role.OUTPUT:
             name = "out"
         else:
             if place == middle + 4:
