@@ -49,12 +49,12 @@ class LiveMemory(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # An output that shares an argument's storage is not new.
-        self._meet((args, kwargs), new=False)
+        self._count((args, kwargs), new=False)
         out = func(*args, **(kwargs or {}))
-        self._meet(out, new=True)
+        self._count(out, new=True)
         return out
 
-    def _meet(self, tensors: Any, new: bool) -> None:
+    def _count(self, tensors: Any, new: bool) -> None:
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor):
                 continue
@@ -62,11 +62,11 @@ class LiveMemory(TorchDispatchMode):
             if id(storage) in self._sizes:
                 continue
             self._sizes[id(storage)] = storage.nbytes() if new else 0
-            weakref.finalize(storage, self._part, id(storage))
+            weakref.finalize(storage, self._release, id(storage))
             self.now += self._sizes[id(storage)]
             self.peak = max(self.peak, self.now)
 
-    def _part(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
 
