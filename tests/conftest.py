@@ -5,6 +5,7 @@ The summary names what was not proven.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,13 +21,24 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import pytest
 import torch
 
+from tests import programs
+
 if TYPE_CHECKING:
     from tests.tiny_runs import TinyRuns
     from tests.world import World
 
+pytest_plugins = ["tests.order"]
 torch.set_num_threads(1)
 # A script's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that forks for the tests: one for all workers of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(programs.session())
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

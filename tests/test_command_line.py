@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image
 
 from data_pipeline.__main__ import main as data_pipeline
 from miniature.__main__ import main as miniature
+from tests import programs
 from tests.pairs import write_pairs
 from tests.weights.small import weights
 from vdtrain.cli import COMMANDS, main
@@ -138,7 +138,7 @@ def test_as_typed_into_bash(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     here, small = shlex.quote(model.name), " ".join(SMALL)
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{programs.folder()}:{os.environ['PATH']}")
     line = f"vdtrain sample {here} \"a red circle, on white\" 'it is $5' output_dir=~/made {small}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -586,7 +586,7 @@ def test_a_stage_and_the_next_under_names_that_need_quotes(tmp_path: Path, capsy
         f"data.manifest={tmp_path}/data/manifest",
         word_for("run_dir", str(run_dir)),
     ]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{programs.folder()}:{os.environ['PATH']}"}
     line = shell(["vdtrain", "train", *words])
     done = subprocess.run(
         ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

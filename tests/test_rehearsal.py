@@ -5,31 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rehearsal
 from rehearsal_road import SIZES, Part, road
 
+from tests.programs import free_port, program
+
 ROOT = Path(__file__).parents[1]
-FORKED = Path(__file__).with_name("rehearsal_forked.py")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+SCRIPT = ROOT / "benchmarks" / "rehearsal.py"
 
 
 def test_the_whole_road_with_the_tiny_model(tmp_path: Path) -> None:
     folder = tmp_path / "rehearsal"
-    command = [sys.executable, str(FORKED), "--size", "tiny", "--folder", str(folder), "--port", str(free_port())]
+    command = [program("python"), str(SCRIPT), "--size", "tiny", "--folder", str(folder), "--port", str(free_port())]
     walked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert walked.returncode == 0, walked.stderr
     table = (folder / "table.md").read_text()

@@ -11,7 +11,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.programs import program
 from tests.world import DATA, IMAGES, INDEX, LATENTS, SAMPLER, TRAIN, WRITERS, World, one_line, quoted, with_output
 from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
 from vdtrain.data.stream import PairStream, StreamError
@@ -465,7 +465,7 @@ def start(world: World, *words: str, variables: dict[str, str] | None = None) ->
     """`vdtrain train` in a process of its own."""
     given = [word.replace("FOLDER", str(world.folder)) for word in (*SHORT, *TRAIN, *words)]
     environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vdtrain", "train", *given]
+    command = [program("python"), "-m", "vdtrain", "train", *given]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.pairs import write_pairs
+from tests.programs import Ending
+from tests.training.forks import Case, run_cases
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from forks import Case, Ending, run_cases
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")

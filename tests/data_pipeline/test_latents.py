@@ -1,17 +1,18 @@
 """The command that fills the latent cache: killed, shared, run again, and what it refuses.
 
-Half a minute on two free cores, most of it imports.
+Some seconds on two free cores.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
+import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +23,13 @@ from data_pipeline.index.index import index
 from data_pipeline.latents.encoding import STALE_SECONDS
 from tests.data.test_remote_shards import Server
 from tests.pairs import write_shard
+from tests.programs import Ending as RanksEnding
+from tests.programs import run_ranks
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ModalityConfig, TrainConfig
 from vdtrain.config.validation import check, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
 from vdtrain.data.manifest import Manifest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from latent_processes import Case, Ending, run_cases
 
 SHARDS, COUNT, BATCH = 5, 21, 8
 BATCHES = 3  # of each shard
@@ -67,15 +67,60 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endings(data: Path) -> dict[str, Ending]:
     folders = {name: data / name for name in ("alone", "killed", "shared")}
     cases = {
-        "alone": Case(1, overrides(data, folders["alone"]), str(folders["alone"])),
+        "alone": Case(1, overrides(data, folders["alone"]), folders["alone"]),
         # In the second shard.
-        "killed": Case(1, overrides(data, folders["killed"]), str(folders["killed"]), kill_at=BATCHES + 2),
-        "resumed": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
-        "again": Case(1, overrides(data, folders["killed"]), str(folders["killed"])),
-        "shared": Case(2, overrides(data, folders["shared"]), str(folders["shared"])),
-        "half": Case(2, overrides(data, data / "half"), str(data / "half"), kill_at=1),
+        "killed": Case(1, overrides(data, folders["killed"]), folders["killed"], kill_at=BATCHES + 2),
+        "resumed": Case(1, overrides(data, folders["killed"]), folders["killed"]),
+        "again": Case(1, overrides(data, folders["killed"]), folders["killed"]),
+        "shared": Case(2, overrides(data, folders["shared"]), folders["shared"]),
+        "half": Case(2, overrides(data, data / "half"), data / "half", kill_at=1),
     }
-    return dict(zip(cases, run_cases(data / "cases", list(cases.values())), strict=True))
+    return {name: case.run(data / name) for name, case in cases.items()}
+
+
+def kill_at(batch: int) -> None:
+    """End this process, if it is the first one, without a word when it encodes so many batches."""
+    from vdtrain.models.image_vae import ImageVAE
+
+    encode = ImageVAE.moments
+    seen: list[int] = []
+
+    def counting(self: Any, images: Any) -> Any:
+        if len(seen) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.append(1)
+        return encode(self, images)
+
+    if os.environ["RANK"] == "0":
+        ImageVAE.moments = counting  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Ending(RanksEnding):
+    """Of a case, with the names of its folder's files, and their inodes."""
+
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A start of the command, and the batch at which its first process is killed, if one is."""
+
+    ranks: int
+    arguments: list[str]
+    folder: Path  # whose files are listed afterwards
+    kill_at: int | None = None  # from 0
+
+    def run(self, log: Path) -> Ending:
+        start = ["-m"]
+        if self.kill_at is not None:
+            start = ["-m", "tests.programs.after", f"{__name__}:kill_at", str(self.kill_at)]
+        words = [*start, "data_pipeline", "latents", *self.arguments]
+        logs = [log.with_name(f"{log.name}-{rank}.log") for rank in range(self.ranks)]
+        ending = run_ranks([words] * self.ranks, logs, 300)
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        inodes = {str(path.relative_to(self.folder)): path.stat().st_ino for path in files}
+        return Ending(ending.statuses, ending.logs, inodes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -45,7 +45,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     with contextlib.ExitStack() as stack:
         # The path of a socket is short.
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir="/tmp")))
-        yield Walk(tmp_path_factory.mktemp("walk"), sockets / "programs", stack)
+        yield Walk(tmp_path_factory.mktemp("walk"), sockets / "socket", stack)
 
 
 PAGE = """\

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests.documents.checkout import make_checkout
 from tests.documents.commands import PAGES, Command, of_helps, of_page, yaml_of_page
-from tests.documents.programs import Programs, install
 from tests.documents.published import Server, write_data, write_downloads, write_hub, write_judges
+from tests.programs import install, program, server, wait_until_ready
 
 SECONDS = 300
 # Data come first, as for a user, and the log repeats what the others show.
@@ -226,14 +226,14 @@ class Walk:
 
     def __init__(self, folder: Path, address: Path, stack: contextlib.ExitStack) -> None:
         self.folder, self.root = folder, folder / "clone"
-        server = stack.enter_context(Server(folder))
-        make_checkout(self.root, server.port)
+        web = stack.enter_context(Server(folder))
+        make_checkout(self.root, web.port)
         write_hub(folder / "hub")
         write_downloads(self.root / "downloads")
         for file in (self.root / "downloads").iterdir():
             (self.root / file.name).hardlink_to(file)
         write_judges(folder / "judges")
-        write_data(self.root, folder / "images", server.port)
+        write_data(self.root, folder / "images", web.port)
         (self.root / "my/conf/data").mkdir(parents=True)
         (options,) = yaml_of_page("docs/data.md")
         (self.root / "my/conf/data/mine.yaml").write_text(options)
@@ -241,7 +241,7 @@ class Walk:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")},
             "PATH": f"{self.root}/.venv/bin{os.pathsep}{os.environ['PATH']}",
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.port}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{web.port}",
             "HF_HOME": str(folder / "cache"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "OMP_NUM_THREADS": "1",
@@ -249,7 +249,9 @@ class Walk:
             "OMP_WAIT_POLICY": "PASSIVE",
             "WANDB_MODE": "offline",
         }
-        stack.enter_context(Programs(self.root, address, self.environment))
+        here = {**self.environment, "PYTHONPATH": str(self.root)}
+        stack.enter_context(server(program("python"), address, self.root, here))
+        wait_until_ready(address)
         self._all = commands()
         self._done: dict[str, Outcome] = {}
         self._page = ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.pairs import all_samples, write_pairs
+from tests.programs import run_ranks
 from vdtrain.commands.evaluate import main as evaluate
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import EvaluateConfig, TrainConfig
@@ -148,15 +148,26 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert figures["clip_distance"] == pytest.approx(expected["flows"][flow]["clip_distance"], rel=1e-2)
 
 
+def stop_after_writing(_: None) -> None:
+    """Send this process a SIGTERM when it has kept something for the first time."""
+    write = Parts.write
+
+    def write_and_stop(self: Parts, *given: Any) -> None:
+        write(self, *given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Parts.write = write_and_stop  # type: ignore[method-assign]
+
+
 def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole: dict[str, Any]) -> None:
-    logs = folder / "ranks"
-    logs.mkdir()
-    given = settings(folder, "shared", "flows=[text-to-image,text-to-text]")
-    command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py"), str(logs), "2", *given]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)
-    first, second = ((logs / f"{rank}.log").read_text() for rank in (0, 1))
-    assert json.loads((logs / "statuses.json").read_text()) == [[75, 75], [0, 0]], first + second
+    given = ["vdtrain", "evaluate", *settings(folder, "shared", "flows=[text-to-image,text-to-text]")]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    stopped = ["-m", "tests.programs.after", f"{__name__}:stop_after_writing", "null", *given]
+    ending = run_ranks([stopped] * 2, logs, 300)
+    assert ending.statuses == [75, 75], ending
+    ending = run_ranks([["-m", *given]] * 2, logs, 300)
+    assert ending.statuses == [0, 0], ending
+    first, second = ending.logs
     found = metrics(folder, "shared")
     assert {flow: whole["flows"][flow] for flow in found["flows"]} == found["flows"]
     # Rank 0 reports its own share, parts 0 and 2 of 3; the other one prints nothing.

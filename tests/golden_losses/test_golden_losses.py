@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.golden_losses.record import STAGES, STEPS, read
+from tests.programs import program
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 
@@ -20,7 +20,7 @@ TOLERANCE = 3e-4
 
 
 def test_losses_are_those_recorded(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.golden_losses.record", str(tmp_path)]
+    command = [program("python"), "-m", "tests.golden_losses.record", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import arguments, fresh, tiny
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from miniature.corpus import scene_facts
 from miniature.shapes import COLOURS, SHAPES
+from tests.models.tiny import arguments, fresh, tiny
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import WeightsError, shared_loading
 from vdtrain.models.tokenizers import ClipTokenizer, released_tokenizer

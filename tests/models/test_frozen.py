@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fresh, normal, tiny
 from torch import Tensor, nn
 
+from tests.models.tiny import fresh, normal, tiny
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.flows import Flow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import arguments, fresh, image_accuracy, normal, tiny
 
+from tests.models.tiny import arguments, fresh, image_accuracy, normal, tiny
 from vdtrain.models.frozen_weights import ASSETS, WeightsError
 from vdtrain.models.image_vae import ImageVAE
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import arguments, caption_accuracy, fresh, normal, tiny
 
+from tests.models.tiny import arguments, caption_accuracy, fresh, normal, tiny
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.optimus import Optimus
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, reason_to_skip
+
+from tests.slurm.cluster import Cluster, reason_to_skip
 
 ROOT = Path(__file__).parents[2]
 

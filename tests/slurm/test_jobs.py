@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
 
 from tests.documents.commands import of_page
 from tests.pairs import write_pairs
+from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")

@@ -1,8 +1,11 @@
-"""One process of a test that runs on several: `python ranks.py MODULE FUNCTION FOLDER`, started by `run_on_ranks`."""
+"""One process of a test that runs on several: `python -m tests.training.ranks MODULE FUNCTION FOLDER`.
+
+Started by the fixture `run_on_ranks`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -17,7 +20,7 @@ from vdtrain.run import distributed
 TIMEOUT_SECONDS = 60.0
 
 
-def main(module_path: Path, function: str, folder: Path) -> None:
+def main(module: str, function: str, folder: Path) -> None:
     torch.set_num_threads(1)
     # NCCL wants a GPU to each process.
     kind = "cuda" if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]) else "cpu"
@@ -28,12 +31,7 @@ def main(module_path: Path, function: str, folder: Path) -> None:
         answer.write_text(json.dumps({"results": results}))
 
     try:
-        spec = importlib.util.spec_from_file_location(module_path.stem, module_path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        getattr(module, function)(folder, report)
+        getattr(importlib.import_module(module), function)(folder, report)
     except BaseException:
         traceback.print_exc()
         answer.write_text(json.dumps({"failure": traceback.format_exc()}))
@@ -45,6 +43,4 @@ def main(module_path: Path, function: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Test modules import their helpers by name.
-    sys.path.insert(0, str(Path(__file__).parent))
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from read_back import read_weights
-from test_checkpoints import Run, build, trained_part
-from toy import RunOnRanks, same_bits
 
+from tests.training.read_back import read_weights
+from tests.training.test_checkpoints import Run, build, trained_part
+from tests.training.toy import RunOnRanks, same_bits
 from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.checkpoint.store import CheckpointStore, latest

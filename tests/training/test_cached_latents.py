@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forks import Case, run_cases
-
 from data_pipeline.__main__ import main
 from tests.pairs import write_pairs
 from tests.tiny_runs import HIGH, LOW, overrides
+from tests.training.forks import Case, run_cases
 from vdtrain.run.tracking import read_metrics
 
 # Of a loss; a latent is rounded by 2^-11 of itself at most, and Adam's first steps are the same for any small change.

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from read_back import read_trainer_state, read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import (
+
+from tests.training.read_back import read_trainer_state, read_weights
+from tests.training.toy import (
     RunOnRanks,
     Toy,
     difference,
@@ -27,7 +28,6 @@ from toy import (
     toy_groups,
     train_step,
 )
-
 from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Case, Ending, run_cases
 from safetensors.torch import load_file, save_file
 
 from tests.pairs import write_pairs
 from tests.tiny_runs import BATCH, HIGH, LOW, STAGES, STEPS, TinyRuns, overrides
+from tests.training.forks import Case, Ending, run_cases
 from vdtrain.checkpoint.folder import CHECKPOINTS, INDEX_FILE, index_checksum, latest_by_sizes
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import (
+
+from tests.training.toy import (
     CHANGING_FLOWS,
     FLOWS,
     RunOnRanks,
@@ -21,7 +22,6 @@ from toy import (
     toy_groups,
     train_step,
 )
-
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.run import distributed
 

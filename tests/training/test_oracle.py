@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from toy import (
+
+from tests.training.toy import (
     CHANGING_FLOWS,
     FLOWS,
     RunOnRanks,
@@ -27,7 +28,6 @@ from toy import (
     toy_groups,
     train_step,
 )
-
 from vdtrain.engine.engine import Engine
 from vdtrain.engine.partitions import FIRST_MOMENT
 from vdtrain.run import distributed

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Case, Ending, run_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pairs import write_pairs
+from tests.training.forks import Case, Ending, run_cases
 from vdtrain.checkpoint.format import Index, SliceReader
 from vdtrain.run.tracking import read_metrics
 
@@ -48,7 +48,7 @@ MINIATURE = [
     f"checkpoint.every_steps={EVERY}",
     "checkpoint.keep=2",
     "watchdog_seconds=120",
-    "data.stream._target_=trouble.DrillStream",
+    "data.stream._target_=tests.training.trouble.DrillStream",
 ]
 # Twelve ways to stop, four to a stage; the seed draws their order, their steps and the rank that each befalls.
 WAYS = [

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import (
+
+from tests.training.toy import (
     FLOWS,
     RunOnRanks,
     Toy,
@@ -25,7 +26,6 @@ from toy import (
     toy_groups,
     train_step,
 )
-
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed

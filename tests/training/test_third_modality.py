@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from read_back import read_weights
 from torch import Tensor
 
+from tests.training.read_back import read_weights
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import ConfigError, compose, to_object

@@ -4,11 +4,11 @@ import json
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import program
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.run.reporting import log_line
 from vdtrain.run.tracking import METRICS_FILE, Tracker, last_metrics, read_metrics
@@ -102,7 +102,7 @@ def test_a_run_outlives_wandbs_process(tmp_path: Path) -> None:
     """In a process of its own, for W&B keeps its process for as long as that of the run."""
     # Where W&B's process of this one listens is among them.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-c", WITHOUT_WANDB, tmp_path]
+    command = [program("python"), "-c", WITHOUT_WANDB, tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from read_back import read_trainer_state, read_weights
 from safetensors.torch import load_file, save_file
-from toy import gather
 
+from tests.programs import program
+from tests.training.read_back import read_trainer_state, read_weights
+from tests.training.toy import gather
 from vdtrain.commands.sample import main as sample
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
@@ -324,7 +324,7 @@ def test_a_trained_checkpoint_samples(
 
 def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], folder: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "demo_report.py"
-    command = [sys.executable, str(script), str(folder / "runs"), "8"]
+    command = [program("python"), str(script), str(folder / "runs"), "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "runs" / "report.json").read_text())

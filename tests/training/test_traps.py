@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import (
+
+from tests.training.toy import (
     FLOWS,
     LEARNING_RATE,
     RunOnRanks,
@@ -29,7 +30,6 @@ from toy import (
     toy_groups,
     train_step,
 )
-
 from vdtrain.engine import strategies as engine_zero
 from vdtrain.engine.deepspeed import deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport

@@ -16,10 +16,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from forks import Case, Ending, run_cases
-from wandb_server import WandbServer
 
 from tests.pairs import write_pairs
+from tests.programs import program
+from tests.training.forks import Case, Ending, run_cases
+from tests.training.wandb_server import WandbServer
 from vdtrain.checkpoint.folder import checkpoint_name
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.config.compose import compose
@@ -43,7 +44,7 @@ MINIATURE = [
     "log_every_steps=1",
     f"checkpoint.every_steps={EVERY}",
     "watchdog_seconds=60",
-    "data.stream._target_=trouble.DrillStream",
+    "data.stream._target_=tests.training.trouble.DrillStream",
 ]
 
 
@@ -294,12 +295,12 @@ def test_the_end_of_a_run_does_not_wait_for_wandb(
 def test_nobody_is_asked_for_a_key(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal W&B would ask, and all processes wait for the answer."""
     monkeypatch.delenv("WANDB_API_KEY")
-    code = "import sys, test_wandb; print(test_wandb.started(test_wandb.Path(sys.argv[1]), 'online', 0, 1))"
+    code = (
+        "import sys; from tests.training import test_wandb as w; print(w.started(w.Path(sys.argv[1]), 'online', 0, 1))"
+    )
     ours, theirs = pty.openpty()
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     done = subprocess.run(
-        [sys.executable, "-c", code, here],
-        env={**os.environ, "PYTHONPATH": paths},
+        [program("python"), "-c", code, here],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

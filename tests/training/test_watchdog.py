@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import Case, Ending, run_cases
 
 from tests.pairs import write_pairs
+from tests.training.forks import Case, Ending, run_cases
 from vdtrain.run.tracking import read_metrics
 from vdtrain.run.watchdog import EXIT_STATUS, Watchdog
 
@@ -24,7 +24,7 @@ MINIATURE = [
     "stage.global_batch_size=2",
     "hardware.micro_batch_size={32:1,64:1}",
     "stage.phases=[{resolution:32,samples:20}]",
-    "data.stream._target_=trouble.DrillStream",
+    "data.stream._target_=tests.training.trouble.DrillStream",
     "log_every_steps=1",
     "checkpoint.every_steps=2",
 ]

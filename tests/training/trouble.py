@@ -18,12 +18,12 @@ from vdtrain.data.stream import PairStream, StreamError
 
 SMALL_DISK_BYTES = 100_000
 
-# Set by `prepare` in a process that forks for one case.
+# Set by `prepare` in the process of one case.
 plan: dict[str, Any] = {}
 counts = {"open": 0, "batch": 0, "write": 0, "publish": 0}
 
 
-def prepare(rank: int, trouble: dict[str, Any]) -> None:
+def prepare(trouble: dict[str, Any]) -> None:
     """Let `trouble` befall its rank.
 
     Args:
@@ -32,7 +32,7 @@ def prepare(rank: int, trouble: dict[str, Any]) -> None:
             middle of a file) or publish (between the renames); number: how many of these pass before. Or when: place;
             number: of a batch in its phase.
     """
-    if rank == trouble["rank"]:
+    if int(os.environ["RANK"]) == trouble["rank"]:
         plan.update(trouble)
         checkpoints.write_tensors = _writing(checkpoints.write_tensors)
         checkpoints.write_text = _publishing(checkpoints.write_text)

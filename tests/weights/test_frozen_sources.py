@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from published_weights import compvis_vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,9 +21,6 @@ from vdtrain.cli import main
 from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
 from vdtrain.weights.versatile_diffusion import to_released
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from published_weights import compvis_vae
 
 HEAD, WORDS = "decoder.lm_head.weight", "decoder.transformer.wte.weight"
 

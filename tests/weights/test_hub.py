@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.programs import program
 from tests.weights.test_frozen_sources import settings
 from tests.weights.test_tokenizer_files import asset
 from vdtrain.models.frozen_weights import ASSETS, WeightsError
@@ -105,7 +105,7 @@ def run(endpoint: str, folder: Path, addresses: list[str], *command: str, **more
     """Lines of standard output, from a process whose client talks to `endpoint`."""
     own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", **more}
     environment = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")} | own
-    arguments = [sys.executable, "-c", SCRIPT, str(len(addresses)), *addresses, *command]
+    arguments = [program("python"), "-c", SCRIPT, str(len(addresses)), *addresses, *command]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tests.pairs import write_pairs
 from tests.tiny_runs import overrides
+from tests.training.forks import Case, run_cases
 from tests.weights.published import compvis_unet, compvis_whole, diffusers_unet, expected_start, write_diffusers
 from tests.weights.small import same
 from tests.weights.test_frozen_sources import clip, compvis, image_vae
@@ -24,9 +24,6 @@ from vdtrain.cli import main
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.layouts import ema_name
 from vdtrain.weights.stable_diffusion import UNET_PREFIX
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from forks import Case, run_cases
 
 
 def imported(source: Path, output: Path) -> int:
