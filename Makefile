@@ -4,10 +4,10 @@ SCRIPTS := $(wildcard examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 SYNC := $(UV) sync --locked --quiet --inexact --all-extras
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo rehearsal test lint shellcheck golden frozen help
+.PHONY: demo rehearsal test test-slow lint shellcheck golden frozen help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: .venv/.complete  ## the whole curriculum in miniature (DEMO_LENGTH=long for an hour's training)
 	@$(RUN) bash examples/demo.sh
@@ -15,8 +15,15 @@ demo: .venv/.complete  ## the whole curriculum in miniature (DEMO_LENGTH=long fo
 rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than an hour (docs/rehearsal.md)
 	@$(RUN) python benchmarks/rehearsal.py
 
-test: .venv/.distributed  ## all tests
-	@$(RUN) python -m pytest
+# Two processes, each of which takes whole modules (tests/order.py); JOBS=0 runs all tests in one.
+JOBS := 2
+PYTEST = $(RUN) python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+test: .venv/.distributed  ## the tests, but for those at full size: about ten minutes on two cores (JOBS=N: on N)
+	@$(PYTEST) -m "not slow"
+
+test-slow: .venv/.distributed  ## the others: full size, Spark and Ray, long drills, real starts of every program
+	@$(PYTEST) -m slow
 
 lint: .venv/.complete  ## style, types, shell scripts, length of the pages' sentences
 	@$(RUN) ruff check .

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from tests.pairs import write_pairs
 from tests.programs import Ending
+from tests.settings import TINY, phases
 from tests.training.forks import Case, run_cases
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
@@ -64,13 +65,10 @@ class TinyRuns:
 
 def overrides(folder: Path) -> list[str]:
     return [
-        "model=tiny",
-        "data=shapes",
-        "hardware=cpu",
-        "tracking=none",
+        *TINY,
         f"stage.global_batch_size={BATCH}",
         "hardware.micro_batch_size={32:4,64:2}",
-        f"stage.phases=[{{resolution:32,samples:{LOW * BATCH}}},{{resolution:64,samples:{HIGH * BATCH}}}]",
+        phases(BATCH, (32, LOW), (64, HIGH)),
         "optimizer.warmup_samples=0",
         "log_every_steps=1",
         "checkpoint.every_steps=2",

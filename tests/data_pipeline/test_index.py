@@ -261,7 +261,7 @@ def test_what_cannot_be_indexed_names_the_remedy(tmp_path: Path) -> None:
         index({"drawn": shards}, tmp_path / "manifest")
 
 
-def test_the_verb_ends_with_a_status_of_its_own_after_the_manifest_is_written(
+def test_the_command_ends_with_a_status_of_its_own_after_the_manifest_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = write_shards(tmp_path, range(2))

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import open_clip
@@ -18,6 +12,7 @@ from safetensors.torch import save_file
 
 from miniature.image_set import write_image_set
 from miniature.shapes import Scene, draw
+from tests.hub import Hub
 from tests.pairs import write_pairs
 from tests.weights.published import compvis_whole, write_diffusers
 from tests.weights.small import weights
@@ -101,66 +96,7 @@ def write_data(root: Path, images: Path, port: int) -> None:
     mask.rotate(90).save(root / "left.png")
 
 
-class Server:
-    """Serves `folder`/hub as Hugging Face's hub does, every repository at the commit that is built in, and images."""
-
-    def __init__(self, folder: Path) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder))
-        self.port = int(self._server.server_port)
-
-    def __enter__(self) -> Server:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def _commits() -> dict[str, str]:
+def published_hub(folder: Path) -> Hub:
+    """`folder`/hub, every repository at the commit that is built in, and the images of `folder`/images."""
     matches = [ADDRESS.fullmatch(address) for address in ADDRESSES.values()]
-    return {match[1]: match[3] for match in matches if match}
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def __init__(self, folder: Path, *arguments: object) -> None:
-        self.folder = folder
-        super().__init__(*arguments)  # type: ignore[arg-type]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if path.startswith("/images/") and (file := self.folder / "images" / path[1:]).is_file():
-            return self.answer(200, file.read_bytes(), {"Content-Type": "image/jpeg"})
-        for repository, commit in _commits().items():
-            root = self.folder / "hub" / repository
-            if match := re.fullmatch(rf"/{repository}/resolve/{commit}/(.+)", path):
-                if not (root / match[1]).is_file():
-                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-                content = (root / match[1]).read_bytes()
-                tag = hashlib.sha256(content).hexdigest()
-                return self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
-            files = [str(file.relative_to(root)) for file in sorted(root.rglob("*")) if file.is_file()]
-            if path.startswith(f"/api/models/{repository}/revision/{commit}"):
-                found = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-                return self.answer(200, json.dumps(found).encode(), {})
-            if path.startswith(f"/api/models/{repository}/tree/{commit}"):
-                entries = [
-                    {"type": "file", "path": name, "size": (root / name).stat().st_size, "oid": "0" * 40}
-                    for name in files
-                ]
-                return self.answer(200, json.dumps(entries).encode(), {})
-        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+    return Hub(folder / "hub", {match[1]: match[3] for match in matches if match}, folder / "images")

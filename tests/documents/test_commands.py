@@ -124,7 +124,7 @@ def test_a_command_that_another_test_runs_is_run_there(command: Command) -> None
 
 
 @pytest.mark.parametrize("command", [command for command in SHOWN if command.mention], ids=name)
-def test_a_verb_that_is_named_exists(command: Command) -> None:
+def test_a_command_that_is_named_exists(command: Command) -> None:
     match = re.match(r"(vdtrain|python -m data_pipeline) ([a-z]+)", command.text)
     named = {"vdtrain": CLI_COMMANDS, "python -m data_pipeline": {*DATA_COMMANDS, LATENTS}}
     assert match is None or match[2] in named[match[1]], command

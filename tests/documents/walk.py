@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.documents.checkout import make_checkout
 from tests.documents.commands import PAGES, Command, of_helps, of_page, yaml_of_page
-from tests.documents.published import Server, write_data, write_downloads, write_hub, write_judges
+from tests.documents.published import published_hub, write_data, write_downloads, write_hub, write_judges
 from tests.programs import install, program, server, wait_until_ready
 
 SECONDS = 300
@@ -226,7 +226,7 @@ class Walk:
 
     def __init__(self, folder: Path, address: Path, stack: contextlib.ExitStack) -> None:
         self.folder, self.root = folder, folder / "clone"
-        web = stack.enter_context(Server(folder))
+        web = stack.enter_context(published_hub(folder))
         make_checkout(self.root, web.port)
         write_hub(folder / "hub")
         write_downloads(self.root / "downloads")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import SOCKET, install
+from tests.programs import folder as programs
 from tests.slurm.cluster import Cluster, reason_to_skip
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +49,23 @@ def _own_number(stack: contextlib.ExitStack) -> int:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a fresh clone, so that jobs leave nothing in this one."""
-    folder = tmp_path_factory.mktemp("checkout")
+    """A folder that looks like a fresh clone, so that jobs leave nothing in this one; its programs are forks."""
+    folder = _make_checkout(tmp_path_factory.mktemp("checkout"))
+    install(folder / ".venv" / "bin", programs() / SOCKET)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `checkout`, with the interpreter itself."""
+    folder = _make_checkout(tmp_path_factory.mktemp("installed"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def _make_checkout(folder: Path) -> Path:
     for name in ("slurm", "vdtrain", "data_pipeline", "miniature", "conf", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / ".venv").symlink_to(sys.prefix)
     for kept in ROOT.glob("logs/*/.gitignore"):
         (folder / kept.parent.relative_to(ROOT)).mkdir(parents=True)
         shutil.copy(kept, folder / kept.relative_to(ROOT))

@@ -18,20 +18,19 @@ import pytest
 
 from tests.documents.commands import of_page
 from tests.pairs import write_pairs
+from tests.programs import program as program_of_tests
+from tests.settings import TINY, phases
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 SIZE = ["--nodes=2", "--gpus-per-node=1"]
 STEPS, HOLD = 14, 4
-TINY = [
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+SETTINGS = [
+    *TINY,
     "stage.global_batch_size=4",
     "hardware.micro_batch_size={32:2}",
-    f"stage.phases=[{{resolution:32,samples:{4 * STEPS}}}]",
+    phases(4, (32, STEPS)),
     "log_every_steps=1",
     "checkpoint.every_steps=2",
     "data.stream._target_=tests.slurm.gate.GatedStream",
@@ -73,11 +72,16 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def settings(cluster: Cluster, checkout: Path) -> list[str]:
+def settings(checkout: Path) -> list[str]:
     """Overrides that all jobs have in common."""
+    return prepare(checkout)
+
+
+def prepare(checkout: Path) -> list[str]:
+    """Write data into a checkout; the overrides with which jobs train on them."""
     (checkout / "gate").mkdir()
     write_pairs(checkout / "pairs", shards=4, count=20)
-    return [*TINY, f"data.manifest={checkout}/pairs/manifest", f"+data.stream.gate={checkout}/gate"]
+    return [*SETTINGS, f"data.manifest={checkout}/pairs/manifest", f"+data.stream.gate={checkout}/gate"]
 
 
 def submit(cluster: Cluster, checkout: Path, script: str, *words: str) -> str:
@@ -149,10 +153,13 @@ def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undist
     assert losses == runs.losses(f"runs/{STAGES[2]}")
 
 
-def test_of_two_tasks_of_an_array_with_one_run_folder_one_trains(
-    cluster: Cluster, checkout: Path, settings: list[str]
-) -> None:
-    """On two nodes, which know nothing of each other's processes. The one that trains is stopped, and goes on."""
+@pytest.mark.slow
+def test_of_two_tasks_of_an_array_with_one_run_folder_one_trains(cluster: Cluster, installed: Path) -> None:
+    """On two nodes, which know nothing of each other's processes. The one that trains is stopped, and goes on.
+
+    Every process is a real start of the interpreter.
+    """
+    checkout, settings = installed, prepare(installed)
     own = ["run_dir=runs/array", f"+data.stream.attempts={{{STAGES[0]}:1}}", "stage.init_from=null"]
     size = ["--nodes=1", "--gpus-per-node=1", "--array=0-1", "--partition=low"]
     array = submit(cluster, checkout, "stage1_single_flow.sh", *size, *settings, *own)
@@ -268,7 +275,7 @@ def test_a_job_out_of_the_queues_hands_saves_and_stays_ended(
 def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
     settings = ["data=shapes", "data.root=drawn", "data.shapes.images=60"]
     for command in (["miniature", "draw"], ["data_pipeline", "select"]):
-        cluster.command(sys.executable, "-m", *command, *settings, cwd=checkout)
+        cluster.command(program_of_tests("python"), "-m", *command, *settings, cwd=checkout)
     shared = ["--nodelist=n1", "--cpus-per-task=1", "--mem=1000"]
     serve = f"--wrap={sys.executable} -m miniature serve {' '.join(settings)}"
     server = cluster.command("sbatch", "--parsable", *shared, "--output=/dev/null", serve, cwd=checkout)

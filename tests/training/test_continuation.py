@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import settings
 from tests.pairs import write_pairs
 from tests.tiny_runs import BATCH, HIGH, LOW, STAGES, STEPS, TinyRuns, overrides
 from tests.training.forks import Case, Ending, run_cases
@@ -31,8 +32,7 @@ VAE = "model.modalities.image.vae.weights"
 
 
 def phases(*each: tuple[int, int]) -> str:
-    described = ",".join(f"{{resolution:{side},samples:{steps * BATCH}}}" for side, steps in each)
-    return f"stage.phases=[{described}]"
+    return settings.phases(BATCH, *each)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.pairs import write_pairs
+from tests.settings import TINY, phases
 from vdtrain.checkpoint.format import Index
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.sample import main as sample
@@ -24,14 +25,11 @@ BATCH, LOW, HIGH = 4, 6, 4
 # Half of every phase; the rate rises over 32 samples of a whole run, and so over four steps here.
 SETTINGS = [
     "stage=stage1_single_flow",
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+    *TINY,
     "stage.init_from=null",
     f"stage.global_batch_size={BATCH}",
     "hardware.micro_batch_size={32:4,64:4}",
-    f"stage.phases=[{{resolution:32,samples:{2 * LOW * BATCH}}},{{resolution:64,samples:{2 * HIGH * BATCH}}}]",
+    phases(BATCH, (32, 2 * LOW), (64, 2 * HIGH)),
     "stage.samples_scale=0.5",
     "optimizer.warmup_samples=32",
     "stage.gradient_scales={global:0.1,data:{image:0.5},context:{image:1.0}}",

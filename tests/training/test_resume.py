@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pairs import write_pairs
+from tests.settings import TINY, phases
 from tests.training.forks import Case, Ending, run_cases
 from vdtrain.checkpoint.format import Index, SliceReader
 from vdtrain.run.tracking import read_metrics
@@ -32,13 +33,10 @@ EVERY = 2
 # Of a loss and of a flat buffer, on other numbers of ranks: ten times the most seen, with AVX2 and with AVX-512.
 ROUNDING = 2e-6
 MINIATURE = [
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+    *TINY,
     f"stage.global_batch_size={BATCH}",
     "hardware.micro_batch_size={32:2,64:1}",
-    f"stage.phases=[{{resolution:32,samples:{LOW * BATCH}}},{{resolution:64,samples:{HIGH * BATCH}}}]",
+    phases(BATCH, (32, LOW), (64, HIGH)),
     "optimizer.warmup_samples=20",
     "optimizer.learning_rate_scale=2",
     # About the size of the gradients: a smaller one lets AdamW magnify the rounding of gradients that are nearly zero,

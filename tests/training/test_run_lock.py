@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.pairs import write_pairs
+from tests.settings import phases
 from tests.tiny_runs import BATCH, STAGES, overrides
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.run import lock as run_lock
@@ -264,7 +265,7 @@ time.sleep(60)
 
 
 def command(folder: Path, *own: str) -> list[str]:
-    arguments = [f"stage={STAGES[0]}", *overrides(folder), f"stage.phases=[{{resolution:32,samples:{4000 * BATCH}}}]"]
+    arguments = [f"stage={STAGES[0]}", *overrides(folder), phases(BATCH, (32, 4000))]
     return [str(Path(sys.executable).with_name("vdtrain")), "train", *arguments, f"run_dir={folder}/run", *own]
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.settings import phases
 from tests.training.read_back import read_weights
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
@@ -60,9 +61,8 @@ CAPTIONS = ["a red circle", "a cyan star"]
 
 
 def settings(folder: Path, stage: str, steps: int, *overrides: str) -> list[str]:
-    phases = f"stage.phases=[{{resolution:32,samples:{steps * BATCH}}}]"
     places = [f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
-    return [*SETTINGS, f"stage={stage}", phases, *places, *overrides]
+    return [*SETTINGS, f"stage={stage}", phases(BATCH, (32, steps)), *places, *overrides]
 
 
 def make_trainer(*arguments: Any) -> Trainer:

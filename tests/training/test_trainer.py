@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests import settings
 from tests.programs import program
 from tests.training.read_back import read_trainer_state, read_weights
 from tests.training.toy import gather
@@ -37,10 +38,7 @@ GRADIENT_BOUND = 1e-6
 # The same of a group's movement, and the rounding of each weight: 1e-8, where the global layers move by 5e-5.
 MOVEMENT_BOUND = 1e-4
 MINIATURE = [
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+    *settings.TINY,
     f"stage.global_batch_size={BATCH}",
     "hardware.micro_batch_size={32:4,64:2}",
     "optimizer.warmup_samples=0",
@@ -51,14 +49,12 @@ MINIATURE = [
 
 
 def phases(low: int, high: int) -> str:
-    first, second = ({"resolution": side, "samples": steps * BATCH} for side, steps in ((32, low), (64, high)))
-    kept = [phase for phase in (first, second) if phase["samples"]]
-    return f"stage.phases={json.dumps(kept)}".replace('"', "")
+    return settings.phases(BATCH, (32, low), (64, high))
 
 
 def make_trainer(folder: Path, stage: str, *overrides: str) -> Trainer:
-    settings = [*MINIATURE, f"stage={stage}", f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
-    document = compose("train", [*settings, *overrides])
+    common = [*MINIATURE, f"stage={stage}", f"data.manifest={folder}/data/manifest", f"runs_dir={folder}/runs"]
+    document = compose("train", [*common, *overrides])
     config = to_object(document, TrainConfig)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     place = distributed.RankInfo(distributed.rank(), distributed.rank(), distributed.world_size(), torch.device("cpu"))

@@ -19,6 +19,7 @@ import pytest
 
 from tests.pairs import write_pairs
 from tests.programs import program
+from tests.settings import phases
 from tests.training.forks import Case, Ending, run_cases
 from tests.training.wandb_server import WandbServer
 from vdtrain.checkpoint.folder import checkpoint_name
@@ -40,7 +41,7 @@ MINIATURE = [
     "stage.init_from=null",
     f"stage.global_batch_size={BATCH}",
     "hardware.micro_batch_size={32:2}",
-    f"stage.phases=[{{resolution:32,samples:{STEPS * BATCH}}}]",
+    phases(BATCH, (32, STEPS)),
     "log_every_steps=1",
     f"checkpoint.every_steps={EVERY}",
     "watchdog_seconds=60",

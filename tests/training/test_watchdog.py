@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.pairs import write_pairs
+from tests.settings import TINY, phases
 from tests.training.forks import Case, Ending, run_cases
 from vdtrain.run.tracking import read_metrics
 from vdtrain.run.watchdog import EXIT_STATUS, Watchdog
 
 MINIATURE = [
     "stage=stage1_single_flow",
-    "model=tiny",
-    "data=shapes",
-    "hardware=cpu",
-    "tracking=none",
+    *TINY,
     "stage.init_from=null",
     "stage.global_batch_size=2",
     "hardware.micro_batch_size={32:1,64:1}",
-    "stage.phases=[{resolution:32,samples:20}]",
+    phases(2, (32, 10)),
     "data.stream._target_=tests.training.trouble.DrillStream",
     "log_every_steps=1",
     "checkpoint.every_steps=2",

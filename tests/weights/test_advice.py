@@ -95,7 +95,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("command", ["sample", "weights export safetensors out"])
-def test_every_verb_that_reads_weights_says_it(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_every_command_that_reads_weights_says_it(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     file = vd_2023(tmp_path)
     more = ["flow=text-to-image", "inputs=[a]", "output_dir=out"] if command == "sample" else []

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.hub import Hub
 from tests.programs import program
 from tests.weights.test_frozen_sources import settings
 from tests.weights.test_tokenizer_files import asset
@@ -33,54 +29,15 @@ FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The resolve and tree endpoints of one repository, org/repo at COMMIT."""
-
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.server.asked.append(f"{self.command} {self.path}")  # type: ignore[attr-defined]
-        path = self.path.split("?")[0]
-        if match := re.fullmatch(rf"/org/repo/resolve/{COMMIT}/(.+)", path):
-            content = FILES.get(match[1])
-            if content is None:
-                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            return self.answer(200, content, headers)
-        if path.startswith(f"/api/models/org/repo/revision/{COMMIT}"):
-            siblings = [{"rfilename": name} for name in FILES]
-            return self.answer(200, json.dumps({"id": "org/repo", "sha": COMMIT, "siblings": siblings}).encode())
-        if path.startswith(f"/api/models/org/repo/tree/{COMMIT}"):
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in FILES.items()
-            ]
-            return self.answer(200, json.dumps(entries).encode())
-        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """One repository, org/repo at COMMIT."""
+    for name, content in FILES.items():
+        file = tmp_path / "hub" / "org/repo" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    with Hub(tmp_path / "hub", {"org/repo": COMMIT}) as running:
+        yield running
 
 
 # Fetches each address in turn, then imports one by the command: a line of standard output each.
@@ -111,13 +68,13 @@ def run(endpoint: str, folder: Path, addresses: list[str], *command: str, **more
     return done.stdout.splitlines()
 
 
-def test_the_real_client(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_the_real_client(hub: Hub, tmp_path: Path) -> None:
     folder, file, absent, other, empty, text = (
         f"hf:org/{name}@{COMMIT}"
         for name in ("repo/clip", "repo/tokenizer.json", "repo/absent.safetensors", "other", "repo/none", "repo/words")
     )
     command = ["weights", "import", "clip", folder, *settings(tmp_path)]
-    lines = run(f"http://127.0.0.1:{hub.server_port}", tmp_path, [folder, file, absent, other, empty], *command)
+    lines = run(hub.address, tmp_path, [folder, file, absent, other, empty], *command)
     assert (Path(lines[0]) / "model.safetensors").read_bytes() == CLIP
     assert sorted(path.name for path in Path(lines[0]).iterdir()) == ["config.json", "model.safetensors"]
     assert Path(lines[1]).read_bytes() == FILES["tokenizer.json"]
