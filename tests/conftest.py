@@ -33,6 +33,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that forks for the tests: one for all workers of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(programs.session())
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
     """End the summary with a line for each reason to skip tests: where they are, and how many."""

@@ -68,7 +68,7 @@ def endings(data: Path) -> dict[str, Ending]:
     folders = {name: data / name for name in ("alone", "killed", "shared")}
     cases = {
         "alone": Case(1, overrides(data, folders["alone"]), folders["alone"]),
-        # In the second shard, whose first batch is in the draft.
+        # In the second shard.
         "killed": Case(1, overrides(data, folders["killed"]), folders["killed"], kill_at=BATCHES + 2),
         "resumed": Case(1, overrides(data, folders["killed"]), folders["killed"]),
         "again": Case(1, overrides(data, folders["killed"]), folders["killed"]),

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.pairs import all_samples, write_pairs
 from tests.programs import run_ranks
+from vdtrain import progress
 from vdtrain.commands.evaluate import main as evaluate
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import EvaluateConfig, TrainConfig
@@ -148,6 +149,11 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert figures["clip_distance"] == pytest.approx(expected["flows"][flow]["clip_distance"], rel=1e-2)
 
 
+def report_at_once(_: None) -> None:
+    """Report progress after every batch."""
+    progress.QUIET_SECONDS = progress.LINE_SECONDS = 0.0
+
+
 def stop_after_writing(_: None) -> None:
     """Send this process a SIGTERM when it has kept something for the first time."""
     write = Parts.write
@@ -162,10 +168,10 @@ def stop_after_writing(_: None) -> None:
 def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole: dict[str, Any]) -> None:
     given = ["vdtrain", "evaluate", *settings(folder, "shared", "flows=[text-to-image,text-to-text]")]
     logs = [folder / f"{rank}.log" for rank in range(2)]
-    stopped = ["-m", "tests.programs.after", f"{__name__}:stop_after_writing", "null", *given]
-    ending = run_ranks([stopped] * 2, logs, 300)
+    after = ["-m", "tests.programs.after"]
+    ending = run_ranks([[*after, f"{__name__}:stop_after_writing", "null", *given]] * 2, logs, 300)
     assert ending.statuses == [75, 75], ending
-    ending = run_ranks([["-m", *given]] * 2, logs, 300)
+    ending = run_ranks([[*after, f"{__name__}:report_at_once", "null", *given]] * 2, logs, 300)
     assert ending.statuses == [0, 0], ending
     first, second = ending.logs
     found = metrics(folder, "shared")

@@ -69,7 +69,7 @@ OWN = (
     "vdtrain.run.restarts",
     "vdtrain.run.session",
     "vdtrain.training.start",
-    "vdtrain.weights.diffusers_frozen",
+    "vdtrain.weights.diffusers_folder",
     "vdtrain.weights.exports",
     "vdtrain.weights.imports",
 )
