@@ -54,14 +54,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
         terminalreporter.write_line(f"not proven here: {os.path.commonpath(files)} ({reason}) - {tests}")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Start the process that forks for the tests: one for all workers of pytest-xdist."""
-    if not hasattr(config, "workerinput"):
-        stack = contextlib.ExitStack()
-        config.add_cleanup(stack.close)
-        stack.enter_context(programs.session())
-
-
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     """Runs to look at; a test that changes one copies it first."""
