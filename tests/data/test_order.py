@@ -75,9 +75,11 @@ def test_every_sample_comes_once_per_epoch_though_the_run_stops_and_goes_on_with
     for epoch in range(3):
         own = places[slice(epoch * total, (epoch + 1) * total)]
         assert sorted(zip(own.shard.tolist(), own.sample.tolist(), strict=True)) == everything
-    flat = [pair for batch in whole for pair in batch]
     columns = _columns(order_of([sizes], None, **made), batches * size)
-    assert flat == list(zip(*(column.tolist() for column in columns), strict=True))
+    by_position = list(zip(*(column.tolist() for column in columns), strict=True))
+    for number, batch in enumerate(whole):
+        # A batch holds its own positions, sorted by lane.
+        assert sorted(batch) == sorted(by_position[number * size : (number + 1) * size])
 
 
 def _columns(order: Order, positions: int) -> tuple[Any, Any]:
