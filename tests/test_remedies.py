@@ -154,7 +154,7 @@ def test_a_folder_of_another_user_asks_for_access(world: World) -> None:
 def test_another_place_and_a_shorter_name_are_remedies(world: World) -> None:
     status, said = world.type(*with_output("shapes", "FOLDER/" + "n" * 300))
     assert status == 2
-    assert "too long for the name of a file or folder; give another one" in one_line(said)
+    assert "too long for the name of a file or folder; give a shorter one" in one_line(said)
     # A name that is short enough itself, and not with what is added while it is written.
     words = ["vdtrain", "weights", "export", "safetensors", "checkpoint=FOLDER/model"]
     status, said = world.type(*words[:4], "FOLDER/" + "n" * 250, *words[4:])

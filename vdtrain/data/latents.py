@@ -238,7 +238,7 @@ class LatentShards:
         self._folder, self._manifest = LatentFolder(folder, resolution), manifest
         min_side = resolution if min_side is None else min_side
         description = self._folder.description()
-        command = f"make them with `{COMMAND} data.latent_cache.resolutions=[{resolution}]`"
+        command = f"make them with `python -m data_pipeline latents data.latent_cache.resolutions=[{resolution}]`"
         if description is None:
             raise ManifestError(f"{self._folder.setting}: no latents of resolution {resolution}; {command}")
         if vae is not None and description.vae != vae:
