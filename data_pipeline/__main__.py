@@ -26,7 +26,8 @@ Prepare the data that training streams.
 Commands:
 {commands}
 
-`vdtrain data COMMAND --help` lists the settings of a command. An interrupted command continues if it is run again.
+`vdtrain data COMMAND --help` lists the settings of a command. Run an interrupted command again: it continues, except
+that select starts from the beginning.
 
 Examples:
   python -m data_pipeline select data.select.filters.similarity_min=0.28

@@ -62,7 +62,7 @@ def is_transient(message: str) -> bool:
     return reason(message)[1]
 
 
-class Tally:
+class DownloadStats:
     """Counts images by reason; success is one of them."""
 
     def __init__(self, messages: Mapping[str, int] | None = None) -> None:
@@ -73,7 +73,7 @@ class Tally:
             self.reasons[name] += count
             self.transient += count * transient
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: DownloadStats) -> None:
         self.reasons.update(other.reasons)
         self.transient += other.transient
 
@@ -82,7 +82,7 @@ class Tally:
         return {"reasons": self.reasons, "transient": self.transient}
 
     @classmethod
-    def load(cls, document: Mapping[str, Any]) -> Tally:
+    def load(cls, document: Mapping[str, Any]) -> DownloadStats:
         """Inverse of `dump`."""
         tally = cls()
         tally.reasons.update(document["reasons"])

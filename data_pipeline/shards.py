@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data_pipeline.failures import Tally
+from data_pipeline.failures import DownloadStats
 
 STATISTICS = "_stats.json"
 BEFORE = ".before"
@@ -24,9 +24,9 @@ def begun(folder: Path) -> bool:
     return any(folder.glob(f"*{STATISTICS}*"))
 
 
-def tally(statistics: Path) -> Tally:
+def tally(statistics: Path) -> DownloadStats:
     """Images of a shard by reason."""
-    return Tally(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
+    return DownloadStats(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
 
 
 def problem(statistics: Path) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_pipeline import shards
 from data_pipeline.download.part import PartRun
 from data_pipeline.download.plan import DownloadError, Part, Record
-from data_pipeline.failures import Tally
+from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
@@ -43,12 +43,12 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     check(config)
     parts = own_parts(sources, config)
     check_environment(config)
-    tallies: dict[str, Tally] = {name: Tally() for name in parts}
+    tallies: dict[str, DownloadStats] = {name: DownloadStats() for name in parts}
     counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
     images = sum(part.rows for waiting in parts.values() for part in waiting)
     with Progress("download", images, "images") as progress:
         for step, running in enumerate(_steps(parts, config, allow_loopback, tallies)):
-            total = Tally()
+            total = DownloadStats()
             for tally in (*tallies.values(), *(run.tally for run in running)):
                 total.add(tally)
             if step == 0:
@@ -132,7 +132,10 @@ def own_parts(sources: Mapping[str, SourceConfig], config: DownloadConfig) -> di
 
 
 def _steps(
-    parts: Mapping[str, Sequence[Part]], config: DownloadConfig, allow_loopback: bool, tallies: Mapping[str, Tally]
+    parts: Mapping[str, Sequence[Part]],
+    config: DownloadConfig,
+    allow_loopback: bool,
+    tallies: Mapping[str, DownloadStats],
 ) -> Iterator[Sequence[PartRun]]:
     """Work through the parts, one of each source at a time; yields the current runs at every poll.
 
@@ -163,7 +166,7 @@ def _steps(
             run.close()
 
 
-def _outcome(part: Part, config: DownloadConfig) -> Tally | None:
+def _outcome(part: Part, config: DownloadConfig) -> DownloadStats | None:
     """The tally of a part that is done, or None if shards are missing or due for a retry."""
     if not shards.finished(part.folder):
         return None

@@ -13,7 +13,7 @@ from data_pipeline import shards
 from data_pipeline.download import supervisor
 from data_pipeline.download.command import img2dataset_command, img2dataset_environment
 from data_pipeline.download.plan import DownloadError, Part, Record, locked
-from data_pipeline.failures import DNS, SUCCESS, Tally
+from data_pipeline.failures import DNS, SUCCESS, DownloadStats
 from vdtrain.config.data_schema import DownloadConfig
 
 STALL_TIMEOUTS = 60  # restart a part whose shards have not grown for so many image timeouts
@@ -37,7 +37,7 @@ class PartRun:
         """
         self.part, self._config, self._allow_loopback = part, config, allow_loopback
         self._process: subprocess.Popen[bytes] | None = None
-        self.tallies: dict[Path, Tally] = {}
+        self.tallies: dict[Path, DownloadStats] = {}
         self._grown, self._size = 0.0, 0
         self._before = self._fruitless = 0
         self._stack = ExitStack()
@@ -61,9 +61,9 @@ class PartRun:
         self._stack.close()
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> DownloadStats:
         """Sum over all complete shards."""
-        total = Tally()
+        total = DownloadStats()
         for each in self.tallies.values():
             total.add(each)
         return total

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline import shards
-from data_pipeline.failures import Tally
+from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import footer_hash
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
@@ -55,7 +55,7 @@ class Record:
     Attributes:
         rounds: how often low shards have been retried.
         outcome: over all shards, once they are complete.
-        lowest: smallest settled share of a shard (`Tally.settled_share`).
+        lowest: smallest settled share of a shard (`DownloadStats.settled_share`).
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:
@@ -66,7 +66,7 @@ class Record:
         """
         self.file = part.beside(".plan.json")
         self.rounds = 0
-        self.outcome: Tally | None = None
+        self.outcome: DownloadStats | None = None
         self.lowest = 1.0
         # img2dataset numbers shards by row: a changed plan would mix two sets under the same numbers.
         self.plan: dict[str, Any] = {setting: getattr(config, setting) for setting in PLAN_SETTINGS}
@@ -98,7 +98,7 @@ class Record:
             return
         self.rounds, outcome = earlier["rounds"], earlier["outcome"]
         if outcome and len(shards.finished(part.folder)) == part.planned:
-            self.outcome, self.lowest = Tally.load(outcome), earlier["lowest"]
+            self.outcome, self.lowest = DownloadStats.load(outcome), earlier["lowest"]
 
     def another_round(self) -> None:
         """Record that low shards are retried."""
@@ -106,9 +106,9 @@ class Record:
         self.outcome = None
         self._write()
 
-    def finish(self, tallies: Iterable[Tally]) -> None:
+    def finish(self, tallies: Iterable[DownloadStats]) -> None:
         """Record the outcome of the part's shards."""
-        self.outcome = Tally()
+        self.outcome = DownloadStats()
         for each in tallies:
             self.outcome.add(each)
             self.lowest = min(self.lowest, each.settled_share)

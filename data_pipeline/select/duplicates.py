@@ -19,12 +19,11 @@ FILE_BITS = 40
 MEGABYTES_PER_PROCESS = 300
 BATCH_ROWS = 1 << 17
 
-# MD5's lower 64 bits tell URLs and images apart, in a tenth of their memory.
+# Hashes of 64 bits tell URLs and images apart, in a tenth of their memory.
 ROWS = f"""
-SELECT (file_index::BIGINT + {{first}} << {FILE_BITS}) + file_row_number AS row,
-    md5_number_lower(url) AS url, {{image}} AS image
+SELECT ((file_index::BIGINT + {{first}}) << {FILE_BITS}) + file_row_number AS row, hash(url) AS url, {{image}} AS image
 FROM read_parquet(?, file_row_number = true)"""
-IMAGE = "md5_number_lower(nullif(lower({}), ''))"
+IMAGE = "CASE WHEN {0} <> '' THEN hash(lower({0})) END"
 BY_URL = {
     "keep": "SELECT row, image FROM ({})",
     "drop": "SELECT min(row) AS row, arg_min_null(image, row) AS image FROM ({}) GROUP BY url",

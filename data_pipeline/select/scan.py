@@ -71,6 +71,7 @@ def scan(task: Scan) -> RowCounts:
             counts.add(RowCounts(len(batch), len(result.rows), result.dropped, result.unscored))
             if len(result.rows):
                 writer.write_table(_pairs(task, batch, result, schema))
+    pa.default_memory_pool().release_unused()  # which this process would keep while duplicates are found
     return counts
 
 

@@ -37,6 +37,7 @@ from data_pipeline.select.sources import Source, open_sources, schema_of
 from data_pipeline.workers import Run, workers
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
+from vdtrain.config.fields import check_values
 
 BATCH_ROWS = 1 << 16
 
@@ -68,6 +69,7 @@ def select(data: DataConfig, batch_rows: int = BATCH_ROWS) -> dict[str, Selectio
 
 
 def _check(data: DataConfig) -> None:
+    check_values(data.select, "data.select.")
     check_filters(data.select.filters)
     rows, samples = data.select.rows_per_part, data.download.samples_per_shard
     if rows % samples:

@@ -1,7 +1,7 @@
-"""Which URLs may be fetched: strangers wrote them, and they must not reach into one's own network.
+"""Which URLs may be fetched. Strangers wrote them, so they must not reach into the user's own network.
 
-A name can still lead to an inner address, and only whoever connects can see that: the download asks `address_problem`
-about the address that it found.
+A name can still resolve to a private address. Only the program that connects sees it, so the download checks every
+address by `address_problem`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _NUMERIC = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
-# URLs of the plainest form, which nearly all are, and host names among them that need a second look; RE2's syntax.
+# Nearly all URLs have this plain form. Host names of the second pattern need `url_problem` all the same. Syntax of RE2.
 _PLAIN = r"^(?i:https?)://(?:[A-Za-z0-9_-]+\.)+[A-Za-z]{2,}(?::[0-9]{1,4})?(?:[/?#][!-\[\]-~]*)?$"
 _SUSPECT_NAME = rf"^[^/]*//[^/?#]*\.(?i:{'|'.join((*LOOPBACK_NAMES, *PRIVATE_NAMES)).replace('.', '[.]')})(?:[:/?#]|$)"
 
 
 def url_problem(url: str | None, allow_loopback: bool) -> str | None:
-    """Why a URL must not be fetched, or None: only http and https, and no address inside one's own network."""
+    """Why a URL must not be fetched, or None. Only http and https may be fetched, and nothing in private networks."""
     if not url:
         return SCHEME
     if _FORBIDDEN.search(url):
-        # Programs differ in what they take such a URL for.
+        # Programs parse such a URL in different ways.
         return MALFORMED
     try:
         parts = urlsplit(url)
@@ -53,7 +53,7 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
         return SCHEME
     if "@" in parts.netloc:
         return USER_NAME
-    # Full-width digits and the ideographic full stop are ASCII to whoever looks the name up.
+    # Resolvers read full-width digits and the ideographic full stop as ASCII.
     host = re.sub("[\u3002\uff0e\uff61]", ".", unicodedata.normalize("NFKC", host)).lower().removesuffix(".")
     labels = host.split(".")
     if ":" in host or _NUMERIC.fullmatch(labels[-1]):
@@ -62,17 +62,17 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
         return MALFORMED
     if labels[-1] in LOOPBACK_NAMES:
         return None if allow_loopback else LOOPBACK
-    # A name without a dot is looked up in one's own domain.
+    # A name without a dot is looked up in the machine's own domain.
     if len(labels) == 1 or any(host.endswith("." + name) for name in PRIVATE_NAMES):
         return PRIVATE_NAME
     return None
 
 
 def url_problems(urls: pa.Array, allow_loopback: bool) -> tuple[np.ndarray, list[str]]:
-    """`url_problem` of a column of strings, fast where URLs are plain.
+    """`url_problem` of a column of strings. Plain URLs cost little.
 
     Returns:
-        The places of the URLs that must not be fetched, ascending, and the problem of each.
+        The indices of the URLs that must not be fetched, ascending, and the problem of each.
     """
     plain = pc.and_(
         pc.match_substring_regex(urls, _PLAIN), pc.invert(pc.match_substring_regex(urls, _SUSPECT_NAME))
@@ -87,7 +87,7 @@ def address_problem(address: str, allow_loopback: bool) -> str | None:
     """Why no connection may be made to an IP address, or None.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an IP address.
     """
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
@@ -106,7 +106,7 @@ def address_problem(address: str, allow_loopback: bool) -> str | None:
 
 
 def _literal_problem(host: str, allow_loopback: bool) -> str | None:
-    """The problem of a host that is an address; one in octal, hexadecimal or short form is refused as such."""
+    """The problem of a host that is an address. Octal, hexadecimal and short forms are refused."""
     if "%" in host:
         return UNUSUAL_ADDRESS
     try:

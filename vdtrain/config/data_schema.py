@@ -27,7 +27,7 @@ class SourceConfig:
 
 @dataclass
 class FilterConfig:
-    """What a row must be like to be kept. A value at a limit is kept."""
+    """The filters that a row must pass. null disables a limit; limits are inclusive."""
 
     side_min: int | None = setting("shortest side in pixels, by the metadata; null for no limit", least=0)
     area_min: int | None = setting("pixels; null for no limit", least=0)
@@ -66,7 +66,7 @@ class SelectConfig:
 
     processes: int = setting("processes that read metadata", least=1)
     rows_per_part: int = setting("rows of a part, a multiple of download.samples_per_shard", least=1)
-    scratch: FilePath = setting("folder of intermediate results; an interrupted run continues from them")
+    scratch: FilePath = setting("folder of intermediate files, which are removed at the end")
     filters: FilterConfig = field(default_factory=FilterConfig)
     block_lists: BlockListConfig = field(default_factory=BlockListConfig)
 
