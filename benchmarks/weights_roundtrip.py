@@ -102,7 +102,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     result = {
-        "claim": "full-size weights come back bit for bit; no step holds more than 1 GB besides pages of files",
+        "claim": "full-size weights come back bit for bit; imports hold less than 1 GB besides pages of files, exports the whole file",
         "precision": precision,
         "parameters": parameters,
         "file_bytes": published_bytes,

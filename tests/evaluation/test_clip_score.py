@@ -75,7 +75,7 @@ def test_a_clip_of_its_own_scores_as_the_same_one_in_the_model(
     [
         (ClipConfig("ViT-B-32-quickgelu", None, None), "clip.weights: null"),
         (ClipConfig("ViT-B-32-quickgelu", "nowhere.safetensors", None), "clip.weights=nowhere.safetensors: no such"),
-        (ClipConfig(None, WEIGHTS, None), "of a clip.architecture that is null"),
+        (ClipConfig(None, WEIGHTS, None), "need clip.architecture, which is null"),
     ],
 )
 def test_a_clip_that_cannot_be_built_is_one_line(config: ClipConfig, message: str, model: ModelConfig) -> None:
@@ -98,5 +98,5 @@ def test_wrong_weights_and_names_are_one_line(model: ModelConfig) -> None:
 def test_a_model_without_clip_needs_one_named() -> None:
     model = to_object(compose("train", ["model=tiny"]), TrainConfig).model
     model.modalities["image"].context_encoder = {"_target_": "torch.nn.Identity"}
-    with pytest.raises(ConfigError, match=r"context_encoder is no ClipImageContext; name a CLIP"):
+    with pytest.raises(ConfigError, match=r"context_encoder is not a ClipImageContext; name a CLIP"):
         check_clip(OWN, model)

@@ -160,7 +160,7 @@ def test_half_precision_fills_single(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(folder: Path) -> None:
     other = replace(MODEL, diffuser=replace(MODEL.diffuser, heads=2))
-    with pytest.raises(ConfigError, match=r"stage\.init_from=.*heads=4.*and this one has.*heads=2"):
+    with pytest.raises(ConfigError, match=r"stage\.init_from=.*heads=4.*this one has.*heads=2"):
         initial_weights(Start(weights=folder), other)
 
 
