@@ -102,7 +102,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     result = {
-        "claim": "full-size weights come back bit for bit; imports hold less than 1 GB besides pages of files, exports the whole file",
+        "claim": "full-size weights come back bit for bit; an import holds less than 1 GB besides pages of files, "
+        "an export the whole file",
         "precision": precision,
         "parameters": parameters,
         "file_bytes": published_bytes,
