@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -259,7 +260,12 @@ def main() -> None:
         "pandas_over_select_memory": None if peer is None else round(peer["peak_bytes"] / own["peak_bytes"], 1),
         "cpu_hours_for_2.7e9_rows": round(own["cpu_s"] * FULL_SIZE / arguments.rows / 3600, 2),
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "pyarrow": pa.__version__,
+            "numpy": np.__version__,
+            "duckdb": duckdb.__version__,
+        },
     }
     print(json.dumps(result, indent=2))
     (RESULTS / "select_rows.json").write_text(json.dumps(result, indent=2) + "\n")
