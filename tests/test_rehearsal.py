@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import rehearsal
 from rehearsal_road import SIZES, Part, road
@@ -17,13 +19,31 @@ from rehearsal_road import SIZES, Part, road
 from tests.programs import free_port, program
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "rehearsal.py"
+# Where a process of a test finds the rehearsal.
+PATHS = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+
+
+def with_forks() -> int:
+    """The rehearsal, whose commands are this session's programs: torchrun's children are callers of forks."""
+
+    def training_processes(pid: int) -> list[psutil.Process]:
+        ranks = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.cwd() == folder and "RANK" in process.environ() and "-IS" in process.cmdline():
+                    ranks.append(process)
+        return ranks or [psutil.Process(pid)]
+
+    folder = str(Path(sys.argv[sys.argv.index("--folder") + 1]).resolve())
+    rehearsal.training_processes = training_processes
+    return rehearsal.main()
 
 
 def test_the_whole_road_with_the_tiny_model(tmp_path: Path) -> None:
     folder = tmp_path / "rehearsal"
-    command = [program("python"), str(SCRIPT), "--size", "tiny", "--folder", str(folder), "--port", str(free_port())]
-    walked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    code = f"import sys, {__name__} as test; sys.exit(test.with_forks())"
+    command = [program("python"), "-c", code, "--size", "tiny", "--folder", str(folder), "--port", str(free_port())]
+    walked = subprocess.run(command, cwd=tmp_path, env=PATHS, capture_output=True, text=True, timeout=600)
     assert walked.returncode == 0, walked.stderr
     table = (folder / "table.md").read_text()
     parts = [part.name for part in road(SIZES["tiny"], 0)]
@@ -78,7 +98,14 @@ def test_memory_of_a_part_is_that_of_all_its_processes(tmp_path: Path) -> None:
     both = (
         f'import subprocess, sys; child = subprocess.Popen([sys.executable, "-c", """{grow}"""]); {grow}; child.wait()'
     )
-    (record,) = rehearsal.walk([part("grow", both)], tmp_path)
+    # In a process of its own, for this one has children.
+    code = (
+        "import sys; from pathlib import Path; import rehearsal; "
+        "rehearsal.walk([rehearsal.Part('grow', (sys.argv[1],))], Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, *part("grow", both).commands, str(tmp_path)]
+    subprocess.run(command, env=PATHS, check=True, timeout=120)
+    (record,) = json.loads((tmp_path / rehearsal.STATE_FILE).read_text())
     assert 0.2 < record["own_GB"] < 0.3
     assert record["seconds"] > 0.5
 

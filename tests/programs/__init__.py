@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("vdtrain", "python", "torchrun")
 FOLDER_VARIABLE = "VDTRAIN_TEST_PROGRAMS"
 SOCKET, LOG = "socket", "log"
-START_SECONDS = 600.0
+# Until there is a socket; until everything is imported.
+BEGIN_SECONDS, START_SECONDS = 60.0, 600.0
 POLL_SECONDS = 0.02
 
 CALLER = Path(__file__).with_name("caller.py")
@@ -94,7 +95,7 @@ _ready: set[Path] = set()
 def wait_until_ready(address: Path) -> None:
     """Return when the server at `address` forks without delay."""
     log = address.with_name(LOG)
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + BEGIN_SECONDS
     while not address.exists():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(POLL_SECONDS)

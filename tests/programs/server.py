@@ -420,6 +420,7 @@ def _die_of(number: int) -> NoReturn:
 
 if __name__ == "__main__":
     _end_with_parent()
-    # A clone's own, in a server that another one forked.
-    _forget("tests")
+    if Path.cwd() != Path(__file__).parents[2]:
+        # Another one forked this one for a clone, whose own they are.
+        _forget("tests")
     Server(sys.argv[1]).serve()
