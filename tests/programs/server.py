@@ -201,8 +201,7 @@ class Server:
             os.umask(call.umask)
             os.chdir(call.folder)
             self.take_variables(call)
-            random.seed()
-            sys.modules["numpy"].random.seed()
+            _begin_libraries_anew(call.variables)
             status = run(call)
         except BaseException:
             traceback.print_exc()
@@ -214,8 +213,8 @@ class Server:
         os.environ.clear()
         os.environ.update({**self.imported, **call.variables})
         sys.executable = str(Path(call.program).with_name("python"))
-        paths, before = _python_path(call.variables), _python_path(self.variables)
-        sys.path[:] = [*paths, *(path for path in sys.path[1:] if path not in before)]
+        paths = call.variables.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:] = [*(os.path.abspath(path) for path in paths if path), *sys.path[1:]]
         if _of_hub(call.variables) != _of_hub(self.variables):
             _forget(HUB)
         if "PYTHONFAULTHANDLER" in call.variables:
@@ -318,10 +317,6 @@ def _forget(*packages: str) -> None:
         del sys.modules[name]
 
 
-def _python_path(variables: dict[str, str]) -> list[str]:
-    return [os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
-
-
 def _of_hub(variables: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name.startswith(HUB_VARIABLES)}
 
@@ -334,6 +329,15 @@ def _exactly(link: socket.socket, length: int) -> bytes:
             raise ConnectionError("a caller ended amid its call")
         content += part
     return content
+
+
+def _begin_libraries_anew(variables: dict[str, str]) -> None:
+    """Bring about what an import would have: seeds from the system, and as many threads as the variables want."""
+    random.seed()
+    sys.modules["numpy"].random.seed()
+    threads = variables.get("OMP_NUM_THREADS", "")
+    # It is also what makes PyTorch begin its pool of threads anew, which threads of autograd must not do at once.
+    sys.modules["torch"].set_num_threads(int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)))
 
 
 def _end_with_parent() -> None:
