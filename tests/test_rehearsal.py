@@ -39,6 +39,7 @@ def with_forks() -> int:
     return rehearsal.main()
 
 
+@pytest.mark.slow
 def test_the_whole_road_with_the_tiny_model(tmp_path: Path) -> None:
     folder = tmp_path / "rehearsal"
     code = f"import sys, {__name__} as test; sys.exit(test.with_forks())"

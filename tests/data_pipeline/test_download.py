@@ -205,6 +205,7 @@ def test_what_is_done_is_not_done_again(
     selected.write_bytes(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributor", ["pyspark", "ray"])
 def test_other_engines(server: HostileServer, tmp_path: Path, distributor: str) -> None:
     if not available(distributor):
@@ -218,6 +219,7 @@ def test_other_engines(server: HostileServer, tmp_path: Path, distributor: str) 
     assert not running(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_at_three_points(server: HostileServer, tmp_path: Path) -> None:
     """In the first shard, in the second, and a worker alone; on three engines of another environment."""
     python = other_interpreter(tmp_path / "environment", complete=True)

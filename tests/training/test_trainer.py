@@ -318,6 +318,7 @@ def test_a_trained_checkpoint_samples(
     assert f"checkpoint={folder}/nowhere: does not exist" in errors[1]
 
 
+@pytest.mark.slow
 def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], folder: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "demo_report.py"
     command = [program("python"), str(script), str(folder / "runs"), "8"]
