@@ -146,6 +146,6 @@ def test_what_cannot_be_inspected_is_said_in_one_line(tmp_path: Path, capsys: py
     write_shard(tmp_path / "000000.tar", 1, seed=0)
     index({"drawn": tmp_path}, tmp_path / "it's 1")
     assert main(["inspect", str(tmp_path / "it's 1"), "data=shapes", "data.inspect.pixels=8"]) == 2
-    assert "pixels=8 32 or more" in capsys.readouterr().err
+    assert "data.inspect.pixels=8: must be at least 32" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "it's 1"), "data=shapes"]) == 0
     assert main(["inspect", "--cfg", "job"]) == 0
