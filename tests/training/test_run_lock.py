@@ -37,7 +37,7 @@ def _outside_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("BEAT", 0.1), ("STALE", 1.0), ("POLL", 0.1), ("SETTLE", 0.2)):
+    for name, seconds in (("HEARTBEAT", 0.1), ("STALE", 1.0), ("POLL", 0.1), ("SETTLE", 0.2)):
         monkeypatch.setattr(run_lock, f"{name}_SECONDS", seconds)
 
 
