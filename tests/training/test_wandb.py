@@ -206,11 +206,11 @@ def _folder_for_id(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPat
 
 
 def _full_disk(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(path: Path, text: str) -> None:
+    def write(path: Path) -> Any:
         raise OSError(28, "No space left on device")
 
     (run / WANDB_ID_FILE).unlink(missing_ok=True)
-    monkeypatch.setattr(wandb_run, "write_text", write)
+    monkeypatch.setattr(wandb_run, "atomic_write", write)
 
 
 def _broken_setting(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
