@@ -17,7 +17,7 @@ rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than a
 
 # Two processes, each of which takes whole modules (tests/order.py); JOBS=0 runs all tests in one.
 JOBS := 2
-PYTEST = $(RUN) python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(RUN) python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test: .venv/.distributed  ## the tests, but for those at full size: about ten minutes on two cores (JOBS=N: on N)
 	@$(PYTEST) -m "not slow"

@@ -1,43 +1,50 @@
-"""Which tests run in the same process of pytest-xdist, and in which order: a plugin for `--dist loadgroup`.
+"""Which tests run in the same process of pytest-xdist, and in which order.
 
-A module's tests stay together, for they share what its fixtures make; so do those of modules that share a session's
-fixture, or something of the machine's. What takes longest begins first.
+A module's tests stay together, for they share what its fixtures make; so do those of modules that share a fixture of
+the session. What takes longest begins first.
 """
 
 from __future__ import annotations
 
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-# Session's fixtures -> the group of those that use them.
-SHARED = {"cluster": "slurm", "tiny_runs": "tiny_runs", "origin": "world"}
-# Groups that take longest, in order; a module's group is its name below tests/.
-FIRST = ("slurm",)
+ROOT = Path(__file__).parents[1]
+# Fixtures of the session that take seconds, as a module asks for them.
+SHARED = ("cluster: Cluster", "tiny_runs: TinyRuns", "world: World")
+# What takes longest, in order.
+FIRST = (SHARED[0], "tests/documents/test_commands.py")
 
 
-def group_of(item: pytest.Item) -> str:
-    """The explicit one, or that of what it shares, or its module's."""
-    mark = item.get_closest_marker("xdist_group")
-    if mark is not None:
-        return str(mark.args[0] if mark.args else mark.kwargs["name"])
-    return item.nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+@functools.cache
+def group(file: str) -> str:
+    """The fixture that a test module shares with others, or else the module itself."""
+    text = (ROOT / file).read_text()
+    return next((fixture for fixture in SHARED if re.search(rf"\b{fixture}\b", text)), file)
 
 
-@pytest.hookimpl(tryfirst=True)
+def group_of(nodeid: str) -> str:
+    return group(nodeid.partition("::")[0])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test its group, and sort."""
-    modules: dict[str, str] = {}
-    for item in items:
-        for fixture, name in SHARED.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                modules.setdefault(group_of(item), name)
-    groups = {item: modules.get(group_of(item), group_of(item)) for item in items}
-    for item, name in groups.items():
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(name))
-    rank = {name: number for number, name in enumerate(FIRST)}
-    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
+    """What takes longest begins first; groups stay in one piece."""
+    groups = dict.fromkeys([*FIRST, *(group_of(item.nodeid) for item in items)])
+    places = {name: place for place, name in enumerate(groups)}
+    items.sort(key=lambda item: places[group_of(item.nodeid)])
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Known without pytest-xdist, too."""
-    config.addinivalue_line("markers", "xdist_group(name): run in the same process")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole groups."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)

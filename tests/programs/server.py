@@ -226,7 +226,6 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    state = torch.get_rng_state()
     from vdtrain.engine.deepspeed import import_deepspeed
 
     import_deepspeed("cpu")
@@ -239,7 +238,6 @@ def warm_up() -> None:
     from vdtrain.models.frozen import build_frozen
 
     build_frozen(to_object(compose("train", ["model=tiny", "data=shapes"]), TrainConfig).model)
-    torch.set_rng_state(state)
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
     # The allocator begins its thread anew in a fork.
     assert threads <= {"python", "jemalloc_bg_thd"}, f"a fork would lack threads: {threads}"
@@ -335,6 +333,7 @@ def _begin_libraries_anew(variables: dict[str, str]) -> None:
     """Bring about what an import would have: seeds from the system, and as many threads as the variables want."""
     random.seed()
     sys.modules["numpy"].random.seed()
+    sys.modules["torch"].seed()
     threads = variables.get("OMP_NUM_THREADS", "")
     # It is also what makes PyTorch begin its pool of threads anew, which threads of autograd must not do at once.
     sys.modules["torch"].set_num_threads(int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)))
