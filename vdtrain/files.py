@@ -107,7 +107,11 @@ def _remove_abandoned(path: Path) -> None:
 
 @cache
 def _machine() -> str:
-    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+    """A hash of host and process namespace. Containers of one host can share its name, not its process numbers."""
+    numbers = ""
+    with suppress(OSError):
+        numbers = os.readlink("/proc/self/ns/pid")
+    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
 
 
 def _replace(path: Path, draft: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import fsspec
 
@@ -61,14 +61,10 @@ class OpenFiles:
         Raises:
             OSError: the file cannot be opened.
         """
-        with self._lock:
-            file = self._files.pop(path, None) or [os.open(path, os.O_RDONLY), 0]
-            self._files[path] = file
-            file[1] += 1
-            surplus = len(self._files) - self.limit
-            idle = [name for name, (_, users) in self._files.items() if users == 0][: max(0, surplus)]
-            for name in idle:
-                os.close(self._files.pop(name)[0])
+        file = self._take(path)
+        if file is None:
+            # Outside the lock: opening takes long on a network file system, and other threads go on reading.
+            file = self._take(path, os.open(path, os.O_RDONLY))
         try:
             yield file[0]
         finally:
@@ -78,8 +74,34 @@ class OpenFiles:
     def close(self) -> None:
         """Close every file that is not in use."""
         with self._lock:
-            for name in [name for name, (_, users) in self._files.items() if users == 0]:
-                os.close(self._files.pop(name)[0])
+            self._close_idle(len(self._files))
+
+    @overload
+    def _take(self, path: str) -> list[int] | None: ...
+
+    @overload
+    def _take(self, path: str, opened: int) -> list[int]: ...
+
+    def _take(self, path: str, opened: int | None = None) -> list[int] | None:
+        """Count one more user of a file; None if it is neither open nor given as `opened`."""
+        with self._lock:
+            file = self._files.pop(path, None)
+            if file is None and opened is not None:
+                file = [opened, 0]
+            elif opened is not None:
+                os.close(opened)  # another thread was faster
+            if file is not None:
+                self._files[path] = file
+                file[1] += 1
+                if len(self._files) > self.limit:
+                    self._close_idle(len(self._files) - self.limit)
+            return file
+
+    def _close_idle(self, count: int) -> None:
+        """Close at most `count` files without users, the least recently used first."""
+        idle = [name for name, (_, users) in self._files.items() if users == 0]
+        for name in idle[:count]:
+            os.close(self._files.pop(name)[0])
 
 
 class ShardReader:
