@@ -13,7 +13,7 @@ import pytest
 
 from tests.tiny_runs import STAGES, STEPS, TinyRuns
 from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
-from vdtrain.checkpoint.store import latest
+from vdtrain.checkpoint.store import Verification, latest
 from vdtrain.commands.preflight import main, rank_count
 from vdtrain.commands.weights import main as weights
 from vdtrain.config.compose import ConfigError, compose, to_object
@@ -104,7 +104,7 @@ def test_the_size_of_a_first_checkpoint_is_that_of_the_real_one(
     for number, run in ((1, None), (2, tiny_runs.run(1))):
         arguments = [f"stage={STAGES[number - 1]}", *tiny_runs.overrides]
         config = to_object(compose("train", arguments), TrainConfig)
-        start = Start() if run is None else Start(weights=latest(run / CHECKPOINTS, verify_checksums=False))
+        start = Start() if run is None else Start(weights=latest(run / CHECKPOINTS, Verification.SIZES))
         assert checkpoint_size(config, start) == pytest.approx(size_of_checkpoint(tiny_runs, number), rel=0.01)
 
 

@@ -23,7 +23,7 @@ from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided,
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError
 from vdtrain.flows import Flow
-from vdtrain.models.diffuser import Context, Diffuser, layer_group
+from vdtrain.models.diffuser import Context, Diffuser, allocated, layer_group
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.models.frozen_weights import compare
 from vdtrain.training.start import open_weights
@@ -95,16 +95,13 @@ class VersatileDiffusion:
             ConfigError: there is no complete checkpoint, or it belongs to another model.
         """
         config, tensors = open_weights("checkpoint", path, weights)
-        # A meta model has no values, so that memory holds a large model once, in the requested precision.
-        with torch.device("meta"):
-            diffuser = Diffuser(config, {layer_group(name) for name in tensors})
+        # Without values first, so that memory holds a large model once, in the requested precision.
+        diffuser = allocated(config, {layer_group(name) for name in tensors}, device, dtype)
         differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).meta())
         if differences:
             raise ConfigError(f"checkpoint={path}: weights of another model: {differences}")
-        diffuser = diffuser.to(dtype).to_empty(device=device)
-        with torch.no_grad():
-            for name, parameter in diffuser.named_parameters():
-                parameter.copy_(tensors[name])
+        for name, tensor in diffuser.state_dict().items():
+            tensor.copy_(tensors[name])
         return cls(config, diffuser, device, dtype)
 
     def generate(

@@ -4,7 +4,16 @@ import torch
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups, all_flows
-from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, parameters_by_group
+from vdtrain.models.diffuser import (
+    Context,
+    Diffuser,
+    DiffuserInput,
+    allocated,
+    layer_group,
+    parameters_by_group,
+)
+from vdtrain.models.image_layers import ImageDataLayers
+from vdtrain.models.layer_plan import LayerPlan
 
 FLOWS = all_flows(["image", "text"])
 LATENT_SHAPES = {"image": (4, 4, 4), "text": (64,)}
@@ -97,3 +106,25 @@ def test_layer_group_of_parameter_names() -> None:
     assert layer_group("global_layers.0.weight") == "global"
     assert layer_group("data_layers.image.3.op.bias") == "data.image"
     assert layer_group("context_layers.text.0.norm.weight") == "context.text"
+
+
+class Windowed(ImageDataLayers):
+    """Layers with a table that no weights file holds."""
+
+    def __init__(self, plan: LayerPlan, latent_channels: int) -> None:
+        super().__init__(plan, latent_channels)
+        self.register_buffer("window", torch.full((3,), 7.0), persistent=False)
+
+
+@pytest.mark.parametrize("target", ["vdtrain.models.image_layers.ImageDataLayers", f"{__name__}.Windowed"])
+def test_weights_fill_a_diffuser_without_values(target: str) -> None:
+    config = model_config("tiny")
+    config.modalities["image"].data_layers = {"_target_": target, "latent_channels": 4}
+    drawn = Diffuser(config, active_groups(FLOWS), seed=3)
+    filled = allocated(config, active_groups(FLOWS), "cpu")
+    for name, tensor in filled.state_dict().items():
+        tensor.copy_(drawn.state_dict()[name])
+    assert not any(tensor.is_meta for tensor in (*filled.parameters(), *filled.buffers()))
+    for found, expected in ((filled.parameters(), drawn.parameters()), (filled.buffers(), drawn.buffers())):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(filled([flow_input(FLOWS[0])])[0], drawn([flow_input(FLOWS[0])])[0])

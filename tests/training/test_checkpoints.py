@@ -31,7 +31,7 @@ from tests.training.toy import (
 from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
-from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, latest, load
+from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.run import distributed
 
@@ -94,6 +94,11 @@ def train_save_train(folder: Path, name: str, run: Run) -> dict[str, Any]:
     ending |= {f"ema/{key}": value for key, value in run.ema_weights().items()}
     if distributed.rank() == 0:
         save_file(ending, folder / f"{name}.safetensors")
+        # No other process takes part.
+        alone = latest(folder / name, Verification.ALONE)
+        assert alone is not None
+        assert alone.verified
+        assert alone.path == path
     distributed.barrier()
     run.engine.close()
     return found

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -194,41 +195,52 @@ class CheckpointStore:
                 draft.unlink()
 
 
-def latest(folder: Path, verify_checksums: bool = True) -> Checkpoint | None:
+class Verification(Enum):
+    """How a checkpoint is checked before it is used.
+
+    SIZES compares the sizes of its files. ALONE reads every byte in this process. TOGETHER reads every byte, each
+    process its share: all processes must call it.
+    """
+
+    SIZES, ALONE, TOGETHER = range(3)
+
+
+def latest(folder: Path, check: Verification = Verification.TOGETHER) -> Checkpoint | None:
     """The checkpoint to resume from: the one that `latest` names, or the newest whole one if that is damaged.
 
     Args:
         folder: of a run's checkpoints.
-        verify_checksums: False compares the sizes of the files. No other process is then asked or awaited.
     """
-    if not verify_checksums:
-        for path in candidates(folder):
-            with contextlib.suppress(CheckpointError):
-                return Checkpoint.open(path)
-        return None
-    for path in map(Path, distributed.broadcast_json([str(path) for path in candidates(folder)])):
+    paths = candidates(folder)
+    if check is Verification.TOGETHER:
+        paths = [Path(path) for path in distributed.broadcast_json([str(path) for path in paths])]
+    for path in paths:
         try:
-            return verify(path)
+            return verify(path, check)
         except CheckpointError as error:
-            if distributed.rank() == 0:
+            if check is not Verification.SIZES and distributed.rank() == 0:
                 logger.warning("checkpoint %s is passed over: %s", path.name, error)
     return None
 
 
-def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint; each process reads its share of them.
+def verify(path: Path, check: Verification = Verification.TOGETHER) -> Checkpoint:
+    """Check the files of a checkpoint.
 
     Raises:
-        CheckpointError: on every process, if any of the files is damaged.
+        CheckpointError: a file is damaged; after a check TOGETHER, on every process.
     """
+    if check is Verification.SIZES:
+        return Checkpoint.open(path)
+    together = check is Verification.TOGETHER
     found, damaged = None, None
     try:
         index = Index.read(path)
-        damaged = damage(path, index.files, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+        share = slice(distributed.rank(), None, distributed.world_size()) if together else slice(None)
+        damaged = damage(path, index.files, sorted(index.files)[share])
         found = Checkpoint(path, index, verified=True)
     except CheckpointError as error:
         damaged = str(error)
-    damages = [each for each in distributed.gather_json(damaged) if each]
+    damages = [each for each in (distributed.gather_json(damaged) if together else [damaged]) if each]
     if damages or found is None:
         raise CheckpointError(damages[0])
     return found

@@ -120,11 +120,10 @@ class Evaluator:
         wanted = {flow.name: self.wanted(flow) for flow in self.flows} | {PAIRS: self.wanted_of_pairs}
         return self.parts.missing([PAIRS, *(flow.name for flow in self.flows)], wanted)
 
-    def make(self, tasks: list[tuple[int, str]], device: torch.device, with_model: bool, is_main: bool) -> None:
+    def make(self, tasks: list[tuple[int, str]], device: torch.device, is_main: bool) -> None:
         """Make some of the missing parts.
 
         Args:
-            with_model: whether any process samples; then all of them load the model together.
             is_main: whether to show the progress.
 
         Raises:
@@ -132,7 +131,7 @@ class Evaluator:
         """
         flows = {flow.name: flow for flow in self.flows}
         total = sum(len(self.parts.parts[number]) for number, name in tasks if name != PAIRS)
-        self._load(str(device), with_model)
+        self._load(str(device), total > 0)
         with Progress("evaluate", total, "samples", silent=not is_main) as progress:
             for number in sorted({number for number, _ in tasks}):
                 part = self.parts.parts[number]

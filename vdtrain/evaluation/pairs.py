@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.store import Verification
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
 from vdtrain.config.schema import EvaluateConfig, ModelConfig
@@ -120,7 +121,7 @@ class EvaluatedModel:
             ConfigError: there is no checkpoint.
         """
         try:
-            source = resolve_weights("checkpoint", checkpoint, verify_checksums=False)
+            source = resolve_weights("checkpoint", checkpoint, Verification.SIZES)
             if isinstance(source, Path):
                 tensors, record = open_weights_folder(source, hashed=False), source / WEIGHTS_FILE
             else:

@@ -13,7 +13,6 @@ import torch
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import EvaluateConfig
 from vdtrain.evaluation.evaluator import Evaluator
-from vdtrain.evaluation.parts import PAIRS
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.distributed import RankInfo
@@ -108,10 +107,8 @@ def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
     # Flows of one part stay together, because they read the same pairs.
     numbers = sorted({number for number, _ in missing})[place.rank :: place.world_size]
     own = [(number, name) for number, name in missing if number in set(numbers)]
-    if missing:
-        # All processes read a checkpoint together, also those that make nothing themselves.
-        sampled = any(name != PAIRS for _, name in missing)
-        evaluator.make(own, place.device, with_model=sampled, is_main=place.rank == 0)
+    if own:
+        evaluator.make(own, place.device, is_main=place.rank == 0)
     distributed.barrier()
     if place.rank == 0:
         evaluator.report()

@@ -132,6 +132,21 @@ def layer_group(parameter_name: str) -> str:
     return GLOBAL_GROUP if kind == "global_layers" else f"{kind.removesuffix('_layers')}.{modality}"
 
 
+def allocated(
+    config: ModelConfig, groups: Collection[str], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Diffuser:
+    """A diffuser whose state dict has no values yet: weights of a file will fill it.
+
+    Buffers outside the state dict have the values that their layers computed.
+    """
+    with torch.device("meta"):
+        diffuser = Diffuser(config, groups)
+    kept = diffuser.state_dict().keys()
+    if any(name not in kept for name, _ in diffuser.named_buffers()):
+        return Diffuser(config, groups).to(device, dtype)
+    return diffuser.to(dtype).to_empty(device=device)
+
+
 def parameters_by_group(diffuser: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Layer group -> parameter name -> parameter."""
     groups: dict[str, dict[str, nn.Parameter]] = {}

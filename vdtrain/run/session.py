@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import CheckpointError
+from vdtrain.checkpoint.store import Verification
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import micro_batches
@@ -98,7 +99,7 @@ def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchd
     # Report mistaken settings at once. The processes verify the files together, below.
     early = Start()
     with contextlib.suppress(CheckpointError):
-        early = resolve_start(config, raw_config, verify_checksums=False)
+        early = resolve_start(config, raw_config, Verification.SIZES)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
     try:

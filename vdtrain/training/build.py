@@ -25,7 +25,7 @@ from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
 from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
-from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
+from vdtrain.models.diffuser import Diffuser, allocated, layer_group, parameters_by_group
 from vdtrain.models.frozen import build_frozen
 from vdtrain.run import distributed
 from vdtrain.run.reporting import Reporter
@@ -112,15 +112,13 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device) -
             load_weights(drawn, weights)
         except (ConfigError, CheckpointError, OSError) as error:
             failure = [isinstance(error, ConfigError), one_line(error)]
-    if (failed := distributed.broadcast_json(failure)) is not None:
+    failed, names = distributed.broadcast_json([failure, names])
+    if failed is not None:
         raise (ConfigError if failed[0] else distributed.SharedError)(failed[1])
-    names = distributed.broadcast_json(names)
     if drawn is not None:
         diffuser = drawn.to(device)
     else:
-        with torch.device("meta"):
-            diffuser = Diffuser(config.model, layer_groups(config, names))
-        diffuser = diffuser.to_empty(device=device)
+        diffuser = allocated(config.model, layer_groups(config, names), device)
         for tensor in diffuser.state_dict().values():
             tensor.zero_()
     if start.resume is None and distributed.world_size() > 1:

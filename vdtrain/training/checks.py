@@ -104,6 +104,7 @@ def start_and_room(config: TrainConfig, raw_config: DictConfig, valid: bool = Tr
         valid: False if the settings have errors, so that nothing can be built from them.
     """
     # Late, for they import PyTorch.
+    from vdtrain.checkpoint.store import Verification
     from vdtrain.run.distributed import SharedError
     from vdtrain.training.start import check_frozen, resolve_start
 
@@ -113,7 +114,7 @@ def start_and_room(config: TrainConfig, raw_config: DictConfig, valid: bool = Tr
     for line in damages:
         yield Check(WARNING, f"{line}; it is passed over")
     try:
-        start = resolve_start(config, raw_config, verify_checksums=False)
+        start = resolve_start(config, raw_config, Verification.SIZES)
         step = 0 if start.position is None else start.position.step
         yield Check(OK, _origin(config, start, step))
         for line in start.remarks:

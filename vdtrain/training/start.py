@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, is_checkpoint
 from vdtrain.checkpoint.format import Checkpoint
-from vdtrain.checkpoint.store import latest, verify
+from vdtrain.checkpoint.store import Verification, latest, verify
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.run import distributed
@@ -51,13 +51,12 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def resolve_start(config: TrainConfig, raw_config: DictConfig, verify_checksums: bool = True) -> Start:
+def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verification = Verification.TOGETHER) -> Start:
     """Decide where a stage starts: from its own checkpoint, from `stage.init_from`, or from random weights.
 
     Args:
         raw_config: the composed configuration, unresolved.
-        verify_checksums: check every byte of the run's own checkpoint, each process its share. False compares the
-            sizes of its files, and finds mistaken settings before other processes have started.
+        check: of a checkpoint. SIZES finds mistaken settings before other processes have started.
 
     Raises:
         ConfigError: the run folder holds another run, or its checkpoints are missing, or `stage.init_from` cannot be
@@ -65,7 +64,7 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, verify_checksums:
     """
     folder = Path(config.run_dir) / CHECKPOINTS
     try:
-        own = latest(folder, verify_checksums)
+        own = latest(folder, check)
     except OSError as error:
         raise ConfigError(
             f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); check the disk"
@@ -75,13 +74,13 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, verify_checksums:
         return Start(resume=own, position=position(own.state), remarks=tuple(news))
     # Processes may see different files but must report the same.
     lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
-    if verify_checksums:
+    if check is Verification.TOGETHER:
         lost = distributed.broadcast_json(lost)
     if lost is not None:
         raise ConfigError(lost)
     if config.stage.init_from is None:
         return Start()
-    weights = resolve_weights("stage.init_from", config.stage.init_from, verify_checksums, config.model.name)
+    weights = resolve_weights("stage.init_from", config.stage.init_from, check, config.model.name)
     check_schedule(config, weights)
     unfinished = unfinished_stage(weights)
     remarks = () if unfinished is None else (f"stage.init_from={config.stage.init_from}: {unfinished}",)
@@ -141,7 +140,7 @@ def check_schedule(config: TrainConfig, weights: Checkpoint | Path) -> None:
 
 
 def resolve_weights(
-    setting: str, value: str, verify_checksums: bool = True, model: str | None = None
+    setting: str, value: str, check: Verification = Verification.TOGETHER, model: str | None = None
 ) -> Checkpoint | Path:
     """The weights folder (its path) or checkpoint that a setting names; of a run folder, its latest checkpoint.
 
@@ -156,25 +155,25 @@ def resolve_weights(
         return path
     if not is_checkpoint(path) and not (path / CHECKPOINTS).is_dir() and is_published(path):
         raise import_first(setting, value, model)
-    return resolve_checkpoint(setting, value, verify_checksums)
+    return resolve_checkpoint(setting, value, check)
 
 
-def resolve_checkpoint(setting: str, value: str, verify_checksums: bool = True) -> Checkpoint:
+def resolve_checkpoint(setting: str, value: str, check: Verification = Verification.TOGETHER) -> Checkpoint:
     """The checkpoint that a setting names: a checkpoint folder, or the latest of a run folder.
 
     Args:
-        verify_checksums: read all files and skip damaged checkpoints; see `resolve_start`.
+        check: what makes a checkpoint of a run folder count as damaged, so that an older one is taken.
 
     Raises:
         ConfigError: there is no complete checkpoint.
     """
     path = Path(value).expanduser()
     if is_checkpoint(path):
-        return verify(path) if verify_checksums else Checkpoint.open(path)
+        return verify(path, check)
     remedy = f"train that stage first, or make it with `{import_of(path)}`"
     if not path.exists():
         raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
-    found = latest(path / CHECKPOINTS, verify_checksums)
+    found = latest(path / CHECKPOINTS, check)
     if found is None:
         raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
     return found
@@ -191,7 +190,7 @@ def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelCon
         ConfigError: it holds nothing complete.
     """
     try:
-        source = resolve_weights(setting, value)
+        source = resolve_weights(setting, value, Verification.ALONE)
         return model_of(source, setting), weights_of(source, setting, which)
     except CheckpointError as error:
         raise ConfigError(f"{setting}={value}: {error}") from error

@@ -247,10 +247,7 @@ class Trainer:
         if self.ema is not None and self.state.phase_step == 0:
             self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
-        sync, bad_steps = (
-            StepSync(self.flow_names, self.place.device),
-            BadSteps(config.optimizer.max_bad_steps),
-        )
+        sync, bad_steps = StepSync(self.flow_names, self.place.device), BadSteps(config.optimizer.max_bad_steps)
         meters, asked = Meters(), False
 
         def collect() -> bool:
