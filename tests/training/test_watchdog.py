@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.pairs import write_pairs
+from tests.programs import program
 from tests.settings import TINY, phases
 from tests.training.forks import Case, Ending, run_cases
 from vdtrain.run.tracking import read_metrics
@@ -177,14 +178,30 @@ def test_a_record_that_cannot_be_written_goes_to_standard_error(
 
 def test_a_hang_with_pythons_lock_right_at_the_start_ends_too(tmp_path: Path) -> None:
     """Before the watching thread had its first turn."""
-    program = (
+    code = (
         "import ctypes, pathlib, sys\n"
         "from vdtrain.run.watchdog import Watchdog\n"
         "Watchdog(2.0, pathlib.Path(sys.argv[1]), rank=0)\n"
         "ctypes.PyDLL(None).sleep(3600)\n"
     )
     ending = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert ending.returncode != 0
     assert "Timeout" in ending.stderr
+
+
+def test_one_action_may_take_longer_than_a_step(tmp_path: Path) -> None:
+    """The thread watches on: a sleep within the longer time passes, the same sleep after it does not."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from vdtrain.run.watchdog import Watchdog\n"
+        "watchdog = Watchdog(1.0, pathlib.Path(sys.argv[1]), rank=0)\n"
+        "with watchdog.patient('compiling', 100): time.sleep(3)\n"
+        "print('compiled', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    words = [program("python"), "-c", code, str(tmp_path)]
+    ending = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (ending.returncode, ending.stdout) == (EXIT_STATUS, "compiled\n")
+    assert "longer than watchdog_seconds=1, at: compiling" in ending.stderr

@@ -5,7 +5,7 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", with PyTorch'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from torch import nn
@@ -36,24 +36,30 @@ def checkpoint_activations(diffuser: Diffuser, mode: str) -> None:
         "context": (diffuser.context_layers,),
         "blocks": (diffuser.context_layers, diffuser.data_layers),
     }
-    for block in _blocks(diffuser.context_layers, diffuser.data_layers):
+    for block in blocks(diffuser.context_layers, diffuser.data_layers):
         vars(block).pop("forward", None)
-    for block in _blocks(*chosen[mode]):
+    for block in blocks(*chosen[mode]):
         # The instance's attribute hides the class's method, so that parameters keep their names.
-        block.forward = _Checkpointed(block)
+        block.forward = Checkpointed(block)
 
 
-def _blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
+def blocks(*layers: nn.ModuleDict) -> Iterator[nn.Module]:
+    """Every layer of the given kinds, over all modalities."""
     for by_modality in layers:
         for blocks in by_modality.values():
             yield from cast(nn.ModuleList, blocks)
 
 
-class _Checkpointed:
-    """A block's forward that keeps no activations. It is a class, so that a copied model refers to its own blocks."""
+class Checkpointed:
+    """A block's forward that keeps no activations. It is a class, so that a copied model refers to its own blocks.
+
+    Attributes:
+        function: the forward, a function of the block and its inputs.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.function: Callable[..., object] = type(block).forward
 
     def __call__(self, *inputs: object) -> object:
-        return checkpoint(type(self.block).forward, self.block, *inputs, use_reentrant=False, preserve_rng_state=True)
+        return checkpoint(self.function, self.block, *inputs, use_reentrant=False, preserve_rng_state=True)

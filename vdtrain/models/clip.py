@@ -92,6 +92,10 @@ class ClipTextContext(nn.Module):
         """
         return self.encode_ids(captions if isinstance(captions, Tensor) else self.tokenizer(captions))
 
+    def blocks(self) -> list[nn.Module]:
+        """The text transformer's blocks, for compilation."""
+        return list(self.clip.transformer.resblocks)
+
     def encode_ids(self, ids: Tensor) -> Tensor:
         """`encode` for ids int64 [B, L], padded with the end-of-text id, which is the largest of the vocabulary."""
         clip = self.clip
@@ -137,6 +141,10 @@ class ClipImageContext(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Encode images uint8 [B, 3, H, W] of any size into [B, 1 + patches, D] in the dtype of the parameters."""
         return self.encode_pixels(self.preprocess(images))
+
+    def blocks(self) -> list[nn.Module]:
+        """The vision transformer's blocks, for compilation."""
+        return list(self.clip.visual.transformer.resblocks)
 
     def encode_masked(self, images: Tensor, masks: Tensor) -> Tensor:
         """`encode` with masks [B, 1, h, w] in 0..1, resized to CLIP's cropped input; 0 hides a part of the image."""

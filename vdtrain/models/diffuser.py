@@ -58,10 +58,14 @@ class Diffuser(nn.Module):
         groups: the layer groups to create, e.g. global, data.image, context.text.
         seed: of the initial weights. Each group has its own random stream, so its initial weights do not depend on the
             other groups.
+
+    Attributes:
+        channels_last: whether states [B, C, H, W] keep the channels of a pixel together in memory.
     """
 
     def __init__(self, config: ModelConfig, groups: Collection[str], seed: int = 0) -> None:
         super().__init__()
+        self.channels_last = False
         self.plan = make_plan(config.diffuser)
         width, embedding_width = self.plan.time_width, self.plan.embedding_width
         with _seeded(seed, GLOBAL_GROUP):
@@ -88,6 +92,9 @@ class Diffuser(nn.Module):
         """One pass: the noise [B, ...] in `latents` [B, ...] at `timesteps` [B]; `route` applies the contexts."""
         sinusoid = timestep_sinusoid(timesteps, self.plan.time_width).to(latents.dtype)
         embedding = self.global_layers(sinusoid)
+        if self.channels_last and latents.ndim == 4:
+            # All layers keep this order. The weights stay as they are: they are views of flat buffers.
+            latents = latents.contiguous(memory_format=torch.channels_last)
         data_layers = iter(cast(nn.ModuleList, self.data_layers[output]))
         h, skips, position = latents, [], 0
         for step in self.plan.steps:

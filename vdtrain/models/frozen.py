@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,6 +69,14 @@ class Preparing(Protocol):
         """The form of a batch of samples that `encode` also accepts; called on a thread beside training."""
 
 
+@runtime_checkable
+class InBlocks(Protocol):
+    """A VAE or context encoder that names the modules in which `encode` spends its time, so that they are compiled."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """These modules, none inside another."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A batch of one modality in two forms, for its VAE and its context encoder, each a tensor or a list [B]."""
@@ -100,6 +108,12 @@ class FrozenParts(nn.Module):
         self.vaes = nn.ModuleDict({modality: vae for modality, (vae, _) in parts.items()})
         self.context_encoders = nn.ModuleDict({modality: encoder for modality, (_, encoder) in parts.items()})
         freeze(self)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The modules in which the parts' `encode` spends its time; a module that parts share comes once."""
+        parts = (*self.vaes.values(), *self.context_encoders.values())
+        modules = (module for part in parts if isinstance(part, InBlocks) for module in part.blocks())
+        yield from dict.fromkeys(modules)
 
     def train(self, mode: bool = True) -> FrozenParts:
         """Stay in evaluation mode when the parent module enters training mode."""

@@ -114,6 +114,10 @@ class ImageVAE(nn.Module):
         pixels = self.reconstruct(latents.to(device, dtype) / self.latent_scale)
         return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder, for compilation."""
+        return [self.model.encoder]
+
     @property
     def autoencoder(self) -> nn.Module:
         """The diffusers module; weights files have its key names."""

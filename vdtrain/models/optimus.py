@@ -134,6 +134,10 @@ class Optimus(nn.Module):
         """
         return self._posterior_of(captions)[0]
 
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's layers, for compilation."""
+        return list(self.encoder.encoder.layer)
+
     @torch.no_grad()
     def decode(
         self, latents: Tensor, generators: Sequence[torch.Generator] | None = None, temperature: float = 1.0

@@ -110,14 +110,15 @@ class Reporter:
         """Print a record and send it to the tracker."""
         if self.tracker is None:
             return
-        self._say(log_line(record))
+        self.note(log_line(record))
         self.tracker.log(record)
 
     def warn(self, line: str) -> None:
         """Print a warning; training continues."""
-        self._say(f"warning: {line}")
+        self.note(f"warning: {line}")
 
-    def _say(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Print a line."""
         # Standard output may be a file on a full disk.
         with contextlib.suppress(OSError):
             self.console.print(line, markup=False)

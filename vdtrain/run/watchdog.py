@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +45,7 @@ class Watchdog:
         self.seconds, self.folder, self.rank = seconds, folder, rank
         # What the main thread is doing. Setting it is not a heartbeat.
         self.place = "starting"
+        self._patience = 1.0
         self._last_heartbeat = time.monotonic()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,6 +58,17 @@ class Watchdog:
     def heartbeat(self, place: str) -> None:
         """Report progress: the main thread has reached `place`."""
         self.place, self._last_heartbeat = place, time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self, place: str, factor: float) -> Iterator[None]:
+        """Allow one action at `place` to take `factor` times as long as a step."""
+        self._patience = factor
+        self.heartbeat(place)
+        try:
+            yield
+        finally:
+            self.heartbeat(place)
+            self._patience = 1.0
 
     def record(self, reason: str, error: BaseException | None = None) -> None:
         """Append the state of this process to its record: the reason, the error, all stacks, the last collectives."""
@@ -81,16 +94,14 @@ class Watchdog:
     def _watch(self, seconds: float) -> None:
         pause = min(1.0, seconds / 10)
         while not self._closed.wait(pause):
-            _arm(seconds)
+            _arm(self._patience * seconds)
             still = time.monotonic() - self._last_heartbeat
-            if still > seconds:
+            if still > self._patience * seconds:
                 self._end(still)
 
     def _end(self, still: float) -> None:
-        reason = (
-            f"process {self.rank} stood still for {still:.0f} s, longer than watchdog_seconds={self.seconds:g}, "
-            f"at: {self.place}"
-        )
+        limit = ("" if self._patience == 1.0 else f"{self._patience:g} x ") + f"watchdog_seconds={self.seconds:g}"
+        reason = f"process {self.rank} stood still for {still:.0f} s, longer than {limit}, at: {self.place}"
         with contextlib.suppress(Exception):
             self.record(reason)
         print(f"error: {reason}; see {self.folder}", file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
 from vdtrain.models.activation_checkpointing import checkpoint_activations
+from vdtrain.models.compilation import compile_training
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, allocated, layer_group, parameters_by_group
 from vdtrain.models.frozen import build_frozen
@@ -64,6 +65,10 @@ def build_trainer(
     try:
         record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
         frozen = build_frozen(config.model).to(place.device, engine.compute_dtype)
+        if config.hardware.channels_last:
+            diffuser.channels_last = True
+            frozen.to(memory_format=torch.channels_last)
+        compile_training(diffuser, frozen, config.hardware.compile)
         objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
         ema = ShardEMA(engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
         if start.resume is not None:

@@ -25,7 +25,7 @@ from vdtrain.data.batch import Batch, BatchStream
 from vdtrain.data.loading import Prefetcher, data_problem, open_stream
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
-from vdtrain.diffusion.objective import Objective, StepRandom
+from vdtrain.diffusion.objective import Denoiser, Objective, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
@@ -37,6 +37,8 @@ from vdtrain.training.state import TrainState
 
 # Sums of squares of such numbers are exact in float64 for up to 8192 processes.
 HASH_BITS = 20
+# Compiling may take this many times `watchdog_seconds`.
+COMPILE_PATIENCE = 6.0
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class Trainer:
             self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
         sync, bad_steps = StepSync(self.flow_names, self.place.device), BadSteps(config.optimizer.max_bad_steps)
-        meters, asked = Meters(), False
+        meters, asked, warm = Meters(), False, config.hardware.compile == "none"
 
         def collect() -> bool:
             """Take in the outcome of the last submitted step; True if a process was asked to stop."""
@@ -268,6 +270,9 @@ class Trainer:
                 batch = next(batches)
                 meters.waited += time.monotonic() - asked_at
                 self.watchdog.place = f"step {self.state.step + 1}"
+                if not warm:
+                    self._compile(batch, phase)
+                    meters, warm = Meters(), True
                 losses, report = self._step(batch, phase)
                 # The previous step's outcome arrives now. This step's exchange overlaps with the next step.
                 asked = collect()
@@ -316,15 +321,31 @@ class Trainer:
         self.state.data = identity
         return stream
 
+    def _compile(self, batch: Batch, phase: PhaseConfig) -> None:
+        """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler."""
+        began = time.monotonic()
+        with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
+            local, count = self._local(phase)
+            losses = self._losses(self.engine.module, batch, slice(0, local // count), local, phase)
+            # This parameter lies before every block, so that all of them compute gradients; none accumulates.
+            first = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
+            torch.autograd.grad(self.objective.total(losses), first)
+            distributed.barrier()
+        self.reporter.note(f"compiled for {phase.resolution} pixels in {time.monotonic() - began:.0f} s")
+
+    def _local(self, phase: PhaseConfig) -> tuple[int, int]:
+        """Pairs of this process in a step, and the number of its micro-batches."""
+        local = self.config.stage.global_batch_size // self.place.world_size
+        return local, micro_batches(self.config, phase.resolution, self.place.world_size)
+
     def _step(self, batch: Batch, phase: PhaseConfig) -> tuple[dict[str, Tensor], StepReport]:
         """One update over the local batch: this rank's mean loss of each flow, and the engine's report."""
-        count = micro_batches(self.config, phase.resolution, self.place.world_size)
-        local = self.config.stage.global_batch_size // self.place.world_size
+        local, count = self._local(phase)
         micro = local // count
         sums: dict[str, Tensor] = {}
         for index in range(count):
             rows = slice(index * micro, (index + 1) * micro)
-            losses = self._losses(batch, rows, local, phase)
+            losses = self._losses(self.engine, batch, rows, local, phase)
             self.engine.backward(self.objective.total(losses) / count, last=index == count - 1)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / count
@@ -335,7 +356,9 @@ class Trainer:
         self.state.phase_step += 1
         return sums, report
 
-    def _losses(self, batch: Batch, rows: slice, local: int, phase: PhaseConfig) -> dict[str, Tensor]:
+    def _losses(
+        self, denoiser: Denoiser, batch: Batch, rows: slice, local: int, phase: PhaseConfig
+    ) -> dict[str, Tensor]:
         first = self.place.rank * local
         rng = StepRandom(
             self._draw_seed,
@@ -348,7 +371,7 @@ class Trainer:
         samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
         moments = {name: _to(values[rows], device) for name, values in batch.moments.items()}
         encoded = self.objective.encode(samples, phase.resolution, rng, moments)
-        return self.objective.losses(self.engine, encoded, rng)
+        return self.objective.losses(denoiser, encoded, rng)
 
     @property
     def _draw_seed(self) -> str:
