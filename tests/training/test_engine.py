@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from tests.training.ranks import TIMEOUT_SECONDS
 from tests.training.toy import (
     CHANGING_FLOWS,
     FLOWS,
+    ZERO,
     RunOnRanks,
     Toy,
     difference,
@@ -22,20 +27,21 @@ from tests.training.toy import (
     toy_groups,
     train_step,
 )
-from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.engine.engine import PIECE, Engine, ShardEMA, sum_of_squares
 from vdtrain.run import distributed
 
-STAGES = (0, 1, 2)
 TRAINED = ("global", "data.image", "context.text")
 
 
 def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     results: dict[str, Any] = {"words": exchange_words()}
-    for stage in STAGES:
+    for stage in ZERO:
         results[f"carried_over-{stage}"] = carried_passengers(stage)
         results[f"ema-{stage}"] = averaged(stage)
         results[f"foreign-{stage}"] = foreign_weights(stage)
         results[f"twice-{stage}"] = one_module_in_two_engines(stage)
+        results[f"converted-{stage}"] = converted_afterwards(stage)
+    results["timeouts"] = timeouts()
     report(results)
 
 
@@ -48,7 +54,7 @@ def exchange_words() -> dict[str, Any]:
     }
 
 
-def carried_passengers(stage: int) -> dict[str, Any]:
+def carried_passengers(stage: int | str) -> dict[str, Any]:
     module, fresh = Toy(), dict(Toy().named_parameters())
     engine = Engine(module, toy_groups(module, TRAINED), settings(zero_stage=stage, precision="bf16"))
     train_step(engine, 0, [("image", "text")])
@@ -64,7 +70,7 @@ def carried_passengers(stage: int) -> dict[str, Any]:
     return results
 
 
-def averaged(stage: int) -> dict[str, Any]:
+def averaged(stage: int | str) -> dict[str, Any]:
     decay, module = 0.3, Toy()
     engine = Engine(module, toy_groups(module), settings(zero_stage=stage))
     ema = ShardEMA(engine, decay)
@@ -81,7 +87,7 @@ def averaged(stage: int) -> dict[str, Any]:
     return results
 
 
-def one_module_in_two_engines(stage: int) -> dict[str, Any]:
+def one_module_in_two_engines(stage: int | str) -> dict[str, Any]:
     """A closed engine leaves nothing on its module that would act in the next."""
     flows, module, other = CHANGING_FLOWS, Toy(), Toy()
     changes = {"gradient_scale_mode": "gradient", "zero_stage": stage}
@@ -105,9 +111,43 @@ def failure(action: Callable[[], Any]) -> str:
     return ""
 
 
-def foreign_weights(stage: int) -> str:
+def foreign_weights(stage: int | str) -> str:
     module = Toy(seed=distributed.rank())
     return failure(lambda: Engine(module, toy_groups(module), settings(zero_stage=stage)).close())
+
+
+def converted_afterwards(stage: int | str) -> list[str]:
+    """What a step says before and after one of its parameters is laid out anew."""
+    module = Convolution()
+    engine = Engine(module, {"global": dict(module.named_parameters())}, settings(zero_stage=stage))
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(1, 2, 4, 4)).square().mean(), last=True)
+        engine.step(1e-3)
+
+    said = [failure(step)]
+    module.to(memory_format=torch.channels_last)
+    said.append(failure(step))
+    engine.close()
+    return said
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.conv = nn.Linear(4, 4), nn.Conv2d(2, 3, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.linear(image))
+        return out
+
+
+def timeouts() -> list[float]:
+    """Time limits of the run's group and of the one that DeepSpeed uses, in seconds."""
+    used: Any = importlib.import_module("deepspeed.utils.groups")
+    groups = [dist.group.WORLD, used._get_data_parallel_group()]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +155,8 @@ def results(run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> list[dict[str, A
     return run_on_ranks(cases, 2, tmp_path_factory.mktemp("engine"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_passengers_are_kept_in_float32(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_passengers_are_kept_in_float32(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         found = rank[f"carried_over-{stage}"]
         assert found["held"]
@@ -125,30 +165,62 @@ def test_passengers_are_kept_in_float32(results: list[dict[str, Any]], stage: in
         assert found["groups"] == list(TRAINED)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_average_equals_the_formula_on_full_tensors(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_average_equals_the_formula_on_full_tensors(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         found = rank[f"ema-{stage}"]
         assert found["error"] < 1e-7
         assert found["distance"] > 1e-3
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_different_starting_weights_are_refused_on_every_rank(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_different_starting_weights_are_refused_on_every_rank(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         assert "different weights" in rank[f"foreign-{stage}"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_closed_engine_leaves_its_module_clean(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_a_closed_engine_leaves_its_module_clean(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         assert rank[f"twice-{stage}"]["same"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_needs_complete_gradients(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_a_step_needs_complete_gradients(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         assert "last=True" in rank[f"twice-{stage}"]["unfinished"]
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_a_parameter_that_left_its_buffer_is_named(results: list[dict[str, Any]], stage: int | str) -> None:
+    """Under ZeRO 0 it would keep its values without a word."""
+    for rank in results:
+        before, after = rank[f"converted-{stage}"]
+        assert before == ""
+        assert "parameter conv.weight has left the engine's buffer" in after
+
+
+def test_every_group_of_processes_has_the_time_limit_of_the_run(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert rank["timeouts"] == [TIMEOUT_SECONDS, TIMEOUT_SECONDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("normal", torch.randn(3 * PIECE * 1000 + 17, generator=torch.Generator().manual_seed(0))),
+        ("huge and tiny", torch.cat([torch.tensor([1e18, -3e17]), torch.full((5 * PIECE,), 1e-15)])),
+        ("short", torch.tensor([3.0, -4.0])),
+        ("empty", torch.zeros(0)),
+        ("nan", torch.full((2 * PIECE,), torch.nan)),
+        ("infinite", torch.cat([torch.ones(2 * PIECE), torch.tensor([-torch.inf])])),
+    ],
+)
+def test_squares_summed_in_pieces_equal_those_in_float64(name: str, values: Tensor) -> None:
+    found = sum_of_squares(values)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, values.double().square().sum(), rtol=1e-6, atol=0.0, equal_nan=True)
+    assert torch.equal(found, sum_of_squares(values.clone())) or name == "nan"
 
 
 def test_words_between_ranks(results: list[dict[str, Any]]) -> None:
@@ -163,6 +235,7 @@ def test_words_between_ranks(results: list[dict[str, Any]]) -> None:
     ("changes", "named"),
     [
         ({"zero_stage": 3}, "hardware.zero_stage"),
+        ({"exchange": "none"}, "hardware.exchange"),
         ({"precision": "fp16"}, "hardware.precision"),
         ({"gradient_scale_mode": "loss"}, "stage.gradient_scale_mode"),
     ],

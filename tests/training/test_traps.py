@@ -17,6 +17,7 @@ import torch
 from tests.training.toy import (
     FLOWS,
     LEARNING_RATE,
+    ZERO,
     RunOnRanks,
     Toy,
     ToyFlow,
@@ -31,13 +32,12 @@ from tests.training.toy import (
     train_step,
 )
 from vdtrain.engine import strategies as engine_zero
-from vdtrain.engine.deepspeed import deepspeed_configuration
+from vdtrain.engine.deepspeed import SHARDED, deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.training.trainer import StepSync
 
-STAGES = (0, 1, 2)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "communication.py"
 # Each step leaves out layers of the one before.
 ONE_FLOW_EACH: list[list[ToyFlow]] = [[flow] for flow in FLOWS]
@@ -45,7 +45,7 @@ ONE_FLOW_EACH: list[list[ToyFlow]] = [[flow] for flow in FLOWS]
 
 def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     results: dict[str, Any] = {"diverged": diverged()}
-    for stage in STAGES:
+    for stage in ZERO:
         results[f"absent-{stage}"] = against_reference(stage, ONE_FLOW_EACH)
         results[f"backwards-{stage}"] = one_backward_per_flow(stage)
         results[f"clip-{stage}"] = against_reference(stage, [FLOWS] * 3, clip=0.0)
@@ -55,7 +55,7 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     report(results)
 
 
-def against_reference(stage: int, flows_of_steps: list[list[ToyFlow]], clip: float = 0.5) -> dict[str, Any]:
+def against_reference(stage: int | str, flows_of_steps: list[list[ToyFlow]], clip: float = 0.5) -> dict[str, Any]:
     plain, module = Toy(), Toy()
     norms, _ = reference(plain, flows_of_steps, clip=clip)
     engine = Engine(module, toy_groups(module), settings(zero_stage=stage, gradient_clip=clip))
@@ -66,7 +66,7 @@ def against_reference(stage: int, flows_of_steps: list[list[ToyFlow]], clip: flo
     return {"error": error, "smallest_norm": min(norms)}
 
 
-def one_backward_per_flow(stage: int) -> float:
+def one_backward_per_flow(stage: int | str) -> float:
     """Error after steps in which every flow has a backward of its own: the last one knows few of the layers."""
     plain, module = Toy(), Toy()
     reference(plain, [FLOWS] * 3)
@@ -93,7 +93,7 @@ def with_overlap() -> float:
         engine_zero.deepspeed_configuration = configuration
 
 
-def traffic(stage: int) -> float:
+def traffic(stage: int | str) -> float:
     """Elements reduced in a step of four flows and two micro-batches, over those of the gradient."""
     module = Toy()
     engine = Engine(module, toy_groups(module), settings(zero_stage=stage))
@@ -111,7 +111,7 @@ def traffic(stage: int) -> float:
     return float(counted.reduced / (4 * sum(parameter.numel() for parameter in module.parameters())))
 
 
-def moments(stage: int) -> dict[str, Any]:
+def moments(stage: int | str) -> dict[str, Any]:
     """AdamW's averages in every layer group, beside plain PyTorch's."""
     plain, module = Toy(), Toy()
     _, optimizer = reference(plain, [FLOWS] * 2)
@@ -158,16 +158,18 @@ def results(run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> list[dict[str, A
     return run_on_ranks(cases, 2, tmp_path_factory.mktemp("traps"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ZERO)
 def test_layers_that_a_step_leaves_out_get_no_gradient_of_the_step_before(
-    results: list[dict[str, Any]], stage: int
+    results: list[dict[str, Any]], stage: int | str
 ) -> None:
     for rank in results:
         assert rank[f"absent-{stage}"]["error"] < 1e-6
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_layers_that_the_last_backward_leaves_out_are_reduced_too(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_layers_that_the_last_backward_leaves_out_are_reduced_too(
+    results: list[dict[str, Any]], stage: int | str
+) -> None:
     for rank in results:
         assert rank[f"backwards-{stage}"] < 1e-6
         # Overlapped, they are not, and DeepSpeed says nothing.
@@ -175,15 +177,15 @@ def test_layers_that_the_last_backward_leaves_out_are_reduced_too(results: list[
     assert deepspeed_configuration(settings(zero_stage=1))["zero_optimization"]["overlap_comm"] is False
 
 
-@pytest.mark.parametrize(("stage", "least"), [(0, 1.0), (1, 1.0), (2, 2.0)])
-def test_flows_of_a_step_are_reduced_together(results: list[dict[str, Any]], stage: int, least: float) -> None:
+@pytest.mark.parametrize(("stage", "least"), [(0, 1.0), (1, 1.0), (2, 2.0), (SHARDED, 1.0)])
+def test_flows_of_a_step_are_reduced_together(results: list[dict[str, Any]], stage: int | str, least: float) -> None:
     """Once per step; under ZeRO 2, which keeps no gradients whole, once per micro-batch."""
     for rank in results:
         assert least <= rank[f"traffic-{stage}"] < 1.1 * least
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_without_clipping_nothing_is_clipped(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_without_clipping_nothing_is_clipped(results: list[dict[str, Any]], stage: int | str) -> None:
     """DeepSpeed clips at a norm of 1 unless told otherwise. The scale of a gradient cancels out of AdamW's updates when
     it is the same in all steps, and here it is not."""
     for rank in results:
@@ -191,8 +193,8 @@ def test_without_clipping_nothing_is_clipped(results: list[dict[str, Any]], stag
         assert rank[f"clip-{stage}"]["error"] < 1e-6
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_group_has_its_optimiser_state(results: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("stage", ZERO)
+def test_every_group_has_its_optimiser_state(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         found = rank[f"moments-{stage}"]
         for kind in (FIRST_MOMENT, SECOND_MOMENT):
@@ -215,7 +217,7 @@ def test_processes_that_go_together_share_what_they_know(results: list[dict[str,
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_is_added_up_and_reduced_in_float32(stage: int) -> None:
+def test_bf16_is_added_up_and_reduced_in_float32(stage: int | str) -> None:
     """By default, both are bf16. That the sums are exact is tested by test_oracle."""
     configuration = deepspeed_configuration(settings(zero_stage=stage, precision="bf16"))
     assert configuration["data_types"] == {"grad_accum_dtype": "fp32"}

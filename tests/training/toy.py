@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vdtrain.engine.deepspeed import SHARDED
 from vdtrain.engine.engine import Engine, EngineSettings, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, GroupLayout
 from vdtrain.run import distributed
 
 MODALITIES = ("image", "text")
+# ZeRO stages under DeepSpeed, and our own ZeRO 1.
+ZERO: tuple[int | str, ...] = (0, 1, 2, SHARDED)
 # (output, context)
 ToyFlow = tuple[str, str]
 RunOnRanks = Callable[..., list[dict[str, Any]]]
@@ -77,7 +80,10 @@ def settings(**changes: Any) -> EngineSettings:
         "gradient_scales": SCALES,
         "gradient_scale_mode": "learning_rate",
     }
-    return EngineSettings(**{**values, **changes})
+    values.update(changes)
+    if values["zero_stage"] == SHARDED:
+        values.update(zero_stage=1, exchange=SHARDED)
+    return EngineSettings(**values)
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The training engine: flat buffers, DeepSpeed ZeRO or replicas, AdamW, EMA.
+"""The training engine: flat buffers, replicated, partitioned or under DeepSpeed ZeRO; AdamW, EMA.
 
-Start at `engine.py`; `strategies.py` holds what differs between ZeRO and replicas.
+Start at `engine.py`. Its strategies are in `flat.py` and, with DeepSpeed, in `strategies.py`.
 """

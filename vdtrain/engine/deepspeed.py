@@ -47,6 +47,18 @@ BUCKET_ELEMENTS = 50_000_000
 ZERO_STAGES = (0, 1, 2)
 PRECISIONS = ("fp32", "bf16")
 LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
+REPLICATED, SHARDED, DEEPSPEED = "replicated", "sharded", "deepspeed"
+EXCHANGES = (DEEPSPEED, SHARDED)
+
+
+def strategy_kind(zero_stage: int, exchange: str, world_size: int) -> str:
+    """How weights and gradients are kept and exchanged: REPLICATED, SHARDED or DEEPSPEED.
+
+    ZeRO partitions between processes, so a single one has nothing to partition. ZeRO 2 is always DeepSpeed's.
+    """
+    if zero_stage == 0 or world_size == 1:
+        return REPLICATED
+    return SHARDED if zero_stage == 1 and exchange == SHARDED else DEEPSPEED
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class EngineSettings:
         gradient_clip: largest global norm of the gradient; 0 disables clipping.
         gradient_scales: factor of each layer group; 1 by default.
         gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
+        exchange: who exchanges gradients and weights under ZeRO 1; see `strategy_kind`.
     """
 
     zero_stage: int
@@ -69,11 +82,13 @@ class EngineSettings:
     weight_decay: float
     gradient_scales: Mapping[str, float]
     gradient_scale_mode: str
+    exchange: str = DEEPSPEED
 
     def __post_init__(self) -> None:
         for setting, value, choices in (
             ("hardware.zero_stage", self.zero_stage, ZERO_STAGES),
             ("hardware.precision", self.precision, PRECISIONS),
+            ("hardware.exchange", self.exchange, EXCHANGES),
             ("stage.gradient_scale_mode", self.gradient_scale_mode, (LEARNING_RATE_MODE, GRADIENT_MODE)),
         ):
             if value not in choices:

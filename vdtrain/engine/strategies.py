@@ -1,6 +1,4 @@
-"""How weights and gradients travel between processes: replicas under ZeRO 0, DeepSpeed under ZeRO 1 and 2.
-
-DeepSpeed partitions the optimiser's buffers, reduces gradients to the partitions and gathers the weights.
+"""DeepSpeed's ZeRO 1 and 2: it partitions the optimiser's buffers, reduces gradients and gathers the weights.
 
 DeepSpeed's own step (norm, clipping, skipping, AdamW) waits for the device several times, so the engine does that work.
 Only this file reads DeepSpeed's private attributes.
@@ -9,107 +7,17 @@ Only this file reads DeepSpeed's private attributes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vdtrain.engine.deepspeed import DEEPSPEED_VERSION, EngineSettings, deepspeed_configuration, import_deepspeed
 from vdtrain.engine.partitions import GroupLayout, cut
 from vdtrain.run import distributed
-
-
-class ReplicatedStrategy:
-    """Whole buffers of weights and gradients on every process. See engine.Strategy.
-
-    Raises:
-        RuntimeError: on every process, if their weights differ.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        groups: Mapping[str, Mapping[str, nn.Parameter]],
-        layouts: Sequence[GroupLayout],
-        settings: EngineSettings,
-    ) -> None:
-        self._module = module
-        self._hooks: list[Any] = []
-        _check_same_start(module)
-        world_size = distributed.world_size()
-        sizes = [layout.partition_size(world_size) * world_size for layout in layouts]
-        device = next(module.parameters()).device
-        self._master = torch.zeros(sum(sizes), device=device)
-        self._gradient = torch.zeros_like(self._master)
-        self.masters = list(self._master.split(sizes))
-        for layout, master in zip(layouts, self.masters, strict=True):
-            master[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
-        module.to(settings.compute_dtype)
-        # In float32 the masters are the module's weights.
-        self._weights = self._master.to(settings.compute_dtype)
-        buffers = zip(layouts, self._weights.split(sizes), self._gradient.split(sizes), strict=True)
-        for layout, weights, gradients in buffers:
-            for slot in layout.slots:
-                part = slice(slot.offset, slot.offset + slot.numel)
-                parameter = groups[layout.group][slot.name]
-                parameter.data = weights[part].view(slot.shape)
-                add = _add_mean_to(gradients[part].view(slot.shape), 1.0 / world_size)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module(*args, **kwargs)
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()
-        if last and distributed.world_size() > 1:
-            dist.all_reduce(self._gradient)
-
-    def gradients(self) -> list[Tensor]:
-        return list(self._gradient.split([master.numel() for master in self.masters]))
-
-    def zero_grad(self) -> None:
-        self._gradient.zero_()
-
-    def local_slice(self, start: int, stop: int) -> slice:
-        return slice(start, stop)
-
-    def all_gather(self, buffers: Sequence[Tensor]) -> None:
-        world_size = distributed.world_size()
-        for buffer in buffers:
-            own = buffer.view(world_size, -1)[distributed.rank()].clone()
-            dist.all_gather(list(buffer.view(world_size, -1).unbind()), own)
-
-    def broadcast(self) -> None:
-        if self._weights is not self._master:
-            self._weights.copy_(self._master)
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
-def _add_mean_to(total: Tensor, share: float) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        # Each gradient joins the float32 sum as it arrives, and its own memory is free at once.
-        total.add_(parameter.grad, alpha=share)
-        parameter.grad = None
-
-    return add
-
-
-def _check_same_start(module: nn.Module) -> None:
-    same = True
-    for tensor in module.state_dict().values():
-        first = tensor.detach().clone()
-        dist.broadcast(first, src=0)
-        same = same and torch.equal(first, tensor)
-    if not distributed.all_agree(same):
-        raise RuntimeError("the processes started from different weights; build the module from the same seed and file")
-
 
 # Where DeepSpeed keeps this process's flat float32 weights: ZeRO 1 and 2 under the first name; its bf16 optimiser
 # (ZeRO 1 with float32 accumulation) under the second.
@@ -141,6 +49,10 @@ class ZeroStrategy:
         # DeepSpeed reads the groups from it; it never steps.
         grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
         deepspeed = import_deepspeed(next(module.parameters()).device.type)
+        groups_of_processes = importlib.import_module("deepspeed.utils.groups")
+        if groups_of_processes._WORLD_GROUP is None:
+            # DeepSpeed would make this group with PyTorch's time-out.
+            groups_of_processes._WORLD_GROUP = distributed.new_group()
         with contextlib.redirect_stdout(io.StringIO()):
             configuration = deepspeed_configuration(settings)
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=grouping, config=configuration)
@@ -186,6 +98,9 @@ class ZeroStrategy:
 
     def broadcast(self) -> None:
         self._optimizer.update_lp_params()
+
+    def settle(self) -> None:
+        """Do nothing: DeepSpeed's gather has ended when `broadcast` returns."""
 
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -27,6 +27,8 @@ TIMEOUT_SECONDS = 1800.0
 
 # Machine, process number and start of every process, by rank; see `vdtrain.run.lock`.
 _peers: list[list[Any]] = []
+# Time limit of every collective; None until `start`.
+_timeout: timedelta | None = None
 # The launcher's variables before `start`; None for unset ones.
 _replaced_variables: dict[str, str | None] = {}
 
@@ -78,6 +80,8 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
+    global _timeout
+    _timeout = timeout
     _peers[:] = gather_json([machine(), os.getpid(), process_start(os.getpid())])
     return place
 
@@ -100,6 +104,12 @@ def finish() -> None:
         else:
             os.environ[name] = value
     _replaced_variables.clear()
+
+
+def new_group() -> dist.ProcessGroup:
+    """Another group of all processes, with the run's time limit. Every process must call it."""
+    group: dist.ProcessGroup = dist.new_group(timeout=_timeout)
+    return group
 
 
 def rank() -> int:

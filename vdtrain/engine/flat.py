@@ -1,0 +1,161 @@
+"""Flat buffers of weights and gradients: replicas under ZeRO 0 and in a single process, or partitioned masters.
+
+Every process has the whole weights and gradients of each layer group in one buffer each. Partitioned ("sharded", ZeRO
+1), a step moves the least bytes possible: one reduce-scatter of the gradients, one all-gather of the weights.
+
+No collective makes the host or the compute stream wait before its result is needed. Gradients are reduced during
+backward, weights are gathered while the next step encodes. NCCL runs its collectives on a stream of its own, which
+first waits for what the compute stream has queued; `Work.wait` lets the compute stream wait for the result. The buffers
+live as long as the engine, so that the allocator cannot reuse their memory early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vdtrain.engine.deepspeed import EngineSettings
+from vdtrain.engine.partitions import GroupLayout, cut
+from vdtrain.run import distributed
+
+
+class FlatStrategy:
+    """See engine.Strategy.
+
+    Args:
+        sharded: a process keeps and updates its own partition of the masters alone.
+
+    Raises:
+        RuntimeError: on every process, if their weights differ.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        layouts: Sequence[GroupLayout],
+        settings: EngineSettings,
+        sharded: bool,
+    ) -> None:
+        self._module, self._sharded = module, sharded
+        _check_same_start(module)
+        self._world_size = distributed.world_size()
+        sizes = [layout.partition_size(self._world_size) * self._world_size for layout in layouts]
+        whole = torch.zeros(sum(sizes), device=next(module.parameters()).device)
+        for layout, buffer in zip(layouts, whole.split(sizes), strict=True):
+            buffer[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
+        module.to(settings.compute_dtype)
+        self._weights = list(whole.to(settings.compute_dtype).split(sizes))
+        self.masters = [self._held(buffer) for buffer in whole.split(sizes)]
+        # In float32 the masters are the module's weights.
+        self._separate = settings.compute_dtype != torch.float32
+        if sharded and self._separate:
+            self.masters = [master.clone() for master in self.masters]
+        self._gradient = torch.zeros_like(whole)
+        self._gradients = list(self._gradient.split(sizes))
+        self._parameters = [len(groups[layout.group]) for layout in layouts]
+        # In a step's last backward: how many parameters of each group still have no gradient.
+        self._missing: list[int] | None = None
+        self._reductions: list[dist.Work] = []
+        self._gathers: list[dist.Work] = []
+        self._hooks: list[Any] = []
+        for index, (layout, weights, gradients) in enumerate(zip(layouts, self._weights, self._gradients, strict=True)):
+            for slot in layout.slots:
+                part = slice(slot.offset, slot.offset + slot.numel)
+                parameter = groups[layout.group][slot.name]
+                parameter.data = weights[part].view(slot.shape)
+                add = self._adder(index, gradients[part].view(slot.shape))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return self._module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._missing = list(self._parameters) if last and self._world_size > 1 else None
+        loss.backward()
+        for index, missing in enumerate(self._missing or ()):
+            if missing:
+                self._reduce(index)
+
+    def gradients(self) -> list[Tensor]:
+        _wait(self._reductions)
+        return [self._held(gradient) for gradient in self._gradients]
+
+    def zero_grad(self) -> None:
+        self._gradient.zero_()
+
+    def local_slice(self, start: int, stop: int) -> slice:
+        return slice(0, stop - start) if self._sharded else slice(start, stop)
+
+    def all_gather(self, buffers: Sequence[Tensor]) -> None:
+        if not self._sharded:
+            for buffer in buffers:
+                dist.all_gather_into_tensor(buffer, self._own(buffer))
+
+    def broadcast(self) -> None:
+        self.settle()
+        for weights, master in zip(self._weights, self.masters, strict=True):
+            if self._separate:
+                self._held(weights).copy_(master)
+            if self._sharded:
+                self._gathers.append(dist.all_gather_into_tensor(weights, self._own(weights), async_op=True))
+
+    def settle(self) -> None:
+        _wait(self._gathers)
+
+    def close(self) -> None:
+        self.settle()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _own(self, buffer: Tensor) -> Tensor:
+        """This process's partition of a whole buffer, padding included."""
+        return buffer.view(self._world_size, -1)[distributed.rank()]
+
+    def _held(self, buffer: Tensor) -> Tensor:
+        """The part of a whole buffer that this process updates."""
+        return self._own(buffer) if self._sharded else buffer
+
+    def _adder(self, index: int, total: Tensor) -> Callable[[Tensor], None]:
+        """The hook of a parameter of group `index` whose gradients are added up in `total`."""
+
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            # Each gradient joins the float32 sum as it arrives, and its own memory is free at once.
+            total.add_(parameter.grad, alpha=1.0 / self._world_size)
+            parameter.grad = None
+            if self._missing is not None:
+                self._missing[index] -= 1
+                if self._missing[index] == 0:
+                    self._reduce(index)
+
+        return add
+
+    def _reduce(self, index: int) -> None:
+        """Start a group's reduction. Processes that run the same flows do it in the same order: autograd's is fixed."""
+        whole = self._gradients[index]
+        if self._sharded:
+            work = dist.reduce_scatter_tensor(self._own(whole), whole, async_op=True)
+        else:
+            work = dist.all_reduce(whole, async_op=True)
+        self._reductions.append(work)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    while works:
+        works.pop(0).wait()
+
+
+def _check_same_start(module: nn.Module) -> None:
+    same = True
+    for tensor in module.state_dict().values():
+        first = tensor.detach().clone()
+        dist.broadcast(first, src=0)
+        same = same and torch.equal(first, tensor)
+    if not distributed.all_agree(same):
+        raise RuntimeError("the processes started from different weights; build the module from the same seed and file")
