@@ -39,6 +39,7 @@ def plan(config: PlanConfig, raw_config: DictConfig) -> int:
     """Print the plan; exit status 0, even if it does not fit."""
     check_settings(config, config.gpus)
     # Heavy imports come after the checks, so that a mistake is reported at once.
+    from vdtrain.engine.deepspeed import strategy_line
     from vdtrain.planning.memory import plan_stage
 
     made = plan_stage(config, config.gpus)
@@ -48,9 +49,10 @@ def plan(config: PlanConfig, raw_config: DictConfig) -> int:
     console = Console(soft_wrap=True, highlight=False)
     hardware = config.hardware
     console.print(
-        f"{made.stage} on {made.gpus} x {hardware.name}: ZeRO {hardware.zero_stage}, {hardware.precision}, "
+        f"{made.stage} on {made.gpus} x {hardware.name}: {hardware.precision}, "
         f"activation checkpointing: {hardware.activation_checkpointing}"
     )
+    console.print(strategy_line(hardware, made.gpus))
     console.print(plan_table(made))
     trained = sum(made.parameters.values())
     console.print(

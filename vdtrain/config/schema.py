@@ -96,6 +96,11 @@ class HardwareConfig:
     memory_gb: float | None = setting("memory of one GPU in 10^9 bytes; null if it is not known", above=0)
     precision: str = setting("number format of the computation; weights are kept in fp32", choices=("bf16", "fp32"))
     zero_stage: int = setting("ZeRO stage: partitions nothing, optimizer state, or gradients too", choices=(0, 1, 2))
+    exchange: str = setting(
+        "who reduces gradients and gathers weights under ZeRO 1: deepspeed by an all-reduce, sharded (our own) by a "
+        "reduce-scatter during backward; ZeRO 2 is always DeepSpeed's",
+        choices=("deepspeed", "sharded"),
+    )
     micro_batch_size: dict[int, int] = setting("pairs per process and forward pass, by resolution", least=1)
     attention: str = setting("implementation of attention", choices=("sdpa", "xformers"))
     activation_checkpointing: str = setting(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from vdtrain.config.schema import HardwareConfig
+
 DEEPSPEED_VERSION = "0.19.8"
 
 
@@ -59,6 +61,16 @@ def strategy_kind(zero_stage: int, exchange: str, world_size: int) -> str:
     if zero_stage == 0 or world_size == 1:
         return REPLICATED
     return SHARDED if zero_stage == 1 and exchange == SHARDED else DEEPSPEED
+
+
+def strategy_line(hardware: HardwareConfig, world_size: int) -> str:
+    """How weights, gradients and optimiser state are kept and exchanged, for people."""
+    stage = hardware.zero_stage
+    kind = strategy_kind(stage, hardware.exchange, world_size)
+    if kind == REPLICATED:
+        alone = f" (hardware.zero_stage={stage} is for several)" if stage > 0 else ""
+        return f"weights, gradients and optimiser state are whole on {'the one' if alone else 'every'} process{alone}"
+    return f"ZeRO {stage}, {'with reduce-scatter during backward' if kind == SHARDED else 'exchanged by DeepSpeed'}"
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ class FlatStrategy:
         self._parameters = [len(groups[layout.group]) for layout in layouts]
         # In a step's last backward: how many parameters of each group still have no gradient.
         self._missing: list[int] | None = None
-        self._reductions: list[dist.Work] = []
-        self._gathers: list[dist.Work] = []
+        self._reductions: list[dist.Work | None] = []
+        self._gathers: list[dist.Work | None] = []
         self._hooks: list[Any] = []
         for index, (layout, weights, gradients) in enumerate(zip(layouts, self._weights, self._gradients, strict=True)):
             for slot in layout.slots:
@@ -146,9 +146,12 @@ class FlatStrategy:
         self._reductions.append(work)
 
 
-def _wait(works: list[dist.Work]) -> None:
+def _wait(works: list[dist.Work | None]) -> None:
     while works:
-        works.pop(0).wait()
+        work = works.pop(0)
+        # None is for processes outside the group.
+        if work is not None:
+            work.wait()
 
 
 def _check_same_start(module: nn.Module) -> None:

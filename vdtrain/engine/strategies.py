@@ -49,7 +49,7 @@ class ZeroStrategy:
         # DeepSpeed reads the groups from it; it never steps.
         grouping = torch.optim.AdamW([{"params": list(parameters.values())} for parameters in groups.values()], lr=0.0)
         deepspeed = import_deepspeed(next(module.parameters()).device.type)
-        groups_of_processes = importlib.import_module("deepspeed.utils.groups")
+        groups_of_processes: Any = importlib.import_module("deepspeed.utils.groups")
         if groups_of_processes._WORLD_GROUP is None:
             # DeepSpeed would make this group with PyTorch's time-out.
             groups_of_processes._WORLD_GROUP = distributed.new_group()

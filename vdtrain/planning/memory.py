@@ -14,7 +14,7 @@ from torch import nn
 
 from vdtrain.config.schema import PhaseConfig, TrainConfig
 from vdtrain.config.validation import micro_batches, phase_steps, stage_flows
-from vdtrain.engine.deepspeed import BUCKET_ELEMENTS
+from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
 from vdtrain.engine.partitions import GroupLayout
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import parameters_by_group
@@ -153,7 +153,7 @@ def _plan_phase(
     count = micro_batches(config, phase.resolution, gpus)
     local = config.stage.global_batch_size // gpus
     micro = local // count
-    exchange, update = exchange_bytes(config), update_bytes(config, layouts, gpus)
+    exchange, update = exchange_bytes(config, gpus), update_bytes(config, layouts, gpus)
 
     def peak(of: MicroBatchMemory) -> int:
         return standing + max(of.encoding, of.peak + exchange, update)
@@ -202,19 +202,19 @@ def _warning(phase: PhaseMemory, memory: int) -> str:
 
 def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
     """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes."""
-    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, _compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
     buffers = partitions * gpus
-    held = buffers if stage == 0 else partitions
-    gradients = partitions if stage == 2 else buffers
-    if size == FLOAT32 and stage > 0:
+    held = buffers if kind == REPLICATED else partitions
+    gradients = partitions if kind == DEEPSPEED and stage == 2 else buffers
+    if size == FLOAT32 and kind == DEEPSPEED:
         # Float32 gradients stay with their parameters, also those that lie only partly in a partition.
         bounds = [layout.partition(0, gpus if stage == 2 else 1) for layout in layouts]
         gradients = sum(_numel_within(layout, *bound) for layout, bound in zip(layouts, bounds, strict=True))
     own = sum(stop - start for start, stop in (layout.partition(0, gpus) for layout in layouts))
     return StandingMemory(
         weights=size * buffers,
-        masters=0 if size == FLOAT32 and stage == 0 else FLOAT32 * held,
+        masters=0 if size == FLOAT32 and kind != DEEPSPEED else FLOAT32 * held,
         gradients=FLOAT32 * gradients,
         moments=2 * FLOAT32 * held,
         ema=FLOAT32 * own if config.ema.enabled else 0,
@@ -222,19 +222,21 @@ def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: i
     )
 
 
-def exchange_bytes(config: TrainConfig) -> int:
-    """The bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
+def exchange_bytes(config: TrainConfig, gpus: int) -> int:
+    """DeepSpeed's bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
-    if stage == 0 or (stage == 1 and size < FLOAT32):
+    if _strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
         return 0
     return BUCKET_ELEMENTS * (size if size == FLOAT32 else size + FLOAT32)
 
 
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
-    """After backward, bf16 under ZeRO 1 reduces copies of buffers; float32 copies its partition's gradients twice."""
+    """After backward, DeepSpeed's ZeRO 1 reduces copies of buffers; in float32 it copies its partition twice."""
     stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    if _strategy(config, gpus) != DEEPSPEED:
+        return 0
     partitions = [layout.partition_size(gpus) for layout in layouts]
-    if size == FLOAT32 and stage > 0:
+    if size == FLOAT32:
         return FLOAT32 * (2 * sum(partitions) + BUCKET_ELEMENTS)
     if stage != 1:
         return 0
@@ -264,6 +266,10 @@ def tensor_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _strategy(config: TrainConfig, gpus: int) -> str:
+    return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, gpus)
 
 
 def _compute_bytes(config: TrainConfig) -> int:

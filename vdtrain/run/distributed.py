@@ -106,10 +106,9 @@ def finish() -> None:
     _replaced_variables.clear()
 
 
-def new_group() -> dist.ProcessGroup:
+def new_group() -> Any:
     """Another group of all processes, with the run's time limit. Every process must call it."""
-    group: dist.ProcessGroup = dist.new_group(timeout=_timeout)
-    return group
+    return dist.new_group(timeout=_timeout)
 
 
 def rank() -> int:

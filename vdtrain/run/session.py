@@ -21,6 +21,7 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import micro_batches
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
+from vdtrain.engine.deepspeed import strategy_line
 from vdtrain.errors import described, one_line, unwritable
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
@@ -146,6 +147,7 @@ def _begin(
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
         )
         print(f"{config.stage.name} {origin}", flush=True)
+        print(strategy_line(config.hardware, place.world_size), flush=True)
         print(f"micro-batches of each process: {_micro_batches(config, place.world_size)}", flush=True)
         for line in remarks:
             print(f"warning: {line}", file=sys.stderr, flush=True)

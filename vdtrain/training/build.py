@@ -179,6 +179,7 @@ def engine_settings(config: TrainConfig) -> EngineSettings:
     first, second = optimizer.betas
     return EngineSettings(
         zero_stage=hardware.zero_stage,
+        exchange=hardware.exchange,
         precision=hardware.precision,
         gradient_clip=optimizer.gradient_clip,
         betas=(first, second),
