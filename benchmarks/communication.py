@@ -130,6 +130,10 @@ def count(config: TrainConfig, frozen: FrozenParts, contestant: Contestant, prec
     flows = stage_flows(config)
     module = Diffuser(config.model, active_groups(flows))
     groups = {group: parameters_by_group(module)[group] for group in active_groups(flows)}
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        # Some layers start at zero, and those before them would have no gradient.
+        nn.init.normal_(parameter, std=0.05)
     engine = contestant.engine(module, groups, precision)
     frozen.to(engine.compute_dtype)
     schedule = Schedule(config.model.schedule, torch.device("cpu"))

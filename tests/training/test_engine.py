@@ -22,11 +22,13 @@ from tests.training.toy import (
     difference,
     full_weights,
     gather,
+    micro_batches,
     same_bits,
     settings,
     toy_groups,
     train_step,
 )
+from vdtrain.engine.deepspeed import SHARDED
 from vdtrain.engine.engine import PIECE, Engine, ShardEMA, sum_of_squares
 from vdtrain.run import distributed
 
@@ -42,6 +44,8 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
         results[f"twice-{stage}"] = one_module_in_two_engines(stage)
         results[f"converted-{stage}"] = converted_afterwards(stage)
     results["timeouts"] = timeouts()
+    for stage in (0, SHARDED):
+        results[f"order-{stage}"] = order_of_reductions(stage)
     report(results)
 
 
@@ -114,6 +118,29 @@ def failure(action: Callable[[], Any]) -> str:
 def foreign_weights(stage: int | str) -> str:
     module = Toy(seed=distributed.rank())
     return failure(lambda: Engine(module, toy_groups(module), settings(zero_stage=stage)).close())
+
+
+def order_of_reductions(stage: int | str) -> list[list[str]]:
+    """The groups whose reduction begins during a step's last backward, and those whose begins after it."""
+    module = Toy()
+    groups = toy_groups(module)
+    engine = Engine(module, groups, settings(zero_stage=stage))
+    started: list[list[str]] = [[], []]
+    strategy: Any = engine._strategy
+    reduce = strategy._reduce
+
+    def noting(index: int) -> None:
+        during = torch._C._current_graph_task_id() != -1
+        started[not during].append(list(groups)[index])
+        reduce(index)
+
+    strategy._reduce = noting
+    first, second = micro_batches(0, 2)
+    engine.backward(engine(FLOWS, *first), last=False)
+    engine.backward(engine(FLOWS[:1], *second), last=True)
+    engine.step(1e-3)
+    engine.close()
+    return started
 
 
 def converted_afterwards(stage: int | str) -> list[str]:
@@ -189,6 +216,12 @@ def test_a_closed_engine_leaves_its_module_clean(results: list[dict[str, Any]], 
 def test_a_step_needs_complete_gradients(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         assert "last=True" in rank[f"twice-{stage}"]["unfinished"]
+
+
+@pytest.mark.parametrize("stage", [0, SHARDED])
+def test_groups_are_reduced_as_soon_as_they_are_complete(results: list[dict[str, Any]], stage: int | str) -> None:
+    for rank in results:
+        assert rank[f"order-{stage}"] == [["data.image", "context.image", "global"], ["data.text", "context.text"]]
 
 
 @pytest.mark.parametrize("stage", ZERO)

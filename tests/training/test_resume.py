@@ -149,7 +149,9 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
         add(f"alone-{stage}", 1, *elastic)
         for ranks, zero_stage, steps in ELASTIC:
             stop = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
-            add(f"elastic-{stage}", ranks, *elastic, f"hardware.zero_stage={zero_stage}", trouble=stop)
+            exchange = "deepspeed" if ranks == 2 else "sharded"
+            zero = [f"hardware.zero_stage={zero_stage}", f"hardware.exchange={exchange}"]
+            add(f"elastic-{stage}", ranks, *elastic, *zero, trouble=stop)
     for name, ending in zip(names, run_cases(folder / "cases", cases), strict=True):
         drill.endings.setdefault(name, []).append(ending)
     return drill

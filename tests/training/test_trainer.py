@@ -32,6 +32,7 @@ from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
+WAYS = {"sharded": "exchange=sharded", "deepspeed": "exchange=deepspeed", "zero2": "zero_stage=2"}
 BATCH, STEPS = 8, 3
 # Sums of float32 in another order differ by some 1e-7, on any processor: of a group's gradient, 4e-7 was the most seen.
 GRADIENT_BOUND = 1e-6
@@ -85,10 +86,10 @@ def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None
 
 
 def four_flow_steps(folder: Path) -> None:
-    """Three four-flow steps from random weights under ZeRO 1 and 2; two micro-batches a step on two ranks."""
-    for zero_stage in (1, 2):
-        name = f"four-{distributed.world_size()}-zero{zero_stage}"
-        overrides = [f"hardware.zero_stage={zero_stage}", "stage.init_from=null", phases(STEPS, 0)]
+    """Three four-flow steps from random weights under every ZeRO; two micro-batches a step on two ranks."""
+    for way, setting in WAYS.items():
+        name = f"four-{distributed.world_size()}-{way}"
+        overrides = [f"hardware.{setting}", "stage.init_from=null", phases(STEPS, 0)]
         # Adam divides a gradient by its size, and with it the gradient's rounding, which differs between processors.
         # An epsilon far above every gradient takes that division out.
         overrides += ["optimizer.epsilon=1", "optimizer.learning_rate_scale=1e5"]
@@ -149,7 +150,7 @@ def fixed_loss(trainer: Trainer, name: str, resolution: int) -> str:
 
 def carried_along(folder: Path) -> None:
     """A stage of one flow that starts from four, is resumed, and hands on what it did not train."""
-    whole = newest(folder, "four-1-zero1")
+    whole = newest(folder, "four-1-sharded")
     overrides = [f"run_dir={folder}/runs/carrying", f"stage.init_from={whole}"]
     assert make_trainer(folder, STAGES[0], *overrides, phases(1, 0)).run()
     assert make_trainer(folder, STAGES[0], *overrides, phases(2, 0)).run()
@@ -207,9 +208,9 @@ def runs(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
     return {**alone, **run_on_ranks(on_two_ranks, 2, folder, timeout=600.0)[0]}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder: Path, zero_stage: int) -> None:
-    names = [f"four-{ranks}-zero{zero_stage}" for ranks in (1, 2)]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder: Path, way: str) -> None:
+    names = [f"four-{ranks}-{way}" for ranks in (1, 2)]
     for step in range(STEPS):
         one, two = (load_file(folder / name / f"{step}.safetensors") for name in names)
         for group, (error, size) in norms_by_group(one, two).items():
@@ -239,7 +240,7 @@ def norms_by_group(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tens
 
 def test_every_group_moved(runs: dict[str, Any], folder: Path) -> None:
     """The comparison above would hold for weights that never changed."""
-    weights = read_weights(newest(folder, "four-2-zero1"), "model")
+    weights = read_weights(newest(folder, "four-2-sharded"), "model")
     # Every residual branch ends in a layer that starts at zero.
     for ending in ("out_layers.3.weight", "proj_out.weight"):
         moved = {layer_group(name) for name, tensor in weights.items() if name.endswith(ending) and tensor.any()}
@@ -247,7 +248,7 @@ def test_every_group_moved(runs: dict[str, Any], folder: Path) -> None:
 
 
 def test_layers_that_a_stage_does_not_train_are_handed_on(runs: dict[str, Any], folder: Path) -> None:
-    before, after = (read_weights(newest(folder, run), "model") for run in ("four-1-zero1", "carrying"))
+    before, after = (read_weights(newest(folder, run), "model") for run in ("four-1-sharded", "carrying"))
     assert before.keys() == after.keys()
     changed = {layer_group(name) for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert changed == {"global", "data.image", "context.image"}
@@ -298,7 +299,7 @@ def test_a_trained_checkpoint_samples(
 ) -> None:
     image = tmp_path / "given.png"
     Image.new("RGB", (90, 70), (200, 30, 30)).save(image)
-    arguments = [f"checkpoint={folder}/runs/four-1-zero1", f"flow={flow}", f"inputs={inputs.format(image=image)}"]
+    arguments = [f"checkpoint={folder}/runs/four-1-sharded", f"flow={flow}", f"inputs={inputs.format(image=image)}"]
     arguments += ["resolution=32", "steps=2", "seed=3", f"output_dir={tmp_path}/out"]
     assert sample([*arguments, "weights=ema"]) == 0
     written = sorted(file.name for file in (tmp_path / "out").iterdir())
@@ -334,7 +335,7 @@ def test_the_demos_report_is_made_of_the_three_stages(runs: dict[str, Any], fold
 
 
 def test_a_run_folder_is_not_continued_with_another_model(runs: dict[str, Any], folder: Path) -> None:
-    overrides = [f"run_dir={folder}/runs/four-1-zero1", "stage.init_from=null", "seed=1"]
+    overrides = [f"run_dir={folder}/runs/four-1-sharded", "stage.init_from=null", "seed=1"]
     document = compose("train", [*MINIATURE, f"stage={STAGES[2]}", phases(STEPS, 0), *overrides])
     with pytest.raises(ConfigError, match=r"seed=1: run_dir=.* has 0; restore it"):
         resolve_start(to_object(document, TrainConfig), document)

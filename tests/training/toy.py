@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vdtrain.engine.deepspeed import SHARDED
+from vdtrain.engine.deepspeed import DEEPSPEED, SHARDED
 from vdtrain.engine.engine import Engine, EngineSettings, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, GroupLayout
 from vdtrain.run import distributed
@@ -72,6 +72,7 @@ def device() -> torch.device:
 def settings(**changes: Any) -> EngineSettings:
     values: dict[str, Any] = {
         "zero_stage": 1,
+        "exchange": DEEPSPEED,
         "precision": "fp32",
         "gradient_clip": CLIP,
         "betas": BETAS,

@@ -241,7 +241,7 @@ class Engine:
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("the engine needs a process group: call vdtrain.run.distributed.start first")
-        self._module = module
+        self._module, self._closed = module, False
         self.settings = settings
         trained = _checked_names(module, groups)
         for name, parameter in module.named_parameters():
@@ -277,7 +277,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The module with its newest weights."""
-        self._strategy.settle()
+        if not self._closed:
+            self._strategy.settle()
         return self._module
 
     @property
@@ -372,6 +373,7 @@ class Engine:
     def close(self) -> None:
         """Release hooks, buffers and process groups; the module keeps its last weights."""
         self._strategy.close()
+        self._closed = True
         for hook in self._gradient_hooks:
             hook.remove()
         del self._strategy, self._optimizer
