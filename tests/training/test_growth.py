@@ -25,7 +25,9 @@ def test_a_micro_batch_is_the_largest_that_divides_and_the_log_shows_it(
         run = tmp_path / str(limit)
         settings = [*tiny_runs.overrides, phases(BATCH, (32, 2)), f"hardware.micro_batch_size={{32: {limit}}}"]
         assert train([f"stage={STAGES[0]}", *settings, "stage.init_from=null", f"run_dir={run}"]) == 0
-        assert "micro-batches of each process: 2 x 2 pairs at 32 pixels" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "micro-batches of each process: 2 x 2 pairs at 32 pixels" in shown
+        assert "state are whole on the one process (hardware.zero_stage=1 is for several)" in shown
         losses.append([record["loss"] for record in read_metrics(run)])
     assert losses[0] == losses[1]
 
