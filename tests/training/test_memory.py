@@ -53,7 +53,7 @@ def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None
 
 def standing(way: int | str, precision: str) -> dict[str, Any]:
     """Bytes of one engine: predicted, and counted in the middle of a step, while gradients exist."""
-    ways = ["zero_stage=1", "exchange=sharded"] if way == SHARDED else [f"zero_stage={way}"]
+    ways = ["zero_stage=1", "exchange=sharded"] if way == SHARDED else [f"zero_stage={way}", "exchange=deepspeed"]
     config = tiny(*(f"hardware.{setting}" for setting in [*ways, f"precision={precision}"]))
     before = storages(everything())
     diffuser = Diffuser(config.model, active_groups(stage_flows(config)))

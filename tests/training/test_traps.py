@@ -7,6 +7,7 @@ no way around theirs, are refused by the configuration.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def traffic(stage: int | str) -> float:
     assert spec is not None
     assert spec.loader is not None
     communication = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = communication
     spec.loader.exec_module(communication)
     batches = micro_batches(0, 2)
     with communication.Traffic() as counted:
