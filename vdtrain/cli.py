@@ -11,7 +11,8 @@ import vdtrain
 # Each command with its module and what it does.
 COMMANDS = {
     "train": ("vdtrain.commands.train", "train one stage of the curriculum"),
-    "plan": ("vdtrain.commands.plan", "estimate memory, disk space and steps"),
+    "plan": ("vdtrain.commands.plan", "estimate memory, disk space, steps and time"),
+    "bench": ("vdtrain.commands.bench", "measure the training step on this machine, without data"),
     "preflight": ("vdtrain.commands.preflight", "check the configuration and environment before training"),
     "status": ("vdtrain.commands.status", "show the progress of a run"),
     "sample": ("vdtrain.commands.sample", "make images and captions with a trained model"),

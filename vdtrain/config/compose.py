@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vdtrain.config.command_line import SETTING_FORM
 from vdtrain.config.overrides import Override, escaped, list_items
 from vdtrain.config.schema import (
+    BenchConfig,
     BlendConfig,
     DataPipelineConfig,
     EditConfig,
@@ -43,6 +44,7 @@ Schema = TypeVar("Schema")
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "plan": PlanConfig,
+    "bench": BenchConfig,
     "preflight": PreflightConfig,
     "status": StatusConfig,
     "sample": SampleConfig,

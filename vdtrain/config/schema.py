@@ -90,6 +90,20 @@ class ModelConfig:
 
 
 @dataclass
+class RatesConfig:
+    """What a GPU and its links reach: `vdtrain plan` predicts times from it, and `vdtrain bench` measures it."""
+
+    tflops: float | None = setting(
+        "TFLOP/s of one GPU in encoding, forward and backward; null if not known", None, above=0
+    )
+    micro_batch_ms: float = setting("least time of a micro-batch in ms, for the launches of its kernels", 0.0, least=0)
+    memory: float | None = setting("GB/s that a GPU reads and writes in its memory; null if not known", None, above=0)
+    link: float | None = setting("GB/s that a GPU receives from others of its node; null if not known", None, above=0)
+    network: float | None = setting("GB/s that a node receives from other nodes; null if not known", None, above=0)
+    gpus_per_node: int = setting("GPUs of a node", 8, least=1)
+
+
+@dataclass
 class HardwareConfig:
     name: str = setting("name of the hardware")
     device: str = setting("where the tensors are", choices=DEVICES)
@@ -114,6 +128,7 @@ class HardwareConfig:
     channels_last: bool = setting("keep the channels of a pixel together in memory; pays with compiled code on a GPU")
     loader_workers: int = setting("decoding threads of each process", least=1)
     threads: int | None = setting("CPU threads of each process for tensors; null for PyTorch's default", least=1)
+    rates: RatesConfig = field(default_factory=RatesConfig)
 
 
 @dataclass
@@ -196,6 +211,22 @@ class PlanConfig(TrainConfig):
 
     gpus: int = setting("number of processes, one per GPU", least=1)
     format: str = setting("output for people or for programs", choices=("table", "json"))
+    rate: FilePath | None = setting("result of `vdtrain bench`, whose rates replace those of hardware.rates")
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """Root of `conf/bench.yaml`."""
+
+    resolution: int | None = setting("side of the images in pixels; null for the stage's first phase", least=1)
+    warmup_steps: int = setting("steps before the timed ones", least=1)
+    timed_steps: int = setting("steps that are timed", least=1)
+    micro_batches: int | None = setting(
+        "micro-batches of a step, each of hardware.micro_batch_size; null for as many as the stage's batch needs",
+        least=1,
+    )
+    profile: bool = setting("write a Chrome trace of one step beside the output")
+    output: FilePath | None = setting("JSON file of the result; null only prints")
 
 
 @dataclass

@@ -60,6 +60,11 @@ def without_weights() -> Iterator[None]:
         _read_files.reset(token)
 
 
+def reads_weights() -> bool:
+    """False inside `without_weights`."""
+    return _read_files.get()
+
+
 def shared_module(key: str, build: Callable[[], Module]) -> Module:
     """The module that the current `shared_loading` has for `key`, else a new one."""
     modules = _shared_modules.get()

@@ -20,13 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.config.validation import stage_flows
+from vdtrain.data.latents import MODALITY
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
 from vdtrain.models.activation_checkpointing import checkpoint_activations
-from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.diffuser import Diffuser, DiffuserInput
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
+from vdtrain.run.speed import OperatorCount
 
 
 class LiveMemory(TorchDispatchMode):
@@ -70,23 +72,30 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
+# Vocabularies for networks without values or with random ones; every one of their ids is in a larger vocabulary too.
+STAND_INS = {
+    "encoder_tokenizer": "asset:tiny/encoder_tokenizer.json",
+    "decoder_tokenizer": "asset:tiny/decoder_tokenizer.json",
+}
 # Longer than the part of a caption that any text encoder keeps.
 LONG_CAPTION = "a word " * 200
 
 
 @dataclass(frozen=True)
 class MicroBatchMemory:
-    """The memory of one micro-batch in bytes, beyond the memory that stays between steps.
+    """The memory of one micro-batch in bytes, beyond the memory that stays between steps, and its operations.
 
     Attributes:
         encoding: peak of the frozen parts.
         kept: bytes that the forward pass keeps for the backward pass.
         peak: of the forward and backward passes, with `kept` and the gradient of one parameter at a time.
+        flops: floating-point operations of encoding, forward and backward; see `OperatorCount`.
     """
 
     encoding: int
     kept: int
     peak: int
+    flops: int
 
 
 class DryRun:
@@ -109,7 +118,7 @@ class DryRun:
         flows = stage_flows(config)
         with torch.device("meta"), without_weights():
             diffuser = Diffuser(config.model, active_groups(flows))
-            frozen = build_frozen(_without_missing_tokenizers(config.model))
+            frozen = build_frozen(with_stand_ins(config.model))
         with self._mode:
             self.diffuser, self.frozen = _fake(diffuser, self._dtype), _fake(frozen, self._dtype)
             self._objective = Objective(flows, Schedule(config.model.schedule), self.frozen, config.objective)
@@ -127,14 +136,24 @@ class DryRun:
     def _measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
         batch = self.config.stage.global_batch_size
         rng = StepRandom("dry run", 0, batch, slice(0, micro_batch), torch.device("cpu"))
+        count = OperatorCount()
+
+        def denoise(inputs: Sequence[DiffuserInput]) -> list[Tensor]:
+            # Unconditional contexts, which are encoded once in a run, are outside.
+            with count:
+                predicted: list[Tensor] = self.diffuser(inputs)
+            return predicted
+
         with self._mode:
-            encoding = self._encoding(resolution, micro_batch)
+            with count:
+                encoding = self._encoding(resolution, micro_batch)
             encoded = self.encoded(resolution, micro_batch)
             with LiveMemory() as memory:
-                total = self._objective.total(self._objective.losses(self.diffuser, encoded, rng))
+                total = self._objective.total(self._objective.losses(denoise, encoded, rng))
                 kept = memory.now
-                total.backward()
-        return MicroBatchMemory(encoding, kept, memory.peak)
+                with count:
+                    total.backward()
+        return MicroBatchMemory(encoding, kept, memory.peak, count.flops)
 
     def encoded(self, resolution: int, rows: int) -> Encoded:
         """Latents and contexts of `rows` pairs, without values."""
@@ -150,9 +169,10 @@ class DryRun:
     def _encoding(self, resolution: int, rows: int) -> int:
         """The largest peak of the frozen parts, which run one after another."""
         samples = _pairs(resolution, rows)
+        cached = {MODALITY} if self.config.data.latents == "cached" else set()
         peak = 0
         for kind, parts, names in (
-            ("vae", self.frozen.vaes, self._objective.outputs),
+            ("vae", self.frozen.vaes, self._objective.outputs - cached),
             ("context_encoder", self.frozen.context_encoders, self._objective.contexts),
         ):
             for name in sorted(names):
@@ -176,14 +196,15 @@ def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
     }
 
 
-def _without_missing_tokenizers(config: ModelConfig) -> ModelConfig:
-    """The model without its missing tokenizer files, which do not change the memory of their parts."""
+def with_stand_ins(config: ModelConfig) -> ModelConfig:
+    """The model with the package's own small vocabularies for missing ones of the text VAE, and without other ones."""
 
-    def kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in arguments.items() if not _is_missing_file(value)}
+    def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: STAND_INS.get(key) if _is_missing_file(value) else value for key, value in arguments.items()}
+        return {key: value for key, value in kept.items() if value is not None or arguments[key] is None}
 
     modalities = {
-        name: replace(modality, vae=kept(modality.vae), context_encoder=kept(modality.context_encoder))
+        name: replace(modality, vae=given(modality.vae), context_encoder=given(modality.context_encoder))
         for name, modality in config.modalities.items()
     }
     return replace(config, modalities=modalities)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import phase_steps
+from vdtrain.run.speed import StepClock
 from vdtrain.run.tracking import Tracker
 from vdtrain.run.wandb_run import INIT_SECONDS
 
@@ -26,13 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Meters:
-    """Sums since the last log line: losses, gradient norms, waiting, pairs."""
+    """Sums since the last log line: losses, gradient norms, waiting, pairs.
 
+    Attributes:
+        device: that this process trains on.
+        peak: FLOP/s of a matrix product on it.
+        flops: of a step of this process; None until they are counted.
+        clock: of the parts of the steps.
+    """
+
+    device: torch.device
+    peak: float
+    flops: int | None = None
     losses: dict[str, list[float]] = field(default_factory=dict)
     gradient_norms: list[float] = field(default_factory=list)
     waited: float = 0.0
     pairs: int = 0
+    steps: int = 0
     began: float = field(default_factory=time.monotonic)
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = StepClock(self.device)
 
     def add(self, outcome: StepOutcome) -> None:
         """Add a step. Skipped steps do not count: their figures are not finite."""
@@ -42,16 +58,21 @@ class Meters:
         for name, loss in outcome.losses.items():
             self.losses.setdefault(name, []).append(loss)
 
-    def summary(self, device: torch.device) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Means and rates of the interval, ready for JSON and for the tracker."""
         seconds = max(time.monotonic() - self.began, 1e-9)
+        flops = None if self.flops is None else self.flops * self.steps / seconds
         return {
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
             # None if all steps of the interval were skipped.
             "gradient_norm": sum(self.gradient_norms) / len(self.gradient_norms) if self.gradient_norms else None,
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
-            "memory_gb": memory_gb(device),
+            "time_shares": {part: spent / seconds for part, spent in self.clock.seconds().items()},
+            # Of one process; the share is that of a matrix product's rate, which this run measured.
+            "tflops": None if flops is None else flops / 1e12,
+            "peak_share": None if flops is None else flops / self.peak,
+            "memory_gb": memory_gb(self.device),
         }
 
 
@@ -67,11 +88,14 @@ def log_line(record: Mapping[str, Any]) -> str:
     """A record as a log line."""
     losses = " | ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items()) or "no step counted"
     norm = "-" if record["gradient_norm"] is None else f"{record['gradient_norm']:.3f}"
+    shares = {"data wait": record["data_wait"], **record["time_shares"]}
+    times = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    rate = "" if record["tflops"] is None else f"{record['tflops']:.3g} TFLOP/s ({record['peak_share']:.0%}) | "
     return (
         f"step {record['step']} | {record['resolution']} px | "
         f"samples {record['samples']:,}/{record['total_samples']:,} | "
         f"{losses} | grad {norm} | lr {record['learning_rate']:.2e} | "
-        f"{record['pairs_per_second']:.1f} pairs/s | data wait {record['data_wait']:.0%} | {record['memory_gb']:.2f} GB"
+        f"{record['pairs_per_second']:.1f} pairs/s | {rate}{times} | {record['memory_gb']:.2f} GB"
         + (f" | skipped {record['skipped']}" if record["skipped"] else "")
         + (f" | bad samples {record['replaced']}" if record["replaced"] else "")
     )

@@ -38,6 +38,8 @@ from vdtrain.training.trainer import Trainer
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors
 
+CPU = torch.device("cpu")
+
 
 def build_trainer(
     config: TrainConfig,
@@ -45,6 +47,7 @@ def build_trainer(
     start: Start,
     place: distributed.RankInfo,
     watchdog: Watchdog | None = None,
+    draw_on: torch.device = CPU,
 ) -> Trainer:
     """Build a trainer that stands at a stage's start. Every process calls this together.
 
@@ -54,17 +57,20 @@ def build_trainer(
         start: from `resolve_start`.
         place: from `distributed.start`.
         watchdog: None disables it.
+        draw_on: where random weights are drawn; a GPU is faster, and draws other numbers than a CPU.
 
     Raises:
         CheckpointError: the checkpoint to resume from does not fit the stage.
     """
     watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
-    diffuser = starting_diffuser(config, start, place.device)
+    diffuser = starting_diffuser(config, start, place.device, draw_on)
     groups, flows = parameters_by_group(diffuser), stage_flows(config)
     engine = Engine(diffuser, {group: groups[group] for group in active_groups(flows)}, engine_settings(config))
     try:
         record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
-        frozen = build_frozen(config.model).to(place.device, engine.compute_dtype)
+        with draw_on:
+            frozen = build_frozen(config.model)
+        frozen.to(place.device, engine.compute_dtype)
         if config.hardware.channels_last:
             diffuser.channels_last = True
             frozen.to(memory_format=torch.channels_last)
@@ -98,7 +104,7 @@ def build_trainer(
     )
 
 
-def starting_diffuser(config: TrainConfig, start: Start, device: torch.device) -> Diffuser:
+def starting_diffuser(config: TrainConfig, start: Start, device: torch.device, draw_on: torch.device = CPU) -> Diffuser:
     """The diffuser with a new stage's starting weights, on `device`. Every process calls this together.
 
     Rank 0 alone draws and reads the weights and broadcasts them. The diffuser also has the layers that earlier stages
@@ -113,7 +119,8 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device) -
         try:
             weights = initial_weights(start, config.model)
             names = list(weights)
-            drawn = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
+            with draw_on:
+                drawn = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
             load_weights(drawn, weights)
         except (ConfigError, CheckpointError, OSError) as error:
             failure = [isinstance(error, ConfigError), one_line(error)]

@@ -17,7 +17,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig, StageConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
 from vdtrain.files import FileRecord
-from vdtrain.models.frozen_weights import locate, named_files, names_file
+from vdtrain.models.frozen_weights import locate, named_files, names_file, reads_weights
 from vdtrain.run import distributed
 from vdtrain.training.state import TrainState
 
@@ -35,14 +35,15 @@ def frozen_files(model: ModelConfig | DictConfig) -> dict[str, str]:
 
 
 def frozen_contents(model: ModelConfig) -> dict[str, str]:
-    """SHA-256 of every file of the frozen parts, by setting.
+    """SHA-256 of every file of the frozen parts, by setting; of none inside `without_weights`.
 
     Every process calls this together and reads its share of the files.
 
     Raises:
         SharedError: on every process, if a file cannot be read on one of them.
     """
-    files = {setting: locate(path, setting) for setting, path in frozen_files(model).items()}
+    named = frozen_files(model) if reads_weights() else {}
+    files = {setting: locate(path, setting) for setting, path in named.items()}
     own = sorted(set(files.values()))[distributed.rank() :: distributed.world_size()]
     hashes, failure = {}, None
     try:

@@ -6,6 +6,7 @@ over micro-batches, and updates once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -31,6 +32,7 @@ from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
+from vdtrain.run.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training.continuation import STATE, stage_steps
 from vdtrain.training.state import TrainState
@@ -220,6 +222,7 @@ class Trainer:
             StreamError: the data can no longer be read on this process.
         """
         given, stop = stop, stop or StopSignal()
+        self._peak = matmul_rate(self.place.device, self.engine.compute_dtype)
         try:
             while self.state.phase < len(self.config.stage.phases):
                 if not distributed.all_agree(stop.number == 0):
@@ -250,7 +253,8 @@ class Trainer:
             self.ema.restart()
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
         sync, bad_steps = StepSync(self.flow_names, self.place.device), BadSteps(config.optimizer.max_bad_steps)
-        meters, asked, warm = Meters(), False, config.hardware.compile == "none"
+        meters, asked = Meters(self.place.device, self._peak), False
+        warm, first = config.hardware.compile == "none", self.state.phase_step
 
         def collect() -> bool:
             """Take in the outcome of the last submitted step; True if a process was asked to stop."""
@@ -272,12 +276,17 @@ class Trainer:
                 self.watchdog.place = f"step {self.state.step + 1}"
                 if not warm:
                     self._compile(batch, phase)
-                    meters, warm = Meters(), True
-                losses, report = self._step(batch, phase)
+                    meters, warm = Meters(self.place.device, self._peak), True
+                # The second step: what happens once, such as compiling, is over.
+                count = OperatorCount() if self.state.phase_step == first + 1 else None
+                with count or contextlib.nullcontext():
+                    losses, report = self.step(batch, phase, meters.clock)
+                meters.flops = meters.flops if count is None else count.flops
                 # The previous step's outcome arrives now. This step's exchange overlaps with the next step.
                 asked = collect()
                 sync.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
                 meters.pairs += batch_size
+                meters.steps += 1
                 last = self.state.phase_step == steps
                 saves = last or self.state.step % config.checkpoint.every_steps == 0
                 logs = last or self.state.step % config.log_every_steps == 0
@@ -285,7 +294,7 @@ class Trainer:
                     asked = collect() or asked
                 if logs:
                     self.reporter.log(self._record(phase, meters))
-                    meters = Meters()
+                    meters = Meters(self.place.device, self._peak, meters.flops)
                 if saves:
                     self._begin_save()
                 self._report_saves()
@@ -323,10 +332,10 @@ class Trainer:
 
     def _compile(self, batch: Batch, phase: PhaseConfig) -> None:
         """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler."""
-        began = time.monotonic()
+        began, clock = time.monotonic(), StepClock(self.place.device)
         with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
             local, count = self._local(phase)
-            losses = self._losses(self.engine.module, batch, slice(0, local // count), local, phase)
+            losses = self._losses(self.engine.module, batch, slice(0, local // count), local, phase, clock)
             # This parameter lies before every block, so that all of them compute gradients; none accumulates.
             first = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
             torch.autograd.grad(self.objective.total(losses), first)
@@ -338,26 +347,33 @@ class Trainer:
         local = self.config.stage.global_batch_size // self.place.world_size
         return local, micro_batches(self.config, phase.resolution, self.place.world_size)
 
-    def _step(self, batch: Batch, phase: PhaseConfig) -> tuple[dict[str, Tensor], StepReport]:
-        """One update over the local batch: this rank's mean loss of each flow, and the engine's report."""
+    def step(self, batch: Batch, phase: PhaseConfig, clock: StepClock) -> tuple[dict[str, Tensor], StepReport]:
+        """One update over the local batch: this rank's mean loss of each flow, and the engine's report.
+
+        Args:
+            clock: receives the ends of the step's parts.
+        """
+        clock.mark(None)
         local, count = self._local(phase)
         micro = local // count
         sums: dict[str, Tensor] = {}
         for index in range(count):
             rows = slice(index * micro, (index + 1) * micro)
-            losses = self._losses(self.engine, batch, rows, local, phase)
+            losses = self._losses(self.engine, batch, rows, local, phase, clock)
             self.engine.backward(self.objective.total(losses) / count, last=index == count - 1)
+            clock.mark(BACKWARD)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / count
         report = self.engine.step(self._learning_rate(self.state.step + 1))
         if self.ema is not None:
             self.ema.update(report.applied)
+        clock.mark(OPTIMISER)
         self.state.step += 1
         self.state.phase_step += 1
         return sums, report
 
     def _losses(
-        self, denoiser: Denoiser, batch: Batch, rows: slice, local: int, phase: PhaseConfig
+        self, denoiser: Denoiser, batch: Batch, rows: slice, local: int, phase: PhaseConfig, clock: StepClock
     ) -> dict[str, Tensor]:
         first = self.place.rank * local
         rng = StepRandom(
@@ -371,7 +387,10 @@ class Trainer:
         samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
         moments = {name: _to(values[rows], device) for name, values in batch.moments.items()}
         encoded = self.objective.encode(samples, phase.resolution, rng, moments)
-        return self.objective.losses(denoiser, encoded, rng)
+        clock.mark(ENCODE)
+        losses = self.objective.losses(denoiser, encoded, rng)
+        clock.mark(FORWARD)
+        return losses
 
     @property
     def _draw_seed(self) -> str:
@@ -399,7 +418,7 @@ class Trainer:
             "skipped": self.state.skipped,
             "replaced": self.state.replaced,
             "failed_saves": self.saver.failed,
-            **meters.summary(self.place.device),
+            **meters.summary(),
         }
 
     def _begin_save(self) -> None:

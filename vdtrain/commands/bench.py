@@ -1,0 +1,73 @@
+"""Measure the training step of a stage, without data or weights.
+
+vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1
+torchrun --nproc-per-node=8 -m vdtrain bench stage=stage3_four_flow hardware=h200 resolution=512
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import BenchConfig, PhaseConfig
+from vdtrain.config.validation import check_settings
+from vdtrain.errors import output_problem
+from vdtrain.run.launch import run_command_on_ranks
+
+USAGE = """\
+Usage: vdtrain bench stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
+       torchrun --nproc-per-node=N -m vdtrain bench stage=STAGE ...
+
+Measure the step that `vdtrain train` makes: pairs per second, the time of each part of a step, FLOP/s beside those of a
+matrix product on the same device, peak memory beside what `vdtrain plan` says, and on a GPU the calls that wait for it.
+All networks have their configured size and random weights, and the batches are random, so that it needs no data and no
+weights. The output holds everything as JSON; `vdtrain plan rate=FILE.json` predicts times from it.
+
+All groups and settings of `vdtrain train` apply (see `vdtrain train --help`), and those below.
+
+Examples:
+  vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1 output=h200.json profile=true  # needs a GPU
+  vdtrain bench stage=stage1_single_flow model=tiny hardware=cpu micro_batches=1 output=cpu.json
+"""
+PARTS = ("resolution", "warmup_steps", "timed_steps", "micro_batches", "profile", "output")
+# So many that no phase ends; they are not made.
+STEPS = 1_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vdtrain bench`."""
+    arguments = sys.argv[1:] if argv is None else argv
+
+    def action(config: BenchConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
+        ranks = int(launch["WORLD_SIZE"])
+        config = one_phase(config, ranks)
+        check_settings(config, ranks)
+        if config.profile and config.output is None:
+            raise ConfigError("profile=true: the trace is written beside the output; give output=FILE.json")
+        if config.output is not None and (problem := output_problem(Path(config.output).absolute().parent)):
+            raise ConfigError(f"output={config.output}: {problem}")
+        # Heavy imports come after the checks, so that a mistake is reported at once.
+        from vdtrain.training.bench import run
+
+        return run(config, raw_config, [word for word in arguments if not word.startswith("-")])
+
+    return run_command_on_ranks(USAGE, "bench", BenchConfig, action, arguments, parts=PARTS)
+
+
+def one_phase(config: BenchConfig, ranks: int) -> BenchConfig:
+    """The settings of a stage from random weights with one phase, at the benchmark's resolution and batch."""
+    stage = config.stage
+    if not stage.phases:
+        return config
+    resolution = config.resolution or stage.phases[0].resolution
+    batch, sizes = stage.global_batch_size, config.hardware.micro_batch_size
+    if config.micro_batches is not None and resolution in sizes:
+        batch = ranks * sizes[resolution] * config.micro_batches
+    phases = [PhaseConfig(resolution, STEPS * batch)]
+    stage = replace(stage, init_from=None, global_batch_size=batch, phases=phases, samples_scale=1.0)
+    return replace(config, stage=stage, tracking=replace(config.tracking, mode="disabled"))

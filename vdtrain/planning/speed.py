@@ -1,0 +1,127 @@
+"""Predicts how long a stage takes, from counted operations and bytes and from the rates of the hardware."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vdtrain.config.schema import RatesConfig, TrainConfig
+from vdtrain.errors import ConfigError, described
+from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan
+
+# Bytes that an update reads and writes for each weight of a process's partition: the norm reads a gradient (4), AdamW
+# reads and writes weight, gradient and two moments (32), and the module's copy reads a weight (4) and writes one.
+UPDATED, COPIED = 36, 4
+# The average is read and written, beside the weight.
+AVERAGED = 12
+# Of every gradient that a process holds: DeepSpeed joins, scales and copies back a buffer, and zeroes it.
+JOINED, ZEROED = 24, 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of one phase.
+
+    Attributes:
+        flops: floating-point operations of a step, over all GPUs.
+        compute: seconds of encoding, forward and backward.
+        update: seconds of the passes over gradients, weights and moments.
+        exchange: seconds of the collectives.
+        exposed: of them, those in which nothing is computed.
+        seconds: of a step.
+        days, gpu_hours: of the phase.
+    """
+
+    flops: float
+    compute: float
+    update: float
+    exchange: float
+    exposed: float
+    seconds: float
+    pairs_per_second: float
+    days: float
+    gpu_hours: float
+
+
+def step_time(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> StepTime | None:
+    """Predict a phase; None if the hardware's rates are not known.
+
+    The waits for data and the launches within the update are left out.
+    """
+    rates, gpus = config.hardware.rates, plan.gpus
+    nodes = math.ceil(gpus / rates.gpus_per_node)
+    if rates.tflops is None or rates.memory is None or (gpus > 1 and rates.link is None):
+        return None
+    if nodes > 1 and rates.network is None:
+        return None
+    micro_batch = max(phase.measured.flops / (rates.tflops * 1e12), rates.micro_batch_ms / 1e3)
+    compute = phase.micro_batches * micro_batch
+    update = updated_bytes(config, plan) / (rates.memory * GB)
+    exchange = sum(
+        size
+        * max(
+            (gpus - 1) / gpus / ((rates.link or math.inf) * GB),
+            (nodes - 1) / nodes / ((rates.network or math.inf) * GB),
+        )
+        for size in exchanged_bytes(config, plan, phase)
+    )
+    # Neither strategy overlaps its collectives with computation.
+    exposed = exchange
+    seconds = compute + update + exposed
+    hours = phase.steps * seconds / 3600
+    return StepTime(
+        flops=float(phase.measured.flops * phase.micro_batches * gpus),
+        compute=compute,
+        update=update,
+        exchange=exchange,
+        exposed=exposed,
+        seconds=seconds,
+        pairs_per_second=plan.pairs_per_step / seconds,
+        days=hours / 24,
+        gpu_hours=hours * gpus,
+    )
+
+
+def updated_bytes(config: TrainConfig, plan: StagePlan) -> float:
+    """Bytes that the update of a step reads and writes on one GPU."""
+    weights, stage = sum(plan.parameters.values()), config.hardware.zero_stage
+    own = weights / plan.gpus
+    gradients = plan.standing.gradients / FLOAT32
+    passes = ZEROED + (JOINED if stage == 1 else 0)
+    average = AVERAGED * own if config.ema.enabled else 0
+    partition = weights if stage == 0 else own
+    size = 2 if config.hardware.precision == "bf16" else FLOAT32
+    return (UPDATED + COPIED + size) * partition + average + passes * gradients
+
+
+def exchanged_bytes(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> list[float]:
+    """Bytes of each buffer that crosses the links once in a step; an all-reduce crosses them twice.
+
+    Gradients travel in float32, weights in the compute dtype.
+    """
+    weights, stage = sum(plan.parameters.values()), config.hardware.zero_stage
+    gradients = [float(FLOAT32 * weights)] * 2
+    if stage == 0:
+        return gradients
+    size = 2 if config.hardware.precision == "bf16" else FLOAT32
+    return gradients * (phase.micro_batches if stage == 2 else 1) + [float(size * weights)]
+
+
+def with_measured_rates(config: TrainConfig, file: str) -> TrainConfig:
+    """The configuration with the rates in a result of `vdtrain bench`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not such a result.
+    """
+    names = {each.name for each in fields(RatesConfig)}
+    try:
+        rates: Any = json.loads(Path(file).read_text(encoding="utf-8"))["rates"]
+        found: dict[str, Any] = {name: float(rates[name]) for name in names & rates.keys() if rates[name] is not None}
+    except OSError as error:
+        raise ConfigError(f"rate={file}: {described(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"rate={file}: not a result of `vdtrain bench`; write one with output={file}") from error
+    return replace(config, hardware=replace(config.hardware, rates=replace(config.hardware.rates, **found)))

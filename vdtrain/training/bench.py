@@ -1,0 +1,388 @@
+"""Measures the real step of a stage on synthetic batches, on this process's device: `vdtrain bench`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.profiler import ProfilerActivity, profile
+
+import vdtrain
+from vdtrain.config.compose import ConfigError
+from vdtrain.config.schema import BenchConfig
+from vdtrain.config.validation import micro_batches
+from vdtrain.data.latents import MODALITY
+from vdtrain.data.loading import Prefetcher
+from vdtrain.data.synthetic import SyntheticStream
+from vdtrain.files import atomic_write
+from vdtrain.models.frozen_weights import without_weights
+from vdtrain.planning.dry_run import with_stand_ins
+from vdtrain.planning.memory import plan_stage
+from vdtrain.run import distributed
+from vdtrain.run.reporting import memory_gb
+from vdtrain.run.speed import (
+    BACKWARD,
+    ENCODE,
+    EXCHANGE,
+    FORWARD,
+    OPTIMISER,
+    PARTS,
+    OperatorCount,
+    StepClock,
+    copy_rate,
+    matmul_rate,
+)
+from vdtrain.training.build import build_trainer
+from vdtrain.training.start import Start
+from vdtrain.training.trainer import StepSync, Trainer
+
+GB = 1e9
+FAILED = 1
+# Frames of the stack of a wait that are kept, from the innermost of this package outwards.
+FRAMES = 4
+
+
+class Result:
+    """Prints each part as it is known, and rewrites the output, so that a run cut short keeps what it measured.
+
+    Args:
+        output: JSON file; None for none.
+        shown: whether this process prints and writes.
+    """
+
+    def __init__(self, output: Path | None, shown: bool) -> None:
+        self.values: dict[str, Any] = {}
+        self._output, self._shown = output, shown
+
+    def add(self, name: str, value: Any, text: str) -> None:
+        """Add a part, and print its line."""
+        self.values[name] = value
+        self.say(name, text)
+        if self._shown and self._output is not None:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self._output) as draft:
+                draft.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+
+    def say(self, name: str, text: str) -> None:
+        """Print a line that is not kept."""
+        if self._shown:
+            print(f"{name.replace('_', ' '):<12}{text}", flush=True)
+
+
+def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> int:
+    """Measure a stage of one phase, whose settings have been checked; the exit status.
+
+    Args:
+        words: of the command line, for the result.
+
+    Raises:
+        ConfigError: this process has no device, or a network cannot be built.
+    """
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    try:
+        place = distributed.start(config.hardware.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    result = Result(None if config.output is None else Path(config.output), place.rank == 0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vdtrain-bench-") as folder:
+            config = replace(config, run_dir=folder, model=with_stand_ins(config.model))
+            _about(config, place, result, words)
+            before, began = memory_gb(place.device), time.monotonic()
+            with without_weights():
+                trainer = build_trainer(config, raw_config, Start(), place, draw_on=place.device)
+            try:
+                result.say("built", f"random weights in {time.monotonic() - began:.1f} s")
+                # What a process on a CPU takes before it has a model is no part of the plan.
+                _measure(trainer, config, result, before if place.device.type == "cpu" else 0.0)
+            finally:
+                trainer.close()
+        distributed.barrier()
+        return 0
+    except torch.OutOfMemoryError:
+        sizes = config.hardware.micro_batch_size
+        print(
+            f"error: hardware.micro_batch_size={sizes}: does not fit into the GPU's memory; choose a smaller one, as "
+            "`vdtrain plan` shows",
+            file=sys.stderr,
+            flush=True,
+        )
+        return FAILED
+    finally:
+        distributed.finish()
+
+
+def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, words: Sequence[str]) -> None:
+    (phase,) = config.stage.phases
+    count = micro_batches(config, phase.resolution, place.world_size)
+    batch = config.stage.global_batch_size
+    settings = {
+        "words": list(words),
+        "stage": config.stage.name,
+        "flows": config.stage.flows,
+        "model": config.model.name,
+        "resolution": phase.resolution,
+        "latents": config.data.latents,
+        "precision": config.hardware.precision,
+        "zero_stage": config.hardware.zero_stage,
+        "activation_checkpointing": config.hardware.activation_checkpointing,
+        "pairs": batch,
+        "micro_batch": batch // place.world_size // count,
+        "micro_batches": count,
+        "warmup_steps": config.warmup_steps,
+        "timed_steps": config.timed_steps,
+    }
+    result.add(
+        "settings",
+        settings,
+        f"{config.stage.name}, model={config.model.name}, {phase.resolution} pixels, latents {config.data.latents}, "
+        f"{config.hardware.precision}, ZeRO {config.hardware.zero_stage}; {batch} pairs a step, on each process "
+        f"{count} x {settings['micro_batch']}",
+    )
+    hardware = {
+        "name": _device_name(place.device),
+        "device": place.device.type,
+        "processes": place.world_size,
+        "threads": torch.get_num_threads(),
+    }
+    result.add("hardware", hardware, f"{place.world_size} x {hardware['name']}, {hardware['threads']} threads each")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "deepspeed")}}
+    commit = _commit()
+    result.values["commit"] = commit
+    text = ", ".join(f"{name} {number}" for name, number in versions.items())
+    result.add("versions", versions, f"{text}, commit {commit or 'unknown'}")
+
+
+class _Steps:
+    """Makes steps as a run makes them, but for saves and log lines."""
+
+    def __init__(self, trainer: Trainer, config: BenchConfig) -> None:
+        self.trainer, (self.phase,) = trainer, config.stage.phases
+        place, side = trainer.place, self.phase.resolution
+        moments = None
+        if config.data.latents == "cached":
+            channels, *size = trainer.objective.frozen.latent_shape(MODALITY, (side, side))
+            # A mean and a variance for each.
+            moments = (2 * channels, *size)
+        rows = config.stage.global_batch_size // place.world_size
+        stream = SyntheticStream(rows, side, seed=config.seed, rank=place.rank, moments=moments)
+        self.batches = Prefetcher(stream, trainer.objective.prepare)
+        self._sync = StepSync(trainer.flow_names, place.device)
+
+    def make(self, clock: StepClock) -> float:
+        """Make a step; the seconds that it waited for its batch."""
+        began = time.monotonic()
+        batch = next(self.batches)
+        waited = time.monotonic() - began
+        losses, report = self.trainer.step(batch, self.phase, clock)
+        self._sync.collect()
+        self._sync.submit(self.trainer.state.step, losses, report, 0)
+        return waited
+
+    def finish(self) -> None:
+        """Wait until the last step is over on every process."""
+        outcome = self._sync.collect()
+        if outcome is not None and not outcome.applied:
+            warnings.warn("a loss or a gradient was not finite, so that the step was skipped", stacklevel=1)
+        distributed.barrier()
+
+
+def _measure(trainer: Trainer, config: BenchConfig, result: Result, memory_before: float) -> None:
+    steps, device = _Steps(trainer, config), trainer.place.device
+    try:
+        began = time.monotonic()
+        for number in range(config.warmup_steps):
+            steps.make(StepClock(device))
+            steps.finish()
+            result.say("warm-up", f"step {number + 1} of {config.warmup_steps}, {time.monotonic() - began:.1f} s")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        parts = _timed(steps, config, result)
+        peak = memory_gb(device) - memory_before
+        flops = _counted(steps, config, result, parts)
+        _rates(trainer, config, result, parts, flops)
+        _waits(steps, result)
+        if config.profile and config.output is not None:
+            _profiled(steps, result, Path(config.output))
+        if trainer.place.rank == 0:
+            # Without the search for the largest micro-batch.
+            hardware = replace(config.hardware, memory_gb=None)
+            planned = plan_stage(replace(config, hardware=hardware), trainer.place.world_size).phases[0].peak / GB
+            what = "" if device.type == "cuda" else " (all that the process took on top of its libraries)"
+            memory = {"peak_gb": peak, "planned_gb": planned}
+            result.add("memory", memory, f"peak {peak:.2f} GB{what}, `vdtrain plan` says {planned:.2f} GB")
+    finally:
+        steps.batches.close()
+
+
+def _timed(steps: _Steps, config: BenchConfig, result: Result) -> dict[str, float]:
+    """Time the steps; seconds of each part in a step, the exchange within the others."""
+    device, count = steps.trainer.place.device, config.timed_steps
+    ends, clock, waited = StepClock(device), StepClock(device), 0.0
+    ends.mark(None)
+    for _ in range(count):
+        waited += steps.make(clock)
+        ends.mark("step")
+    steps.finish()
+    seconds = [duration for _, duration in ends.durations()]
+    pairs = config.stage.global_batch_size
+    speed = {
+        "pairs_per_second": pairs / median(seconds),
+        "least": pairs / max(seconds),
+        "most": pairs / min(seconds),
+        "step_ms": median(seconds) * 1e3,
+        "steps_ms": [each * 1e3 for each in seconds],
+    }
+    result.add(
+        "speed",
+        speed,
+        f"{speed['pairs_per_second']:.2f} pairs/s ({speed['least']:.2f} to {speed['most']:.2f} in {count} steps), "
+        f"{speed['step_ms']:,.1f} ms a step",
+    )
+    return {"data_wait": waited / count, **{part: spent / count for part, spent in clock.seconds().items()}}
+
+
+def _counted(steps: _Steps, config: BenchConfig, result: Result, parts: dict[str, float]) -> int:
+    """Count a step's operations and collectives; moves the time of the collectives to a part of their own."""
+    clock = StepClock(steps.trainer.place.device)
+    with OperatorCount(clock) as count:
+        steps.make(clock)
+    steps.finish()
+    computing, spent = clock.seconds(), 0.0
+    exchange = dict.fromkeys(PARTS, 0.0)
+    for part, seconds in clock.durations():
+        if part == EXCHANGE:
+            spent += seconds
+        elif part in PARTS:
+            exchange[part] += spent
+            spent = 0.0
+    # The share, since counting slows a step down.
+    moved = {part: parts[part] * exchange[part] / (exchange[part] + computing[part]) for part in PARTS}
+    parts.update({part: parts[part] - moved[part] for part in PARTS}, exchange=sum(moved.values()))
+    ordered = ("data_wait", ENCODE, FORWARD, BACKWARD, EXCHANGE, OPTIMISER)
+    times = {part: parts[part] * 1e3 for part in ordered}
+    text = ", ".join(f"{part.replace('_', ' ')} {spent:,.1f}" for part, spent in times.items())
+    result.add("parts_ms", times, f"{text}; the exchange as if nothing hides it")
+    result.add(
+        "exchange",
+        {"bytes": dict(count.collectives)},
+        ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in count.collectives.items()) or "nothing",
+    )
+    flops: int = count.flops
+    return flops
+
+
+def _rates(trainer: Trainer, config: BenchConfig, result: Result, parts: dict[str, float], flops: int) -> None:
+    """The rates that this process reached, and those of its device."""
+    device, ranks = trainer.place.device, trainer.place.world_size
+    distributed.barrier()
+    product = matmul_rate(device, trainer.engine.compute_dtype, seconds=0.5)
+    rate = flops / (result.values["speed"]["step_ms"] / 1e3)
+    computing = sum(parts[part] for part in (ENCODE, FORWARD, BACKWARD))
+    value = {
+        "per_step": flops * ranks,
+        "tflops": rate / 1e12,
+        "matmul_tflops": product / 1e12,
+        "share": rate / product,
+    }
+    result.add(
+        "flops",
+        value,
+        f"{flops * ranks / 1e12:,.3f} TFLOP a step, {rate / 1e12:,.3f} TFLOP/s of a process: {rate / product:.0%} of a "
+        f"matrix product's {product / 1e12:,.3f}",
+    )
+    wire = sum(size * (2 if name == "allreduce" else 1) for name, size in result.values["exchange"]["bytes"].items())
+    rates = {
+        "tflops": flops / computing / 1e12,
+        "memory": copy_rate(device) / GB,
+        "link": wire * (ranks - 1) / ranks / parts[EXCHANGE] / GB if ranks > 1 else None,
+    }
+    link = "" if rates["link"] is None else f", {rates['link']:.2f} GB/s between processes"
+    result.add("rates", rates, f"{rates['tflops']:.3f} TFLOP/s computing, memory {rates['memory']:,.1f} GB/s{link}")
+
+
+def _waits(steps: _Steps, result: Result) -> None:
+    """Make a step in which PyTorch reports each call that waits for the GPU."""
+    if steps.trainer.place.device.type != "cuda":
+        result.add("waits", None, "not known on a CPU")
+        return
+    found: Counter[str] = Counter()
+    with _reported(found):
+        steps.make(StepClock(steps.trainer.place.device))
+    steps.finish()
+    lines = [{"count": count, "stack": stack} for stack, count in found.most_common()]
+    result.add("waits", {"count": sum(found.values()), "stacks": lines}, f"{sum(found.values())} in a step")
+    for line in lines:
+        result.say("", f"{line['count']} x {line['stack']}")
+
+
+@contextmanager
+def _reported(found: Counter[str]) -> Iterator[None]:
+    """Inside, count the stacks of all calls that wait for the GPU."""
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchroniz" not in str(message):
+            return
+        own = [
+            frame for frame in traceback.extract_stack() if "vdtrain" in frame.filename and __file__ != frame.filename
+        ]
+        found[" < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own[-FRAMES:]))] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _profiled(steps: _Steps, result: Result, output: Path) -> None:
+    trace = output.with_suffix(".trace.json")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as recorded:
+        steps.make(StepClock(steps.trainer.place.device))
+        steps.finish()
+    if steps.trainer.place.rank == 0:
+        recorded.export_chrome_trace(str(trace))
+    result.add("trace", str(trace), str(trace))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None if it is none."""
+    root = Path(vdtrain.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        words = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
