@@ -53,6 +53,7 @@ def _shrink(conf: Path) -> None:
     _change(conf / "sampler.yaml", resolution=64, steps=2)
     _change(conf / "evaluate.yaml", samples=4, part_samples=4, batch_size=4, loader_workers=1)
     _change(conf / "plan.yaml", gpus=2)
+    _change(conf / "bench.yaml", warmup_steps=1, timed_steps=1)
     _change(conf / "tracking" / "wandb.yaml", mode="offline")
     processes = {f"{command}.processes": 1 for command in ("select", "download", "index")}
     shards = {"download.samples_per_shard": 10, "download.threads": 4}

@@ -110,6 +110,7 @@ GETS: Mapping[str, tuple[str, ...]] = {
         "{run_dir}/checkpoints/latest",
         "{run_dir}/*.jsonl",
     ),
+    r"vdtrain bench .*": ("{output}",),
     r"vdtrain weights import stable_diffusion.*": ("weights/stable_diffusion_v1/weights.json",),
     r"vdtrain weights import image_vae.*": ("weights/kl-f8.safetensors",),
     r"vdtrain weights import text_vae.*": ("weights/optimus-vae.safetensors",),
@@ -190,7 +191,7 @@ def needs(command: Command) -> str | None:
         return beyond
     if any(stand_in.needs and re.search(stand_in.pattern, command.text) for stand_in in STAND_INS):
         return GPU
-    trains = re.search(r"vdtrain[. ]train\b|data_pipeline latents", command.text)
+    trains = re.search(r"vdtrain[. ](train|bench)\b|data_pipeline latents", command.text)
     return GPU if trains and not re.search(r"hardware=cpu|--cfg", command.text) else None
 
 

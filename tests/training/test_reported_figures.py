@@ -16,8 +16,12 @@ from vdtrain.checkpoint.format import Index
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.engine.engine import Engine, FlatAdamW, StepReport
+from vdtrain.planning.dry_run import DryRun
 from vdtrain.run.reporting import Meters, log_line
+from vdtrain.run.speed import PARTS
 from vdtrain.run.tracking import read_metrics
 from vdtrain.training.trainer import StepOutcome
 
@@ -82,6 +86,26 @@ def test_a_pilot_run_comes_to_its_learning_rate(folder: Path, applied: list[tupl
     assert [rate / 2e-3 for rate, _ in applied] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * (LOW + HIGH - 3))
 
 
+def test_a_runs_speed_is_its_counted_operations_over_its_time(
+    folder: Path, applied: list[tuple[float, list[float]]]
+) -> None:
+    """They are counted in the second step of each phase, and those of a dry run are the same but for the captions."""
+    records = read_metrics(folder / "run")
+    known = [record["tflops"] is not None for record in records]
+    assert known == [False, *[True] * (LOW - 1), False, *[True] * (HIGH - 1)]
+    config = to_object(compose("train", SETTINGS), TrainConfig)
+    dry_run = DryRun(config)
+    for record in (records[1], records[-1]):
+        pair = dry_run.measure(record["resolution"], BATCH).flops / BATCH
+        assert record["tflops"] * 1e12 / record["pairs_per_second"] == pytest.approx(pair, rel=0.02)
+        assert 0 < record["peak_share"] < 1
+        assert record["time_shares"].keys() == set(PARTS)
+        assert 0.5 < sum(record["time_shares"].values()) <= 1
+    assert "TFLOP/s (" in log_line(records[-1])
+    assert "TFLOP/s (" not in log_line(records[0])
+    assert ", backward " in log_line(records[-1])
+
+
 def test_every_phase_has_an_average_of_its_own(folder: Path, applied: list[tuple[float, list[float]]]) -> None:
     updates = {
         step: Index.read(folder / "run" / "checkpoints" / f"step-{step:09d}").ema_updates for step in (LOW, LOW + HIGH)
@@ -134,9 +158,9 @@ def test_a_number_of_steps_that_becomes_another_is_said(
 
 def test_an_interval_whose_steps_were_all_left_out_has_no_norm() -> None:
     """0 would be the norm of a run that has stopped to learn."""
-    interval = Meters()
+    interval = Meters(torch.device("cpu"), 1e12)
     interval.add(StepOutcome(1, {"text-to-image": float("nan")}, float("inf"), applied=False, stop=False))
-    summary = interval.summary(torch.device("cpu"))
+    summary = interval.summary()
     assert (summary["loss"], summary["gradient_norm"]) == ({}, None)
     places = {"step": 1, "resolution": 32, "samples": 4, "total_samples": 8, "learning_rate": 1e-4}
     line = log_line({**places, **summary, "skipped": 1, "replaced": 0})

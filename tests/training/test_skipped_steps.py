@@ -239,9 +239,9 @@ def test_too_many_in_a_row_end_the_run() -> None:
 
 
 def test_a_step_left_out_does_not_hide_the_figures_of_the_others() -> None:
-    interval = Meters()
+    interval = Meters(torch.device("cpu"), 1e12)
     for step, applied in enumerate((True, False)):
         interval.add(outcome(step, applied))
-    summary = interval.summary(torch.device("cpu"))
+    summary = interval.summary()
     assert summary["loss"] == {"image-to-text": 0.5, "text-to-text": 0.5}
     assert summary["gradient_norm"] == 1.0

@@ -122,13 +122,17 @@ def test_the_log_line_says_what_matters() -> None:
             "learning_rate": 1e-4,
             "pairs_per_second": 812.5,
             "data_wait": 0.031,
+            "time_shares": {"encode": 0.2, "backward": 0.5},
+            "tflops": 361.6,
+            "peak_share": 0.457,
             "memory_gb": 61.2,
             "skipped": 0,
             "replaced": 0,
         }
     )
     parts = ("step 120", "256 px", "245,760/36,400,000", "image-to-image 0.2500", "text-to-image 0.5000")
-    parts += ("grad 0.310", "lr 1.00e-04", "812.5 pairs/s", "data wait 3%", "61.20 GB")
+    parts += ("grad 0.310", "lr 1.00e-04", "812.5 pairs/s", "362 TFLOP/s (46%)")
+    parts += ("data wait 3%, encode 20%, backward 50%", "61.20 GB")
     assert all(part in line for part in parts)
     assert "skipped" not in line
     assert "bad samples" not in line
