@@ -124,7 +124,7 @@ def phase_of(gpus: int, micro_batches: int = 1, **rates: Any) -> tuple[TrainConf
     known = {"tflops": 100.0, "memory": 1000.0, "link": 100.0, "network": 400.0}
     config.hardware.rates = RatesConfig(**{**known, **rates})
     standing = StandingMemory(2 * 10**9, 0, 4 * 10**9, 0, 0, 0)
-    measured = MicroBatchMemory(0, 0, 0, flops=10**13)
+    measured = MicroBatchMemory(0, 0, 0, flops=10**13, encoding_flops=10**12)
     phase = PhaseMemory(64, 64_000, 1000, 64, micro_batches, measured, 0, 0, 0, None)
     plan = StagePlan("by hand", gpus, None, {"global": 10**9}, 0, 64, standing, [phase], 0, 0, [])
     return config, plan, phase

@@ -90,12 +90,14 @@ class MicroBatchMemory:
         kept: bytes that the forward pass keeps for the backward pass.
         peak: of the forward and backward passes, with `kept` and the gradient of one parameter at a time.
         flops: floating-point operations of encoding, forward and backward; see `OperatorCount`.
+        encoding_flops: those of encoding alone.
     """
 
     encoding: int
     kept: int
     peak: int
     flops: int
+    encoding_flops: int
 
 
 class DryRun:
@@ -147,13 +149,14 @@ class DryRun:
         with self._mode:
             with count:
                 encoding = self._encoding(resolution, micro_batch)
+            encoding_flops = count.flops
             encoded = self.encoded(resolution, micro_batch)
             with LiveMemory() as memory:
                 total = self._objective.total(self._objective.losses(denoise, encoded, rng))
                 kept = memory.now
                 with count:
                     total.backward()
-        return MicroBatchMemory(encoding, kept, memory.peak, count.flops)
+        return MicroBatchMemory(encoding, kept, memory.peak, count.flops, encoding_flops)
 
     def encoded(self, resolution: int, rows: int) -> Encoded:
         """Latents and contexts of `rows` pairs, without values."""

@@ -60,14 +60,7 @@ def step_time(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> StepT
     micro_batch = max(phase.measured.flops / (rates.tflops * 1e12), rates.micro_batch_ms / 1e3)
     compute = phase.micro_batches * micro_batch
     update = updated_bytes(config, plan) / (rates.memory * GB)
-    exchange = sum(
-        size
-        * max(
-            (gpus - 1) / gpus / ((rates.link or math.inf) * GB),
-            (nodes - 1) / nodes / ((rates.network or math.inf) * GB),
-        )
-        for size in exchanged_bytes(config, plan, phase)
-    )
+    exchange = sum(crossing(rates, gpus, size) for size in exchanged_bytes(config, plan, phase))
     # Neither strategy overlaps its collectives with computation.
     exposed = exchange
     seconds = compute + update + exposed
@@ -83,6 +76,16 @@ def step_time(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> StepT
         days=hours / 24,
         gpu_hours=hours * gpus,
     )
+
+
+def crossing(rates: RatesConfig, gpus: int, size: float) -> float:
+    """Seconds in which a reduce-scatter or an all-gather moves a buffer of `size` bytes, on known rates.
+
+    A GPU receives the parts of all others over its link, and a node those of other nodes over its network, at once.
+    """
+    nodes = math.ceil(gpus / rates.gpus_per_node)
+    slowest = [(count - 1) / count / rate for count, rate in ((gpus, rates.link), (nodes, rates.network)) if rate]
+    return max(slowest, default=0.0) * size / GB
 
 
 def updated_bytes(config: TrainConfig, plan: StagePlan) -> float:
