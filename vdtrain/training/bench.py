@@ -143,6 +143,8 @@ def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, wor
         "precision": config.hardware.precision,
         "zero_stage": config.hardware.zero_stage,
         "activation_checkpointing": config.hardware.activation_checkpointing,
+        "compile": config.hardware.compile,
+        "channels_last": config.hardware.channels_last,
         "pairs": batch,
         "micro_batch": batch // place.world_size // count,
         "micro_batches": count,
@@ -153,8 +155,8 @@ def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, wor
         "settings",
         settings,
         f"{config.stage.name}, model={config.model.name}, {phase.resolution} pixels, latents {config.data.latents}, "
-        f"{config.hardware.precision}, ZeRO {config.hardware.zero_stage}; {batch} pairs a step, on each process "
-        f"{count} x {settings['micro_batch']}",
+        f"{config.hardware.precision}, ZeRO {config.hardware.zero_stage}, compile={config.hardware.compile}; "
+        f"{batch} pairs a step, on each process {count} x {settings['micro_batch']}",
     )
     hardware = {
         "name": _device_name(place.device),
