@@ -47,7 +47,12 @@ def _shrink(conf: Path) -> None:
     for path in (conf / "stage").glob("*.yaml"):
         _change(path, global_batch_size=BATCH, phases=PHASES)
     for path in (conf / "hardware").glob("*.yaml"):
-        small = {"micro_batch_size": dict.fromkeys((32, 64, 256, 512), 2), "loader_workers": 1, "threads": 1}
+        small = {
+            "micro_batch_size": dict.fromkeys((32, 64, 256, 512), 2),
+            "loader_workers": 1,
+            "threads": 1,
+            "compile": "none",
+        }
         _change(path, device="cpu", precision="fp32", **small)
     _change(conf / "train.yaml", watchdog_seconds=100, **{"checkpoint.every_steps": 1, "log_every_steps": 1})
     _change(conf / "sampler.yaml", resolution=64, steps=2)
