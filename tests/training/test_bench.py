@@ -115,38 +115,50 @@ def test_operations_are_counted_as_they_are_defined() -> None:
     assert count.flops == 2 * (2 * 3 * 5 * 7)
 
 
-def phase_of(gpus: int, micro_batches: int = 1, **rates: Any) -> tuple[TrainConfig, StagePlan, PhaseMemory]:
+def phase_of(
+    gpus: int, micro_batches: int = 1, exchange: str = "sharded", **rates: Any
+) -> tuple[TrainConfig, StagePlan, PhaseMemory]:
     """A stage of a billion weights, planned by hand."""
     from vdtrain.planning.dry_run import MicroBatchMemory
     from vdtrain.planning.memory import StandingMemory
 
-    config = to_object(compose("train", [*STAGE, "hardware.precision=bf16"]), TrainConfig)
+    config = to_object(
+        compose("train", [*STAGE, "hardware.precision=bf16", f"hardware.exchange={exchange}"]), TrainConfig
+    )
     known = {"tflops": 100.0, "memory": 1000.0, "link": 100.0, "network": 400.0}
     config.hardware.rates = RatesConfig(**{**known, **rates})
     standing = StandingMemory(2 * 10**9, 0, 4 * 10**9, 0, 0, 0)
     measured = MicroBatchMemory(0, 0, 0, flops=10**13, encoding_flops=10**12)
     phase = PhaseMemory(64, 64_000, 1000, 64, micro_batches, measured, 0, 0, 0, None)
-    plan = StagePlan("by hand", gpus, None, {"global": 10**9}, 0, 64, standing, [phase], 0, 0, [])
+    parameters = {"global": 10**8, "data.image": 3 * 10**8, "data.text": 6 * 10**8}
+    plan = StagePlan("by hand", gpus, None, parameters, 0, 64, standing, [phase], 0, 0, [])
     return config, plan, phase
 
 
 def test_a_step_follows_from_operations_and_bytes() -> None:
     one = step_time(*phase_of(1))
     assert one is not None
-    # The norm, AdamW, the copy in bf16 and the average of each weight; a buffer of gradients is joined and zeroed.
-    assert (one.compute, one.update, one.exchange) == pytest.approx((0.1, 0.082, 0.0))
-    assert (one.days, one.gpu_hours) == pytest.approx((1000 * 0.182 / 86_400, 1000 * 0.182 / 3600))
+    # The norm, AdamW, the copy in bf16 and the average of each weight; the gradients are zeroed.
+    assert (one.compute, one.update, one.exchange) == pytest.approx((0.1, 0.058, 0.0))
+    assert (one.days, one.gpu_hours) == pytest.approx((1000 * 0.158 / 86_400, 1000 * 0.158 / 3600))
     eight, many = step_time(*phase_of(8)), step_time(*phase_of(64))
     assert eight is not None
     assert many is not None
-    # Gradients in float32 twice and weights in bf16 once, at 100 GB/s within a node.
-    assert eight.exchange == eight.exposed == pytest.approx(10 * 7 / 8 / 100)
-    assert many.exchange == pytest.approx(10 * 63 / 64 / 100)
+    # Gradients in float32 and weights in bf16, once each, at 100 GB/s within a node.
+    assert eight.exchange == pytest.approx(6 * 7 / 8 / 100)
+    # The last output's gradients cross during backward; the weights while a tenth of the operations encode.
+    assert eight.exposed == pytest.approx(eight.exchange - 2.4 * 7 / 8 / 100 - 0.01)
+    assert many.exchange == pytest.approx(6 * 63 / 64 / 100)
+    shared = step_time(*phase_of(8, exchange="deepspeed"))
+    assert shared is not None
+    # DeepSpeed reduces everything to everyone, and joins a buffer first.
+    assert shared.exchange == shared.exposed == pytest.approx(10 * 7 / 8 / 100)
+    assert shared.update == pytest.approx(eight.update + 0.024)
     assert many.flops == 8 * eight.flops
     # A slow network is the limit; the launches of a micro-batch are the limit.
     slow = step_time(*phase_of(64, network=50.0))
     assert slow is not None
-    assert slow.exchange == pytest.approx(10 * 7 / 8 / 50)
+    assert slow.exchange == pytest.approx(6 * 7 / 8 / 50)
     launched = step_time(*phase_of(1, 3, micro_batch_ms=150.0))
     assert launched is not None
     assert launched.compute == pytest.approx(0.45)

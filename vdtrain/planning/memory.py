@@ -202,7 +202,7 @@ def _warning(phase: PhaseMemory, memory: int) -> str:
 
 def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
     """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes."""
-    kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, _compute_bytes(config)
+    kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
     buffers = partitions * gpus
     held = buffers if kind == REPLICATED else partitions
@@ -224,7 +224,7 @@ def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: i
 
 def exchange_bytes(config: TrainConfig, gpus: int) -> int:
     """DeepSpeed's bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
-    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    stage, size = config.hardware.zero_stage, compute_bytes(config)
     if _strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
         return 0
     return BUCKET_ELEMENTS * (size if size == FLOAT32 else size + FLOAT32)
@@ -232,7 +232,7 @@ def exchange_bytes(config: TrainConfig, gpus: int) -> int:
 
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
     """After backward, DeepSpeed's ZeRO 1 reduces copies of buffers; in float32 it copies its partition twice."""
-    stage, size = config.hardware.zero_stage, _compute_bytes(config)
+    stage, size = config.hardware.zero_stage, compute_bytes(config)
     if _strategy(config, gpus) != DEEPSPEED:
         return 0
     partitions = [layout.partition_size(gpus) for layout in layouts]
@@ -272,7 +272,8 @@ def _strategy(config: TrainConfig, gpus: int) -> str:
     return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, gpus)
 
 
-def _compute_bytes(config: TrainConfig) -> int:
+def compute_bytes(config: TrainConfig) -> int:
+    """Bytes of a weight that forward and backward use."""
     return 2 if config.hardware.precision == "bf16" else FLOAT32
 
 

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.config.schema import RatesConfig, TrainConfig
+from vdtrain.config.validation import stage_flows
+from vdtrain.engine.deepspeed import DEEPSPEED, REPLICATED, SHARDED, strategy_kind
 from vdtrain.errors import ConfigError, described
-from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan
+from vdtrain.flows import by_output
+from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes
 
 # Bytes that an update reads and writes for each weight of a process's partition: the norm reads a gradient (4), AdamW
 # reads and writes weight, gradient and two moments (32), and the module's copy reads a weight (4) and writes one.
 UPDATED, COPIED = 36, 4
 # The average is read and written, beside the weight.
 AVERAGED = 12
-# Of every gradient that a process holds: DeepSpeed joins, scales and copies back a buffer, and zeroes it.
+# Of every gradient that a process holds: DeepSpeed joins, scales and copies back a buffer, and all are zeroed.
 JOINED, ZEROED = 24, 4
+# Of the operations of a micro-batch without its encoding.
+BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,10 @@ def step_time(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> StepT
     compute = phase.micro_batches * micro_batch
     update = updated_bytes(config, plan) / (rates.memory * GB)
     exchange = sum(crossing(rates, gpus, size) for size in exchanged_bytes(config, plan, phase))
-    # Neither strategy overlaps its collectives with computation.
-    exposed = exchange
+    encoding = micro_batch * phase.measured.encoding_flops / max(1, phase.measured.flops)
+    early, gathered = (crossing(rates, gpus, size) for size in hidden_bytes(config, plan))
+    hidden = min(early, BACKWARD * (micro_batch - encoding)) + min(gathered, encoding)
+    exposed = exchange - hidden
     seconds = compute + update + exposed
     hours = phase.steps * seconds / 3600
     return StepTime(
@@ -90,14 +97,15 @@ def crossing(rates: RatesConfig, gpus: int, size: float) -> float:
 
 def updated_bytes(config: TrainConfig, plan: StagePlan) -> float:
     """Bytes that the update of a step reads and writes on one GPU."""
-    weights, stage = sum(plan.parameters.values()), config.hardware.zero_stage
+    weights, kind = sum(plan.parameters.values()), _strategy(config, plan)
     own = weights / plan.gpus
     gradients = plan.standing.gradients / FLOAT32
-    passes = ZEROED + (JOINED if stage == 1 else 0)
+    passes = ZEROED + (JOINED if kind == DEEPSPEED and config.hardware.zero_stage == 1 else 0)
     average = AVERAGED * own if config.ema.enabled else 0
-    partition = weights if stage == 0 else own
-    size = 2 if config.hardware.precision == "bf16" else FLOAT32
-    return (UPDATED + COPIED + size) * partition + average + passes * gradients
+    partition = weights if kind == REPLICATED else own
+    # In float32 the masters are the module's weights, unless DeepSpeed keeps both.
+    copied = COPIED + compute_bytes(config) if kind == DEEPSPEED or compute_bytes(config) < FLOAT32 else 0
+    return (UPDATED + copied) * partition + average + passes * gradients
 
 
 def exchanged_bytes(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) -> list[float]:
@@ -105,12 +113,31 @@ def exchanged_bytes(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) ->
 
     Gradients travel in float32, weights in the compute dtype.
     """
-    weights, stage = sum(plan.parameters.values()), config.hardware.zero_stage
-    gradients = [float(FLOAT32 * weights)] * 2
-    if stage == 0:
-        return gradients
-    size = 2 if config.hardware.precision == "bf16" else FLOAT32
-    return gradients * (phase.micro_batches if stage == 2 else 1) + [float(size * weights)]
+    weights, kind = sum(plan.parameters.values()), _strategy(config, plan)
+    gradients, gathered = float(FLOAT32 * weights), float(compute_bytes(config) * weights)
+    if kind == REPLICATED:
+        return [gradients] * 2
+    if kind == SHARDED:
+        return [gradients, gathered]
+    return [gradients] * 2 * (phase.micro_batches if config.hardware.zero_stage == 2 else 1) + [gathered]
+
+
+def hidden_bytes(config: TrainConfig, plan: StagePlan) -> tuple[float, float]:
+    """Bytes that cross the links during backward, and those of weights gathered while the next step encodes.
+
+    Backward begins with the last output modality, whose data layers then have all their gradients.
+    """
+    kind, outputs = _strategy(config, plan), list(by_output(stage_flows(config)))
+    if kind == DEEPSPEED:
+        return 0.0, 0.0
+    early = FLOAT32 * sum(plan.parameters[f"data.{output}"] for output in outputs[1:])
+    if kind == REPLICATED:
+        return float(2 * early), 0.0
+    return float(early), float(compute_bytes(config) * sum(plan.parameters.values()))
+
+
+def _strategy(config: TrainConfig, plan: StagePlan) -> str:
+    return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, plan.gpus)
 
 
 def with_measured_rates(config: TrainConfig, file: str) -> TrainConfig:
