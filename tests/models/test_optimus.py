@@ -31,6 +31,29 @@ def test_encoder_ids_are_lowered_cut_and_padded():
     assert ids[2, 2:].tolist() == [last, tokenizer.pad, tokenizer.pad]
 
 
+def test_lengths_are_multiples_of_16_up_to_the_limit():
+    for limit, words, length in ((77, 3, 16), (77, 14, 16), (77, 15, 32), (77, 90, 79), (20, 15, 22)):
+        assert EncoderTokenizer(ENCODER, limit)(["red " * words, ""]).shape == (2, length)
+
+
+def test_padding_and_the_mask_change_no_latent(optimus):
+    _, _, captions = fresh(16, 32)
+    ids = optimus.prepare(captions)
+    lengths = (ids != optimus.encoder_tokenizer.pad).sum(dim=1).tolist()
+    assert max(lengths) < ids.shape[1]
+
+    def plain(ids):
+        """The latents by the mask that transformers makes; for captions of one length it makes none."""
+        hidden = optimus.encoder(input_ids=ids, attention_mask=ids != optimus.encoder_tokenizer.pad).pooler_output
+        return optimus.encoder.get_submodule("linear")(hidden).chunk(2, dim=-1)[0]
+
+    for rows, length in ((slice(None), max(lengths)), (slice(0, 1), lengths[0])):
+        expected = plain(ids[rows, :length])
+        for given in (ids[rows, :length], ids[rows]):
+            assert (optimus.encode(given) - expected).abs().max() < 2e-6
+    assert expected.abs().max() > 1
+
+
 def test_decoder_ids_come_back_as_text_with_first_and_last_word():
     tokenizer = DecoderTokenizer(DECODER)
     captions = ["a red circle", "", "the star is blue and small", "Zebra, 42!"]

@@ -163,9 +163,12 @@ class ClipImageContext(nn.Module):
                 images, [self.side], interpolation=InterpolationMode.BICUBIC, antialias=True
             )
         images = image_functional.center_crop(images, [self.side])
-        mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
-        deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
-        return ((images.float() / 255 - mean) / deviation).to(dtype)
+        pixels = images.float() / 255
+        # By numbers: a tensor of them would be copied to the GPU in every call, which waits for it.
+        normalisation = zip(pixels.unbind(1), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, strict=True)
+        for channel, mean, deviation in normalisation:
+            channel.sub_(mean).div_(deviation)
+        return pixels.to(dtype)
 
     def encode_pixels(self, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
         """`encode` for the pixels [B, 3, side, side] that `preprocess` returns."""
@@ -194,7 +197,7 @@ class ClipImageContext(nn.Module):
         if blank == "zeros":
             rows, size = self.clip.visual.positional_embedding.shape[0], self.clip.visual.proj.shape[1]
             return torch.zeros((batch, rows, size), device=device, dtype=dtype)
-        image = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[blank], dtype=torch.uint8)
+        image = torch.full((1, 3, self.side, self.side), BLANK_LEVELS[blank], dtype=torch.uint8, device=device)
         return self.encode(image).expand(batch, -1, -1)
 
 

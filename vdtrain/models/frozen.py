@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,6 +88,13 @@ class Prepared:
         return Prepared(self.vae[rows], self.context[rows])
 
 
+def each_tensor(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch of one modality, a tensor, a list or `Prepared`, with its tensors changed."""
+    if isinstance(batch, Prepared):
+        return Prepared(each_tensor(change, batch.vae), each_tensor(change, batch.context))
+    return change(batch) if isinstance(batch, Tensor) else batch
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The diffuser's view of a batch, by modality: latents [B, ...] and contexts [B, tokens, D]."""
@@ -164,13 +171,18 @@ class FrozenParts(nn.Module):
     def prepare(
         self, samples: Mapping[str, Any], outputs: Collection[str], contexts: Collection[str]
     ) -> dict[str, Any]:
-        """The samples after their CPU work, in a form that `encode` also accepts."""
+        """The samples after their CPU work, in a form that `encode` also accepts.
+
+        With a GPU their tensors are in pinned memory, from which a copy to the GPU does not wait.
+        """
         prepared = dict(samples)
         for modality, batch in samples.items():
             vae = self._vae(modality) if modality in outputs else None
             encoder = self._context_encoder(modality) if modality in contexts else None
             if any(isinstance(part, Preparing) for part in (vae, encoder)):
                 prepared[modality] = Prepared(_prepare(vae, batch), _prepare(encoder, batch))
+        if torch.cuda.is_available():
+            prepared = {name: each_tensor(Tensor.pin_memory, batch) for name, batch in prepared.items()}
         return prepared
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ class Optimus(nn.Module):
         return (self.latent_size,)
 
     def prepare(self, captions: Sequence[str]) -> Tensor:
-        """Encoder ids int64 [B, longest caption + 2] of captions, padded on the right.
+        """Encoder ids int64 [B, L] of captions; see `EncoderTokenizer`.
 
         Raises:
             ValueError: the model has no encoder tokenizer.
@@ -161,7 +161,10 @@ class Optimus(nn.Module):
 
     def posterior(self, ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each [B, latent size], of encoder ids int64 [B, L]."""
-        hidden = self.encoder(input_ids=ids, attention_mask=(ids != pad).long()).pooler_output
+        # In this form the mask is used as it is. Of a mask [B, L] transformers first asks whether it hides anything,
+        # which would wait for the device.
+        mask = (ids != pad)[:, None, None].expand(-1, -1, ids.shape[1], -1)
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).pooler_output
         mean, log_variance = self.encoder.get_submodule("linear")(hidden).chunk(2, dim=-1)
         return mean, log_variance
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vdtrain.models.frozen_weights import WeightsError, load_tokenizer
 
+# Lengths of padded captions are multiples of it: a GPU plans attention anew for every length that it meets.
+LENGTH_STEP = 16
 ENCODER_SPECIALS = ("[PAD]", "[CLS]", "[SEP]")
 DECODER_SPECIALS = ("<PAD>", "<BOS>", "<EOS>")
 
@@ -54,10 +56,15 @@ class EncoderTokenizer:
         self.pad, self._first, self._last = ids
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Ids int64 [B, longest caption + 2], padded on the right with `pad`."""
+        """Ids int64 [B, L], padded on the right with `pad`.
+
+        L is the longest caption + 2, rounded up to a multiple of 16, and at most the limit + 2.
+        """
         lowered = [caption.lower() for caption in captions]
         encoded = self._tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
-        return padded([[self._first, *row.ids[: self._limit], self._last] for row in encoded], self.pad)
+        rows = [[self._first, *row.ids[: self._limit], self._last] for row in encoded]
+        longest = max(map(len, rows), default=0)
+        return padded(rows, self.pad, min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._limit + 2))
 
 
 class DecoderTokenizer:
@@ -83,7 +90,8 @@ class DecoderTokenizer:
         """
         spaced = [" " + " ".join(caption.split()) if caption.strip() else "" for caption in captions]
         encoded = self._tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
-        return padded([[self.first, *row.ids, self.last] for row in encoded], self.pad)
+        rows = [[self.first, *row.ids, self.last] for row in encoded]
+        return padded(rows, self.pad, max(map(len, rows), default=0))
 
     def texts(self, ids: Tensor) -> list[str]:
         """Captions of generated ids [B, L]: the text before the first <EOS>, without special tokens."""
@@ -105,9 +113,9 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str], setting: str) -> lis
     return [index for index in ids if index is not None]
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows of ids as int64 [B, longest row], padded on the right."""
-    ids = np.full((len(rows), max((len(row) for row in rows), default=0)), pad, dtype=np.int64)
+def padded(rows: Sequence[Sequence[int]], pad: int, length: int) -> Tensor:
+    """Rows of ids as int64 [B, length], padded on the right."""
+    ids = np.full((len(rows), length), pad, dtype=np.int64)
     for place, row in zip(ids, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(ids)

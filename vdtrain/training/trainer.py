@@ -28,6 +28,7 @@ from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import Denoiser, Objective, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
+from vdtrain.models.frozen import each_tensor
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters, Reporter
@@ -449,4 +450,4 @@ class Trainer:
 
 def _to(values: Any, device: torch.device) -> Any:
     # Streams may deliver images with channels last.
-    return values.to(device, non_blocking=True).contiguous() if isinstance(values, Tensor) else values
+    return each_tensor(lambda tensor: tensor.to(device, non_blocking=True).contiguous(), values)
