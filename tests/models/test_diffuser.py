@@ -1,9 +1,13 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups, all_flows
+from vdtrain.models import context_layers
+from vdtrain.models.context_layers import reads_tokens
 from vdtrain.models.diffuser import (
     Context,
     Diffuser,
@@ -16,7 +20,8 @@ from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.models.layer_plan import LayerPlan
 
 FLOWS = all_flows(["image", "text"])
-LATENT_SHAPES = {"image": (4, 4, 4), "text": (64,)}
+LATENT_SHAPES = {"image": (4, 8, 8), "text": (64,)}
+CONTEXT_SIZES = {"image": 17, "text": 24}
 
 
 def model_config(name: str) -> ModelConfig:
@@ -51,6 +56,56 @@ def test_exactly_the_flows_three_groups_receive_gradients(diffuser: Diffuser, fl
         assert with_gradient == (set(parameters) if group in flow.groups else set()), group
         if group in flow.groups:
             assert all(parameter.grad.any() for parameter in parameters.values()), group
+
+
+def step_of_all_flows(diffuser: Diffuser) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, int]]:
+    """The sum of the flows' losses, gradients by name, and how often each cross-attention computed its keys."""
+    calls: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(1)
+    contexts = [Context(name, torch.randn(2, size, 64, generator=generator)) for name, size in CONTEXT_SIZES.items()]
+    inputs = [
+        DiffuserInput(output, torch.randn(4, *shape, generator=generator), torch.tensor([3, 500, 999, 0]), contexts)
+        for output, shape in LATENT_SHAPES.items()
+    ]
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(*arguments: object) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return count
+
+    hooks = [
+        module.register_forward_hook(counter(name))
+        for name, module in diffuser.named_modules()
+        if name.endswith("attn2.to_k")
+    ]
+    diffuser.zero_grad()
+    total = torch.stack([predicted.square().mean() for predicted in diffuser(inputs)]).sum()
+    total.backward()
+    for hook in hooks:
+        hook.remove()
+    return total.detach(), {name: parameter.grad.clone() for name, parameter in diffuser.named_parameters()}, calls
+
+
+def test_keys_and_values_of_a_context_are_computed_once(diffuser: Diffuser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text flows read the context tokens themselves, with the losses and gradients that keys and values give."""
+    loss, gradients, calls = step_of_all_flows(diffuser)
+    monkeypatch.setattr(context_layers, "reads_tokens", lambda *sizes: False)
+    plain_loss, plain_gradients, plain_calls = step_of_all_flows(diffuser)
+    assert len(calls) == 2 * len(diffuser.plan.context_steps)
+    assert calls == dict.fromkeys(calls, 1)
+    assert plain_calls == dict.fromkeys(calls, 2)
+    torch.testing.assert_close(loss, plain_loss, atol=0, rtol=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - plain_gradients[name]).norm() < 1e-5 * plain_gradients[name].norm(), name
+
+
+def test_few_queries_read_tokens_and_many_read_keys_and_values() -> None:
+    for width, side in ((320, 32), (640, 16), (1280, 8)):
+        for tokens in (77, 257):
+            assert reads_tokens(4, width, 8, tokens, 768)
+            assert not reads_tokens(side * side, width, 8, tokens, 768)
+        assert not reads_tokens(4, width, 8, 4, width)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,19 +17,21 @@ from vdtrain.models.layer_plan import LayerPlan
 
 NORM_EPSILON = 1e-6  # of the group norm here, unlike the data layers' 1e-5
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (queries, keys, values, scale of their products) -> the values that each query reads; all [B, heads, L, D]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """PyTorch's fused attention on [B, heads, L, D]."""
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def xformers(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """xformers' memory-efficient attention on [B, heads, L, D]; GPUs only."""
     from xformers.ops import memory_efficient_attention
 
-    out: Tensor = memory_efficient_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    rows = (part.transpose(1, 2) for part in (query, key, value))
+    out: Tensor = memory_efficient_attention(*rows, scale=scale)
     return out.transpose(1, 2)
 
 
@@ -50,12 +53,38 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         """tokens [B, L, width], context [B, M, context_width] -> [B, L, width]. No mask: queries attend to padding."""
         batch, length, width = tokens.shape
-        query, key, value = (
-            part.view(batch, -1, self.heads, width // self.heads).transpose(1, 2)
-            for part in (self.to_q(tokens), self.to_k(context), self.to_v(context))
-        )
-        out: Tensor = self.to_out(self.kernel(query, key, value).transpose(1, 2).reshape(batch, length, width))
+        size = width // self.heads
+        heads = (batch, -1, self.heads, size)
+        query = self.to_q(tokens).view(heads)
+        if reads_tokens(length, width, self.heads, *context.shape[1:]):
+            read = self._read_tokens(query, context)
+        else:
+            keys, values = (layer(context).view(heads).transpose(1, 2) for layer in (self.to_k, self.to_v))
+            read = self.kernel(query.transpose(1, 2), keys, values, size**-0.5).transpose(1, 2)
+        out: Tensor = self.to_out(read.reshape(batch, length, width))
         return out
+
+    def _read_tokens(self, query: Tensor, context: Tensor) -> Tensor:
+        """Attention of queries [B, L, heads, d] without keys and values: [B, L, heads, d].
+
+        A query times a key, W k, equals the query times W, times the context token k. A weighted mean of values equals
+        the value of the weighted mean of tokens. So the queries of all heads can attend to the tokens themselves.
+        """
+        batch, length, heads, size = query.shape
+        keys, values = (layer.weight.view(heads, size, -1) for layer in (self.to_k, self.to_v))
+        asked = torch.einsum("blhd,hdc->bhlc", query, keys).flatten(1, 2)[:, None]
+        read = self.kernel(asked, context[:, None], context[:, None], size**-0.5).view(batch, heads, length, -1)
+        return torch.einsum("bhlc,hdc->blhd", read, values)
+
+
+def reads_tokens(length: int, width: int, heads: int, context_length: int, context_width: int) -> bool:
+    """Whether queries should attend to the context tokens themselves: it takes at most half the multiplications.
+
+    It does where queries are few: a text latent has 4 tokens, and reads up to 257.
+    """
+    by_tokens = length * context_width * (width + heads * context_length)
+    by_keys = context_length * width * (context_width + length)
+    return 2 * by_tokens <= by_keys
 
 
 def use_kernel(module: nn.Module, name: str) -> None:
