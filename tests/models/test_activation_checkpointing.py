@@ -98,6 +98,19 @@ def test_a_layer_that_draws_random_numbers_draws_the_same_again(diffuser: Diffus
     assert not all(torch.equal(step(diffuser)[1][name], gradient) for name, gradient in gradients.items())
 
 
+def test_the_models_own_layers_leave_the_generators_alone(diffuser: Diffuser, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> Tensor:
+        raise AssertionError("the state was read")
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    checkpoint_activations(diffuser, "blocks")
+    step(diffuser)
+    diffuser.data_layers["image"][1].in_layers[0] = nn.Dropout(0.5)
+    checkpoint_activations(diffuser, "blocks")
+    with pytest.raises(AssertionError, match="the state was read"):
+        step(diffuser)
+
+
 def test_names_and_inference_stay_what_they_are(diffuser: Diffuser) -> None:
     names = list(diffuser.state_dict())
     with torch.no_grad():

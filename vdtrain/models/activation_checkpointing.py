@@ -15,6 +15,9 @@ from vdtrain.models.diffuser import Diffuser
 
 # Checkpointed blocks: no block; every context layer; every context layer and every data layer.
 MODES = ("none", "context", "blocks")
+# Modules that draw no random numbers: these of PyTorch, and all of this package. A new modality's may have dropout.
+DETERMINISTIC = {nn.Conv2d, nn.GroupNorm, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU}
+OWN_LAYERS = f"{__package__}."
 
 
 def checkpoint_activations(diffuser: Diffuser, mode: str) -> None:
@@ -60,6 +63,12 @@ class Checkpointed:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.function: Callable[..., object] = type(block).forward
+        # A generator's state cannot be read while a CUDA graph is captured.
+        self.draws = any(_may_draw(module) for module in block.modules())
 
     def __call__(self, *inputs: object) -> object:
-        return checkpoint(self.function, self.block, *inputs, use_reentrant=False, preserve_rng_state=True)
+        return checkpoint(self.function, self.block, *inputs, use_reentrant=False, preserve_rng_state=self.draws)
+
+
+def _may_draw(module: nn.Module) -> bool:
+    return type(module) not in DETERMINISTIC and not type(module).__module__.startswith(OWN_LAYERS)
