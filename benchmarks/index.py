@@ -13,20 +13,19 @@ import argparse
 import hashlib
 import io
 import json
-import platform
 import shutil
 import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import webdataset
 from PIL import Image, ImageFilter
+from surroundings import processor, versions
 
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import read_shard
@@ -165,18 +164,10 @@ def main() -> None:
         "rounds": arguments.rounds,
         **ratios,
         "contestants": found,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("numpy", "pillow", "pyarrow", "simplejpeg", "webdataset")},
-        },
+        "versions": versions("numpy", "pillow", "pyarrow", "simplejpeg", "webdataset"),
     }
     print(json.dumps(result, indent=2))
     (RESULTS / "index.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

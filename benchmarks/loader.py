@@ -17,15 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from surroundings import processor, versions
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "loader.json"
@@ -176,9 +176,7 @@ def main() -> None:
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     found["claim"] = "the stream decodes near the decoder's own rate, above the loaders that it replaces"
     found["hardware"] = {"processor": processor(), "cores": len(cores)}
-    found["versions"] = {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "simplejpeg", "webdataset", "open_clip_torch", "pillow", "tokenizers")
-    }
+    found["versions"] = versions("torch", "simplejpeg", "webdataset", "open_clip_torch", "pillow", "tokenizers")
     with tempfile.TemporaryDirectory(prefix="loader-") as name:
         folder = Path(name)
         if "throughput" in parts:
@@ -194,11 +192,6 @@ def main() -> None:
             found["restart"] = restart(folder / "restart")
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
     show(found)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from surroundings import processor, versions
 
 from data_pipeline.select.selection import read_selection
 
@@ -259,13 +259,8 @@ def main() -> None:
         "pandas_over_select_cpu": None if peer is None else round(peer["cpu_s"] / own["cpu_s"], 2),
         "pandas_over_select_memory": None if peer is None else round(peer["peak_bytes"] / own["peak_bytes"], 1),
         "cpu_hours_for_2.7e9_rows": round(own["cpu_s"] * FULL_SIZE / arguments.rows / 3600, 2),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "pyarrow": pa.__version__,
-            "numpy": np.__version__,
-            "duckdb": duckdb.__version__,
-        },
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "versions": versions("pyarrow", "numpy", "duckdb"),
     }
     print(json.dumps(result, indent=2))
     (RESULTS / "select_rows.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -278,13 +273,6 @@ def _figures(run: dict[str, Any], rows: int) -> dict[str, float]:
         "cpu_seconds": round(run["cpu_s"], 1),
         "peak_megabytes": round(run["peak_bytes"] / 1e6),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

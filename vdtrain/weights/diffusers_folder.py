@@ -75,7 +75,7 @@ def write_pipeline(
     with written_whole(folder, place, overwrite) as draft:
         for part, names in names_by_unet.items():
             (draft / part).mkdir(parents=True)
-            _unet(model, diffuser, names).save_config(draft / part)
+            meta_unet(model, diffuser, names).save_config(draft / part)
             keys = {key: name for name in tensors if (key := names.to_diffusers(name))}
             write_shards(draft / part, MODEL_STEM, track(tensors.renamed(keys).items(), f"writing {part}", "tensors"))
         write_vae(draft / "vae", model, image, dtype)
@@ -85,7 +85,7 @@ def write_pipeline(
         (draft / INDEX_FILE).write_text(json.dumps(_index(), indent=2))
 
 
-def _unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
+def meta_unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
     """diffusers' own U-Net of the same sizes, on the meta device, for its configuration."""
     from diffusers import UNet2DConditionModel
     from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
