@@ -1,7 +1,7 @@
 """A training step beside the one that a plain script with diffusers' U-Nets makes, and what each technique adds.
 
 python benchmarks/train_step.py                  # two threads; writes benchmarks/results/train_step.json
-python benchmarks/train_step.py --only script,eager --rounds 3
+python benchmarks/train_step.py --only script_compiled,blocks --add     # a few more rows
 python benchmarks/train_step.py --show           # the README's tables from the results
 
 Two things are measured: forward and backward of the four flows alone, and the whole step, from pixels and captions to
@@ -23,8 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from surroundings import commit, processor, versions
 from timing import interleaved
 from train_step_contestants import CPU, Contestant, Ours, Script, Work, largest_difference
 
-from vdtrain.config.schema import HardwareConfig
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError
 from vdtrain.run import distributed
@@ -56,23 +56,25 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "encode_once": ("+ each sample encoded once", {"network": "diffuser", "encode_once": True}),
     "together": ("+ flows with one output together", {"network": "diffuser", "encode_once": True, "together": True}),
 }
-# Settings of `hardware`, beside these.
-PLAIN = {"compile": "none", "channels_last": "false"}
+# Settings of `hardware`, beside the preset `cpu`, which neither compiles nor changes the layout.
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "eager": ("vdtrain", {}),
-    "deepspeed": ("vdtrain, DeepSpeed ZeRO 1", {"exchange": "deepspeed"}),
+    "zero_0": ("vdtrain, ZeRO 0", {"zero_stage": "0"}),
     "channels_last": ("vdtrain, channels_last", {"channels_last": "true"}),
     "blocks": ("vdtrain, blocks compiled", {"compile": "blocks"}),
     "blocks_channels_last": ("vdtrain, blocks compiled, channels_last", {"compile": "blocks", "channels_last": "true"}),
     "whole": ("vdtrain, compiled whole", {"compile": "whole"}),
 }
+# Compiling takes minutes at the first time; PyTorch keeps the result on disk.
+COMPILED = ("script_compiled", "blocks", "blocks_channels_last", "whole")
 CONTESTANTS = {name: what for name, (what, _) in (SCRIPTS | RUNS).items()}
 # One technique more in each row, as far as a switch exists.
 LADDER = {
     "plain": "plain script, our diffuser, the flows one by one",
     "encode_once": "each sample is encoded once for all flows",
     "together": "flows with one output in one batch",
-    "eager": "the trainer: flat buffers, fused AdamW, EMA and norm by buffer",
+    "eager": "the trainer: flat buffers, fused AdamW, EMA and norm by buffer (preset cpu)",
+    "zero_0": "the same, ZeRO 0",
     "channels_last": "channels_last",
     "blocks": "blocks compiled, without channels_last",
     "blocks_channels_last": "blocks compiled, channels_last",
@@ -89,9 +91,7 @@ def build(name: str, work: Work, folder: Path) -> Contestant:
     """
     if name in SCRIPTS:
         return Script(work, **SCRIPTS[name][1])
-    known = {each.name for each in fields(HardwareConfig)}
-    settings = {key: value for key, value in PLAIN.items() if key in known} | RUNS[name][1]
-    return Ours(work, folder / name, [f"hardware.{key}={value}" for key, value in settings.items()])
+    return Ours(work, folder / name, [f"hardware.{key}={value}" for key, value in RUNS[name][1].items()])
 
 
 def peak_memory(name: str, words: Sequence[str], threads: int) -> int | None:
@@ -104,6 +104,8 @@ def peak_memory(name: str, words: Sequence[str], threads: int) -> int | None:
             found = _peak_memory(name, words, threads)
             os.write(writer, json.dumps(found).encode())
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writer)
@@ -207,13 +209,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "hardware=cpu",
         "tracking=none",
         f"stage.phases=[{{resolution:{side},samples:1000000}}]",
-        f"hardware.micro_batch_size={{{side}:1024}}",
+        f"+hardware.micro_batch_size={{{side}:1024}}",
         "optimizer.warmup_samples=0",
         "stage.init_from=null",
         "watchdog_seconds=null",
         f"hardware.threads={arguments.threads}",
     ]
     names = [PEER, *(name for name in arguments.only if name != PEER)]
+    # The text U-Net of diffusers calls its own functions in a deprecated way.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     # A process that has started threads must not fork.
     torch.set_num_threads(1)
     import_deepspeed("cpu")
@@ -234,7 +238,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         distributed.finish()
     for name, row in found.items():
-        row |= {"what": CONTESTANTS[name], "peak_bytes": peaks.get(name)}
+        row |= {"what": CONTESTANTS[name], "peak_bytes": peaks.get(name), "commit": commit()}
     problems = [f"outputs differ by {difference:.1e} of their deviation"] * (difference > OUTPUT_TOLERANCE)
     problems += [
         f"{name}: losses differ by {row['loss_difference']:.1e}, or it trains {row['parameters']:,} parameters"
@@ -248,7 +252,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": "python benchmarks/train_step.py",
         "hardware": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": arguments.threads},
         "versions": versions("torch", "diffusers", "deepspeed", "transformers", "open_clip_torch"),
-        "commit": commit(),
         "model": "tiny" if arguments.smoke else "narrow",
         "parameters": found[PEER]["parameters"],
         "pairs": len(work.samples["text"]),
@@ -299,6 +302,8 @@ def tables(found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"names of {', '.join(CONTESTANTS)}")
+    parser.add_argument("--compiled", action="store_true", help="the compiled contestants too, some minutes more")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other contestants in the output")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before the first that counts")
     parser.add_argument("--heat", type=int, default=4, help="contestants that run in turn, the peer among them")
@@ -314,13 +319,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.smoke:
         arguments.rounds, arguments.warm_up = 1, 0
-    arguments.only = arguments.only or list(SMOKE_CONTESTANTS if arguments.smoke else CONTESTANTS)
+    usual = [name for name in CONTESTANTS if arguments.compiled or name not in COMPILED]
+    arguments.only = arguments.only or list(SMOKE_CONTESTANTS if arguments.smoke else usual)
     arguments.resolution = arguments.resolution or (SMOKE_RESOLUTION if arguments.smoke else FULL_RESOLUTION)
     if unknown := set(arguments.only) - CONTESTANTS.keys():
         parser.error(f"--only {', '.join(sorted(unknown))}: known are {', '.join(CONTESTANTS)}")
     if arguments.heat < 2:
         parser.error("--heat: at least 2")
     found = measure(arguments)
+    if arguments.add and arguments.output.exists():
+        # A ratio is one of a single heat, whichever run that was in.
+        earlier = json.loads(arguments.output.read_text())
+        rows = earlier["contestants"] | {name: row for name, row in found["contestants"].items() if name != PEER}
+        found["contestants"] = {name: rows[name] for name in CONTESTANTS if name in rows}
+        found["ladder"] = ladder(rows)
+        found["left_out"] = {
+            name: why for name, why in (earlier["left_out"] | found["left_out"]).items() if name not in rows
+        }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")
     print(f"\n{tables(found)}")

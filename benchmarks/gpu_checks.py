@@ -1,0 +1,123 @@
+"""Whether a device trains what it should: two short runs of the real command on drawn images, compared.
+
+python benchmarks/gpu_checks.py resume [SETTING=VALUE ...]             # saved, resumed: are the last weights equal?
+python benchmarks/gpu_checks.py losses --other "SETTING=VALUE ..." [SETTING=VALUE ...]     # equal losses of both?
+
+Settings are those of `vdtrain train`, for both runs; --other is for the second one. The networks are the tiny preset's;
+`losses` gives them the widths, and so the head sizes, of the full size's first two levels with --wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from surroundings import commit, versions
+from torch import Tensor
+
+# The root, whose tests draw the images.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.pairs import write_pairs
+from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
+from vdtrain.checkpoint.format import Checkpoint
+from vdtrain.commands import train
+from vdtrain.run.tracking import read_metrics
+
+# A difference as a share of what the steps moved the weights; kernels may add in another order. Losses in bf16.
+RESUME_SHARE, LOSS_TOLERANCE = 0.01, 0.01
+STEPS, BATCH, RESOLUTION = 6, 8, 64
+WIDE = ("model.diffuser.channels=[320,640]", "model.diffuser.heads=8", "model.diffuser.norm_groups=32")
+
+
+def run(folder: Path, name: str, words: Sequence[str]) -> Path:
+    """Train a few steps; the folder of the run.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    settings = [
+        "stage=stage3_four_flow",
+        "model=tiny",
+        "data=shapes",
+        "tracking=none",
+        f"stage.phases=[{{resolution:{RESOLUTION},samples:{STEPS * BATCH}}}]",
+        f"stage.global_batch_size={BATCH}",
+        f"hardware.micro_batch_size={{{RESOLUTION}:{BATCH}}}",
+        "stage.init_from=null",
+        "optimizer.warmup_samples=0",
+        "log_every_steps=1",
+        f"checkpoint.every_steps={STEPS // 2}",
+        f"data.manifest={folder}/data/manifest",
+        f"run_dir={folder}/{name}",
+        *words,
+    ]
+    if status := train.main(settings):
+        raise SystemExit(f"`vdtrain train` ended with status {status}: {' '.join(settings)}")
+    return folder / name
+
+
+def resumed(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The last weights of a run, beside those of one that resumes from its middle."""
+    whole = run(folder, "whole", words)
+    shutil.copytree(whole, folder / "resumed")
+    last, middle = candidates(folder / "resumed" / CHECKPOINTS)
+    shutil.rmtree(last)
+    begun = {name: tensor.clone() for name, tensor in Checkpoint.open(middle).unchecked_weights("model").items()}
+    run(folder, "resumed", words)
+    one, other = (Checkpoint.open(folder / name / CHECKPOINTS / last.name) for name in ("whole", "resumed"))
+    weights, again = one.unchecked_weights("model"), other.unchecked_weights("model")
+    return {
+        "steps": [middle.name, last.name],
+        "largest_difference": max(_apart(weights[name], again[name]) for name in weights),
+        "largest_movement": max(_apart(weights[name], begun[name]) for name in weights),
+    }
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def equal_losses(folder: Path, words: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
+    """The losses of two runs that differ in some settings."""
+    one, other = (
+        [record["loss"] for record in read_metrics(run(folder, name, [*words, *extra]))]
+        for name, extra in (("one", ()), ("other", more))
+    )
+    differences = [abs(second[flow] / first[flow] - 1) for first, second in zip(one, other, strict=True) for flow in first]
+    return {"other": list(more), "largest_relative_difference": max(differences), "losses": [one, other]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=("resume", "losses"))
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--other", default="", help="settings of the second run of `losses`, between spaces")
+    parser.add_argument("--wide", action="store_true", help="layers as wide as the full size's first two levels")
+    parser.add_argument("--output", type=Path, help="JSON file of the result")
+    arguments = parser.parse_args(argv)
+    words = [*(WIDE if arguments.wide else ()), *arguments.settings]
+    with tempfile.TemporaryDirectory(prefix="gpu-checks-") as name:
+        folder = Path(name)
+        write_pairs(folder / "data")
+        if arguments.check == "resume":
+            found = resumed(folder, words)
+            passed = found["largest_difference"] <= RESUME_SHARE * found["largest_movement"]
+        else:
+            found = equal_losses(folder, words, arguments.other.split())
+            passed = found["largest_relative_difference"] <= LOSS_TOLERANCE
+    found |= {"settings": words, "passed": passed, "versions": versions("torch"), "commit": commit()}
+    print(json.dumps(found, indent=2))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
