@@ -1,6 +1,6 @@
 # `make help` lists the targets. uv keeps the environment in .venv as uv.lock says.
 UV := $(or $(shell command -v uv),.tools/bin/uv)
-SCRIPTS := $(wildcard examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
+SCRIPTS := $(wildcard benchmarks/*.sh examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 SYNC := $(UV) sync --locked --quiet --inexact --all-extras
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 

@@ -90,7 +90,9 @@ def equal_losses(folder: Path, words: Sequence[str], more: Sequence[str]) -> dic
         [record["loss"] for record in read_metrics(run(folder, name, [*words, *extra]))]
         for name, extra in (("one", ()), ("other", more))
     )
-    differences = [abs(second[flow] / first[flow] - 1) for first, second in zip(one, other, strict=True) for flow in first]
+    differences = [
+        abs(second[flow] / first[flow] - 1) for first, second in zip(one, other, strict=True) for flow in first
+    ]
     return {"other": list(more), "largest_relative_difference": max(differences), "losses": [one, other]}
 
 

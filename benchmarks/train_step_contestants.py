@@ -1,4 +1,4 @@
-"""The contestants of train_step.py: a training step as a plain script, with diffusers' U-Nets or our diffuser, and ours.
+"""The contestants of train_step.py: a plain training script with diffusers' U-Nets or our diffuser, and the trainer.
 
 All of them train the same weights on the same pairs with the same random numbers, so that their losses must agree.
 """

@@ -1,0 +1,113 @@
+"""benchmarks/gpu.sh on a CPU, in an environment as on the machine that it is for: PyTorch 2.11, and our sixteen wheels.
+
+Python 3.12, PyTorch 2.11 and what that machine has are installed first, and `vdtrain train` runs there: what it needs
+beside them, `gpu_wheels.sh` has gathered. Some minutes, and 600 MB to fetch the first time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+from vdtrain.config.schema import HardwareConfig
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "timm==1.0.22", "nvidia-curand")
+# With what these need.
+THERE = (
+    *("transformers==5.17.0", "tokenizers==0.23.2", "huggingface_hub==1.33.0", "safetensors", "numpy", "pyarrow"),
+    *("pillow", "rich", "requests", "regex", "einops", "msgpack", "ninja", "py-cpuinfo", "psutil", "setuptools"),
+    *("typing-extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "pyyaml", "tqdm", "packaging"),
+)
+WHEELS = 16
+
+
+def uv() -> str:
+    found = shutil.which("uv") or str(ROOT / ".tools" / "bin" / "uv")
+    if not Path(found).exists():
+        pytest.skip("PyTorch 2.11: uv is not installed")
+    return found
+
+
+def python_312() -> str:
+    """An interpreter of Python 3.12 that starts."""
+    for path in (shutil.which("python3.12"), *sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))):
+        if path and not subprocess.run([str(path), "-c", ""], capture_output=True, check=False).returncode:
+            return str(path)
+    pytest.skip("PyTorch 2.11: no Python 3.12 here")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment as on the machine with the GPU, without any of ours."""
+    folder = tmp_path_factory.mktemp("machine") / "venv"
+    python = folder / "bin" / "python"
+    # PyTorch loads NVIDIA's libraries by names that are the same in the versions here.
+    nvidia = [f"{each.name}=={each.version}" for each in distributions() if each.name.startswith("nvidia-")]
+    install = [uv(), "pip", "install", "--quiet", "--python", str(python)]
+    for words in (
+        [uv(), "venv", "--quiet", "--seed", "--python", python_312(), str(folder)],
+        [*install, "--no-deps", *TORCH, *nvidia],
+        [*install, *THERE],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"PyTorch 2.11: cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheels(machine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_wheels.sh"), str(folder)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(machine)}, capture_output=True, text=True, check=False
+    )
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip(f"the wheels cannot be had here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
+    found = list(wheels.glob("*.whl"))
+    assert len(found) == WHEELS
+    assert sum(each.stat().st_size for each in found) < 16e6
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings = {"DEVICE": "cpu", "PYTHON": str(machine), "WHEELS": str(wheels), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
+        env={**environment, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    # TODO: when `vdtrain bench` and hardware.compile are there, no part may fail.
+    complete = (ROOT / "vdtrain" / "commands" / "bench.py").exists() and hasattr(HardwareConfig, "compile")
+    if complete:
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log}"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.log"]
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    probes = results["probes"]
+    assert probes["versions"]["torch"].startswith("2.11.0")
+    assert {row["part"] for row in probes["rows"]} == {
+        *("matrix product", "convolution", "attention", "group norm and SiLU")
+    }
+    for row in probes["rows"]:
+        if row["part"] == "attention" and "refused" not in row:
+            assert max(row["forward_error"], row["backward_error"]) < 1e-3
+    if not complete:
+        return
+    assert results["resume"]["largest_difference"] == 0 < results["resume"]["largest_movement"]
+    assert results["losses"]["largest_relative_difference"] < 1e-3
+    for name in ("eager", "compiled", "cached", "text_to_image", "compiled_high", "text_to_image_high"):
+        assert results[name]["speed"]["pairs_per_second"] > 0
