@@ -69,11 +69,11 @@ if [ "$device" = cuda ]; then
     preset="$("$python" -c 'import torch
 print("h200" if torch.cuda.get_device_properties(0).total_memory > 100e9 else "h100")')" || exit
     size=(hardware="$preset" micro_batches=1 warmup_steps=2 timed_steps=8)
-    low=256 high=512 small=()
+    low=256 high=512 small=() wide=(--wide)
     compiled=(hardware.compile=blocks hardware.channels_last=true)
 else
     size=(hardware=cpu model=tiny micro_batches=1 warmup_steps=1 timed_steps=2 "hardware.micro_batch_size={32:4,64:2}")
-    low=32 high=64 small=(--small)
+    low=32 high=64 small=(--small) wide=()
     # A compiler for the CPU takes minutes.
     compiled=(hardware.compile=none hardware.channels_last=true)
 fi
@@ -85,7 +85,7 @@ part probes 60 "$python" benchmarks/gpu_probes.py --device "$device" "${small[@]
 bench eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
 bench compiled 130 "${four[@]}" "${compiled[@]}" resolution="$low"
 part resume 40 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
-part losses 60 "${check[@]}" losses "${on[@]}" "${eager[@]}" --wide --other "${compiled[*]}" \
+part losses 60 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
     --output "$work/json/losses.json"
 bench cached 50 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
 bench text_to_image 60 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
