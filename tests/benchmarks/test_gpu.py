@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from vdtrain.config.schema import HardwareConfig
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +89,8 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
         check=False,
     )
     log = (tmp_path / "out" / "gpu.log").read_text()
-    # TODO: when `vdtrain bench` and hardware.compile are there, no part may fail.
-    complete = (ROOT / "vdtrain" / "commands" / "bench.py").exists() and "compile" in HardwareConfig.__dataclass_fields__
+    # TODO: when `vdtrain bench` is there, no part may fail.
+    complete = (ROOT / "vdtrain" / "commands" / "bench.py").exists()
     if complete:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log}"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.log"]
@@ -105,9 +103,7 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
     for row in probes["rows"]:
         if row["part"] == "attention" and "refused" not in row:
             assert max(row["forward_error"], row["backward_error"]) < 1e-3
-    if not complete:
-        return
     assert results["resume"]["largest_difference"] == 0 < results["resume"]["largest_movement"]
     assert results["losses"]["largest_relative_difference"] < 1e-3
-    for name in ("eager", "compiled", "cached", "text_to_image", "compiled_high", "text_to_image_high"):
+    for name in complete * ("eager", "compiled", "cached", "text_to_image", "compiled_high", "text_to_image_high"):
         assert results[name]["speed"]["pairs_per_second"] > 0
