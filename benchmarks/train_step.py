@@ -59,7 +59,6 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Settings of `hardware`, beside the preset `cpu`, which neither compiles nor changes the layout.
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "eager": ("vdtrain", {}),
-    "zero_0": ("vdtrain, ZeRO 0", {"zero_stage": "0"}),
     "channels_last": ("vdtrain, channels_last", {"channels_last": "true"}),
     "blocks": ("vdtrain, blocks compiled", {"compile": "blocks"}),
     "blocks_channels_last": ("vdtrain, blocks compiled, channels_last", {"compile": "blocks", "channels_last": "true"}),
@@ -73,8 +72,7 @@ LADDER = {
     "plain": "plain script, our diffuser, the flows one by one",
     "encode_once": "each sample is encoded once for all flows",
     "together": "flows with one output in one batch",
-    "eager": "the trainer: flat buffers, fused AdamW, EMA and norm by buffer (preset cpu)",
-    "zero_0": "the same, ZeRO 0",
+    "eager": "the trainer: flat buffers, fused AdamW, EMA and norm by buffer, few queries read tokens",
     "channels_last": "channels_last",
     "blocks": "blocks compiled, without channels_last",
     "blocks_channels_last": "blocks compiled, channels_last",

@@ -25,6 +25,7 @@ from vdtrain.models.diffuser import Diffuser, DiffuserInput, parameters_by_group
 from vdtrain.models.frozen import Encoded, FrozenParts, build_frozen
 from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.run.distributed import RankInfo
+from vdtrain.run.speed import StepClock
 from vdtrain.training.build import build_trainer, starting_diffuser
 from vdtrain.training.start import Start
 from vdtrain.weights.diffusers_folder import meta_unet
@@ -240,7 +241,7 @@ class Ours(Contestant):
     def step(self) -> dict[str, float]:
         samples = self.trainer.objective.prepare(self.samples)
         batch = Batch(samples, torch.arange(self.config.stage.global_batch_size))
-        losses, _ = self.trainer._step(batch, self.config.stage.phases[0])
+        losses, _ = self.trainer.step(batch, self.config.stage.phases[0], StepClock(CPU))
         return {name: float(loss) for name, loss in losses.items()}
 
     def close(self) -> None:
