@@ -94,7 +94,7 @@ class EngineSettings:
     weight_decay: float
     gradient_scales: Mapping[str, float]
     gradient_scale_mode: str
-    exchange: str = SHARDED
+    exchange: str = DEEPSPEED
 
     def __post_init__(self) -> None:
         for setting, value, choices in (
