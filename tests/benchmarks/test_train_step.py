@@ -12,6 +12,7 @@ import train_step
 
 from tests.programs import program
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(train_step.__file__)
 
 

@@ -62,6 +62,8 @@ ELSEWHERE = {
     r"make golden": "tests/golden_losses/test_golden_losses.py::test_losses_are_those_recorded",
     r"make rehearsal|python benchmarks/rehearsal\.py .*": "tests/test_rehearsal.py::"
     "test_the_whole_road_with_the_tiny_model",
+    r"python benchmarks/train_step\.py( .*)?": "tests/benchmarks/test_train_step.py::test_contestants_do_the_same_work",
+    r"(DEVICE=cpu )?bash benchmarks/gpu(_wheels)?\.sh": "tests/benchmarks/test_gpu.py::test_all_parts",
     r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,
     r"sbatch .*slurm/download_shards\.sh.*": f"{JOBS}test_an_array_downloads_every_part_once",
     r"sbatch .*slurm/(evaluate|precompute_latents)\.sh.*": f"{JOBS}test_latents_and_measures_are_made_on_every_node",
