@@ -176,7 +176,7 @@ def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
     ends: list[tuple[int, bool]] = []
     for stop_at in (2, 5, None):
         trainer = make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/broken", *overrides)
-        step = trainer._step
+        step = trainer.step
 
         def stopping(
             *arguments: Any, step: Any = step, trainer: Trainer = trainer, stop_at: int | None = stop_at
@@ -185,7 +185,7 @@ def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return step(*arguments)
 
-        trainer._step = stopping  # type: ignore[method-assign]
+        trainer.step = stopping  # type: ignore[method-assign]
         complete = trainer.run()
         ends.append((trainer.state.step, complete))
     return ends

@@ -27,6 +27,7 @@ from vdtrain.diffusion import objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.run import distributed
+from vdtrain.run.speed import StepClock
 from vdtrain.training.build import build_trainer, layer_groups
 from vdtrain.training.start import Start
 from vdtrain.training.trainer import Trainer
@@ -131,7 +132,7 @@ def test_a_step_waits_for_no_result(trainer: Trainer) -> None:
     phase = replace(trainer.config.stage.phases[0], resolution=64)
     batch = batch_of(trainer)
     assert trainer.ema is not None
-    assert waits_of(lambda: trainer._step(batch, phase), "cpu").found == []
+    assert waits_of(lambda: trainer.step(batch, phase, StepClock(trainer.place.device)), "cpu").found == []
 
 
 def test_every_copy_to_the_device_is_sent_ahead_from_pinned_memory(
@@ -158,7 +159,9 @@ def test_every_copy_to_the_device_is_sent_ahead_from_pinned_memory(
         diffuser = Diffuser(config.model, layer_groups(config, ()))
 
     def losses() -> None:
-        trainer.objective.total(trainer._losses(diffuser, batch, slice(0, 2), ROWS, phase)).backward()
+        trainer.objective.total(
+            trainer._losses(diffuser, batch, slice(0, 2), ROWS, phase, StepClock(device))
+        ).backward()
 
     waits = waits_of(losses, "meta", pinned)
     assert waits.found == []

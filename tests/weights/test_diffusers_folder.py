@@ -70,7 +70,7 @@ def test_configurations_describe_the_full_size() -> None:
     diffuser, names_by_unet = unets(full)
     own = diffuser.state_dict()
     for part, names in names_by_unet.items():
-        unet = diffusers_folder._unet(full, diffuser, names)
+        unet = diffusers_folder.meta_unet(full, diffuser, names)
         expected = {key: tensor.shape for name, tensor in own.items() if (key := names.to_diffusers(name))}
         assert {key: tensor.shape for key, tensor in unet.state_dict().items()} == expected, part
         assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 8
