@@ -17,7 +17,17 @@ ROOT = Path(__file__).parents[1]
 # Fixtures of the session that take seconds, as a module asks for them.
 SHARED = ("cluster: Cluster", "tiny_runs: TinyRuns", "world: World")
 # What takes longest, in order.
-FIRST = (SHARED[0], "tests/documents/test_commands.py")
+FIRST = (
+    SHARED[0],
+    "tests/documents/test_commands.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_wandb.py",
+    "tests/data_pipeline/test_download.py",
+    "tests/training/test_run_lock.py",
+    "tests/training/test_trainer.py",
+    "tests/training/test_watchdog.py",
+    SHARED[1],
+)
 
 
 @functools.cache

@@ -184,6 +184,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_the_next_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     settings = [*TINY, "gpus=2", "stage.phases=[{resolution:32,samples:6400}]", "format=json"]
     # Half way between the peaks of 8 and of 16 pairs.
@@ -208,6 +209,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(capsys: pytest.Captu
         assert part in table
 
 
+@pytest.mark.slow
 def test_full_size_is_planned_without_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["stage=stage3_four_flow", "hardware=h100", "gpus=8", "format=json"]
     settings += ["stage.phases=[{resolution:512,samples:6400000}]", "hardware.activation_checkpointing=blocks"]
