@@ -177,6 +177,7 @@ def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
     from vdtrain.diffusion.contexts import MIXINGS
     from vdtrain.diffusion.sampling import SOLVERS
     from vdtrain.engine.deepspeed import EXCHANGES, PRECISIONS, ZERO_STAGES
+    from vdtrain.models import compilation
     from vdtrain.models.activation_checkpointing import MODES
 
     for schema, key, known in (
@@ -184,6 +185,7 @@ def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
         (TrainConfig, "hardware.zero_stage", ZERO_STAGES),
         (TrainConfig, "hardware.exchange", EXCHANGES),
         (TrainConfig, "hardware.activation_checkpointing", MODES),
+        (TrainConfig, "hardware.compile", compilation.MODES),
         (SampleConfig, "solver", SOLVERS),
         (SampleConfig, "precision", DTYPES),
         (BlendConfig, "mixing", MIXINGS),

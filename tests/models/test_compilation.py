@@ -14,6 +14,8 @@ from torch._dynamo.utils import counters
 from tests.models.test_activation_checkpointing import MODALITIES, make_diffuser, step
 from tests.settings import phases
 from tests.tiny_runs import BATCH, TinyRuns
+from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
+from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
@@ -136,3 +138,26 @@ def test_a_compiled_stage_has_the_plain_ones_losses(tiny_runs: TinyRuns, tmp_pat
     found = losses(tiny_runs, tmp_path / "compiled", "hardware.compile=blocks", "hardware.channels_last=true")
     for one, other in zip(plain, found, strict=True):
         assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_a_compiled_run_goes_on_to_the_bit(
+    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled code's gradients have other bits than plain ones, so every step must run it."""
+    compile_otherwise = functools.partial(compile_training, backend="aot_eager")
+    monkeypatch.setattr("vdtrain.training.build.compile_training", compile_otherwise)
+    settings = [*tiny_runs.overrides, phases(BATCH, (32, 4)), "stage.init_from=null", "hardware.compile=blocks"]
+
+    def run(name: str) -> dict[str, Tensor]:
+        assert train(["stage=stage1_single_flow", *settings, f"run_dir={tmp_path}/{name}"]) == 0
+        last = candidates(tmp_path / name / CHECKPOINTS)[0]
+        return {key: tensor.clone() for key, tensor in Checkpoint.open(last).unchecked_weights("model").items()}
+
+    whole = run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    last, middle = candidates(tmp_path / "resumed" / CHECKPOINTS)
+    assert (middle.name, last.name) == ("step-000000002", "step-000000004")
+    shutil.rmtree(last)
+    resumed = run("resumed")
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+    assert all(record["tflops"] > 0 for record in read_metrics(tmp_path / "whole"))

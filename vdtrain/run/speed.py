@@ -69,8 +69,8 @@ class StepClock:
 class OperatorCount(TorchDispatchMode):
     """`with OperatorCount() as count:` counts the floating-point operations and collectives that are run inside.
 
-    It sees what reaches PyTorch's dispatcher: also what a recomputation repeats, and the matrix products and
-    convolutions of compiled code. A multiplication and an addition are two operations.
+    It sees what reaches PyTorch's dispatcher, also what a recomputation repeats. Compiled code runs eagerly inside, so
+    that its results differ in their last bits. A multiplication and an addition are two operations.
 
     Args:
         clock: if given, every collective is waited for at once and marked as `EXCHANGE`.

@@ -29,6 +29,7 @@ from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import Denoiser, Objective, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.models.frozen import each_tensor
+from vdtrain.planning.dry_run import DryRun
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters, Reporter
@@ -255,7 +256,7 @@ class Trainer:
         batches = Prefetcher(self._open_stream(), self.objective.prepare)
         sync, bad_steps = StepSync(self.flow_names, self.place.device), BadSteps(config.optimizer.max_bad_steps)
         meters, asked = Meters(self.place.device, self._peak), False
-        warm, first = config.hardware.compile == "none", self.state.phase_step
+        compiled, first = config.hardware.compile == "none", self.state.phase_step
 
         def collect() -> bool:
             """Take in the outcome of the last submitted step; True if a process was asked to stop."""
@@ -275,11 +276,12 @@ class Trainer:
                 batch = next(batches)
                 meters.waited += time.monotonic() - asked_at
                 self.watchdog.place = f"step {self.state.step + 1}"
-                if not warm:
-                    self._compile(batch, phase)
-                    meters, warm = Meters(self.place.device, self._peak), True
-                # The second step: what happens once, such as compiling, is over.
-                count = OperatorCount() if self.state.phase_step == first + 1 else None
+                if not compiled:
+                    flops = self._compile(batch, phase)
+                    meters, compiled = Meters(self.place.device, self._peak, flops), True
+                # In the second step what happens once is over. Compiled code would run eagerly while it is counted.
+                counts = config.hardware.compile == "none" and self.state.phase_step == first + 1
+                count = OperatorCount() if counts else None
                 with count or contextlib.nullcontext():
                     losses, report = self.step(batch, phase, meters.clock)
                 meters.flops = meters.flops if count is None else count.flops
@@ -331,8 +333,12 @@ class Trainer:
         self.state.data = identity
         return stream
 
-    def _compile(self, batch: Batch, phase: PhaseConfig) -> None:
-        """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler."""
+    def _compile(self, batch: Batch, phase: PhaseConfig) -> int | None:
+        """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler.
+
+        Returns:
+            The floating-point operations of a step, counted by a dry run; None on ranks that log nothing.
+        """
         began, clock = time.monotonic(), StepClock(self.place.device)
         with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
             local, count = self._local(phase)
@@ -340,8 +346,12 @@ class Trainer:
             # This parameter lies before every block, so that all of them compute gradients; none accumulates.
             first = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
             torch.autograd.grad(self.objective.total(losses), first)
+            flops = None
+            if self.place.rank == 0:
+                flops = count * DryRun(self.config).measure(phase.resolution, local // count).flops
             distributed.barrier()
         self.reporter.note(f"compiled for {phase.resolution} pixels in {time.monotonic() - began:.0f} s")
+        return flops
 
     def _local(self, phase: PhaseConfig) -> tuple[int, int]:
         """Pairs of this process in a step, and the number of its micro-batches."""
