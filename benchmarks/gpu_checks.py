@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surroundings import commit, versions
 from torch import Tensor
+
+from vdtrain.run.surroundings import commit, versions
 
 # The root, whose tests draw the images.
 sys.path.insert(0, str(Path(__file__).parents[1]))

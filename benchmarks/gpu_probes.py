@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from surroundings import commit, processor, versions
 from timing import seconds_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vdtrain.run.surroundings import commit, processor, versions
 
 RESULT = Path(__file__).parent / "results" / "gpu" / "probes.json"
 BACKENDS = {
@@ -31,40 +32,43 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# Head sizes of the levels; keys of self-attention at 256 pixels, of the contexts, and of a text state.
-HEADS, HEAD_SIZES, KEYS = 8, (40, 80, 160), (1024, 256, 77, 257, 4)
+KEYS = (1024, 256, 77, 257, 4)
+# Heads, head size, queries, keys: the levels' head sizes, with keys of self-attention at 256 pixels, of the contexts, and
+# of a text state. Text states read context tokens by 8 x 4 queries as wide as a token (`reads_tokens`).
+ATTENTIONS = [
+    *((8, size, max(keys, 16) if keys in (1024, 256, 4) else 256, keys) for size in (40, 80, 160) for keys in KEYS),
+    *((1, 768, 32, keys) for keys in (77, 257)),
+]
 # Channels and side of the state at 256 pixels.
 CONVOLUTIONS = ((320, 32), (640, 16), (1280, 8))
 NORM_GROUPS = 32
 
 
 def attention(device: torch.device, dtype: torch.dtype, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each head size, number of keys and backend, and for the backend that PyTorch itself takes."""
+    """A row for each of ATTENTIONS and each backend, and for the backend that PyTorch itself takes."""
     generator = torch.Generator(device).manual_seed(0)
-    for size in HEAD_SIZES:
-        for keys in KEYS:
-            queries = max(keys, 16) if keys in (1024, 256, 4) else 256
-            shapes = ((batch, HEADS, queries, size), (batch, HEADS, keys, size), (batch, HEADS, keys, size))
-            inputs = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-            given = torch.randn(shapes[0], generator=generator, device=device)
-            with sdpa_kernel(SDPBackend.MATH):
-                exact = _both_ways([each.to(dtype).float() for each in inputs], given.to(dtype).float())
-            for name in ("default", *BACKENDS):
-                row = {"part": "attention", "head": size, "queries": queries, "keys": keys, "backend": name}
-                own = [each.to(dtype) for each in inputs]
-                try:
-                    with sdpa_kernel(list(BACKENDS.values()) if name == "default" else BACKENDS[name]):
-                        found = _both_ways(own, given.to(dtype))
-                        action = _action(own, given.to(dtype))
-                        row["milliseconds"] = 1e3 * seconds_of({name: action}, device, rounds)[name]
-                except RuntimeError as error:
-                    yield row | {"refused": str(error).partition("\n")[0][:120]}
-                    continue
-                errors = [
-                    float((mine.float() - true).abs().max() / true.abs().max())
-                    for mine, true in zip(found, exact, strict=True)
-                ]
-                yield row | {"forward_error": errors[0], "backward_error": max(errors[1:])}
+    for heads, size, queries, keys in ATTENTIONS:
+        shapes = ((batch, heads, queries, size), (batch, heads, keys, size), (batch, heads, keys, size))
+        inputs = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        given = torch.randn(shapes[0], generator=generator, device=device)
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = _both_ways([each.to(dtype).float() for each in inputs], given.to(dtype).float())
+        for name in ("default", *BACKENDS):
+            row = {"part": "attention", "head": size, "queries": queries, "keys": keys, "backend": name}
+            own = [each.to(dtype) for each in inputs]
+            try:
+                with sdpa_kernel(list(BACKENDS.values()) if name == "default" else BACKENDS[name]):
+                    found = _both_ways(own, given.to(dtype))
+                    action = _action(own, given.to(dtype))
+                    row["milliseconds"] = 1e3 * seconds_of({name: action}, device, rounds)[name]
+            except RuntimeError as error:
+                yield row | {"refused": str(error).partition("\n")[0][:120]}
+                continue
+            errors = [
+                float((mine.float() - true).abs().max() / true.abs().max())
+                for mine, true in zip(found, exact, strict=True)
+            ]
+            yield row | {"forward_error": errors[0], "backward_error": max(errors[1:])}
 
 
 def _both_ways(inputs: Sequence[Tensor], given: Tensor) -> list[Tensor]:

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import webdataset
 from PIL import Image, ImageFilter
-from surroundings import processor, versions
 
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import read_shard
+from vdtrain.run.surroundings import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PIECE = 1 << 20

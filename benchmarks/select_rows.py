@@ -28,9 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from surroundings import processor, versions
 
 from data_pipeline.select.selection import read_selection
+from vdtrain.run.surroundings import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]

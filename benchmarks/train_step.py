@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from surroundings import commit, processor, versions
 from timing import interleaved
 from train_step_contestants import CPU, Contestant, Ours, Script, Work, largest_difference
 
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError
 from vdtrain.run import distributed
+from vdtrain.run.surroundings import commit, processor, versions
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "train_step.json"

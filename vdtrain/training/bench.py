@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -14,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +19,6 @@ import torch
 from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
 
-import vdtrain
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import BenchConfig
 from vdtrain.config.validation import micro_batches
@@ -48,12 +43,12 @@ from vdtrain.run.speed import (
     copy_rate,
     matmul_rate,
 )
+from vdtrain.run.surroundings import commit, processor, versions
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import Start
 from vdtrain.training.trainer import StepSync, Trainer
 
 GB = 1e9
-FAILED = 1
 # Frames of the stack of a wait that are kept, from the innermost of this package outwards.
 FRAMES = 4
 
@@ -92,7 +87,7 @@ def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> in
         words: of the command line, for the result.
 
     Raises:
-        ConfigError: this process has no device, or a network cannot be built.
+        ConfigError: this process has no device, or a network cannot be built or does not fit into the GPU.
     """
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
@@ -116,15 +111,11 @@ def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> in
                 trainer.close()
         distributed.barrier()
         return 0
-    except torch.OutOfMemoryError:
-        sizes = config.hardware.micro_batch_size
-        print(
-            f"error: hardware.micro_batch_size={sizes}: does not fit into the GPU's memory; choose a smaller one, as "
-            "`vdtrain plan` shows",
-            file=sys.stderr,
-            flush=True,
-        )
-        return FAILED
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"hardware.micro_batch_size={config.hardware.micro_batch_size}: does not fit into the GPU's memory; choose "
+            "a smaller one, as `vdtrain plan` shows"
+        ) from error
     finally:
         distributed.finish()
 
@@ -159,17 +150,16 @@ def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, wor
         f"{batch} pairs a step, on each process {count} x {settings['micro_batch']}",
     )
     hardware = {
-        "name": _device_name(place.device),
+        "name": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else processor(),
         "device": place.device.type,
         "processes": place.world_size,
         "threads": torch.get_num_threads(),
     }
     result.add("hardware", hardware, f"{place.world_size} x {hardware['name']}, {hardware['threads']} threads each")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "deepspeed")}}
-    commit = _commit()
-    result.values["commit"] = commit
-    text = ", ".join(f"{name} {number}" for name, number in versions.items())
-    result.add("versions", versions, f"{text}, commit {commit or 'unknown'}")
+    found = versions("torch", "deepspeed")
+    result.values["commit"] = commit()
+    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    result.add("versions", found, f"{text}, commit {result.values['commit'] or 'unknown'}")
 
 
 class _Steps:
@@ -262,7 +252,10 @@ def _timed(steps: _Steps, config: BenchConfig, result: Result) -> dict[str, floa
 
 
 def _counted(steps: _Steps, config: BenchConfig, result: Result, parts: dict[str, float]) -> int:
-    """Count a step's operations and collectives; moves the time of the collectives to a part of their own."""
+    """Count a step's operations and collectives; moves the time of the collectives to a part of their own.
+
+    Compiled code runs eagerly in this step (`OperatorCount`), so only shares are taken from its times.
+    """
     clock = StepClock(steps.trainer.place.device)
     with OperatorCount(clock) as count:
         steps.make(clock)
@@ -366,25 +359,3 @@ def _profiled(steps: _Steps, result: Result, output: Path) -> None:
     if steps.trainer.place.rank == 0:
         recorded.export_chrome_trace(str(trace))
     result.add("trace", str(trace), str(trace))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of this checkout; None if it is none."""
-    root = Path(vdtrain.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        words = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
