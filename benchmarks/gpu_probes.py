@@ -33,8 +33,8 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 KEYS = (1024, 256, 77, 257, 4)
-# Heads, head size, queries, keys: the levels' head sizes, with keys of self-attention at 256 pixels, of the contexts, and
-# of a text state. Text states read context tokens by 8 x 4 queries as wide as a token (`reads_tokens`).
+# Heads, head size, queries, keys: the levels' head sizes, with keys of self-attention at 256 pixels, of the contexts,
+# and of a text state. Text states read context tokens by 8 x 4 queries as wide as a token (`reads_tokens`).
 ATTENTIONS = [
     *((8, size, max(keys, 16) if keys in (1024, 256, 4) else 256, keys) for size in (40, 80, 160) for keys in KEYS),
     *((1, 768, 32, keys) for keys in (77, 257)),

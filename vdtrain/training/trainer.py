@@ -28,6 +28,7 @@ from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import Denoiser, Objective, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
+from vdtrain.errors import one_line
 from vdtrain.models.frozen import each_tensor
 from vdtrain.planning.dry_run import DryRun
 from vdtrain.run import distributed
@@ -337,7 +338,7 @@ class Trainer:
         """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler.
 
         Returns:
-            The floating-point operations of a step, counted by a dry run; None on ranks that log nothing.
+            The floating-point operations of a step, counted by a dry run; None if it fails, and on ranks that log nothing.
         """
         began, clock = time.monotonic(), StepClock(self.place.device)
         with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
@@ -348,7 +349,10 @@ class Trainer:
             torch.autograd.grad(self.objective.total(losses), first)
             flops = None
             if self.place.rank == 0:
-                flops = count * DryRun(self.config).measure(phase.resolution, local // count).flops
+                try:
+                    flops = count * DryRun(self.config).measure(phase.resolution, local // count).flops
+                except Exception as error:  # layers of one's own may not run without values; training must go on
+                    self.reporter.warn(f"no TFLOP/s are logged, because a dry run failed: {one_line(error)}")
             distributed.barrier()
         self.reporter.note(f"compiled for {phase.resolution} pixels in {time.monotonic() - began:.0f} s")
         return flops
