@@ -338,7 +338,7 @@ class Trainer:
         """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler.
 
         Returns:
-            The floating-point operations of a step, counted by a dry run; None if it fails, and on ranks that log nothing.
+            A step's floating-point operations by a dry run; None if it fails, and on ranks that log nothing.
         """
         began, clock = time.monotonic(), StepClock(self.place.device)
         with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
