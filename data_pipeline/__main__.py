@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from vdtrain.run import signals
+
+if __name__ == "__main__":
+    signals.begin()  # before the slow imports
+
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
+from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.data_schema import DataConfig
-from vdtrain.config.schema import DataPipelineConfig
-from vdtrain.errors import ConfigError
+from vdtrain.config.suggestions import meant
+from vdtrain.errors import ConfigError, NothingError
 from vdtrain.files import check_output
 
 USAGE = """\
@@ -32,7 +38,9 @@ that select starts from the beginning.
 Examples:
   python -m data_pipeline select data.select.filters.similarity_min=0.28
   python -m data_pipeline download data.download.processes=32
-  python -m data_pipeline index data=shapes
+  python -m data_pipeline pack photos
+  python -m data_pipeline pack coco data=coco2017
+  python -m data_pipeline index data=own data.shards=my/shards
   python -m data_pipeline inspect data/manifest data.inspect.images=100
 """
 
@@ -55,9 +63,15 @@ def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
             check_output(place, f"{setting}={folder}")
 
 
+def _check_sources(data: DataConfig) -> None:
+    if not data.sources:
+        raise ConfigError(f"data.sources: empty; data={data.name} has shards already, which index takes by data.shards")
+
+
 def _select(data: DataConfig) -> None:
     from data_pipeline.select.select import select
 
+    _check_sources(data)
     _outputs({"data.select.scratch": data.select.scratch}, beside=True)
     _outputs({f"data.sources.{name}.selected": source.selected for name, source in data.sources.items()})
     select(data)
@@ -66,11 +80,23 @@ def _select(data: DataConfig) -> None:
 def _download(data: DataConfig) -> None:
     from data_pipeline.download.download import DownloadError, download
 
+    _check_sources(data)
     _outputs({f"data.sources.{name}.shards": source.shards for name, source in data.sources.items()})
     try:
         download(data.sources, data.download, data.allow_loopback)
     except DownloadError as error:
         raise ConfigError(str(error)) from error
+
+
+def _pack(data: DataConfig) -> None:
+    from data_pipeline.pack.pack import pack
+
+    _outputs({"data.pack.output": data.pack.output}, beside=True)
+    if data.pack.index:
+        _outputs({"data.manifest": data.manifest}, beside=True)
+    pack(data)
+    if data.pack.index:
+        _index(replace(data, shards=[data.pack.output]))
 
 
 def _index(data: DataConfig) -> None:
@@ -81,8 +107,21 @@ def _index(data: DataConfig) -> None:
     settings = data.index
     _outputs({"data.manifest": data.manifest}, beside=True)
     sources = {name: Path(source.shards) for name, source in data.sources.items()}
+    own = [Path(place) for place in data.shards]
     try:
-        index(sources, Path(data.manifest), processes=settings.processes, decode=settings.decode)
+        for place in data.shards:
+            if "://" in place:
+                raise NothingError(f"data.shards={place}: is an address; copy its tars to this machine")
+        index(
+            sources,
+            Path(data.manifest),
+            own=own,
+            caption=settings.caption,
+            processes=settings.processes,
+            decode=settings.decode,
+            drop_repeated=settings.drop_repeated,
+            members=settings.members,
+        )
     except (ShardError, ManifestError) as error:
         raise ConfigError(str(error)) from error
 
@@ -105,12 +144,14 @@ class Command:
         text: what it does, in a line of help.
         parts: of `data`, those that it reads.
         plain: the setting that its plain argument stands for.
+        data: the option of `data` that it takes by default, if it is not that of the other commands.
     """
 
     run: Callable[[DataConfig], None]
     text: str
     parts: tuple[str, ...]
     plain: str | None = None
+    data: str | None = None
 
 
 COMMANDS = {
@@ -124,8 +165,11 @@ COMMANDS = {
         "download the selected images with img2dataset, as tar shards",
         ("sources", "allow_loopback", "download"),
     ),
+    "pack": Command(_pack, "make shards of your own images and captions", ("pack",), "data.pack.input", "own"),
     "index": Command(
-        _index, "check the shards and write the manifest that training streams from", ("sources", "manifest", "index")
+        _index,
+        "check the shards and write the manifest that training streams from",
+        ("sources", "shards", "manifest", "index"),
     ),
     "inspect": Command(
         _inspect,
@@ -141,19 +185,22 @@ MOVED = {"shapes": "draw data=shapes", "serve": "serve data=shapes"}
 # The one command with settings of a model and of hardware beside those of data.
 LATENTS, LATENTS_TEXT = (
     "latents",
-    "encode the images with the image VAE, once (on several processes by torchrun or srun)",
+    "encode the images with the image VAE, once (with gpus=8 on eight GPUs)",
 )
 
 
 def _usage() -> str:
     texts = {name: command.text for name, command in COMMANDS.items()} | {LATENTS: LATENTS_TEXT}
-    order = ("select", "download", "index", LATENTS, "inspect")
+    order = ("select", "download", "pack", "index", LATENTS, "inspect")
     return USAGE.format(commands="\n".join(f"  {name:<10} {texts[name]}" for name in order))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return signals.ended(main(sys.argv[1:]))
+    signals.ending.advice = "run it again to continue"
+    arguments = list(argv)
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h"):
         print(_usage(), end="")
@@ -162,18 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {name}: now `python -m miniature {MOVED[name]}`", file=sys.stderr)
         return 2
     if name not in (*COMMANDS, LATENTS):
-        print(f"error: unknown command {name!r}; choose from {', '.join((*COMMANDS, LATENTS))}", file=sys.stderr)
+        known = (*COMMANDS, LATENTS)
+        print(f"error: unknown command {name!r}; choose from {', '.join(known)}{meant(name, known)}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s")
-    try:
-        if name == LATENTS:
-            from data_pipeline.latents.latents import main as latents
+    if name == LATENTS:
+        from data_pipeline.latents.latents import main as latents
 
-            return latents(arguments[1:])
-        return _run(name, arguments[1:])
-    except KeyboardInterrupt:
-        print("stopped; run it again to continue", file=sys.stderr)
-        return 130
+        return latents(arguments[1:])
+    return _run(name, arguments[1:])
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
@@ -183,11 +227,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
         command.run(config.data)
         return 0
 
-    usage = COMMAND_USAGE.format(
-        command=name, plain="[MANIFEST] " if command.plain else "", text=command.text[0].upper() + command.text[1:]
-    )
+    word = f"[{command.plain.rpartition('.')[2].upper()}] " if command.plain else ""
+    usage = COMMAND_USAGE.format(command=name, plain=word, text=command.text[0].upper() + command.text[1:])
     plain = PlainArguments((command.plain,)) if command.plain else None
     parts = [f"data.{part}" for part in ("root", *command.parts)]
+    argv = [f"data={command.data}"] * (command.data is not None) + [*argv]
     return run_command(usage, "data_pipeline", DataPipelineConfig, action, argv, plain=plain, parts=parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from data_pipeline.select.url_policy import (
 SUCCESS = "success"
 REFUSED = "address refused"
 DNS = "no answer from DNS"
-# Pattern, reason, whether it is transient; the first match counts. HTTP errors have one reason per status.
+OTHER = "other (see error_message)"
+# Pattern, reason, whether it is transient; the first match counts. HTTP errors have one reason per status, errors of
+# the operating system one per number, and everything else one: the set of reasons is bounded.
 REASONS = (
     (r"Temporary failure in name resolution", DNS, True),
     (r"Name or service not known|No address associated|label (empty|too long)", "no such host", False),
@@ -38,9 +41,14 @@ REASONS = (
         False,
     ),
     (r"^body above", "body too large", False),
+    (r"content encoding$", "damaged or unknown content encoding", False),
+    (r"codec can't|invalid port|label", "address that cannot be sent", False),
+    (r"^got more than", "too many headers", False),
     (r"MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", "too many pixels", False),
-    (r"^Image decoding error|buf\.empty", "not an image", False),
+    (r"^Image decoding error|buf\.empty|OpenCV", "not an image", False),
+    *((f"^{each}$", each, False) for each in ("image too small", "image area too large", "aspect ratio too large")),
 )
+REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def reason(message: str) -> tuple[str, bool]:
@@ -48,13 +56,14 @@ def reason(message: str) -> tuple[str, bool]:
     status = re.match(r"HTTP Error (\d+)", message)
     if status:
         code = int(status[1])
-        if code // 100 == 3:
+        if code in REDIRECTS or "loop" in message:
             return "redirect loop", False
         return f"HTTP {code}", code in (408, 425, 429) or code >= 500
     for pattern, name, transient in REASONS:
         if re.search(pattern, message):
             return name, transient
-    return message.partition("\n")[0][:60], False
+    number = re.search(r"\[Errno (\d{1,5})\]", message)
+    return os.strerror(int(number[1])) if number else OTHER, False
 
 
 def is_transient(message: str) -> bool:
@@ -85,8 +94,8 @@ class DownloadStats:
     def load(cls, document: Mapping[str, Any]) -> DownloadStats:
         """Inverse of `dump`."""
         tally = cls()
-        tally.reasons.update(document["reasons"])
-        tally.transient = document["transient"]
+        tally.reasons.update({str(name): int(count) for name, count in document["reasons"].items()})
+        tally.transient = int(document["transient"])
         return tally
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from data_pipeline.failures import DownloadStats
+from vdtrain.errors import one_line
+from vdtrain.files import SHAPE_ERRORS, read_json
 
 STATISTICS = "_stats.json"
 BEFORE = ".before"
@@ -25,17 +26,35 @@ def begun(folder: Path) -> bool:
 
 
 def tally(statistics: Path) -> DownloadStats:
-    """Images of a shard by reason."""
-    return DownloadStats(json.loads(statistics.read_text(encoding="utf-8"))["status_dict"])
+    """Images of a shard by reason.
+
+    Raises:
+        ValueError: the statistics are damaged.
+        OSError: they cannot be read.
+    """
+    document = read_json(statistics)
+    try:
+        return DownloadStats({str(message): int(count) for message, count in document["status_dict"].items()})
+    except SHAPE_ERRORS as error:
+        raise ValueError(f"{statistics.name} is damaged ({one_line(error)})") from error
+
+
+def successes(statistics: Path) -> int:
+    """Number of samples that the tar of a shard should have; errors are those of `tally`."""
+    document = read_json(statistics)
+    try:
+        return int(document["successes"]) if "successes" in document else tally(statistics).successes
+    except SHAPE_ERRORS as error:
+        raise ValueError(f"{statistics.name} is damaged ({one_line(error)})") from error
 
 
 def problem(statistics: Path) -> str | None:
     """Why a shard with statistics is incomplete, or None; the index checks the images themselves."""
     tar = _member(statistics, ".tar")
     try:
-        expected = int(json.loads(statistics.read_text(encoding="utf-8"))["successes"])
-        found = samples(tar)
-    except (OSError, ValueError, KeyError) as error:
+        expected, found = successes(statistics), samples(tar)
+        tally(statistics)
+    except (OSError, ValueError) as error:
         return f"{tar}: {error}"
     if found != expected:
         return f"{tar}: {found} samples instead of {expected}"
@@ -61,6 +80,8 @@ def samples(tar: Path) -> int:
                 return count
             count += header[NAME_FIELD].rstrip(b"\0").endswith(b".jpg")
             length = int(header[SIZE_FIELD].rstrip(b" \0"), 8)
+            if length < 0:
+                raise ValueError("damaged")
             position += BLOCK + -(-length // BLOCK) * BLOCK
 
 
@@ -90,14 +111,21 @@ def settle(folder: Path) -> None:
         statistics = before.with_name(before.name.removesuffix(BEFORE))
         if statistics.exists():
             olds = [file.with_name(file.name + BEFORE) for file in _files(statistics)]
-            better = tally(before).successes > tally(statistics).successes
-            if better and all(old.exists() for old in olds):
+            if _successes(before) > _successes(statistics) and all(old.exists() for old in olds):
                 remove(statistics)
                 for old in reversed(olds):  # the statistics last
                     old.replace(old.with_name(old.name.removesuffix(BEFORE)))
             else:
                 for old in olds:
                     old.unlink(missing_ok=True)
+
+
+def _successes(statistics: Path) -> int:
+    """Images of a shard; less than 0 if its statistics are damaged."""
+    try:
+        return tally(statistics).successes
+    except ValueError:
+        return -1
 
 
 def _files(statistics: Path) -> list[Path]:

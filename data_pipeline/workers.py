@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.progress import track
+from vdtrain.redaction import redact_output
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -79,8 +80,9 @@ def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], descrip
 def _run_in(
     pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
 ) -> Iterator[Result]:
-    # Ctrl-C reaches all processes of a terminal. The workers inherit this mask, and their parent ends them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM those of a job. The workers inherit this
+    # mask, and their parent ends them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         futures = deque(pool.submit(function, task) for task in tasks)
     finally:
@@ -91,6 +93,7 @@ def _run_in(
 
 def _begin(lock: Path) -> None:
     """Hold the lock, and end when the parent ends, even if it is killed."""
+    redact_output()
     _HELD.append(lock.open())
     fcntl.flock(_HELD[-1], fcntl.LOCK_SH)
     pa.set_cpu_count(1)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+import data_pipeline
 from data_pipeline.download.fetch import Limits
 from data_pipeline.download.plan import Part
+from vdtrain import redaction
 from vdtrain.config.data_schema import DownloadConfig
 
 OPT_OUTS = ("noai", "noimageai", "noindex", "noimageindex", "noml")
@@ -21,8 +24,12 @@ IMAGE_TIMEOUTS = 3  # total time of an image, in units of data.download.timeout
 RUN = "from data_pipeline.download.img2dataset_run import main; main()"
 
 
-def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool) -> list[str]:
-    """The command line that downloads the missing shards of a part."""
+def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool, modules: Path) -> list[str]:
+    """The command line that downloads the missing shards of a part.
+
+    Args:
+        modules: made by `own_modules`.
+    """
     limits = Limits(
         timeout=config.timeout,
         seconds=IMAGE_TIMEOUTS * config.timeout,
@@ -59,25 +66,32 @@ def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool
         "img2dataset": options,
         "limits": asdict(limits),
         "cluster": config.cluster,
-        "environment": img2dataset_environment(part, config),
+        "environment": img2dataset_environment(config, modules),
     }
     return [config.python or sys.executable, "-c", RUN, json.dumps(document)]
 
 
-def img2dataset_environment(part: Part, config: DownloadConfig) -> dict[str, str]:
-    """Environment of img2dataset's processes, on all machines."""
-    modules = part.folder.parent / ".modules"
-    package = modules / "data_pipeline"
-    # A folder that holds this package alone: another interpreter must not import this one's other packages.
-    modules.mkdir(exist_ok=True)
-    here = Path(__file__).resolve().parent.parent
-    if not (package.is_symlink() and package.resolve() == here):
-        draft = modules / f"{socket.gethostname()}.{os.getpid()}"
-        draft.symlink_to(here)
-        draft.replace(package)
+@contextmanager
+def own_modules(part: Part, config: DownloadConfig) -> Iterator[Path]:
+    """A new folder with what img2dataset's processes import of this project, which only this user can write.
+
+    Another interpreter must not import this one's other packages. Python runs a sitecustomize.py of every folder that
+    it imports from, so the folder cannot be one that others write. Other machines share only the disk of the shards.
+    """
+    shared = None if config.cluster is None else part.folder.parent.resolve()
+    with tempfile.TemporaryDirectory(prefix=".vdtrain-modules-", dir=shared) as folder:
+        modules = Path(folder)
+        (modules / "data_pipeline").symlink_to(Path(data_pipeline.__file__).resolve().parent)
+        (modules / "vdtrain").mkdir()
+        (modules / "vdtrain" / "redaction.py").symlink_to(Path(redaction.__file__).resolve())
+        yield modules
+
+
+def img2dataset_environment(config: DownloadConfig, modules: Path) -> dict[str, str]:
+    """Environment of img2dataset's processes, on all machines; `modules` as for `img2dataset_command`."""
     python = config.python or sys.executable
     return {
-        "PYTHONPATH": str(modules.resolve()),
+        "PYTHONPATH": str(modules),
         "PYTHONSAFEPATH": "1",
         "PYSPARK_PYTHON": python,
         "PYSPARK_DRIVER_PYTHON": python,

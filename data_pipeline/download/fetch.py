@@ -1,6 +1,6 @@
 """One image over HTTP: addresses inside one's own network are refused, bytes and time are limited, opt-outs are kept.
 
-It runs in img2dataset's workers, in any interpreter that has img2dataset, and needs no other package.
+It runs in img2dataset's workers, in any interpreter that has img2dataset. brotli is used if it is there.
 """
 
 from __future__ import annotations
@@ -11,25 +11,42 @@ import socket
 import ssl
 import string
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
+from email.utils import parsedate_to_datetime
 from functools import cache, partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
+from urllib.request import Request
 
+from data_pipeline.download.encodings import ACCEPT_ENCODING, decoded
+from data_pipeline.download.refused import RefusedError
 from data_pipeline.failures import is_transient
+from data_pipeline.select.addresses import address
 from data_pipeline.select.url_policy import address_problem, url_problem
 
 PAUSE = 1.0  # seconds before another attempt after a transient failure
-REDIRECTS = (301, 302, 303, 307, 308)
+REDIRECTS = (300, 301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 # Directives of X-Robots-Tag that carry a value; any other name before a colon names a crawler.
 VALUED = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
+# Formats that every decoder reads come first.
+ACCEPT = "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.5"
 
 
-class RefusedError(Exception):
-    """An image that must not be taken; the message is the reason, worded alike for all such images."""
+class StatusError(http.client.HTTPException):
+    """A status other than success.
+
+    Attributes:
+        retry_after: seconds after which the server wants to be asked again; None if it names none.
+    """
+
+    def __init__(self, status: int, detail: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(f"HTTP Error {status}: {detail or http.client.responses.get(status, 'unknown status')}")
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,8 @@ class Limits:
 
     Attributes:
         timeout: seconds without a byte.
-        seconds: seconds in all, redirects included.
-        max_bytes: length of the response, headers included.
+        seconds: seconds in all, redirects included. A server that asks for a longer pause is not asked again.
+        max_bytes: length of the response, headers included, and of its decoded body.
         retries: further attempts after a transient failure.
         opt_outs: directives of X-Robots-Tag that are honoured.
     """
@@ -56,17 +73,19 @@ class Limits:
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:
     """As img2dataset's own function: returns the row's key, and the image's bytes or the reason why there are none."""
     key, url = row
-    message = ""
+    message, pause = "", PAUSE
     for attempt in range(limits.retries + 1):
         if attempt:
-            time.sleep(PAUSE)
+            time.sleep(pause)
         try:
             return key, io.BytesIO(fetch(url, limits)), None
         except RefusedError as error:
             return key, None, str(error)
         except Exception as error:  # whatever a hostile answer raises: one image must not end a shard
             message = str(error) or type(error).__name__
-        if not is_transient(message):
+            wanted = getattr(error, "retry_after", None)
+            pause = PAUSE if wanted is None else wanted
+        if pause > limits.seconds or not is_transient(message):
             break
     return key, None, message
 
@@ -74,36 +93,53 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
 def fetch(url: str, limits: Limits) -> bytes:
     """The body that a URL leads to.
 
-    No proxy is used: behind one, no address could be checked.
+    No proxy is used: behind one, no address could be checked. Cookies last from one redirect to the next.
 
     Raises:
         RefusedError: the URL, a redirect, an address behind one of them, or the response must not be taken.
         OSError, http.client.HTTPException, ValueError: it cannot be fetched.
     """
     deadline = time.monotonic() + limits.seconds
+    cookies = CookieJar(DefaultCookiePolicy(strict_domain=True))
+    url = address(url or "")
     for redirects in range(MAX_REDIRECTS + 1):
         problem = url_problem(url, limits.allow_loopback)
         if problem:
             raise RefusedError(f"redirect to {problem}" if redirects else problem)
-        connection = _Connection(url, limits, deadline)
-        with closing(connection), connection.get() as response:
+        connection, request = _Connection(url, limits, deadline), Request(url)
+        cookies.add_cookie_header(request)
+        with closing(connection), connection.get(request.unredirected_hdrs) as response:
+            cookies.extract_cookies(response, request)
             target = response.headers.get("Location")
             if response.status not in REDIRECTS or target is None:
                 return _body(response, limits)
-        # Headers are read as ISO-8859-1.
-        url = urljoin(url, quote(target, encoding="iso-8859-1", safe=string.punctuation))
-    raise http.client.HTTPException(f"HTTP Error {response.status}: infinite loop of redirects")
+        # Headers are read as ISO-8859-1: their bytes are escaped as they are.
+        url = address(quote(target, encoding="iso-8859-1", safe=string.punctuation), base=url)
+    raise StatusError(response.status, "infinite loop of redirects")
 
 
 def _body(response: http.client.HTTPResponse, limits: Limits) -> bytes:
     if response.status // 100 != 2:
-        raise http.client.HTTPException(f"HTTP Error {response.status}: {response.reason}")
+        raise StatusError(response.status, retry_after=retry_after(response.headers))
     if response.length is not None and response.length > limits.max_bytes:
-        raise RefusedError(_above(limits))
+        raise RefusedError.above(limits.max_bytes)
     reason = opt_out(response.headers, limits)
     if reason:
         raise RefusedError(f"opted out: {reason}")
-    return response.read()
+    return decoded(response.read(), response.headers, limits.max_bytes)
+
+
+def retry_after(headers: Message) -> float | None:
+    """Seconds until the server wants to be asked again, which it gives as a number or as a date; None without them."""
+    wanted = (headers.get("Retry-After") or "").strip()
+    if wanted.isascii() and wanted.isdecimal():
+        return float(wanted[:9])
+    try:
+        until = parsedate_to_datetime(wanted).timestamp()
+        now = parsedate_to_datetime(headers["Date"]).timestamp() if "Date" in headers else time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return max(until - now, 0.0)
 
 
 def opt_out(headers: Message, limits: Limits) -> str | None:
@@ -127,33 +163,38 @@ def opt_out(headers: Message, limits: Limits) -> str | None:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to the address that was checked: the name is not looked up again."""
+    """A connection to the address that was checked: the name is not looked up again.
+
+    Args:
+        url: as `address` gives it.
+    """
 
     def __init__(self, url: str, limits: Limits, deadline: float) -> None:
         parts = urlsplit(url)
         self._secure = parts.scheme == "https"
         self.default_port = 443 if self._secure else 80
         super().__init__(parts.hostname or "", parts.port or self.default_port)
-        self._target = quote(urlunsplit(("", "", parts.path or "/", parts.query, "")), safe=string.punctuation)
+        self._target = "/" + url.split("/", 3)[3]
         self._limits, self._deadline = limits, deadline
         self.response_class = partial(_Response, limits=limits, deadline=deadline)  # type: ignore[assignment]
 
-    def get(self) -> http.client.HTTPResponse:
-        self.request("GET", self._target, headers={"User-Agent": self._limits.user_agent, "Connection": "close"})
+    def get(self, cookies: Mapping[str, str]) -> http.client.HTTPResponse:
+        headers = {"User-Agent": self._limits.user_agent, "Accept": ACCEPT, "Accept-Encoding": ACCEPT_ENCODING}
+        self.request("GET", self._target, headers={**headers, "Connection": "close", **cookies})
         return self.getresponse()
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            problem = address_problem(str(address[0]), self._limits.allow_loopback)
+        for *_, place in found:
+            problem = address_problem(str(place[0]), self._limits.allow_loopback)
             if problem:
                 raise RefusedError(problem)
         failure = OSError("no address")
-        for family, kind, protocol, _, address in found:
+        for family, kind, protocol, _, place in found:
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.settimeout(_patience(self._limits, self._deadline))
-                sock.connect(address)
+                sock.connect(place)
             except OSError as error:
                 sock.close()
                 failure = error
@@ -192,7 +233,7 @@ class _Timed(io.RawIOBase):
             raise
         self._left -= count or 0
         if self._left < 0:
-            raise RefusedError(_above(self._limits))
+            raise RefusedError.above(self._limits.max_bytes)
         return count
 
     def close(self) -> None:
@@ -212,7 +253,3 @@ def _patience(limits: Limits, deadline: float) -> float:
     if left <= 0:
         raise RefusedError(f"slower than {limits.seconds:g} seconds")
     return min(limits.timeout, left)
-
-
-def _above(limits: Limits) -> str:
-    return f"body above {limits.max_bytes:,} bytes"

@@ -26,6 +26,7 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import img2dataset.downloader  # noqa: E402
 
 from data_pipeline.download.fetch import Limits, fetch_row  # noqa: E402
+from vdtrain.redaction import redact_output  # noqa: E402
 
 PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"
 WORKER_KILLED = 71
@@ -57,6 +58,7 @@ class NoLogger:
 
 def main() -> None:
     """Run img2dataset with the settings in the only argument, a JSON document."""
+    redact_output()
     document = json.loads(sys.argv[1])
     options, limits = document["img2dataset"], document["limits"]
     if not hasattr(img2dataset.downloader, "download_image_with_retry"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline import shards
 from data_pipeline.download import supervisor
-from data_pipeline.download.command import img2dataset_command, img2dataset_environment
+from data_pipeline.download.command import img2dataset_command, img2dataset_environment, own_modules
 from data_pipeline.download.plan import DownloadError, Part, Record, locked
 from data_pipeline.failures import DNS, SUCCESS, DownloadStats
 from vdtrain.config.data_schema import DownloadConfig
@@ -43,6 +43,7 @@ class PartRun:
         self._stack = ExitStack()
         try:
             self._lock = self._stack.enter_context(locked(part))
+            self._modules = self._stack.enter_context(own_modules(part, config))
             self.record = Record(part, config)
             part.folder.mkdir(exist_ok=True)
             part.beside(".log").write_text("")
@@ -160,7 +161,7 @@ class PartRun:
             "-I",
             "-S",
             supervisor.__file__,
-            *img2dataset_command(self.part, self._config, self._allow_loopback),
+            *img2dataset_command(self.part, self._config, self._allow_loopback, self._modules),
         ]
         with self.part.beside(".log").open("a") as log:
             self._process = subprocess.Popen(
@@ -168,7 +169,7 @@ class PartRun:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **img2dataset_environment(self.part, self._config)},
+                env={**os.environ, **img2dataset_environment(self._config, self._modules)},
                 start_new_session=True,
                 pass_fds=[self._lock],  # the part stays locked until the last writer is gone
             )

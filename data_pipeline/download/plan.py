@@ -16,7 +16,9 @@ from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import footer_hash
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
-from vdtrain.files import LockedError, atomic_write
+from vdtrain.data.manifest import PLAN
+from vdtrain.errors import one_line, unreadable
+from vdtrain.files import SHAPE_ERRORS, LockedError, atomic_write, read_json
 from vdtrain.files import locked as lock_file
 
 # Settings that decide which image is in which shard, and how it is stored.
@@ -64,7 +66,7 @@ class Record:
         Raises:
             ConfigError: shards were made with another plan.
         """
-        self.file = part.beside(".plan.json")
+        self.file = part.beside(PLAN)
         self.rounds = 0
         self.outcome: DownloadStats | None = None
         self.lowest = 1.0
@@ -73,21 +75,29 @@ class Record:
         self.plan["selected"] = footer_hash(part.urls)
         begun = shards.begun(part.folder)
         if not self.file.exists():
-            if begun:
-                raise ConfigError(f"{part.folder}: shards without {self.file.name}; remove them to download anew")
+            # An interrupted download has its plan: what is unfinished without one is no leftover to clear away.
+            if begun or any(part.folder.glob("*.tar")):
+                raise ConfigError(
+                    f"data.sources.{part.source}.shards: {part.folder} has shards without {self.file.name}, which this "
+                    "download did not make; give another folder"
+                )
             self._write()
             return
         try:
-            earlier = json.loads(self.file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            earlier = read_json(self.file)
+            rounds, lowest = int(earlier["rounds"]), float(earlier["lowest"])
+            outcome = earlier["outcome"] and DownloadStats.load(earlier["outcome"])
+            changed = [
+                f"data.sources.{part.source}.selected" if key == "selected" else f"data.download.{key}"
+                for key in self.plan
+                if self.plan[key] != earlier["plan"].get(key)
+            ]
+        except OSError as error:
+            raise ConfigError(f"{self.file}: {unreadable(error, self.file, 'see that it can be read')}") from error
+        except SHAPE_ERRORS as error:
             raise ConfigError(
-                f"{self.file}: is damaged ({error}); remove it and {part.folder} to download anew"
+                f"{self.file}: is damaged ({one_line(error)}); remove it and {part.folder} to download anew"
             ) from error
-        changed = [
-            f"data.sources.{part.source}.selected" if key == "selected" else f"data.download.{key}"
-            for key in self.plan
-            if self.plan[key] != earlier["plan"].get(key)
-        ]
         if changed and begun:
             raise ConfigError(
                 f"{', '.join(changed)}: changed since the shards in {part.folder} were made; change it back, or remove "
@@ -96,9 +106,9 @@ class Record:
         if changed:
             self._write()
             return
-        self.rounds, outcome = earlier["rounds"], earlier["outcome"]
+        self.rounds = rounds
         if outcome and len(shards.finished(part.folder)) == part.planned:
-            self.outcome, self.lowest = DownloadStats.load(outcome), earlier["lowest"]
+            self.outcome, self.lowest = outcome, lowest
 
     def another_round(self) -> None:
         """Record that low shards are retried."""

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from data_pipeline.index.repeated_images import rows_of
 from data_pipeline.index.shard_reading import ShardScan
-from vdtrain.data.manifest import SAMPLES_FILES, SHARD_SCHEMA, SHARDS_FILE, SamplesWriter, write_shards
+from vdtrain.data.manifest import (
+    MEMBERS,
+    SAMPLES_FILES,
+    SHARD_SCHEMA,
+    SHARDS_FILE,
+    Manifest,
+    SamplesWriter,
+    counted_sides,
+    shortest_sides,
+    write_shards,
+)
 from vdtrain.files import INCOMPLETE
+
+# In the metadata of SHARDS_FILE.
+CAPTION = "data.index.caption"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to read; `name` is its path in the manifest."""
+    """A shard to read.
+
+    Attributes:
+        name: its path in the manifest.
+        own: another program made it.
+        caption: field of the JSON that holds the captions; None for members of text.
+        endings: of the files of further modalities, with the modality of each.
+    """
 
     source: str
     path: Path
@@ -25,6 +49,9 @@ class Task:
     bytes: int
     modified_ns: int
     decode: bool
+    own: bool = False
+    caption: str | None = None
+    endings: Mapping[str, str] = field(default_factory=dict)
 
 
 class ManifestBuilder:
@@ -33,18 +60,33 @@ class ManifestBuilder:
     Args:
         before: the manifest's shards so far.
         tasks: one for each shard on the disk.
+        caption: field of the JSON that holds the captions. Shards that were read with another one are not kept.
+        contents: read shards again that an earlier version indexed without hashes of their images.
+        endings: of the files of further modalities. Shards that were read with others are not kept.
 
     Attributes:
         shards: rows of SHARD_SCHEMA; some of them may no longer be listed.
         dropped: names of shards that are gone.
     """
 
-    def __init__(self, manifest: Path, before: pa.Table, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self,
+        manifest: Path,
+        before: pa.Table,
+        tasks: Sequence[Task],
+        caption: str | None,
+        contents: bool = False,
+        endings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.manifest, self.shards, self._tasks = manifest, before, tasks
+        self._settings = {CAPTION: caption, MEMBERS: json.dumps(endings, sort_keys=True) if endings else None}
+        same = not len(before) or all(_noted(manifest, name) == value for name, value in self._settings.items())
         wanted = {task.name: task for task in tasks}
         columns = ["path", "source", "bytes", "modified_ns", "decoded", "samples_file"]
         files = before["samples_file"].unique().to_pylist()
-        whole = {file for file in files if _is_whole(manifest / file)}
+        found = {file: _columns(manifest / file) for file in files}
+        whole = {file for file, names in found.items() if "shard" in names}
+        lacking = {file for file, names in found.items() if contents and "content" not in names}
         self._rows: dict[str, int] = {}
         self._current: set[str] = set()
         self.dropped: list[str] = []
@@ -54,9 +96,9 @@ class ManifestBuilder:
             task = wanted.get(name)
             if task is None:
                 self.dropped.append(name)
-            elif (task.source, task.bytes, task.modified_ns) == (source, size, modified_ns) and file in whole:
+            elif same and (task.source, task.bytes, task.modified_ns) == (source, size, modified_ns) and file in whole:
                 self._rows[name] = row
-                if decoded >= task.decode:
+                if decoded >= task.decode and file not in lacking:
                     self._current.add(name)
         numbers = [int(file.removesuffix(".parquet").split("-")[-1]) for file in files]
         # Numbers are not reused: a reader of the old manifest must not find other samples under a known name.
@@ -104,8 +146,28 @@ class ManifestBuilder:
             self._writer = None
         elif self._written:
             return
-        write_shards(self.manifest, self.listed())
+        self._publish()
         self._written = True
+
+    def leave_out(self, hashes: NDArray[np.int64]) -> None:
+        """Let the samples whose images have one of `hashes`, and no others, not take part; this writes the manifest."""
+        manifest, changed = Manifest(self.manifest), []
+        for shard, name in enumerate(manifest.paths):
+            rows = rows_of(manifest, shard, hashes)
+            if np.array_equal(rows, manifest.left_out_rows(shard)):
+                continue
+            side = shortest_sides(manifest.columns(shard, ["width", "height", "caption"]))
+            side[rows] = -1
+            (before,) = self.shards.slice(self._rows[name], 1).to_pylist()
+            changed.append({**before, **counted_sides(side), "left_out": rows.tolist()})
+            self._rows[name] = len(self.shards) + len(changed) - 1
+        if changed:
+            self.shards = pa.concat_tables([self.shards, pa.Table.from_pylist(changed, SHARD_SCHEMA)])
+            self._publish()
+
+    def _publish(self) -> None:
+        settings = {name: value for name, value in self._settings.items() if value is not None} or None
+        write_shards(self.manifest, self.listed().replace_schema_metadata(settings))
 
     def listed(self) -> pa.Table:
         """The shards that the manifest lists, in the order of the tasks."""
@@ -115,15 +177,21 @@ class ManifestBuilder:
     def remove_leftovers(self, shards: pa.Table | None = None) -> None:
         """Remove files of samples that no shard refers to, and drafts of interrupted runs."""
         named = set((self.listed() if shards is None else shards)["samples_file"].to_pylist())
-        for file in [*self.manifest.glob(SAMPLES_FILES), *self.manifest.glob(f"*{INCOMPLETE}")]:
+        drafts = [f"{SAMPLES_FILES}{INCOMPLETE}", f"{SHARDS_FILE}*{INCOMPLETE}"]
+        for file in [each for pattern in (SAMPLES_FILES, *drafts) for each in self.manifest.glob(pattern)]:
             if file.name not in named:
                 file.unlink()
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a file of samples is complete."""
+def _noted(manifest: Path, setting: str) -> str | None:
+    """A setting that a manifest was made with."""
+    metadata = pq.read_schema(manifest / SHARDS_FILE).metadata or {}
+    return metadata[setting.encode()].decode() if setting.encode() in metadata else None
+
+
+def _columns(file: Path) -> list[str]:
+    """The columns of a file of samples; empty if it is incomplete."""
     try:
-        pq.read_metadata(file)
+        return list(pq.read_schema(file).names)
     except (OSError, pa.ArrowException):
-        return False
-    return True
+        return []

@@ -13,14 +13,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 
 from data_pipeline.index.builder import ManifestBuilder, Task
+from data_pipeline.index.find import OWN, Found, Source, find
 from data_pipeline.index.repeated import repeated_uids
-from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard, statistics_file
+from data_pipeline.index.repeated_images import REPEATED_IMAGE, repeated_images
+from data_pipeline.index.samples import Endings
+from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
 from data_pipeline.workers import LOCK_SECONDS, workers
 from vdtrain.data.manifest import Manifest, read_shards
+from vdtrain.data.members import IMAGES, METADATA, TEXTS
+from vdtrain.errors import ConfigError, NothingError
 from vdtrain.files import LockedError, locked
 from vdtrain.progress import Progress
 
@@ -30,32 +36,52 @@ logger = logging.getLogger(__name__)
 FILE_SHARDS = 100
 # Names in a line about many shards.
 NAMED = 5
+# Fields of a JSON in a line.
+FIELDS = 12
 
 
 def index(
     sources: Mapping[str, Path],
     manifest: Path,
     *,
+    own: Sequence[Path] = (),
+    caption: str | None = None,
     processes: int = 1,
     decode: bool = False,
+    drop_repeated: int | None = None,
+    members: Mapping[str, Sequence[str]] = MappingProxyType({}),
     file_shards: int = FILE_SHARDS,
 ) -> None:
     """Update a manifest to the shards in the sources' folders; the number of processes does not change the result.
 
     Args:
+        sources: folders of the shards that `download` makes.
+        own: folders of tars that another program made, or such tars.
+        caption: field of the samples' JSON that holds the captions; None for members of text, or else "caption" or
+            "text". Shards that were indexed with another field are read again.
         decode: decode every image; shards that were indexed without decoding are read again.
+        drop_repeated: leave out all samples of an image that comes more often; None for none.
+        members: by modality beside images and captions, the endings of its files. Two of an image, a caption and such
+            files then make a sample. Shards that were indexed with other ones are read again.
         file_shards: shards whose samples share a file; the manifest is written after each such file.
 
     Raises:
-        ShardError: no source has a shard, another run is at work, or shards are damaged (the manifest then lists all
-            the others).
+        ConfigError: an ending is taken twice, or belongs to images or captions.
+        NothingError: no source has a shard, or no shard has a sample.
+        ShardError: another run is at work, or shards are damaged (the manifest then lists all the others).
         ManifestError: the existing manifest cannot be read.
     """
-    _check_folders(sources)
+    every = [Source(name, [folder]) for name, folder in sources.items()]
+    if own and OWN in sources:
+        raise ShardError(f"data.sources.{OWN}: is the name of the source of data.shards; give the source another name")
+    if own:
+        every.append(Source(OWN, own, own=True))
+    _check_folders(every)
+    endings = endings_of(members)
     lock = manifest.with_name(manifest.name + ".lock")
     try:
         with locked(lock, LOCK_SECONDS):
-            _index(sources, manifest, processes, decode, file_shards, lock)
+            _index(every, manifest, caption, processes, decode, drop_repeated, endings, file_shards, lock)
     except LockedError as error:
         raise ShardError(
             f"data.manifest={manifest}: another index is writing there (process {error.holder}); wait for it or stop it"
@@ -63,13 +89,22 @@ def index(
 
 
 def _index(
-    sources: Mapping[str, Path], manifest: Path, processes: int, decode: bool, file_shards: int, lock: Path
+    sources: Sequence[Source],
+    manifest: Path,
+    caption: str | None,
+    processes: int,
+    decode: bool,
+    drop_repeated: int | None,
+    endings: Endings,
+    file_shards: int,
+    lock: Path,
 ) -> None:
     before = read_shards(manifest)
-    tasks, unfinished = _find(sources, manifest, decode)
-    _check_found(sources, manifest, before, tasks, unfinished)
-    builder = ManifestBuilder(manifest, before, tasks)
+    found = find(sources, manifest, decode, caption, endings)
+    _check_found(sources, manifest, before, found)
+    builder = ManifestBuilder(manifest, before, found.tasks, caption, drop_repeated is not None, endings)
     damaged = 0
+    fields: tuple[str, ...] = ()
     new = builder.missing()
     with (
         workers(processes, "data.index.processes", lock) as run,
@@ -83,91 +118,162 @@ def _index(
                 damaged += 1
                 builder.drop(task)
                 continue
+            if scan.damage:
+                logger.warning("damaged: %s: %s; its whole samples are listed", task.path, scan.damage)
+            fields = fields or scan.fields
             builder.add(task, scan)
             if builder.waiting == file_shards:
                 builder.write()
     builder.write()
     builder.remove_leftovers()
-    _report(manifest, builder, unfinished, len(new) - damaged)
+    _leave_out_repeated(manifest, builder, drop_repeated, changed=bool(new or builder.dropped))
+    broken = _report(manifest, builder, found, len(new) - damaged)
+    if not sum(builder.listed()["samples"].to_pylist()):
+        reasons = [f"{damaged:,} shards as said above"] * bool(damaged) + [_counted(broken)] * bool(broken)
+        raise NothingError(
+            f"{manifest}: no sample in {len(found.tasks):,} shards; left out: {', '.join(reasons) or 'none'}; "
+            f"{_remedy(broken, fields, endings)}"
+        )
     if damaged:
         raise ShardError(
-            f"{manifest}: {damaged:,} of {len(tasks):,} shards are left out, each named above with what to "
+            f"{manifest}: {damaged:,} of {len(found.tasks):,} shards are left out, each named above with what to "
             "do; then index again"
         )
+
+
+def endings_of(members: Mapping[str, Sequence[str]]) -> Endings:
+    """By ending, in small letters and without a dot before it, the modality whose files have it.
+
+    Raises:
+        ConfigError: an ending is taken twice, or belongs to images or captions.
+    """
+    found: dict[str, str] = {}
+    for modality, endings in members.items():
+        setting = f"data.index.members.{modality}"
+        if modality in ("image", "text"):
+            raise ConfigError(f"{setting}: images and captions are always indexed; name another modality")
+        if not endings:
+            raise ConfigError(f"{setting}: empty; name the endings of its files, such as [wav, flac]")
+        for given in endings:
+            ending = given.lower().lstrip(".")
+            if not ending or "/" in ending or ending in (*IMAGES, *TEXTS, METADATA):
+                raise ConfigError(
+                    f"{setting}: {given!r} is no ending of another modality's files; give one such as wav or "
+                    f"{modality}.png"
+                )
+            if ending in found:
+                raise ConfigError(f"{setting}: {given!r} is an ending of {found[ending]} too; give each its own")
+            found[ending] = modality
+    return found
+
+
+def _leave_out_repeated(manifest: Path, builder: ManifestBuilder, allowed: int | None, changed: bool) -> None:
+    """Tell of images that are listed more than once, and leave out those that come more often than allowed."""
+    content = Manifest(manifest)
+    if not (changed or allowed is not None or content.left_out.any()):
+        return
+    repeated = repeated_images(content, allowed)
+    builder.leave_out(repeated.above)
+    if repeated.images and changed:
+        remedy = "" if allowed is not None else "; data.index.drop_repeated=N leaves out those that come more often"
+        print(f"one image more than once: {repeated.text(content)}{remedy}")
 
 
 def _read(task: Task) -> ShardScan | str:
     """Read a shard; returns an error message if it is damaged."""
     try:
-        return read_shard(task.path, task.source, task.name, task.decode)
+        return read_shard(task.path, task.source, task.name, task.decode, task.caption, task.own, task.endings)
     except ShardError as error:
         return str(error)
 
 
-def _find(sources: Mapping[str, Path], manifest: Path, decode: bool) -> tuple[list[Task], int]:
-    """Shards whose download has finished, by source and path, and the number of unfinished tar files."""
-    tasks: list[Task] = []
-    unfinished = 0
-    for source, folder in sources.items():
-        found: list[Path] = []
-        for place, _, names in os.walk(folder):
-            there = set(names)
-            for name in names:
-                if name.endswith(".tar"):
-                    finished = statistics_file(Path(name)).name in there
-                    found += [Path(place, name)] if finished else []
-                    unfinished += not finished
-        for path in sorted(found):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                # The download removes shards that it is about to retry.
-                unfinished += 1
-                continue
-            name = os.path.relpath(path, manifest)
-            tasks.append(Task(source, path, name, status.st_size, status.st_mtime_ns, decode))
-    return tasks, unfinished
-
-
-def _check_folders(sources: Mapping[str, Path]) -> None:
-    """Raise a ShardError if one source's folder lies inside another's."""
-    places = {source: folder.resolve() for source, folder in sources.items()}
-    for source, other in itertools.permutations(places, 2):
-        if places[source].is_relative_to(places[other]):
+def _check_folders(sources: Sequence[Source]) -> None:
+    """Raise a ShardError if one's own shards are not there, or if a tar would belong to two sources."""
+    places = [(source, root, root.resolve()) for source in sources for root in source.roots]
+    for source, root, _ in places:
+        if source.own and not os.path.exists(root):
+            where = f"leads to {os.readlink(root)}, which does not exist" if root.is_symlink() else "is not there"
+            raise NothingError(f"{source.setting(root)}: {where}; mount its disk, or give the folder of your tars")
+    for (source, root, place), (other, outer, around) in itertools.permutations(places, 2):
+        if source is not other and place.is_relative_to(around):
             raise ShardError(
-                f"data.sources.{source}.shards={sources[source]}: lies in data.sources.{other}.shards="
-                f"{sources[other]}; give each source a folder of its own"
+                f"{source.setting(root)}: lies in {other.setting(outer)}; give each source a folder of its own"
             )
 
 
-def _check_found(
-    sources: Mapping[str, Path], manifest: Path, before: pa.Table, tasks: Sequence[Task], unfinished: int
-) -> None:
-    if not tasks:
-        places = ", ".join(map(str, sources.values()))
-        reason = f"none of {unfinished:,} .tar has finished its download" if unfinished else "no .tar"
-        raise ShardError(f"data.sources: {reason} in {places}; run `python -m data_pipeline download` first")
+def _check_found(sources: Sequence[Source], manifest: Path, before: pa.Table, found: Found) -> None:
+    """Raise a ShardError if there is no shard, or if listed ones are missing as on a disk that is not mounted."""
     listed = Counter(before["source"].to_pylist())
-    for source, folder in sources.items():
-        # An unmounted disk looks like removed shards.
-        if listed[source] and not folder.is_dir():
+    names = before["path"].to_pylist()
+
+    def below(place: Path) -> int:
+        """Number of listed shards in a place."""
+        name = os.path.relpath(place, manifest)
+        return sum(each == name or each.startswith(f"{name}/") for each in names)
+
+    for link in found.dangling:
+        if lost := below(link):
             raise ShardError(
-                f"data.sources.{source}.shards={folder}: no such folder, and {manifest} lists {listed[source]:,} "
-                "shards of it; bring it back, or take the source out of data.sources"
+                f"{link}: leads to {os.readlink(link)}, which does not exist, and {manifest} lists {lost:,} shards "
+                "there; mount its disk"
             )
+        logger.warning("passed over: %s: leads to %s, which does not exist", link, os.readlink(link))
+    for source, root in ((each, root) for each in sources for root in each.roots):
+        # A disk that is not mounted is a folder that is missing or empty.
+        empty = root.is_dir() and not any(root.iterdir())
+        lost = below(root) if empty else 0 if root.exists() else listed[source.name]
+        if lost:
+            otherwise = "choose another data.manifest" if source.own else "take the source out of data.sources"
+            missing: type[ValueError] = ShardError if found.tasks else NothingError
+            raise missing(
+                f"{source.setting(root)}: {'the folder is empty' if empty else 'no such folder'}, and {manifest} lists "
+                f"{lost:,} shards of it; bring it back, or {otherwise}"
+            )
+    if not found.tasks:
+        raise NothingError(_nothing(sources, found))
+    if found.compressed:
+        logger.warning("passed over: %s compressed tars: %s", f"{len(found.compressed):,}", _named(found.compressed))
 
 
-def _report(manifest: Path, builder: ManifestBuilder, unfinished: int, read: int) -> None:
-    """Print what the manifest lists, what it leaves out, and what is listed twice."""
+def _nothing(sources: Sequence[Source], found: Found) -> str:
+    """Why there is no shard, and what helps."""
+    places = ", ".join(source.setting(root) for source in sources for root in source.roots)
+    if not places:
+        return "data.shards: empty; name the folder of your tars, data.shards=FOLDER"
+    if found.compressed:
+        return (
+            f"{places}: {len(found.compressed):,} compressed tars, and samples are read by their place; decompress "
+            f"them ({_named(found.compressed)})"
+        )
+    if all(source.own for source in sources):
+        others = ", ".join(f"{count:,} {suffix or 'others'}" for suffix, count in found.others.most_common(NAMED))
+        return (
+            f"{places}: no .tar there ({others or 'no file at all'}); give the folder of your tars, or make tars of "
+            "images by `python -m data_pipeline pack`"
+        )
+    reason = f"none of {found.unfinished:,} .tar has finished its download" if found.unfinished else "no .tar"
+    folders = ", ".join(str(root) for source in sources for root in source.roots)
+    return (
+        f"data.sources: {reason} in {folders}; run `python -m data_pipeline download` first, or name tars of your own "
+        "by data.shards"
+    )
+
+
+def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -> Counter[str]:
+    """Print what the manifest lists and what is listed twice; returns what it leaves out, by reason."""
     shards = builder.listed()
     broken: Counter[str] = Counter()
     for line in shards["broken"].to_pylist():
         broken.update(json.loads(line))
-    if builder.dropped:
-        names = ", ".join(builder.dropped[:NAMED]) + (", ..." if len(builder.dropped) > NAMED else "")
-        logger.warning("dropped: %s shards that are gone: %s", f"{len(builder.dropped):,}", names)
-    if unfinished:
-        logger.warning("passed over: %s .tar whose download has not finished", f"{unfinished:,}")
+    repeated_rows = int(Manifest(manifest).left_out.sum())
+    broken += Counter({REPEATED_IMAGE: repeated_rows})
+    there = [name for name in builder.dropped if os.path.exists(os.path.normpath(manifest / name))]
+    gone = [name for name in builder.dropped if name not in set(there)]
+    for names, what in ((gone, "are gone"), (there, "no setting names any more")):
+        if names:
+            logger.warning("dropped: %s shards that %s: %s", f"{len(names):,}", what, _named(names))
+    if found.unfinished:
+        logger.warning("passed over: %s .tar whose download has not finished", f"{found.unfinished:,}")
     if read or builder.dropped:
         repeated = repeated_uids(Manifest(manifest))
         if repeated.example is not None:
@@ -177,6 +283,28 @@ def _report(manifest: Path, builder: ManifestBuilder, unfinished: int, read: int
                 f"{repeated.samples:,}",
                 *repeated.example,
             )
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common()) or "none"
-    total = sum(shards["samples"].to_pylist())
+    total = sum(shards["samples"].to_pylist()) - repeated_rows
+    left_out = _counted(broken) or "none"
     print(f"{manifest}: {total:,} samples in {len(shards):,} shards, {read:,} of them new; left out: {left_out}")
+    return broken
+
+
+def _remedy(broken: Counter[str], fields: Sequence[str], endings: Endings) -> str:
+    """What helps if no sample is left."""
+    if broken["no caption"]:
+        told = f" (here {', '.join(fields[:FIELDS])})" if fields else ""
+        return (
+            f"give each image a .txt of its name, or name the captions' field of the JSON{told} by data.index.caption"
+        )
+    what = f"an image ({', '.join(IMAGES)})" + (
+        f" or a file of data.index.members ({', '.join(endings)})" if endings else ""
+    )
+    return f"a sample is {what} and a .txt or .json of its name"
+
+
+def _counted(broken: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common())
+
+
+def _named(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:NAMED])) + (", ..." if len(names) > NAMED else "")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from vdtrain.data.decode import FORMATS, IMAGE_ERRORS, DecodeError, image_size, upright
+from vdtrain.data.decode import DecodeError, decode_whole
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.shards import ShardReader, StreamError
 from vdtrain.files import written_whole
+from vdtrain.grid import font_of, wrap
 
 COLUMNS = 8
 MARGIN = 8
 FONT_PIXELS = 12
 LINE = FONT_PIXELS + 4
 CAPTION_LINES = 4
-ELLIPSIS = "..."
 BACKGROUND, INK, FAINT = "white", "black", "#777777"
 
 
@@ -39,21 +38,30 @@ class Pair:
 
 
 def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -> Iterator[Pair]:
-    """`count` different pairs of a manifest, drawn uniformly."""
-    ends = np.cumsum(manifest.samples)
+    """`count` different pairs of a manifest, drawn uniformly among those that take part."""
+    ends = np.cumsum(manifest.counts(0))
+    drawn = generator.choice(int(ends[-1]), count, replace=False)
+    shards = np.searchsorted(ends, drawn, side="right")
+    places = []
+    for place, shard in zip(drawn.tolist(), shards.tolist(), strict=True):
+        taking_part = np.flatnonzero(manifest.rows(shard).side >= 1)
+        places.append((shard, int(taking_part[place - ends[shard]]), ""))
+    return read_pairs(manifest, places)
+
+
+def read_pairs(manifest: Manifest, places: Iterable[tuple[int, int, str]]) -> Iterator[Pair]:
+    """The pairs at some places: numbers of the shard and of the row there, and a remark that begins the note."""
     reader = ShardReader(manifest)
     try:
-        for place in generator.choice(int(ends[-1]), count, replace=False):
-            shard = int(np.searchsorted(ends, place, side="right"))
+        for shard, row, remark in places:
             rows = manifest.rows(shard)
-            number = int(place - (ends[shard] - manifest.samples[shard]))
-            source = manifest.source_names[manifest.sources[shard]]
-            caption = rows.captions[number].as_py()
+            source = "  ".join(filter(None, (remark, manifest.source_names[manifest.sources[shard]])))
+            caption = rows.captions[row].as_py()
             try:
-                data = bytes(reader.read(shard, int(rows.offset[number]), int(rows.size[number])))
-                image = _image(data, int(rows.orientation[number]))
+                data = bytes(reader.image(shard, rows, row))
+                image = Image.fromarray(decode_whole(data, int(rows.orientation[row])))
                 yield Pair(image, caption, f"{source}  {image.width} x {image.height}")
-            except (DecodeError, StreamError, *IMAGE_ERRORS) as error:
+            except (DecodeError, StreamError) as error:
                 yield Pair(None, caption, f"{source}  {error}")
     finally:
         reader.close()
@@ -78,39 +86,8 @@ def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
         sheet.save(draft, "PNG")
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
-    """Wrap text to at most `lines` lines of `width` pixels; long words are broken, and cut text ends in an ellipsis."""
-    found = [""]
-    for word in text.split():
-        joined = f"{found[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            found[-1] = joined
-            continue
-        if found[-1]:
-            found.append("")
-        for letter in word:
-            if found[-1] and font.getlength(found[-1] + letter) > width:
-                found.append("")
-            found[-1] += letter
-        if len(found) > lines:
-            break
-    if len(found) > lines:
-        last = found[lines - 1]
-        while last and font.getlength(last + ELLIPSIS) > width:
-            last = last[:-1]
-        found = [*found[: lines - 1], last + ELLIPSIS]
-    return found
-
-
-def _image(data: bytes, orientation: int) -> Image.Image:
-    """An image turned upright, in full size."""
-    image_size(data)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        return Image.fromarray(np.ascontiguousarray(upright(np.asarray(file.convert("RGB")), orientation)))
-
-
 def _cell(pair: Pair, pixels: int) -> Image.Image:
-    font = ImageFont.load_default(FONT_PIXELS)
+    font = font_of(FONT_PIXELS)
     cell = Image.new("RGB", (pixels + 2 * MARGIN, pixels + 2 * MARGIN + (CAPTION_LINES + 1) * LINE), BACKGROUND)
     draw = ImageDraw.Draw(cell)
     if pair.image is None:

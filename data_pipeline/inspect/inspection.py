@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_pipeline.index.repeated import repeated_uids
-from data_pipeline.inspect.contact_sheet import draw_pairs, write_contact_sheet
+from data_pipeline.index.repeated_images import REPEATED_IMAGE, repeated_images
+from data_pipeline.inspect.contact_sheet import draw_pairs, read_pairs, write_contact_sheet
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.files import check_output
@@ -49,16 +50,22 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     broken: Counter[str] = Counter()
     for line in read_shards(folder)["broken"].to_pylist():
         broken.update(json.loads(line))
+    broken += Counter({REPEATED_IMAGE: int(manifest.left_out.sum())})
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(REASONS))
     print(f"\nleft out: {reasons or 'none'}")
     repeated = repeated_uids(manifest)
     about = "" if repeated.compared == 1 else "about "
     example = f", as in {repeated.example[0]} and {repeated.example[1]}" if repeated.example else ""
     print(f"listed more than once: {about}{repeated.samples:,}{example}")
+    images = repeated_images(manifest)
+    print(f"one image more than once: {images.text(manifest)}")
     count = min(config.images, len(manifest))
     if count:
-        write_contact_sheet(output, draw_pairs(manifest, generator, count), config.pixels)
-        print(f"contact sheet of {count} pairs, drawn at random: {output}")
+        places = [(each.shard, each.row, f"{each.times:,} times") for each in images.frequent]
+        pairs = itertools.chain(draw_pairs(manifest, generator, count), read_pairs(manifest, places))
+        write_contact_sheet(output, pairs, config.pixels)
+        more = f", and the {len(places)} most frequent images" if places else ""
+        print(f"contact sheet of {count} pairs, drawn at random{more}: {output}")
 
 
 def _sources(manifest: Manifest) -> list[str]:
@@ -68,7 +75,7 @@ def _sources(manifest: Manifest) -> list[str]:
     groups["all"] = np.ones(len(manifest.paths), bool)
     rows = [("source", "shards", "samples", "gigabytes", "kB/sample", *(f">= {side} px" for side in STAGES))]
     for name, mask in groups.items():
-        samples, size = int(manifest.samples[mask].sum()), int(manifest.bytes[mask].sum())
+        samples, size = int((manifest.samples - manifest.left_out)[mask].sum()), int(manifest.bytes[mask].sum())
         shares = [f"{int(each[mask].sum()) / max(samples, 1):.1%}" for each in enough]
         mean = size / max(samples, 1) / 1e3
         rows.append((name, f"{mask.sum():,}", f"{samples:,}", f"{size / 1e9:,.2f}", f"{mean:,.1f}", *shares))

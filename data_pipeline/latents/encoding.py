@@ -1,16 +1,18 @@
 """Images of tar shards through the image VAE's encoder, and their moments into one file for each shard.
 
-Each process has a fixed share of the shards, so that processes need not communicate.
+Each process has a fixed share of the shards, so processes need not communicate before the end.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -19,11 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vdtrain.data.decode import DecodeError, decode
-from vdtrain.data.latents import SUFFIX, LatentDescription, LatentFolder, Moments, file_prefix, write_latents
+from vdtrain.data.latents import (
+    SUFFIX,
+    LatentDescription,
+    LatentFolder,
+    Moments,
+    file_prefix,
+    out_of_range,
+    write_latents,
+)
 from vdtrain.data.manifest import Manifest, ShardRows
 from vdtrain.data.shards import ShardReader
+from vdtrain.errors import one_line
 from vdtrain.files import INCOMPLETE
 from vdtrain.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 CENTRE = (0.5, 0.5)
 # A draft is written in one go. One that has not changed for so long was left by a process that was killed.
@@ -61,6 +74,7 @@ class LatentEncoding:
         batch_size: images that are encoded together; a batch never spans two shards.
         workers: decoding threads.
         rank, world_size: of the processes that share the work; each takes every `world_size`-th shard.
+        heartbeat: called with what is being done, after every batch.
     """
 
     def __init__(
@@ -75,10 +89,12 @@ class LatentEncoding:
         workers: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        heartbeat: Callable[[str], None] = lambda place: None,
     ) -> None:
         self._folder, self._manifest, self._reader = folder, manifest, reader
         self._description, self._encode, self._batch_size = description, encode, batch_size
         self._workers, self._rank, self._world_size = max(1, workers), rank, world_size
+        self._heartbeat = heartbeat
 
     def run(self) -> Made:
         """Encode this process's share of what is missing."""
@@ -107,13 +123,14 @@ class LatentEncoding:
         """Write the file of one shard from its batches in order."""
         rows, bad, moments = [], [], []
         for batch, found in batches:
-            # A value that overflows float16 would poison a training run.
-            is_bad = batch.bad | ~np.isfinite(found).all(axis=tuple(range(1, found.ndim)))
+            # Such a value would poison a training run.
+            is_bad = batch.bad | out_of_range(found)
             found[is_bad] = 0
             rows.append(batch.rows)
             bad.append(is_bad)
             moments.append(found)
             progress.advance(len(found))
+            self._heartbeat(f"encoding {self._manifest.paths[shard]}")
         joined = np.concatenate(bad)
         write_latents(
             self._folder.path_of(self._manifest, shard),
@@ -129,7 +146,7 @@ class LatentEncoding:
         """Batches of the shards in their order, decoded ahead by threads."""
         ahead: deque[Future[Decoded]] = deque()
         for shard in shards:
-            samples = self._manifest.rows(shard)
+            samples = self._reader.rows(shard)
             rows = np.flatnonzero(samples.side >= self._description.min_side).astype(np.int32)
             for first in range(0, len(rows), self._batch_size):
                 ahead.append(pool.submit(self._decode, shard, samples, rows[first : first + self._batch_size]))
@@ -144,11 +161,13 @@ class LatentEncoding:
         images = torch.zeros(len(rows), resolution, resolution, 3, dtype=torch.uint8, pin_memory=pinned)
         bad = np.zeros(len(rows), bool)
         for place, row in enumerate(rows):
-            data = self._reader.read(shard, int(samples.offset[row]), int(samples.size[row]))
+            turn = partial(decode, resolution=resolution, crop=CENTRE, orientation=int(samples.orientation[row]))
             try:
-                images.numpy()[place] = decode(data, resolution, CENTRE, int(samples.orientation[row]))
-            except DecodeError:
+                images.numpy()[place] = self._reader.use(shard, samples, int(row), turn)
+            except DecodeError as error:
                 bad[place] = True
+                key = samples.keys[int(row)].as_py()
+                logger.warning("no latent: %s, key %s (%s)", self._manifest.shards[shard], key, one_line(error))
         return Decoded(shard, rows, images.permute(0, 3, 1, 2), bad)
 
     def _encoded(self, batches: Iterator[Decoded]) -> Iterator[tuple[Decoded, Moments]]:

@@ -1,13 +1,15 @@
 """Encode the images of a manifest once, for training with `data.latents=cached`.
 
 python -m data_pipeline latents                                             # one process
-torchrun --nproc-per-node=8 -m data_pipeline latents hardware=h100          # one process per GPU; srun does the same
+python -m data_pipeline latents hardware=h100 gpus=8          # one process per GPU; srun and torchrun start them too
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from math import prod
 from pathlib import Path
@@ -15,101 +17,155 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from vdtrain.config.command_schema import LatentsConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import instantiate
-from vdtrain.config.schema import LatentsConfig
-from vdtrain.config.validation import check_resolution, latent_encoder
+from vdtrain.config.validation import check_indexed, check_resolution, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.shards import ShardCache, ShardReader, StreamError
+from vdtrain.data.patience import Patience, StreamError, patience_of
+from vdtrain.data.shards import ShardReader
 from vdtrain.errors import one_line, unwritable
 from vdtrain.files import atomic_write, check_output
-from vdtrain.run.launch import run_command_on_ranks
+from vdtrain.run.launch import PROCESSES, run_command_on_ranks
+from vdtrain.run.signals import ending
 
 if TYPE_CHECKING:
     from data_pipeline.latents.encoding import Encoder, Made
+    from vdtrain.run.watchdog import Watchdog
 
 USAGE = """\
 Usage: python -m data_pipeline latents [GROUP=OPTION ...] [SETTING=VALUE ...]
-       torchrun --nproc-per-node=N -m data_pipeline latents ...
 
 Encode every image of the manifest once with the model's image VAE. Training with data.latents=cached then runs without
-the encoder. Several processes, started by torchrun or srun, share the work: each encodes a fixed share of the shards.
-Run the same command again after an interruption, or with new shards: it encodes what is missing.
+the encoder. gpus=N shares the work among N processes, one on each GPU, as srun and torchrun do: each encodes a fixed
+share of the shards. Run the same command again after an interruption, or with new shards: it encodes what is missing.
 
 Examples:
   python -m data_pipeline latents data.latent_cache.resolutions=[256]
-  torchrun --nproc-per-node=8 -m data_pipeline latents hardware=h100 data.latent_cache.folder=/scratch/latents
+  python -m data_pipeline latents gpus=8 hardware=h100 data.latent_cache.folder=/scratch/latents
   python -m data_pipeline latents model=tiny data=shapes hardware=cpu
 """
 
 # The settings that it reads.
 PARTS = (
+    *PROCESSES,
     *("data.root", "data.manifest", "data.stream", "data.latent_cache", "model.modalities"),
+    "watchdog_seconds",
     *("hardware.device", "hardware.precision", "hardware.loader_workers", "hardware.threads"),
 )
 
 
-def make_latents(config: LatentsConfig, launch: dict[str, str]) -> None:
-    """Encode this process's share of what is missing, for every resolution.
+FAILED = 1
+# A share may take days, and shares differ.
+TIMEOUT_SECONDS = 7 * 24 * 3600.0
+
+
+def make_latents(config: LatentsConfig, launch: Mapping[str, str], watchdog: Watchdog) -> None:
+    """Encode this process's share of what is missing, for every resolution, and wait for the other processes.
 
     Raises:
-        ConfigError: with the setting, its value and the remedy, in one line.
+        ConfigError: on every process, with the setting, its value and the remedy, in one line.
     """
+    # Late, because it imports PyTorch.
+    from vdtrain.run import distributed
+
     cached = config.data.latent_cache.folder
     check_output(Path(cached), f"data.latent_cache.folder={cached}")
     vae = _check(config)
+    alone = launch["WORLD_SIZE"] == "1"
     try:
-        _make_latents(config, launch, vae)
-    except (StreamError, ManifestError) as error:
-        raise ConfigError(one_line(error)) from error
-    except OSError as error:
-        raise ConfigError(f"data.latent_cache.folder={cached}: {unwritable(error, Path(cached))}") from error
+        if not alone:
+            with watchdog.patient("joining the other processes"):
+                distributed.start(config.hardware.device, TIMEOUT_SECONDS, control_only=True)
+            distributed.watch(watchdog)
+        watchdog.heartbeat("looking for what is missing")
+        reader, failure = None, None
+        try:
+            reader = _reader(config, vae)
+        except (ConfigError, ManifestError, StreamError, OSError) as error:
+            failure = _said(error, cached)
+        distributed.raise_if_any(failure)
+        assert reader is not None
+        try:
+            _encode(config, launch, vae, reader, watchdog)
+        except (ConfigError, ManifestError, StreamError, OSError) as error:
+            if alone:
+                raise ConfigError(_said(error, cached)) from error
+            ending.check()
+            print(f"error: process {launch['RANK']}: {_said(error, cached)}", file=sys.stderr, flush=True)
+            # A regular exit would wait for the other processes.
+            sys.stdout.flush()
+            os._exit(FAILED)
+        finally:
+            reader.close()
+        watchdog.heartbeat("waiting for the other processes")
+        with distributed.following(watchdog):
+            distributed.barrier()
+    except (distributed.SharedError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        distributed.finish()
 
 
-def _make_latents(config: LatentsConfig, launch: dict[str, str], vae: str) -> None:
+def _said(error: Exception, cached: str) -> str:
+    if isinstance(error, OSError):
+        return f"data.latent_cache.folder={cached}: {unwritable(error, Path(cached))}"
+    return one_line(error)
+
+
+def _reader(config: LatentsConfig, vae: str) -> ShardReader:
+    """The reader of the shards, if their latents can be made."""
     settings, stream = config.data.latent_cache, config.data.stream
-    manifest = Manifest(Path(config.data.manifest), stream.get("shard_root"))
-    folders = {side: LatentFolder(settings.folder, side) for side in settings.resolutions}
-    for resolution, folder in folders.items():
-        _refuse_other(folder, vae, config)
+    asked = {name: stream[name] for name in ("shard_root", "follow", "cache", "timeout") if name in stream}
+    patience = Patience(patience_of(config.watchdog_seconds))
+    reader = ShardReader.open(Path(config.data.manifest), patience=patience, **asked)
+    for resolution in settings.resolutions:
+        _refuse_other(LatentFolder(settings.folder, resolution), vae, config)
         min_side = stream.get("min_side") or resolution
-        if manifest.counts(min_side).sum() == 0:
+        if reader.manifest.counts(min_side).sum() == 0:
             raise ConfigError(
                 f"data.manifest={config.data.manifest}: no image has a side of {min_side} pixels or more; take "
                 f"{resolution} out of data.latent_cache.resolutions"
             )
-    reader = ShardReader(manifest, ShardCache.of(stream.get("cache")))
+    return reader
 
+
+def _encode(
+    config: LatentsConfig, launch: Mapping[str, str], vae: str, reader: ShardReader, watchdog: Watchdog
+) -> None:
+    """Encode this process's share."""
     # Late, because it imports PyTorch.
     from data_pipeline.latents.encoding import LatentEncoding
 
-    try:
-        encode, shape_of = _encoder(config, int(launch["LOCAL_RANK"]))
-        for resolution, folder in folders.items():
-            min_side, precision = stream.get("min_side") or resolution, config.hardware.precision
-            description = LatentDescription(resolution, min_side, shape_of[resolution], vae, precision)
-            _describe(folder, description)
-            made = LatentEncoding(
-                folder,
-                manifest,
-                reader,
-                description,
-                encode,
-                batch_size=settings.batch_size,
-                workers=config.hardware.loader_workers,
-                rank=int(launch["RANK"]),
-                world_size=int(launch["WORLD_SIZE"]),
-            ).run()
-            if launch["RANK"] == "0":
-                print(_summary(folder, manifest, description, made), flush=True)
-    finally:
-        reader.close()
+    settings, manifest = config.data.latent_cache, reader.manifest
+    encode, shape_of = _encoder(config, int(launch["LOCAL_RANK"]))
+    for resolution in settings.resolutions:
+        folder = LatentFolder(settings.folder, resolution)
+        min_side, precision = config.data.stream.get("min_side") or resolution, config.hardware.precision
+        description = LatentDescription(resolution, min_side, shape_of[resolution], vae, precision)
+        _describe(folder, description)
+        watchdog.heartbeat(f"encoding at {resolution} pixels")
+        made = LatentEncoding(
+            folder,
+            manifest,
+            reader,
+            description,
+            encode,
+            batch_size=settings.batch_size,
+            workers=config.hardware.loader_workers,
+            rank=int(launch["RANK"]),
+            world_size=int(launch["WORLD_SIZE"]),
+            heartbeat=watchdog.heartbeat,
+        ).run()
+        if launch["RANK"] == "0":
+            print(_summary(folder, manifest, description, made), flush=True)
 
 
 def _check(config: LatentsConfig) -> str:
     """Refuse settings that cannot work; returns the encoder's fingerprint."""
     settings = config.data.latent_cache
+    check_indexed(config.data, "cached latents belong to")
     if not settings.resolutions:
         raise ConfigError("data.latent_cache.resolutions=[]: empty; name those of the stage's phases")
     for resolution in settings.resolutions:
@@ -192,7 +248,15 @@ def main(argv: Sequence[str]) -> int:
     """Entry point of `python -m data_pipeline latents`; returns its exit status."""
 
     def action(config: LatentsConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
-        make_latents(config, launch)
+        # Late, because it imports PyTorch.
+        from vdtrain.run.watchdog import DUMPS, Watchdog
+
+        folder = Path(config.data.latent_cache.folder) / DUMPS
+        watchdog = Watchdog(config.watchdog_seconds, folder, int(launch["RANK"]))
+        try:
+            make_latents(config, launch, watchdog)
+        finally:
+            watchdog.close()
         return 0
 
-    return run_command_on_ranks(USAGE, "latents", LatentsConfig, action, argv, parts=PARTS)
+    return run_command_on_ranks(USAGE, "latents", LatentsConfig, action, argv, parts=PARTS, command="data latents")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.select.addresses import addresses
+from data_pipeline.select.metadata_files import PARQUET, block_list_files
 from data_pipeline.select.sources import URL, schema_of
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import BlockListConfig, SourceConfig
-from vdtrain.errors import not_utf8, unreadable
+from vdtrain.errors import not_utf8, one_line, unreadable
 
 BATCH_ROWS = 1 << 16
 HASHES = ("hash", "md5", "phash")
@@ -68,20 +73,21 @@ def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig
 def _read(role: str, files: Sequence[str]) -> np.ndarray:
     setting = f"data.select.block_lists.{role}"
     hashes = []
-    for name in files:
-        entries = 0
+    for file in block_list_files({setting: list(files)})[setting]:
+        name, entries = str(file), 0
         try:
-            for values in _entries(setting, Path(name)):
+            for values in _entries(setting, file):
                 stripped = pc.utf8_trim_whitespace(values.drop_null())
                 stripped = stripped.filter(pc.not_equal(stripped, ""))
+                stripped = addresses(stripped) if role == URL else _signed(stripped) if role == "hash" else stripped
                 hashes.append(_hashes(role, stripped))
                 entries += len(stripped)
         except OSError as error:
-            raise ConfigError(f"{setting}: {name} {unreadable(error, Path(name))}") from error
+            raise ConfigError(f"{setting}: {name} {unreadable(error, file)}") from error
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{setting}: {name} {not_utf8(error, Path(name))}") from error
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"{setting}: {name} cannot be read ({error}); give another file") from error
+            raise ConfigError(f"{setting}: {name} {not_utf8(error, file)}") from error
+        except (pa.ArrowException, EOFError, zlib.error) as error:
+            raise ConfigError(f"{setting}: {name} cannot be read ({one_line(error)}); give another file") from error
         if entries == 0:
             # An empty list blocks nothing: it is a mistake.
             raise ConfigError(f"{setting}: {name} is empty; give another file, or leave it out")
@@ -90,8 +96,9 @@ def _read(role: str, files: Sequence[str]) -> np.ndarray:
 
 def _entries(setting: str, file: Path) -> Iterator[pa.Array]:
     """The entries of a list as batches of strings."""
-    if file.suffix != ".parquet":
-        with file.open(encoding="utf-8-sig") as lines:
+    if not file.name.lower().endswith(PARQUET):
+        packed = file.suffix.lower() == ".gz"
+        with gzip.open(file, "rt", encoding="utf-8-sig") if packed else file.open(encoding="utf-8-sig") as lines:
             while batch := list(islice(lines, BATCH_ROWS)):
                 yield pa.array(batch, pa.string())
         return
@@ -103,9 +110,22 @@ def _entries(setting: str, file: Path) -> Iterator[pa.Array]:
             yield batch.column(0).cast(pa.string())
 
 
+def _signed(values: pa.Array) -> pa.Array:
+    """Hashes as the signed numbers of the metadata: some lists have the unsigned numbers of the same bits."""
+    large = pc.match_substring_regex(values, r"^[0-9]{19,20}$")
+    found = [str((int(each) + (1 << 63)) % (1 << 64) - (1 << 63)) for each in values.filter(large).to_pylist()]
+    return pc.replace_with_mask(values, large, pa.array(found, pa.string())) if found else values
+
+
 def _hashes(role: str, values: pa.Array) -> np.ndarray:
-    """BLAKE2b-64 of values without nulls. The case of hexadecimal digits does not matter."""
-    texts = values if role == URL else pc.utf8_lower(values.cast(pa.string()))
+    """BLAKE2b-64 of values without nulls. The case of hexadecimal digits does not matter.
+
+    Args:
+        values: of the role url: addresses. Neither http or https nor their escapes make a difference.
+    """
+    texts = pc.utf8_lower(values.cast(pa.string())).cast(pa.binary()).to_pylist() if role != URL else []
+    if role == URL:
+        texts = [unquote_to_bytes(value.partition(":")[2]) for value in values.to_pylist()]
     blake2b = hashlib.blake2b
-    digests = [blake2b(value, digest_size=8).digest() for value in texts.cast(pa.binary()).to_pylist()]
+    digests = [blake2b(value, digest_size=8).digest() for value in texts]
     return np.frombuffer(b"".join(digests), np.uint64)

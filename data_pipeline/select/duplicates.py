@@ -1,4 +1,4 @@
-"""Rows whose URL or image an earlier row has. DuckDB finds them, and moves to the disk what does not fit in memory.
+"""Rows whose address or image an earlier row has. DuckDB finds them, and moves to the disk what does not fit in memory.
 
 A row's number holds that of its metadata file above its place among the rows of that file that pass the filters.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import duckdb
 
-from data_pipeline.select.scratch import Scratch
+from data_pipeline.select.scratch import ADDRESS, Scratch
 from data_pipeline.select.sources import Source
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.errors import ConfigError, one_line
@@ -21,7 +21,8 @@ BATCH_ROWS = 1 << 17
 
 # Hashes of 64 bits tell URLs and images apart, in a tenth of their memory.
 ROWS = f"""
-SELECT ((file_index::BIGINT + {{first}}) << {FILE_BITS}) + file_row_number AS row, hash(url) AS url, {{image}} AS image
+SELECT ((file_index::BIGINT + {{first}}) << {FILE_BITS}) + file_row_number AS row,
+  hash(coalesce({ADDRESS}, url)) AS url, {{image}} AS image
 FROM read_parquet(?, file_row_number = true)"""
 IMAGE = "CASE WHEN {0} <> '' THEN hash(lower({0})) END"
 BY_URL = {

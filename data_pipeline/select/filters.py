@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_pipeline.select.addresses import addresses
 from data_pipeline.select.block_lists import BlockLists
-from data_pipeline.select.sources import CAPTION, URL, Column, Schema
+from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
 from data_pipeline.select.url_policy import url_problems
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import FilterConfig
@@ -20,6 +21,8 @@ from vdtrain.data.captions import UNCLEAN, clean_caption
 DUPLICATE_URL = "duplicate URL"
 DUPLICATE_IMAGE = "duplicate image"
 NOT_SCORED = "no value for "
+# img2dataset's: failed_to_download, failed_to_resize. A table of one's own can have a status of another meaning.
+FAILED = "(?i)^(fail|error)"
 
 
 @dataclass
@@ -29,12 +32,14 @@ class FilterResult:
     Attributes:
         rows: indices of the rows that pass, ascending.
         captions: their cleaned captions.
+        addresses: their addresses.
         dropped: rows dropped, counted by the first filter that rejected them.
         unscored: rows that passed a filter without the value that it reads, counted by filter.
     """
 
     rows: np.ndarray
     captions: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    addresses: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     dropped: Counter[str] = field(default_factory=Counter)
     unscored: Counter[str] = field(default_factory=Counter)
 
@@ -43,12 +48,15 @@ class FilterResult:
         if count := int(np.count_nonzero(bad)):
             self.dropped[reason] += count
             self.rows = self.rows[~bad]
+            if len(self.addresses):
+                self.addresses = self.addresses.filter(pa.array(~bad))
 
 
 class RowFilter:
     """The filters of a configuration over the columns of a schema (sources.read_columns), the cheapest first.
 
-    The order: URL and caption present, size, scores, URL policy, block lists, caption. Duplicates are found later.
+    The order: URL and caption present, status, size, scores, URL policy, block lists, caption. Duplicates are found
+    later.
     """
 
     def __init__(self, schema: Schema, config: FilterConfig, allow_loopback: bool, blocked: BlockLists) -> None:
@@ -61,7 +69,7 @@ class RowFilter:
         """The columns that the filters read, besides URL and caption."""
         roles = ("similarity", "nsfw", "nsfw_label", "watermark", "aesthetic", *self.blocked.hashes)
         names = {name for role in roles for name in self.schema.roles.get(role, ())}
-        names |= {"metadata_width", "metadata_height"}
+        names |= {"metadata_width", "metadata_height", STATUS}
         return [column for column in self.schema.columns if column.name in names]
 
     def __call__(self, columns: Mapping[str, pa.Array]) -> FilterResult:
@@ -69,6 +77,8 @@ class RowFilter:
         for name, reason in ((URL, "no URL"), (CAPTION, "no caption")):
             lengths = pc.binary_length(columns[name]).fill_null(0).to_numpy(zero_copy_only=False)
             result.drop(lengths[result.rows] == 0, reason)
+        failed = pc.match_substring_regex(columns[STATUS], FAILED).fill_null(False)
+        result.drop(failed.to_numpy(zero_copy_only=False)[result.rows], "status of a failed download")
         self._sizes(result, columns)
         self._scores(result, columns)
         self._urls(result, columns)
@@ -124,12 +134,14 @@ class RowFilter:
             result.drop(bad[result.rows], "NSFW label")
 
     def _urls(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
-        places, problems = url_problems(columns[URL].take(pa.array(result.rows)), self.allow_loopback)
+        found = addresses(columns[URL].take(pa.array(result.rows)))
+        places, problems = url_problems(found, self.allow_loopback)
         result.dropped.update(problems)
-        result.rows = np.delete(result.rows, places)
+        fetched = np.delete(np.arange(len(result.rows)), places)
+        result.rows, result.addresses = result.rows[fetched], found.take(pa.array(fetched))
         for role in self.blocked.hashes:
             for name in [URL] if role == URL else self.schema.roles.get(role, ()):
-                values = columns[name].take(pa.array(result.rows))
+                values = result.addresses if role == URL else columns[name].take(pa.array(result.rows))
                 result.drop(self.blocked.blocked(role, values), f"blocked {'URL' if role == URL else role}")
 
     def _captions(self, result: FilterResult, captions: pa.Array) -> None:

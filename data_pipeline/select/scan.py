@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.filters import FilterResult, RowFilter
-from data_pipeline.select.scratch import Scratch
+from data_pipeline.select.scratch import ADDRESS, Scratch
 from data_pipeline.select.sources import CAPTION, URL, Column, MetadataFile, Schema, read_columns
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.manifest import pair_uid
@@ -59,7 +60,9 @@ def scan(task: Scan) -> RowCounts:
     keep = RowFilter(task.schema, task.filters, task.allow_loopback, BlockLists.load(task.scratch.block_lists))
     wanted = keep.columns()
     schema = pa.schema(
-        [(name, pa.string()) for name in ("uid", URL, CAPTION)] + [(each.name, each.type) for each in task.columns]
+        [(name, pa.string()) for name in ("uid", URL, CAPTION)]
+        + [(each.name, each.type) for each in task.columns]
+        + [(ADDRESS, pa.string())]
     )
     counts = RowCounts()
     with (
@@ -76,8 +79,10 @@ def scan(task: Scan) -> RowCounts:
 
 
 def _pairs(task: Scan, batch: pa.RecordBatch, result: FilterResult, schema: pa.Schema) -> pa.Table:
-    """The rows of a batch that pass, in the columns of the parts."""
+    """The rows of a batch that pass, in the columns of the parts and that of the addresses."""
     read = read_columns(batch.take(pa.array(result.rows)), task.file.columns, task.columns)
     names = zip(read[URL].to_pylist(), result.captions.to_pylist(), strict=True)
     uids = pa.array([pair_uid(task.file.source, url, caption) for url, caption in names], pa.string())
-    return pa.table([uids, read[URL], result.captions, *(read[each.name] for each in task.columns)], schema=schema)
+    changed = pc.if_else(pc.equal(result.addresses, read[URL]), pa.scalar(None, pa.string()), result.addresses)
+    kept = [read[each.name] for each in task.columns]
+    return pa.table([uids, read[URL], result.captions, *kept, changed], schema=schema)

@@ -12,6 +12,8 @@ from vdtrain.errors import ConfigError
 from vdtrain.files import LockedError, locked
 
 FOLDER = "vdtrain_select"
+# The last column of `Scratch.rows`, which the parts do not have.
+ADDRESS = "address"
 # How long a select waits for the worker processes of one that was killed.
 LOCK_SECONDS = 10.0
 
@@ -46,7 +48,7 @@ class Scratch:
         return self.folder / "kept.int64"
 
     def rows(self, file: int) -> Path:
-        """The rows of a metadata file that pass the filters."""
+        """The rows of a metadata file that pass the filters, with their addresses where the URL is another text."""
         return self.folder / f"rows-{file:06d}.parquet"
 
     @contextmanager

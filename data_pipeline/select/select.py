@@ -28,12 +28,13 @@ from data_pipeline.select.selection import (
     begin_selections,
     changed_settings,
     fingerprint,
+    made_folders,
     part_file,
     plans,
     read_selection,
     write_selection,
 )
-from data_pipeline.select.sources import Source, open_sources, schema_of
+from data_pipeline.select.sources import Source, check_columns, open_sources
 from data_pipeline.workers import Run, workers
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
@@ -79,7 +80,7 @@ def _check(data: DataConfig) -> None:
     folders = {name: Path(source.selected).resolve() for name, source in data.sources.items()}
     metadata = {Path(source.metadata).resolve() for source in data.sources.values()}
     for name, source in data.sources.items():
-        schema_of(f"data.sources.{name}", source.schema)
+        check_columns(f"data.sources.{name}", source)
         if folders[name] in metadata or list(folders.values()).count(folders[name]) > 1:
             raise ConfigError(
                 f"data.sources.{name}.selected={source.selected}: taken already; give it a folder of its own"
@@ -115,7 +116,7 @@ def _select(data: DataConfig, wanted: Mapping[str, dict[str, Any]], scratch: Scr
     Args:
         wanted: the plans of the sources to write.
     """
-    sources = open_sources(data.sources)
+    sources = open_sources(data.sources, made_folders(data))
     blocked = read_block_lists(data.select.block_lists, data.sources)
     begin_selections({_setting(data, name): Path(data.sources[name].selected) for name in wanted})
     blocked.save(scratch.block_lists)

@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.select.sources import metadata_files
+from data_pipeline.select.metadata_files import block_list_files, metadata_files
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
+from vdtrain.config.foreign import recorded
 from vdtrain.errors import unreadable
-from vdtrain.files import INCOMPLETE, written_whole
+from vdtrain.files import INCOMPLETE, read_json, written_whole
 
 SELECTION_FILE = "selection.json"
 # Marks a folder whose parts are being written, so that a later select may remove them.
 UNFINISHED_FILE = "selection.json.unfinished"
 FOOTER_BYTES = 65_536
-# Increase it when the rules of a filter, of the URL policy or of the captions' cleaning change.
+# Increase it when the rules of a filter, of the URL policy or of the captions' cleaning change what earlier selections
+# kept. Rules that read more rows than before leave a finished selection as it is.
 RULES = 1
 
 
@@ -72,12 +74,12 @@ def read_selection(folder: Path) -> Selection | None:
     """
     file = folder / SELECTION_FILE
     try:
-        return Selection(**json.loads(file.read_text(encoding="utf-8")))
+        return recorded(Selection, "selection", read_json(file))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"{file}: {unreadable(error, file)}") from error
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error}); remove the folder {folder} and run `python -m data_pipeline select` "
             "again"
@@ -96,9 +98,7 @@ def begin_selections(folders: Mapping[str, Path]) -> None:
     for setting, folder in folders.items():
         ours = (folder / SELECTION_FILE).exists() or (folder / UNFINISHED_FILE).exists()
         if not ours and any(folder.glob("*.parquet")):
-            raise ConfigError(
-                f"{setting}: holds parquet files that select did not write; remove them, or give another folder"
-            )
+            raise ConfigError(f"{setting}: holds parquet files that select did not write; give another folder")
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / UNFINISHED_FILE).touch()
@@ -124,7 +124,7 @@ def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
     """
     settings = _flat("data.select.filters", asdict(data.select.filters))
     lists = _flat("data.select.block_lists", asdict(data.select.block_lists))
-    settings |= {name: [_whole(name, Path(file)) for file in files] for name, files in lists.items()}
+    settings |= {name: [_whole(name, file) for file in files] for name, files in block_list_files(lists).items()}
     settings |= {
         "data.select.rows_per_part": data.select.rows_per_part,
         "data.allow_loopback": data.allow_loopback,
@@ -133,13 +133,21 @@ def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
     found = {}
     for name, source in data.sources.items():
         setting = f"data.sources.{name}"
-        files = metadata_files(f"{setting}.metadata", source.metadata)
+        files = metadata_files(f"{setting}.metadata", source.metadata, made_folders(data))
         settings |= {
             f"{setting}.schema": source.schema,
-            f"{setting}.metadata": [[file.name, footer_hash(file)] for file in files],
+            f"{setting}.metadata": [_described(f"{setting}.metadata", source.metadata, file) for file in files],
         }
+        if source.columns:
+            settings[f"{setting}.columns"] = dict(source.columns)
         found[name] = dict(settings)
     return found
+
+
+def made_folders(data: DataConfig) -> set[Path]:
+    """The folders that the pipeline writes: what lies there is no metadata."""
+    folders = [folder for source in data.sources.values() for folder in (source.selected, source.shards)]
+    return {Path(folder).resolve() for folder in (*folders, data.select.scratch, data.manifest)}
 
 
 def fingerprint(plan: Mapping[str, Any]) -> str:
@@ -165,6 +173,14 @@ def _whole(setting: str, file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"{setting}: {file} {unreadable(error, file)}") from error
+
+
+def _described(setting: str, metadata: str, file: Path) -> list[str]:
+    """A file's name in its set, and the hash of its footer."""
+    try:
+        return [str(file.relative_to(metadata)) if file != Path(metadata) else file.name, footer_hash(file)]
+    except OSError as error:
+        raise ConfigError(f"{setting}: {file} {unreadable(error, file, 'fetch it again')}") from error
 
 
 def footer_hash(file: Path) -> str:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.select.metadata_files import CONVERT, metadata_files, partition
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import SourceConfig
 from vdtrain.errors import one_line, system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"
+STATUS = "metadata_status"
+# Before a name of ours that img2dataset would take, too.
+PREFIX = "metadata_"
 READ_BYTES = 1 << 20
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+PARQUET_MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
+_is = pa.types
+TEXTS = (_is.is_string, _is.is_large_string, _is.is_string_view, _is.is_binary, _is.is_large_binary, _is.is_binary_view)
+NUMBERS = (_is.is_integer, _is.is_floating, _is.is_decimal, _is.is_boolean)
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,19 @@ class Column:
         name: in the selected parts. It must not be the name of a column that img2dataset writes: url, caption, key,
             status, error_message, width, height, original_width, original_height, exif, sha256.
         type: in the selected parts.
-        aliases: other published names, in lower case.
+        aliases: other published names, in lower case; the first that a file has is read.
+        stored: whether the parts have it; the filters read the others.
     """
 
     name: str
     type: pa.DataType
     aliases: tuple[str, ...] = ()
+    stored: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that are looked for."""
+        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,10 @@ class Schema:
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-SIZE = (Column("metadata_width", pa.int32(), ("width",)), Column("metadata_height", pa.int32(), ("height",)))
+# Where img2dataset has been at work, `width` is that of the resized picture, and null where the download failed.
+WIDTH = Column("metadata_width", pa.int32(), ("original_width", "width"))
+HEIGHT = Column("metadata_height", pa.int32(), ("original_height", "height"))
+SIZE = (WIDTH, HEIGHT, Column(STATUS, pa.string(), ("status",), stored=False))
 LAION_SCORES = (
     Column("similarity", pa.float32()),
     Column("punsafe", pa.float32()),
@@ -107,6 +129,19 @@ SCHEMAS = {
             "phash": ("image_phash",),
         },
     ),
+    # DataComp's pools and baselines. `face_bboxes` is not read: nothing here blurs faces.
+    "datacomp": Schema(
+        url=("url",),
+        caption=("text", "caption"),
+        columns=(
+            Column("datacomp_uid", pa.string(), ("uid",)),
+            Column("clip_b32_similarity_score", pa.float32()),
+            Column("clip_l14_similarity_score", pa.float32()),
+            Column("metadata_sha256", pa.string(), ("sha256",)),
+            *SIZE,
+        ),
+        roles={"similarity": ("clip_b32_similarity_score",)},
+    ),
     # A user's own table: a URL and a caption, and any of the other columns.
     "table": Schema(
         url=("url", "image_url"),
@@ -149,12 +184,14 @@ class MetadataFile:
 
     Attributes:
         number: of the file among the files of all sources.
+        partition: the columns that the names of its folders give.
     """
 
     number: int
     source: str
     path: Path
     columns: FileColumns
+    partition: Mapping[str, str | None] = field(default_factory=dict)
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         """The columns that select needs, in batches of `rows` rows.
@@ -162,12 +199,17 @@ class MetadataFile:
         Raises:
             ConfigError: the file is damaged.
         """
-        names = list(dict.fromkeys(self.columns.names()))
+        names = dict.fromkeys(self.columns.names())
+        given = {name: pa.scalar(self.partition[name], pa.string()) for name in names if name in self.partition}
         try:
             # Without a buffer size, pyarrow holds a whole column of a row group, and a row group can be a whole file.
             with pq.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as parquet:
-                yield from parquet.iter_batches(rows, columns=names, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+                stored = [name for name in names if name not in given]
+                for batch in parquet.iter_batches(rows, columns=stored, use_threads=False):
+                    for name, value in given.items():
+                        batch = batch.append_column(name, pa.repeat(value, len(batch)))
+                    yield batch
+        except READ_ERRORS as error:
             raise _unreadable(f"data.sources.{self.source}.metadata: {self.path}", self.path, error) from error
 
 
@@ -183,7 +225,7 @@ class Source:
     def columns(self) -> tuple[Column, ...]:
         """The columns of the schema that at least one file has."""
         present = {name for file in self.files for name in file.columns.kept}
-        return tuple(column for column in self.schema.columns if column.name in present)
+        return tuple(column for column in self.schema.columns if column.stored and column.name in present)
 
     @property
     def image_hash(self) -> str | None:
@@ -192,8 +234,11 @@ class Source:
         return next((name for name in self.schema.roles.get("phash", ()) if name in names), None)
 
 
-def open_sources(configs: Mapping[str, SourceConfig]) -> list[Source]:
+def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path] = ()) -> list[Source]:
     """Find the files and columns of all sources. Files are numbered over all sources.
+
+    Args:
+        left_out: folders that hold no metadata.
 
     Raises:
         ConfigError: a file is missing, damaged or of another schema.
@@ -203,8 +248,10 @@ def open_sources(configs: Mapping[str, SourceConfig]) -> list[Source]:
     for name, config in configs.items():
         setting = f"data.sources.{name}"
         files = []
-        for path in metadata_files(f"{setting}.metadata", config.metadata):
-            files.append(MetadataFile(number, name, path, find_columns(setting, config.schema, path)))
+        for path in metadata_files(f"{setting}.metadata", config.metadata, left_out, announce=True):
+            folders = partition(config.metadata, path)
+            found = find_columns(setting, config.schema, path, config.columns, folders)
+            files.append(MetadataFile(number, name, path, found, folders))
             number += 1
         sources.append(Source(name, schema_of(setting, config.schema), tuple(files)))
     return sources
@@ -221,58 +268,104 @@ def schema_of(setting: str, name: str) -> Schema:
     return SCHEMAS[name]
 
 
-def metadata_files(setting: str, metadata: str) -> list[Path]:
-    """The parquet files of a set, by name: one file, or all files of a folder.
+def check_columns(setting: str, config: SourceConfig) -> None:
+    """Refuse a table of columns for what the schema does not have.
 
     Raises:
-        ConfigError: no parquet file is there.
+        ConfigError: with the nearest names.
     """
-    path = Path(metadata)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] * path.is_file()
-    if not files:
-        raise ConfigError(f"{setting}={metadata}: no parquet file there; put the metadata there or give another path")
-    return files
+    known = [URL, CAPTION, *(_role(column) for column in schema_of(setting, config.schema).columns)]
+    for role, name in dict[str, Any](config.columns).items():
+        if not isinstance(name, str | None):
+            raise ConfigError(f"{setting}.columns.{role}={name}: must be the name of a column, or null")
+        if role not in known:
+            raise ConfigError(
+                f"{setting}.columns.{role}={name}: the schema {config.schema} has no such column"
+                f"{_nearest(role, known)}; choose from {', '.join(known)}"
+            )
 
 
-def find_columns(setting: str, schema_name: str, file: Path) -> FileColumns:
+def find_columns(
+    setting: str,
+    schema_name: str,
+    file: Path,
+    given: Mapping[str, str | None] | None = None,
+    folders: Mapping[str, str | None] | None = None,
+) -> FileColumns:
     """Find a set's columns in one of its files. The files of one set may differ.
+
+    Args:
+        given: the names of columns in the file by their roles; None for a column that is not to be read.
+        folders: the columns that the names of the file's folders give.
 
     Raises:
         ConfigError: the schema is unknown, the file is not parquet, the URL or caption column is missing, two columns
             have one name, or a column has a wrong type.
     """
-    schema = schema_of(setting, schema_name)
+    schema, given, folders = schema_of(setting, schema_name), given or {}, folders or {}
     place = f"{setting}.metadata: {file}"
     try:
         fields = list(pq.read_schema(file))
-    except (pa.ArrowInvalid, OSError) as error:
+    except READ_ERRORS as error:
         raise _unreadable(place, file, error) from error
+    there = {each.name for each in fields}
+    fields += [pa.field(name, pa.string()) for name in folders if name not in there]
     spelt: dict[str, list[pa.Field]] = {}
     for each in fields:
         spelt.setdefault(each.name.lower(), []).append(each)
 
-    def find(names: Sequence[str], type: pa.DataType) -> str | None:
-        for name in names:
-            found = spelt.get(name, [])
-            if len(found) > 1:
-                raise ConfigError(f"{place} has {' and '.join(each.name for each in found)}; leave one of them")
-            if found:
-                _check_type(place, found[0], type)
-                return str(found[0].name)
-        return None
+    def find(role: str, names: Sequence[str], type: pa.DataType, needed: bool = True) -> str | None:
+        found = next((spelt[name] for name in names if name in spelt), [])
+        if role in given:
+            name = given[role]
+            if name is None:
+                return None
+            found = [each for each in fields if each.name == name] or spelt.get(name.lower(), [])
+            if not found:
+                raise ConfigError(
+                    f"{setting}.columns.{role}={name}: {file} has no such column{_nearest(name, there)}; it has "
+                    f"{_names(fields)}"
+                )
+        if not found or not (needed or role in given or _fits(found[0].type, type)):
+            return None
+        if len(found) > 1:
+            choice = f", or name one by {setting}.columns={{{role}: {found[-1].name}}}"
+            raise ConfigError(
+                f"{place} has {' and '.join(each.name for each in found)}; leave one of them"
+                f"{choice if len({each.name for each in found}) > 1 else ''}"
+            )
+        (column,) = found
+        if column.name in there or not pa.types.is_string(column.type):
+            problem = None if _fits(column.type, type) else f"is of type {column.type}"
+        else:
+            problem = _folder_problem(folders[column.name], type)
+        if problem:
+            kind = "text" if pa.types.is_string(type) else "numbers"
+            raise ConfigError(
+                f"{place}: column {column.name} {problem}, {kind} expected; convert or drop it, or name another by "
+                f"{setting}.columns={{{role}: NAME}}"
+            )
+        return str(column.name)
 
-    def need(kind: str, names: Sequence[str]) -> str:
-        found = find(names, pa.string())
+    def need(role: str, names: Sequence[str]) -> str:
+        found = find(role, names, pa.string())
         if found is None:
             raise ConfigError(
-                f"{place} has no {kind} column ({' or '.join(names)}), only {', '.join(each.name for each in fields)}; "
-                f"give metadata of the schema {schema_name}"
+                f"{place} has no {'URL' if role == URL else role} column ({' or '.join(names)}), only "
+                f"{_names(fields)}; give metadata of the schema {schema_name}, or name the column by "
+                f"{setting}.columns={{{role}: NAME}}"
             )
         return found
 
-    url, caption = need("URL", schema.url), need("caption", schema.caption)
-    kept = {column.name: find((column.name, *column.aliases), column.type) for column in schema.columns}
-    return FileColumns(url, caption, {name: found for name, found in kept.items() if found is not None})
+    # Width and height are of the same picture: the first pair that is complete.
+    pairs = [pair for pair in zip(WIDTH.names, HEIGHT.names, strict=True) if all(name in spelt for name in pair)]
+    sizes = dict(zip((WIDTH, HEIGHT), pairs[0], strict=True)) if pairs else {}
+    url, caption, kept = need(URL, schema.url), need(CAPTION, schema.caption), {}
+    for column in schema.columns:
+        names = (sizes[column],) if column in sizes else column.names
+        if found := find(_role(column), names, column.type, column.stored):
+            kept[column.name] = found
+    return FileColumns(url, caption, kept)
 
 
 def read_columns(batch: pa.RecordBatch, found: FileColumns, columns: Sequence[Column]) -> dict[str, pa.Array]:
@@ -290,28 +383,60 @@ def read_columns(batch: pa.RecordBatch, found: FileColumns, columns: Sequence[Co
     return read
 
 
+def _role(column: Column) -> str:
+    """The name of a column in the setting `columns`."""
+    return column.name.removeprefix(PREFIX)
+
+
+def _names(fields: Sequence[pa.Field]) -> str:
+    return ", ".join(each.name for each in fields) or "no columns"
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    lower = {each.lower(): each for each in known}
+    close = [lower[each] for each in difflib.get_close_matches(name.lower(), lower)]
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
 def _unreadable(place: str, file: Path, error: Exception) -> ConfigError:
     found = system_error(error)
     if found is not None and found.errno is not None:
         return ConfigError(f"{place} {unreadable(found, file, 'fetch it again')}")
-    return ConfigError(f"{place} cannot be read as parquet ({one_line(error)}); fetch it again")
+    with file.open("rb") as opened:
+        magic = opened.read(len(PARQUET_MAGIC))
+    if magic == ENCRYPTED_MAGIC or "crypt" in str(error):
+        remedy = "it is encrypted: decrypt it"
+    elif isinstance(error, NotImplementedError):
+        remedy = f"pyarrow {pa.__version__} does not know its format: write it again with an older version of parquet"
+    elif magic and magic != PARQUET_MAGIC:
+        remedy = f"{CONVERT}, or fetch it again"
+    else:
+        remedy = "fetch it again, or remove it"
+    return ConfigError(f"{place} cannot be read as parquet ({one_line(error)}); {remedy}")
 
 
-def _check_type(place: str, found: pa.Field, wanted: pa.DataType) -> None:
-    actual = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
-    text = any(
-        test(actual) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_null)
-    )
-    number = pa.types.is_integer(actual) or pa.types.is_floating(actual) or pa.types.is_null(actual)
-    if not (text if pa.types.is_string(wanted) else number):
-        kind = "text" if pa.types.is_string(wanted) else "numbers"
-        raise ConfigError(f"{place}: column {found.name} is of type {found.type}, {kind} expected; convert or drop it")
+def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of one type is read as another: text, or numbers."""
+    actual = found.value_type if pa.types.is_dictionary(found) else found
+    tests = TEXTS if pa.types.is_string(wanted) else NUMBERS
+    return pa.types.is_null(actual) or any(test(actual) for test in tests)
+
+
+def _folder_problem(value: str | None, wanted: pa.DataType) -> str | None:
+    try:
+        pa.array([value], pa.string()).cast(wanted)
+    except pa.ArrowInvalid:
+        return f"is {value!r} in a folder's name"
+    return None
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _text(values: pa.Array) -> pa.Array:
     """Strings. Bytes that are not UTF-8 become the replacement character."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+    values = _plain(values)
     if pa.types.is_null(values.type):
         return values.cast(pa.string())
     binary = values.cast(pa.binary())
@@ -322,17 +447,35 @@ def _text(values: pa.Array) -> pa.Array:
 
 
 def _numbers(values: pa.Array, type: pa.DataType) -> pa.Array:
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+    values = _plain(values)
+    if pa.types.is_string(values.type):
+        values = values.cast(type)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    if pa.types.is_decimal(values.type) and type.bit_width == 64:
+        return pa.array([_signed(each) for each in values.to_pylist()], type)
+    if pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
     if not pa.types.is_floating(values.type):
         if pa.types.is_integer(type) and type.bit_width < 64 and pa.types.is_integer(values.type):
+            values = values.cast(pa.int64(), safe=False)
             fits = pc.and_(pc.greater_equal(values, 0), pc.less(values, 1 << (type.bit_width - 1)))
             values = pc.if_else(fits, values, pa.scalar(None, values.type))
         # An unsigned 64-bit hash keeps its bits.
         return values.cast(type, safe=False)
     if pa.types.is_floating(type):
         numbers = values.cast(type, safe=False)
-        return pc.if_else(pc.is_nan(numbers), pa.scalar(None, type), numbers) if len(numbers) else numbers
+        return pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, type)) if len(numbers) else numbers
     exact = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    whole = np.isfinite(exact) & (np.abs(exact) < 2.0 ** (type.bit_width - 1))
+    # Above 2^53 the digits of a hash are lost: no hash is better than a wrong one.
+    whole = np.isfinite(exact) & (np.abs(exact) <= 2.0**53)
+    if type.bit_width < 64:
+        whole &= (exact >= 0) & (exact < 2.0 ** (type.bit_width - 1))
     return pa.array(np.where(whole, exact, 0).astype(type.to_pandas_dtype()), type, mask=~whole)
+
+
+def _signed(number: Decimal | None) -> int | None:
+    """The signed number of the same 64 bits; None beyond them."""
+    if number is None or not -(1 << 63) <= number < 1 << 64:
+        return None
+    return int(number) - (1 << 64) * (number >= 1 << 63)

@@ -1,5 +1,7 @@
 """Which URLs may be fetched. Strangers wrote them, so they must not reach into the user's own network.
 
+Select and download judge the address that `addresses.address` makes of a URL, which is the one that is fetched.
+
 A name can still resolve to a private address. Only the program that connects sees it, so the download checks every
 address by `address_problem`.
 """
@@ -53,12 +55,14 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
         return SCHEME
     if "@" in parts.netloc:
         return USER_NAME
+    if "[" in parts.netloc and not re.fullmatch(r"\[[^\[\]]*\](:[0-9]*)?", parts.netloc):
+        return MALFORMED
     # Resolvers read full-width digits and the ideographic full stop as ASCII.
     host = re.sub("[\u3002\uff0e\uff61]", ".", unicodedata.normalize("NFKC", host)).lower().removesuffix(".")
     labels = host.split(".")
     if ":" in host or _NUMERIC.fullmatch(labels[-1]):
         return _literal_problem(host, allow_loopback)
-    if "%" in host or not all(labels):
+    if re.search("[%<>^|]", host) or not all(labels):
         return MALFORMED
     if labels[-1] in LOOPBACK_NAMES:
         return None if allow_loopback else LOOPBACK

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from vdtrain.data.image_format import TURNED, DecodeError, image_format
+from vdtrain.data.jpeg import TruncatedError, decode_jpeg, is_jpeg, jpeg_size
+from vdtrain.errors import one_line
+from vdtrain.extras import missing
+
+__all__ = ["DecodeError", "decode", "decode_into", "decode_whole", "image_size", "rgb", "stored_orientation", "upright"]
+
 # Images with more pixels are refused before decoding.
 MAX_PIXELS = 100_000_000
-# The formats that img2dataset writes. Pillow starts external programs for some other formats.
-FORMATS = ("JPEG", "PNG", "WEBP")
 # Decoding memory of each thread; larger images get their own memory.
 SCRATCH_BYTES = 4_000_000
+ORIENTATION_TAG = 0x0112
+# How Pillow and libheif tell of missing bytes.
+TRUNCATED = re.compile("truncated|unexpected end of file", re.IGNORECASE)
 
-IMAGE_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
+# What a decoder may raise.
+IMAGE_ERRORS = (
+    *(ValueError, OSError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 _memory = threading.local()
-
-
-class DecodeError(ValueError):
-    """The bytes are not a usable image."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -34,16 +43,25 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises:
         DecodeError: the bytes are not an image, or it has too many pixels.
     """
-    try:
-        if simplejpeg.is_jpeg(data):
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    with _Refusing():
+        if is_jpeg(data):
+            width, height = jpeg_size(data)
         else:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            with _opened(data) as file:
                 width, height = file.size
-    except IMAGE_ERRORS as error:
-        raise DecodeError(f"cannot decode: {error}") from error
-    _check_size(width, height)
+        _check_size(width, height)
     return width, height
+
+
+def stored_orientation(data: bytes) -> int | None:
+    """Orientation of an image by its own tag, EXIF's 1 (upright) to 8; None if its file does not tell it."""
+    with suppress(*IMAGE_ERRORS), _opened(data) as file:
+        tag = file.getexif().get(ORIENTATION_TAG)
+        # Viewers ignore values that are not in the standard.
+        if isinstance(tag, int) and 1 <= tag <= 8:
+            return tag
+        return 1 if image_format(data) in TURNED else None
+    return None
 
 
 def upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
@@ -53,6 +71,21 @@ def upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     rows = -1 if orientation in (3, 4, 7, 8) else 1
     columns = -1 if orientation in (2, 3, 6, 7) else 1
     return image[::rows, ::columns]
+
+
+def decode_whole(data: bytes, orientation: int | None = None) -> NDArray[np.uint8]:
+    """An upright image in its full size, uint8 [H, W, 3].
+
+    Args:
+        orientation: EXIF orientation of the stored image; None for that of its own tag.
+
+    Raises:
+        DecodeError: the bytes are damaged, are not an image, or have too many pixels.
+    """
+    image_size(data)
+    with _Refusing():
+        image = decode_jpeg(data) if is_jpeg(data) else _decode_other(data)
+    return np.ascontiguousarray(upright(image, orientation or stored_orientation(data) or 1))
 
 
 def decode(
@@ -80,10 +113,8 @@ def decode_into(
         DecodeError: the bytes are damaged, are not an image, or have too many pixels.
     """
     resolution = place.shape[0]
-    try:
-        image = _decode_jpeg(data, place, orientation) if simplejpeg.is_jpeg(data) else _decode_other(data)
-    except IMAGE_ERRORS as error:
-        raise DecodeError(f"cannot decode: {error}") from error
+    with _Refusing():
+        image = _decode_jpeg(data, place, orientation) if is_jpeg(data) else _decode_other(data)
     if image is place:
         return
     image = upright(image, orientation)
@@ -99,33 +130,88 @@ def decode_into(
 
 def _decode_jpeg(data: bytes | memoryview, place: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """`place` if it holds the final image, else an image in memory that this thread's next call overwrites."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    width, height = jpeg_size(data)
     _check_size(width, height)
     resolution = place.shape[0]
     if orientation == 1 and height == width >= resolution and 8 * resolution % height == 0:
         # DCT scales are eighths: the smallest sufficient one gives exactly the square.
-        simplejpeg.decode_jpeg(data, "RGB", min_height=resolution, min_width=resolution, buffer=place)
+        decode_jpeg(data, resolution, place)
         return place
-    shortest = min(height, width, resolution)
     # The kernel would have to clear the pages of new memory for every image.
     if not hasattr(_memory, "scratch"):
         _memory.scratch = np.empty(SCRATCH_BYTES, np.uint8)
-    image: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-        data,
-        "RGB",
-        min_height=shortest,
-        min_width=shortest,
-        buffer=_memory.scratch if 3 * height * width <= SCRATCH_BYTES else None,
-    )
-    return image
+    scratch = _memory.scratch if 3 * height * width <= SCRATCH_BYTES else None
+    return decode_jpeg(data, min(height, width, resolution), scratch)
 
 
 def _decode_other(data: bytes | memoryview) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+    with _opened(data) as file:
         _check_size(*file.size)
-        return np.asarray(file.convert("RGB"))
+        return rgb(file)
+
+
+def rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """An image that Pillow has opened, of any mode, as uint8 [H, W, 3]: 16 bits become 8, white is behind alpha."""
+    sixteen_bits = "16" in str(getattr(image, "tile", ""))
+    image.load()
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        # Pillow would clip them.
+        deep = np.asarray(image)
+        grey = (deep.clip(0, 0xFFFF) >> 8).astype(np.uint8)
+        if key is not None:
+            grey[deep == key] = 255
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode == "RGB" and sixteen_bits and key is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """An image, opened by the one decoder of its format."""
+    name = image_format(data)
+    if name == "HEIF":
+        # libheif turns the image itself.
+        if problem := missing("pillow_heif"):
+            raise DecodeError(f"HEIC is not read: {problem}")
+        from pillow_heif import open_heif
+
+        heif = open_heif(io.BytesIO(data))
+        _check_size(*heif.size)
+        yield heif.to_pillow()
+        return
+    if name == "AVIF":
+        from PIL import AvifImagePlugin, features
+
+        if not features.check("avif"):
+            raise DecodeError("AVIF is not read: this Pillow was built without it; install Pillow 11.3 or newer")
+        # The threads of the stream share the cores.
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    with Image.open(io.BytesIO(data), formats=[name]) as file:
+        yield file
+
+
+class _Refusing:
+    """Turns a decoder's errors into a DecodeError. A class, because a generator would take its time for each image."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, DecodeError):
+            return
+        if isinstance(error, Image.DecompressionBombError):
+            raise DecodeError(f"too many pixels: {one_line(error)}") from error
+        if isinstance(error, IMAGE_ERRORS):
+            truncated = isinstance(error, TruncatedError) or TRUNCATED.search(str(error))
+            raise DecodeError(f"{'truncated' if truncated else 'cannot decode'}: {one_line(error)}") from error
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} exceeds {MAX_PIXELS} pixels")
+        raise DecodeError(f"too many pixels: {width} x {height} exceeds {MAX_PIXELS}")

@@ -1,32 +1,35 @@
 """Cached latents: for every sample of a manifest the moments that the image VAE's encoder gives for its centre crop.
 
-One safetensors file per shard, memory-mapped by readers: moments float16 [n, *shape], the samples' row numbers in the
-shard int32 [n], and a mark for images that could not be decoded uint8 [n]. Its metadata tell the encoder's settings and
-the shard's checksum.
+One safetensors file per shard, of which readers read single rows: moments float16 [n, *shape], the samples' row numbers
+in the shard int32 [n], a mark for images that could not be decoded uint8 [n], and a checksum of each sample's moments
+int32 [n]. Its metadata tell the encoder's settings and the shard's checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vdtrain.data.decode import DecodeError
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.shards import StreamError
-from vdtrain.errors import unreadable
-from vdtrain.files import atomic_write
+from vdtrain.data.patience import StreamError
+from vdtrain.data.shards import OpenFiles, read_into
+from vdtrain.errors import one_line, unreadable
+from vdtrain.files import SHAPE_ERRORS, atomic_write, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +37,11 @@ if TYPE_CHECKING:
 LAYOUT = 2
 CROP = "centre"
 SUFFIX = ".safetensors"
-MOMENTS, ROWS, BAD = "moments", "rows", "bad"
+MOMENTS, ROWS, BAD, CHECKS = "moments", "rows", "bad", "checks"
+# Moments of a working encoder are far below it; NaN and infinity are above it.
+LARGEST = 1000
+# Numbers of one sample: those of an image of 16,384 pixels at an eighth of its side.
+MOST_MOMENTS = 8 * 2048 * 2048
 COMMAND = "python -m data_pipeline latents"
 REMEDY = f"encode its images again with `{COMMAND}` and the same settings"
 
@@ -66,12 +73,14 @@ class LatentDescription:
     def from_dict(cls, values: Mapping[str, Any]) -> LatentDescription:
         """
         Raises:
-            KeyError, TypeError, ValueError: the values are of another layout.
+            ValueError, KeyError, TypeError, ...: `vdtrain.files.SHAPE_ERRORS`, the values are of another layout.
         """
         if values["layout"] != LAYOUT:
             raise ValueError(f"its layout is {values['layout']}, this version reads layout {LAYOUT}")
         numbers = {name: int(values[name]) for name in ("resolution", "min_side")}
         shape = tuple(map(int, values["shape"]))
+        if not 0 < math.prod(shape) <= MOST_MOMENTS or min(shape) < 1:
+            raise ValueError(f"its shape is {shape}"[:100])
         return cls(shape=shape, vae=str(values["vae"]), precision=str(values["precision"]), **numbers)
 
 
@@ -103,9 +112,24 @@ def write_latents(
         moments: [n, *shape].
     """
     # safetensors writes memory as it lies, and encoders give channels last.
-    tensors: dict[str, NDArray[Any]] = {MOMENTS: np.ascontiguousarray(moments), ROWS: rows, BAD: bad.astype(np.uint8)}
+    moments = np.ascontiguousarray(moments)
+    checks = np.fromiter((checksum(each) for each in moments), np.int32, len(moments))
+    tensors: dict[str, NDArray[Any]] = {MOMENTS: moments, ROWS: rows, BAD: bad.astype(np.uint8), CHECKS: checks}
     with atomic_write(path) as draft:
         save_file(tensors, draft, _metadata(description, sha256))
+
+
+def checksum(moments: Moments) -> int:
+    """CRC-32 of a sample's moments, as int32."""
+    return zlib.crc32(moments.data) - (1 << 31)
+
+
+def out_of_range(moments: Moments) -> NDArray[np.bool_]:
+    """[n] Whether a sample's moments [n, ...] are beyond any latent's, or not finite."""
+    # Without their sign, the bits of float16 are ordered as the numbers are, and integers compare several times faster.
+    bits = moments.view(np.uint16).reshape(len(moments), -1) & 0x7FFF
+    beyond: NDArray[np.bool_] = bits.max(axis=1, initial=0) > np.float16(LARGEST).view(np.uint16)
+    return beyond
 
 
 def _metadata(description: LatentDescription, sha256: str) -> dict[str, str]:
@@ -113,42 +137,127 @@ def _metadata(description: LatentDescription, sha256: str) -> dict[str, str]:
     return {"latents": json.dumps({**description.to_dict(), "shard_sha256": sha256})}
 
 
-class LatentFile:
-    """One memory-mapped file, read by any number of threads.
+# Types of numpy by their names in a header; other ones are in no file of latents.
+KINDS: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8)}
+HEADER_BYTES = 1 << 20
+
+
+class Column(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    kind: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(file: int) -> tuple[dict[str, str], dict[str, Column]]:
+    """Metadata and tensors of a safetensors file.
+
+    It is read and not mapped: a disk's error in mapped memory ends the process.
 
     Raises:
-        StreamError: it is missing, truncated, of another shard or made with other settings.
+        OSError: it cannot be read.
+        ValueError, KeyError, ...: `vdtrain.files.SHAPE_ERRORS`; it is no such file, or is truncated.
+    """
+    size = os.fstat(file).st_size
+    length = int.from_bytes(_bytes(file, 0, 8), "little")
+    if length > min(HEADER_BYTES, size - 8):
+        raise ValueError("no header")
+    try:
+        header = json.loads(bytes(_bytes(file, 8, length)))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    metadata, columns = dict(header.pop("__metadata__", {})), {}
+    for name, each in header.items():
+        column = Column(KINDS[each["dtype"]], tuple(map(int, each["shape"])), 8 + length + int(each["data_offsets"][0]))
+        if min((*column.shape, column.offset)) < 0 or column.offset + _size(column) > size:
+            raise ValueError(f"{name} ends after the file")
+        columns[name] = column
+    return metadata, columns
+
+
+def _size(column: Column) -> int:
+    return column.kind.itemsize * math.prod(column.shape)
+
+
+def _bytes(file: int, offset: int, size: int) -> memoryview:
+    memory = memoryview(bytearray(size))
+    if read_into(file, memory, offset) < size:
+        raise ValueError("it ends too early")
+    return memory
+
+
+def _values(file: int, column: Column) -> NDArray[Any]:
+    return np.frombuffer(_bytes(file, column.offset, _size(column)), column.kind).reshape(column.shape)
+
+
+class LatentFile:
+    """What is in the file of a shard, and where; its moments stay on the disk.
+
+    Args:
+        file: descriptor of the open file.
+
+    Raises:
+        OSError: it cannot be read.
+        StreamError: it is truncated, of another shard or made with other settings.
     """
 
-    def __init__(self, path: Path, description: LatentDescription, sha256: str) -> None:
+    def __init__(self, path: Path, file: int, description: LatentDescription, sha256: str) -> None:
         self.path = path
         try:
-            # safetensors words the system's errors differently.
-            path.open("rb").close()
-            with safe_open(path, "pt") as file:
-                if file.metadata() != _metadata(description, sha256):
-                    raise ValueError("made with other settings or of another shard")
-                self.moments: Tensor = file.get_tensor(MOMENTS)
-                self.rows: NDArray[np.int32] = file.get_tensor(ROWS).numpy()
-                self.bad: NDArray[np.uint8] = file.get_tensor(BAD).numpy()
-        except OSError as error:
-            gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
-            reason = f"is not there; {REMEDY}" if gone else unreadable(error, path, "check that it can be read")
-            raise StreamError(f"{path}: {reason}") from error
-        except (SafetensorError, ValueError) as error:
-            raise StreamError(f"{path}: not the latents of its shard ({error}); remove it and {REMEDY}") from error
+            metadata, columns = read_header(file)
+            if metadata != _metadata(description, sha256):
+                raise ValueError("made with other settings or of another shard")
+            self.moments = columns[MOMENTS]
+            self.rows: NDArray[np.int32] = _values(file, columns[ROWS])
+            self.bad: NDArray[np.uint8] = _values(file, columns[BAD])
+            # Earlier versions wrote none.
+            self.checks: NDArray[np.int32] | None = _values(file, columns[CHECKS]) if CHECKS in columns else None
+            self._check_shapes(description.shape)
+        except SHAPE_ERRORS as error:
+            reason = one_line(error)[:200]
+            raise StreamError(f"{path}: not the latents of its shard ({reason}); remove it and {REMEDY}") from error
 
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where samples of the shard are in the file.
+    def _check_shapes(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError if the tensors are not what `write_latents` writes."""
+        count = len(self.rows) if self.rows.ndim == 1 else -1
+        columns: dict[str, tuple[NDArray[Any] | None, Any]] = {
+            ROWS: (self.rows, np.int32),
+            BAD: (self.bad, np.uint8),
+            CHECKS: (self.checks, np.int32),
+        }
+        for name, (column, kind) in columns.items():
+            if column is not None and (column.dtype != kind or column.shape != (count,)):
+                raise ValueError(f"{name} is {column.dtype} {column.shape}")
+        if self.moments.kind != np.float16 or self.moments.shape != (count, *shape):
+            raise ValueError(f"{MOMENTS} is {self.moments.kind} {self.moments.shape}")
+        if (np.diff(self.rows) <= 0).any():
+            raise ValueError(f"{ROWS} do not ascend")
+
+    def read(self, file: int, row: int) -> Moments:
+        """The moments [*shape] of a sample of the shard.
 
         Raises:
-            StreamError: the file lacks one of them.
+            OSError: they cannot be read.
+            StreamError: the file lacks it.
+            DecodeError: its image could not be encoded, or the moments are damaged.
         """
-        places = np.searchsorted(self.rows, rows)
-        absent = self.rows.take(places, mode="clip") != rows
-        if absent.any():
-            raise StreamError(f"{self.path}: has no latent of sample {rows[absent][0]}; remove it and {REMEDY}")
-        return places
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise StreamError(f"{self.path}: has no latent of sample {row}; remove it and {REMEDY}")
+        if self.bad[place]:
+            raise DecodeError("no latent: its image could not be decoded")
+        kind, (_, *shape), offset = self.moments
+        one = Column(kind, tuple(shape), offset)
+        try:
+            found: Moments = _values(file, one._replace(offset=offset + place * _size(one)))
+        except ValueError as error:
+            raise StreamError(f"{self.path}: {error}; remove it and {REMEDY}") from error
+        if self.checks is not None and checksum(found) != self.checks[place]:
+            raise DecodeError(f"damaged latent: {self.path} does not hold what was written; remove it and {REMEDY}")
+        if out_of_range(found[None])[0]:
+            raise DecodeError(f"latent out of range: beyond {LARGEST} in {self.path}; remove it and {REMEDY}")
+        return found
 
 
 # Key of the images in a batch of `vdtrain.data.stream.PairStream`.
@@ -176,14 +285,14 @@ class LatentFolder:
         """
         path = self.path / DESCRIPTION_FILE
         try:
-            return LatentDescription.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return LatentDescription.from_dict(read_json(path))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ManifestError(f"{self.setting}: {path} {unreadable(error, path, 'give another folder')}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except SHAPE_ERRORS as error:
             raise ManifestError(
-                f"{self.setting}: {path} cannot be used ({error}); remove {self.path} and encode again with "
+                f"{self.setting}: {path} cannot be used ({one_line(error)}); remove {self.path} and encode again with "
                 f"`{COMMAND}`, or give another folder"
             ) from error
 
@@ -218,6 +327,7 @@ class LatentShards:
         resolution: side of the images in pixels.
         vae: fingerprint that the encoder must have; None accepts any.
         min_side: the cache must hold all samples with a shortest side of so many pixels; the resolution by default.
+        shards: numbers of the shards that it must hold; all by default.
 
     Attributes:
         shape: of one sample's moments, e.g. (8, 32, 32).
@@ -234,6 +344,7 @@ class LatentShards:
         *,
         vae: str | None = None,
         min_side: int | None = None,
+        shards: Iterable[int] | None = None,
     ) -> None:
         self._folder, self._manifest = LatentFolder(folder, resolution), manifest
         min_side = resolution if min_side is None else min_side
@@ -252,6 +363,8 @@ class LatentShards:
                 f"this run asks for data.stream.min_side={min_side}; remove it and {command}"
             )
         missing = self._folder.missing(manifest, min_side)
+        if shards is not None:
+            missing = sorted(set(missing).intersection(shards))
         if missing:
             names = self._folder.names()
             made = {name.rpartition("-")[0] + "-" for name in names}
@@ -263,36 +376,55 @@ class LatentShards:
             )
         self.shape = description.shape
         self._description = description
+        self._open = OpenFiles(OPEN_FILES)
+        self._names: dict[int, str] = {}
         self._files: OrderedDict[int, LatentFile] = OrderedDict()
         self._lock = Lock()
 
-    def is_bad(self, shard: int, row: int) -> bool:
-        """Whether the image of a shard's row could not be encoded.
+    def name(self, shard: int) -> str:
+        """The path of a shard's file."""
+        if shard not in self._names:
+            self._names[shard] = str(self._folder.path_of(self._manifest, shard))
+        return self._names[shard]
+
+    def close(self) -> None:
+        """Close the files; nothing is read afterwards."""
+        self._open.close()
+
+    def read(self, shard: int, row: int, out: Tensor) -> None:
+        """Moments of a shard's row, numbered as in the manifest, into `out` [*shape] of any precision.
 
         Raises:
-            StreamError: as `read`.
+            StreamError: the file is missing, of another shard, or lacks the row.
+            DecodeError: the sample has no usable moments.
         """
-        file = self._file(shard)
-        return bool(file.bad[file.places(np.array([row]))[0]])
+        # Late, because the command that writes latents imports this file before its settings are checked.
+        import torch
 
-    def read(self, shard: int, rows: NDArray[np.int64], out: Tensor) -> None:
-        """Moments of a shard's rows, numbered as in the manifest, into `out` [n, *shape] of any precision.
+        path = self.name(shard)
+        try:
+            with self._open.borrow(path) as file:
+                found = self._file(shard, Path(path), file).read(file, row)
+        except OSError as error:
+            self._open.drop(path)
+            with self._lock:
+                self._files.pop(shard, None)
+            raise StreamError(f"{path}: {_unreadable(error, Path(path))}") from error
+        out.copy_(torch.from_numpy(found))
 
-        Raises:
-            StreamError: the file is damaged or of another shard, or lacks a row.
-        """
-        file = self._file(shard)
-        out.copy_(file.moments[file.places(rows)])
-
-    def _file(self, shard: int) -> LatentFile:
+    def _file(self, shard: int, path: Path, file: int) -> LatentFile:
         with self._lock:
             if shard in self._files:
                 self._files.move_to_end(shard)
                 return self._files[shard]
-        path = self._folder.path_of(self._manifest, shard)
-        file = LatentFile(path, self._description, self._manifest.hashes[shard])
+        found = LatentFile(path, file, self._description, self._manifest.hashes[shard])
         with self._lock:
-            self._files[shard] = file
+            self._files[shard] = found
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
-        return file
+        return found
+
+
+def _unreadable(error: OSError, path: Path) -> str:
+    gone = isinstance(error, FileNotFoundError) and path.parent.is_dir()
+    return f"is not there; {REMEDY}" if gone else unreadable(error, path, "check that it can be read")

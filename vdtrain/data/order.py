@@ -48,13 +48,14 @@ class Order:
     Args:
         pools: for every weighted source, int64 arrays (shards, counts): the numbers of its shards, and how many samples
             of each take part. Without weights, one pool holds all shards.
-        weights: of the pools, in any scale.
+        weights: of the pools, in any scale. A pool of weight 0 is left out.
         seed: of all shuffles.
         lanes: largest number of interleaved streams.
         block: samples of a lane that are shuffled among each other.
 
     Raises:
-        ValueError: a pool has no samples, `lanes` or `block` is below 1, or a weight is too small for the pattern.
+        ValueError: a pool that takes part has no samples, `lanes` or `block` is below 1, or a weight is too small for
+            the pattern.
     """
 
     def __init__(
@@ -66,26 +67,29 @@ class Order:
         lanes: int = 64,
         block: int = 32_768,
     ) -> None:
-        if any(counts.sum() == 0 for _, counts in pools):
+        shares = [1.0] * len(pools) if weights is None else weights
+        # A pool keeps its number, and with it its order, when another one is left out.
+        part = [(number, pools[number]) for number, share in enumerate(shares) if share != 0]
+        if any(counts.sum() == 0 for _, (_, counts) in part):
             raise ValueError("a source has no samples; remove it")
         if lanes < 1 or block < 1:
             raise ValueError(f"lanes={lanes}, block={block}: both must be at least 1")
-        self.pattern = pattern(weights if weights is not None else [1.0] * len(pools))
+        self.pattern = pattern([share for share in shares if share != 0])
         self.pools = [
             Pool(shards[counts > 0], counts[counts > 0], (seed, number), lanes, block)
-            for number, (shards, counts) in enumerate(pools)
+            for number, (shards, counts) in part
         ]
         self._first_lanes = np.cumsum([0, *(pool.lanes for pool in self.pools)])
         # For each p, how many of the pattern's first p positions belong to each pool.
-        belongs = self.pattern[:, None] == np.arange(len(pools))
-        self._before: Integers = np.concatenate([np.zeros((1, len(pools)), np.int64), belongs.cumsum(axis=0)])
+        belongs = self.pattern[:, None] == np.arange(len(part))
+        self._before: Integers = np.concatenate([np.zeros((1, len(part)), np.int64), belongs.cumsum(axis=0)])
 
     def __len__(self) -> int:
-        """Samples in all pools together."""
+        """Samples in all pools that take part."""
         return sum(pool.samples for pool in self.pools)
 
     def sources(self, positions: Integers) -> Integers:
-        """int64 [n]: the pool of each position."""
+        """int64 [n]: the pool of each position, counted among those that take part."""
         return self.pattern[positions % len(self.pattern)]
 
     def locate(self, positions: Integers) -> Places:

@@ -1,0 +1,112 @@
+"""What the members of a sample tell, in a tar that is indexed and in one that is streamed: captions and orientation."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from vdtrain.data.decode import ORIENTATION_TAG
+
+# Extensions of images; the decoder decides whether it reads one. The first of them is the picture of a sample that has
+# several: masks are PNG or TIFF files.
+IMAGES = ("jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "png", "bmp", "gif", "tif", "tiff")
+TEXTS = ("txt", "caption", "text")
+METADATA = "json"
+# Fields of the JSON that hold the caption where no member of text does.
+CAPTIONS = ("caption", "text")
+# Names of the tag's values in img2dataset's metadata.
+ORIENTATIONS = {
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+# As exifread and as Pillow call it.
+ORIENTATION_NAMES = ("Image Orientation", "Orientation", str(ORIENTATION_TAG))
+# Marks at the beginning of a text, as Windows' editors write them.
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+class BrokenSampleError(ValueError):
+    """A sample that is left out; samples are counted by its message."""
+
+
+def read_text(content: bytes) -> str:
+    """The text of a member.
+
+    Raises:
+        BrokenSampleError: it is not UTF-8, or UTF-16 with its mark.
+    """
+    codec = next((codec for mark, codec in MARKS if content.startswith(mark)), "utf-8")
+    try:
+        return clean(content.decode(codec))
+    except UnicodeDecodeError as error:
+        raise BrokenSampleError("caption is not UTF-8") from error
+
+
+def clean(text: str) -> str:
+    """Line ends as on Unix, nothing around the text, and no half characters, which JSON can hold and UTF-8 cannot."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def read_json(content: bytes) -> dict[str, Any]:
+    """The JSON object of a member.
+
+    Raises:
+        BrokenSampleError: it is none.
+    """
+    with suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(content), dict):
+            return found
+    raise BrokenSampleError("metadata is not a JSON object")
+
+
+def told_caption(found: Mapping[str, Any], caption: str | None) -> str | None:
+    """The caption in a JSON object; None if it has none.
+
+    Args:
+        caption: the field, dotted inside others; None for the first of CAPTIONS that has text.
+    """
+    texts = (_as_text(_look_up(found, name)) for name in (CAPTIONS if caption is None else (caption,)))
+    return next(filter(None, texts), None)
+
+
+def noted_orientation(exif: Any) -> int | None:
+    """The orientation in img2dataset's EXIF, which is JSON inside the JSON, or in an object like it."""
+    if isinstance(exif, str) and exif != "{}":
+        with suppress(ValueError, RecursionError):
+            exif = json.loads(exif)
+    if not isinstance(exif, dict):
+        return None
+    noted = next((str(exif[name]).strip() for name in ORIENTATION_NAMES if name in exif), "")
+    return ORIENTATIONS.get(noted) or (int(noted) if re.fullmatch("[1-8]", noted) else None)
+
+
+def _look_up(found: Mapping[str, Any], name: str) -> Any:
+    """A field by its name, or inside other fields by a dotted name."""
+    if name in found:
+        return found[name]
+    first, dot, rest = name.partition(".")
+    inner = found.get(first)
+    return _look_up(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def _as_text(value: Any) -> str:
+    """A caption as text: a number in digits, of a list the first that is one; empty for anything else."""
+    if isinstance(value, list):
+        return next(filter(None, (_as_text(each) for each in value if not isinstance(each, list))), "")
+    if isinstance(value, str):
+        return clean(value)
+    # A float cannot hold every integer.
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return str(value) if number else ""
