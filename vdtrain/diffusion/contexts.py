@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vdtrain.diffusion.sampling import Mixing
+from vdtrain.errors import ConfigError
 from vdtrain.models.diffuser import Context, ContextRoute
 from vdtrain.seeds import generator_of
 
@@ -126,6 +127,16 @@ def _applied(layers: nn.ModuleDict, position: int, h: Tensor, context: Context) 
     return out
 
 
+def check_focus(level: float) -> None:
+    """Refuse a level that `focus` does not take.
+
+    Raises:
+        ConfigError: it is outside 0..1.
+    """
+    if not 0 <= level <= 1:
+        raise ConfigError(f"focus={level}: must be from 0 (content) to 1 (style); 0.5 changes nothing")
+
+
 def focus(tokens: Tensor, level: float) -> Tensor:
     """Move an image context between content and style.
 
@@ -134,10 +145,9 @@ def focus(tokens: Tensor, level: float) -> Tensor:
         level: 0 keeps only the content, 0.5 changes nothing, 1 keeps only the style.
 
     Raises:
-        ValueError: the level is outside 0..1.
+        ConfigError: the level is outside 0..1.
     """
-    if not 0 <= level <= 1:
-        raise ValueError(f"focus={level}: must be from 0 (content) to 1 (style); 0.5 changes nothing")
+    check_focus(level)
     if level == 0.5:
         return tokens
     start, local = tokens[:, :1], tokens[:, 1:].float()

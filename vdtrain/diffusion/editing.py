@@ -8,7 +8,8 @@ Versatile Diffusion, section 4.5, with the steps of the authors' script of Novem
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,9 +17,13 @@ from vdtrain.diffusion.contexts import joined, low_rank, make_mixing
 from vdtrain.diffusion.sampling import Progress
 from vdtrain.errors import ConfigError
 from vdtrain.models.diffuser import Context
-from vdtrain.pipeline import VersatileDiffusion
+
+if TYPE_CHECKING:
+    from vdtrain.pipeline import VersatileDiffusion
 
 IMAGE, TEXT = "image", "text"
+# That it samples with.
+FLOWS = ("image-to-text", "image-to-image", "text-to-image")
 
 
 def edit(
@@ -29,7 +34,9 @@ def edit(
     *,
     text_share: float = 0.67,
     style_rank: int = 10,
+    seeds: Sequence[int] | None = None,
     progress: Progress = list,
+    decode: bool = True,
     **settings: Any,
 ) -> tuple[Tensor, list[str]]:
     """Edit images by words.
@@ -40,6 +47,7 @@ def edit(
         add: words to add; "" adds nothing.
         text_share: weight of the text in the new image; the old image's style has the rest.
         style_rank: leading components of the old image's context that count as its style.
+        seeds, decode: see `VersatileDiffusion.sample`.
         settings: fields of `SamplingConfig`.
 
     Returns:
@@ -52,11 +60,11 @@ def edit(
         raise ConfigError("remove, add: both are empty; give at least one")
     if not 0 < text_share < 1 or style_rank < 1:
         raise ConfigError(f"text_share={text_share}, style_rank={style_rank}: must be between 0 and 1, at least 1")
-    for name in ("image-to-text", "image-to-image", "text-to-image"):
+    for name in FLOWS:
         model.flow(name)
     chosen = model.settings(settings)
     tokens = model.encode_context(IMAGE, images, chosen.batch_size)
-    latents = model.sample(TEXT, [Context(IMAGE, tokens)], chosen, progress=progress, decode=False)
+    latents = model.sample(TEXT, [Context(IMAGE, tokens)], chosen, progress=progress, seeds=seeds, decode=False)
     captions = model.decode(TEXT, changed(model, latents, remove, add), chosen.seed)
     texts = [Context(TEXT, model.encode_context(TEXT, captions, chosen.batch_size))]
     if add:
@@ -73,6 +81,8 @@ def edit(
         ],
         mixing=make_mixing("attention", [text_share, 1 - text_share], len(model.diffuser.plan.context_steps), 0),
         progress=progress,
+        seeds=seeds,
+        decode=decode,
     )
     return edited, captions
 

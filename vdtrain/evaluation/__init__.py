@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: samples, FID, CLIP scores, reports.
+"""Evaluation of a trained model, or of files of another: samples, figures, reports.
 
 Start at `evaluator.py`.
 """

@@ -6,13 +6,16 @@ It differs from torchvision's Inception v3 in its weights and in the pooling of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.inception import Inception3  # type: ignore[import-untyped]
 
+from vdtrain.errors import one_line
 from vdtrain.models.frozen_weights import WeightsError, compare, device_and_dtype, freeze, locate
+from vdtrain.weights.hub import PREFIX, fetched
 from vdtrain.weights.tensor_files import open_tensors
 
 WIDTH, SIDE = 2048, 299
@@ -20,6 +23,10 @@ CLASSES = 1008
 # First digits of the published weights' SHA-256, also in the file's name.
 PUBLISHED = "6726825d"
 SOURCE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+HUB = "hub"
+# What pytorch-fid and torch-fidelity leave in torch.hub's folder, with the same weights.
+HUB_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+WAYS = f"fetch {SOURCE} and name the file, or write fid.weights={HUB}, or fid.weights=hf:ORG/REPO/FILE@COMMIT"
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -54,6 +61,43 @@ BLOCKS: tuple[tuple[str, Pool | None], ...] = (
     ("Mixed_7b", _average),
     ("Mixed_7c", _largest),
 )
+
+
+def find_weights(weights: str) -> Path:
+    """The file of the weights that `fid.weights` names; what is not on this machine is fetched.
+
+    Args:
+        weights: a file; "hub" for the copy in torch.hub's folder, which pytorch-fid and torch-fidelity share; or an
+            address hf:ORG/REPO/FILE@COMMIT of Hugging Face's hub.
+
+    Raises:
+        WeightsError: there is no such file, or it cannot be fetched.
+    """
+    setting = "fid.weights"
+    if weights == HUB:
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        known = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
+        return known or _download(folder / HUB_FILES[0])
+    if weights.startswith(PREFIX):
+        try:
+            return fetched(weights, ())
+        except WeightsError as error:
+            raise WeightsError(str(error).replace("path=", f"{setting}=", 1)) from error
+    try:
+        return locate(weights, setting)
+    except WeightsError as error:
+        raise WeightsError(f"{str(error).partition(';')[0]}; {WAYS}") from error
+
+
+def _download(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(SOURCE, str(path), hash_prefix=PUBLISHED, progress=False)
+    # Errors of the network, of the disk and of the checksum.
+    except (OSError, RuntimeError) as error:
+        reason = one_line(error)
+        raise WeightsError(f"fid.weights={HUB}: cannot be fetched to {path} ({reason}); {WAYS}") from error
+    return path
 
 
 class InceptionFeatures(nn.Module):

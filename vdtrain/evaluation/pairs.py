@@ -1,64 +1,122 @@
-"""An evaluation's pairs (the first of the stream's order under the seed, cropped at the centre) and its model."""
+"""The real samples of an evaluation, by their positions: pairs of a manifest, or a folder of images."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Sized
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
-from vdtrain.checkpoint.store import Verification
+from vdtrain.commands.sampler import side_of
+from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
-from vdtrain.config.schema import EvaluateConfig, ModelConfig
 from vdtrain.data.batch import BatchStream
-from vdtrain.data.loading import data_problem
+from vdtrain.data.held_out import Split
+from vdtrain.data.loading import check_split, data_problem
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.stream import StreamError
-from vdtrain.evaluation.parts import Part
-from vdtrain.files import FileRecord
+from vdtrain.data.patience import patience_of
+from vdtrain.data.stream import PairStream, StreamError
+from vdtrain.evaluation.named import Names, read_texts, stem
+from vdtrain.evaluation.parts import NAME, REFERENCES, Part
+from vdtrain.evaluation.pictures import list_pictures, read_real, stamp
 from vdtrain.flows import Flow
-from vdtrain.models.diffuser import layer_group
-from vdtrain.training.start import model_of, resolve_weights
-from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
-from vdtrain.weights.folder import open_weights_folder
 
 # Settings of `data.stream` that differ from training, if the stream has them: every image once, unchanged.
 OVERRIDES = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}
+MOST_SAMPLES = 30_000
+SHOWN = ("image", "text")
+# Characters of a file name that is made of a sample's name.
+LONGEST = 150
+
+
+class RealSamples(Protocol):
+    """Real samples by position.
+
+    Attributes:
+        identity: changes when other samples are there.
+        modalities: those of each sample.
+    """
+
+    identity: str
+    modalities: frozenset[str]
+
+    @property
+    def count(self) -> int | None:
+        """How many there are; None if that is not known."""
+
+    def read(self, part: Part) -> dict[str, Any]:
+        """The samples of a part by modality; beside them their names, and lists of captions as references."""
+
+    def arrange(self, given: Sequence[str], samples: int) -> list[int] | str:
+        """For each of the first `samples` positions the number of its name among those given.
+
+        Returns:
+            The first name without a partner, if there is one.
+        """
 
 
 class Pairs:
-    """Pairs by their positions, from the data set's own stream (`vdtrain.data.batch.BatchStream`).
+    """The first pairs of a manifest in the order of the data set's own stream (`vdtrain.data.batch.BatchStream`).
+
+    Args:
+        held_out: identity of the data of a checkpoint's run, and the share of their pairs that it held out. These pairs
+            are taken if `data.validation.share` is null and the data are the same.
+        flows: that are evaluated. With `data.stream.members`, the pairs that have all of their modalities are taken.
+
+    Attributes:
+        share: of the data's pairs that is held out; these alone are evaluated. 0: all.
 
     Raises:
-        ConfigError: the manifest is missing, the stream cannot be built, or there are too few pairs.
+        ConfigError: the manifest is missing, or the stream cannot be built.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
+    def __init__(
+        self, config: EvaluateConfig, held_out: tuple[str, float] = ("", 0.0), flows: Sequence[Flow] = ()
+    ) -> None:
         self.config = config
+        self.share = config.data.validation.share or 0.0
+        if self.share:
+            check_split(config.data)
         target, _ = find_target(config.data.stream, "data.stream")
         parameters = inspect.signature(target).parameters
-        self._overrides = {name: value for name, value in OVERRIDES.items() if name in parameters}
+        overrides = OVERRIDES | {"patience": patience_of(config.watchdog_seconds)}
+        self._overrides: dict[str, Any] = {name: value for name, value in overrides.items() if name in parameters}
+        needed = {part for flow in flows for part in (flow.context, flow.output)}
+        self.modalities = frozenset({*SHOWN, *needed})
+        if config.data.stream.get("members") and "need" in parameters:
+            # Of a mixed set, the pairs that have what the flows are from and to.
+            self.modalities = frozenset(needed)
+            self._overrides["need"] = sorted(needed)
         stream = self._open(0)
         self.identity: str = getattr(stream, "identity", "")
-        count = len(stream) if isinstance(stream, Sized) else None
+        if config.data.validation.share is None and self.identity and self.identity == held_out[0]:
+            self.share = held_out[1]
+        if self.identity and "need" in self._overrides:
+            self.identity += f", those with {' and '.join(self._overrides['need'])}"
+        if self.share:
+            # Other pairs make another evaluation.
+            self.identity += f", held out {self.share:g}"
+            stream.close()
+            stream = self._open(0)
+        self._count: int | None = len(stream) if isinstance(stream, Sized) else None
         stream.close()
-        if count is not None and count < config.samples:
-            raise ConfigError(
-                f"samples={config.samples}: data.manifest={config.data.manifest} has {count} pairs; "
-                f"set samples={count}, or index more shards"
-            )
+        self._references = References.of(config)
+
+    @property
+    def count(self) -> int | None:
+        return self._count
 
     def read(self, part: Part) -> dict[str, Any]:
-        """The samples of a part by modality, in the order of their positions.
+        """The samples of a part; a stream without names gives them their positions.
 
         Raises:
-            ConfigError: the pairs cannot be read.
+            ConfigError: the pairs cannot be read, or the file of references is of others.
         """
         stream = self._open(part.number)
         try:
@@ -69,7 +127,36 @@ class Pairs:
             stream.close()
         order = torch.argsort(batch.positions)
         order = order[batch.positions[order] < part.stop]
-        return {modality: _rows(samples, order) for modality, samples in batch.samples.items()}
+        batch = batch.take(order)
+        found = {name: samples for name, samples in batch.samples.items() if name in self.modalities or not batch.rows}
+        names = list(batch.names) or [f"{position:08d}" for position in batch.positions.tolist()]
+        if self._references is not None:
+            found[REFERENCES] = [
+                self._references.of_pair(name, text) for name, text in zip(names, found["text"], strict=True)
+            ]
+        return found | {NAME: [file_stem(name) for name in names]}
+
+    def arrange(self, given: Sequence[str], samples: int) -> list[int] | str:
+        """See `RealSamples`; the pairs' order stays."""
+        stream, size = self._open(0), self.config.part_samples
+        try:
+            names: list[str] = []
+            for number in range(-(-samples // size)):
+                if not isinstance(stream, PairStream):
+                    names += [f"{position:08d}" for position in range(number * size, (number + 1) * size)]
+                else:
+                    names += map(file_stem, stream.names(number))
+        except (ManifestError, OSError) as error:
+            raise ConfigError(data_problem(error, self.config.data.manifest)) from error
+        finally:
+            stream.close()
+        finder, found = Names(given), list[int]()
+        for name in names[:samples]:
+            partner = finder.find(name)
+            if partner is None:
+                return name
+            found.append(partner)
+        return found
 
     def _open(self, number: int) -> BatchStream:
         """The stream, at the start of a part."""
@@ -79,6 +166,7 @@ class Pairs:
                 {**config.data.stream, **self._overrides},
                 "data.stream",
                 manifest=Path(config.data.manifest),
+                **({"split": Split(self.share, held_out=True)} if self.share else {}),
                 seed=config.seed,
                 resolution=config.resolution,
                 global_batch_size=config.part_samples,
@@ -92,65 +180,104 @@ class Pairs:
         return stream
 
 
-def _rows(samples: Any, order: Tensor) -> Any:
-    return samples[order] if isinstance(samples, Tensor) else [samples[row] for row in order.tolist()]
+class PictureFolder:
+    """The images of a folder, in the order of their names, with the captions of `data.references` if it is given.
 
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """The model under test.
-
-    Attributes:
-        path: the checkpoint or weights folder.
-        sha256: checksum of the folder's index, which has the checksums of all its files.
-        weights: "ema" or "model".
-        groups: layer groups in the folder.
+    Raises:
+        ConfigError: the folder or the file cannot be read, or an image has no caption there.
     """
 
-    path: Path
-    sha256: str
-    weights: str
-    model: ModelConfig
-    groups: frozenset[str]
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config, self.setting = config, f"real_images={config.real_images}"
+        pictures = list_pictures(Path(str(config.real_images)), "real_images")
+        self.names, self.paths = list(pictures), list(pictures.values())
+        described = [(name, stamp(path)) for name, path in pictures.items()]
+        self.identity = hashlib.blake2b(repr(described).encode(), digest_size=8).hexdigest()
+        self._references = References.of(config)
+        self.modalities = frozenset(("image", "text") if self._references is not None else ("image",))
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    def read(self, part: Part) -> dict[str, Any]:
+        """The samples of a part."""
+        own, config = slice(part.start, part.stop), self.config
+        found: dict[str, Any] = {
+            "image": read_real(self.paths[own], side_of(config), self.setting, config.loader_workers),
+            NAME: [file_stem(stem(name)) for name in self.names[own]],
+        }
+        if self._references is not None:
+            found[REFERENCES] = [self._references.find(name) for name in self.names[own]]
+            found["text"] = [each[0] for each in found[REFERENCES]]
+        return found
+
+    def arrange(self, given: Sequence[str], samples: int) -> list[int] | str:
+        """See `RealSamples`; the images take the order of the names given, and the others are left out."""
+        finder, found = Names(self.names), list[int]()
+        for name in given[:samples]:
+            if (number := finder.find(name)) is None:
+                return name
+            found.append(number)
+        self.names, self.paths = [self.names[each] for each in found], [self.paths[each] for each in found]
+        return list(range(samples))
+
+
+class References:
+    """The captions of each image, of a file such as COCO's or `pack` writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.place = f"data.references={path}"
+        captions: defaultdict[str, list[str]] = defaultdict(list)
+        for name, text in read_texts(path, "data.references"):
+            captions[name].append(text)
+        self._captions = list(captions.values())
+        self._names = Names(captions)
 
     @classmethod
-    def find(cls, checkpoint: str, weights: str) -> EvaluatedModel:
-        """From a run folder (its latest checkpoint), a checkpoint folder or a weights folder. Nothing is loaded.
+    def of(cls, config: EvaluateConfig) -> References | None:
+        """Those of the configuration, if it names any."""
+        return None if config.data.references is None else cls(Path(config.data.references))
 
-        Raises:
-            ConfigError: there is no checkpoint.
-        """
-        try:
-            source = resolve_weights("checkpoint", checkpoint, Verification.SIZES)
-            if isinstance(source, Path):
-                tensors, record = open_weights_folder(source, hashed=False), source / WEIGHTS_FILE
-            else:
-                tensors, record = source.unchecked_weights(weights), source.path / INDEX_FILE
-        except CheckpointError as error:
-            raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
-        groups = frozenset(layer_group(name) for name in tensors)
-        model = model_of(source, "checkpoint")
-        return cls(record.parent, FileRecord.of(record).sha256, weights, model, groups)
+    def find(self, name: str) -> list[str]:
+        """The captions of an image by its name."""
+        number = self._names.find(name)
+        if number is None:
+            raise ConfigError(f"{self.place}: has no caption of {name}; add one, or take the image away")
+        return self._captions[number]
 
-    def flows(self, names: list[str]) -> list[Flow]:
-        """Flows by name.
+    def of_pair(self, name: str, caption: str) -> list[str]:
+        """The captions of a pair; its own must be among them, because names of other data sets may look alike."""
+        found = self.find(name)
+        if " ".join(caption.split()) not in found:
+            raise ConfigError(
+                f"{self.place}: is of other images: {caption!r}, the caption of {name}, is not in it; give the file "
+                "that `python -m data_pipeline pack` wrote beside these shards, or null"
+            )
+        return found
 
-        Raises:
-            ConfigError: there is no name, a name is given twice, or a flow has no layers in the model.
-        """
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"flows={names}: name at least one flow, each once, e.g. [text-to-image]")
-        flows = []
-        for name in names:
-            try:
-                flow = Flow.parse(name)
-            except ValueError as error:
-                raise ConfigError(f"flows: {error}") from error
-            if absent := [group for group in flow.groups if group not in self.groups]:
-                raise ConfigError(f"flows: {name}: {self.path} has no layers {absent[0]}; leave it out")
-            flows.append(flow)
-        return flows
 
-    def described(self) -> dict[str, Any]:
-        """The entry in metrics.json."""
-        return {"path": str(self.path), "sha256": self.sha256, "weights": self.weights, "model": self.model.name}
+def file_stem(name: str) -> str:
+    """A file name, without its ending, of a sample's name: packed-000000-000000042 for ../packed/000000/000000042."""
+    short = re.sub(r"[^\w.]+", "-", re.sub(r"^(\.*/)+", "", name)).strip("-.") or "sample"
+    if len(short) <= LONGEST:
+        return short
+    return f"{short[:LONGEST]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+
+
+def check_count(pairs: RealSamples, samples: int, config: EvaluateConfig) -> None:
+    """Refuse more samples than there are.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if pairs.count is not None and pairs.count < samples:
+        place = "data.manifest" if config.real_images is None else "real_images"
+        folder = config.data.manifest if config.real_images is None else config.real_images
+        held_out = "held-out " * bool(getattr(pairs, "share", 0))
+        kind, more = (
+            (f"{held_out}pairs", "index more shards") if config.real_images is None else ("images", "add images")
+        )
+        raise ConfigError(
+            f"samples={samples}: {place}={folder} has {pairs.count} {kind}; set samples={pairs.count}, or {more}"
+        )

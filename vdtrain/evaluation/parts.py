@@ -3,6 +3,7 @@
     OUTPUT_DIR/settings.json                     the settings of all parts
     OUTPUT_DIR/parts/pairs-00000.safetensors     features of the real samples, "image/clip" [n, D] ...
     OUTPUT_DIR/parts/text-to-image-00000.safetensors   features of the generated ones, "clip" [n, D] ...
+    OUTPUT_DIR/images/text-to-image/NAME.png     with keep_images, the images; the real ones are in images/real/
 
 A part does not depend on the process that makes it, or on the number of processes.
 """
@@ -17,16 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.errors import system_error, unreadable
-from vdtrain.files import write_text, written_whole
+from vdtrain.errors import system_error, unreadable, unwritable
+from vdtrain.files import SHAPE_ERRORS, read_json, write_text, written_whole
+from vdtrain.redaction import redacted
 from vdtrain.weights.folder import write_safetensors
 
 SETTINGS_FILE, FOLDER = "settings.json", "parts"
 PAIRS = "pairs"
+# Of the real samples: their names, and the captions that captions are compared with.
+NAME, REFERENCES = "name", "references"
+# What a sample was made from, if that is not its pair's: features and the samples themselves.
+CONTEXT = "context"
+IMAGES, REAL = "images", "real"
 # Samples of the first part that are kept for the contact sheet.
 SHOWN = 8
 
@@ -45,10 +53,10 @@ class Part:
 
 @dataclass(frozen=True)
 class PartContents:
-    """The contents of all parts: features [N, D] by name, captions by name, and samples for the contact sheet."""
+    """The contents of all parts: features [N, D] by name, lists by name, and samples for the contact sheet."""
 
     features: dict[str, Tensor]
-    captions: dict[str, list[str]]
+    captions: dict[str, list[Any]]
     shown: dict[str, Any]
 
 
@@ -59,10 +67,11 @@ class Parts:
         folder: `output_dir`.
         samples: number of all pairs.
         part_samples: pairs in a part.
+        keep_images: whether images are kept beside the parts.
     """
 
-    def __init__(self, folder: Path, samples: int, part_samples: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, samples: int, part_samples: int, keep_images: bool = False) -> None:
+        self.folder, self.samples, self.keep_images = folder, samples, keep_images
         starts = range(0, samples, part_samples)
         self.parts = [Part(number, start, min(start + part_samples, samples)) for number, start in enumerate(starts)]
 
@@ -73,9 +82,11 @@ class Parts:
             ConfigError: the folder has an evaluation with other settings, or cannot be written.
         """
         place, path = f"output_dir={self.folder}", self.folder / SETTINGS_FILE
-        now = json.loads(json.dumps(settings))
+        now = redacted(json.loads(json.dumps(settings)))
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
+            if not isinstance(before, dict):
+                raise ValueError("no table of settings")
         except FileNotFoundError:
             with written_whole(path, place) as draft:
                 write_text(draft, json.dumps(now, indent=2) + "\n")
@@ -104,18 +115,20 @@ class Parts:
         ]
 
     def write(self, part: Part, name: str, features: Mapping[str, Tensor], samples: Mapping[str, Any]) -> None:
-        """Write a part's features [n, D] and captions. The first part also has a few of its images.
+        """Write a part's features [n, D] and lists. The first part also has a few of its images.
 
         Args:
-            samples: by name, a list of captions or uint8 [n, 3, H, W].
+            samples: by name, a list of captions or uint8 [n, 3, H, W]; with `keep_images`, also their names.
 
         Raises:
             ConfigError: the file cannot be written.
         """
         tensors = {key: value.float() for key, value in features.items()}
         captions = {key: list(value) for key, value in samples.items() if not isinstance(value, Tensor)}
+        images = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
+        if self.keep_images and "image" in images:
+            self._keep(self.images(name), images["image"], captions[NAME])
         if part.number == 0:
-            images = {key: value for key, value in samples.items() if isinstance(value, Tensor)}
             tensors |= {f"shown/{key}": value[:SHOWN] for key, value in images.items()}
         metadata = {"samples": str(len(part)), "captions": json.dumps(captions)}
         path = self._path(part, name)
@@ -129,7 +142,7 @@ class Parts:
             ConfigError: a part is missing or damaged.
         """
         rows: dict[str, list[Tensor]] = {feature: [] for feature in sorted(wanted)}
-        captions: dict[str, list[str]] = {}
+        captions: dict[str, list[Any]] = {}
         shown: dict[str, Any] = {}
         for part in self.parts:
             path = self._path(part, name)
@@ -141,7 +154,7 @@ class Parts:
                         captions.setdefault(key, []).extend(texts[: len(part)])
                     if part.number == 0:
                         shown |= {key.removeprefix("shown/"): file.get_tensor(key) for key in _shown(file)}
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            except (SafetensorError, OSError, RecursionError, *SHAPE_ERRORS) as error:
                 found = system_error(error)
                 if found is not None and found.errno not in (None, errno.ENOENT):
                     raise ConfigError(f"{path}: {unreadable(found, path, 'see that it can be read')}") from error
@@ -149,16 +162,35 @@ class Parts:
         shown |= {key: texts[:SHOWN] for key, texts in captions.items()}
         return PartContents({feature: torch.cat(gathered) for feature, gathered in rows.items()}, captions, shown)
 
+    def images(self, name: str) -> Path:
+        """The folder of a flow's images, or of the real ones."""
+        return self.folder / IMAGES / (REAL if name == PAIRS else name)
+
+    def _keep(self, folder: Path, images: Tensor, names: Sequence[str]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, image in zip(names, images.permute(0, 2, 3, 1).numpy(), strict=True):
+                # The part is written when all of its images are.
+                Image.fromarray(image).save(folder / f"{name}.png")
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.folder}: {unwritable(error, folder)}") from error
+
     def _path(self, part: Part, name: str) -> Path:
         return self.folder / FOLDER / f"{name}-{part.number:05d}.safetensors"
 
     def _has(self, part: Part, name: str, features: set[str]) -> bool:
-        """Whether a part's file exists with these features, for at least as many pairs."""
+        """Whether a part's file exists with these features, for at least as many pairs, and its images if kept."""
         try:
             with safe_open(self._path(part, name), framework="pt") as file:
-                return features <= set(file.keys()) and int(file.metadata()["samples"]) >= len(part)
-        except (OSError, SafetensorError):
+                whole = features <= set(file.keys()) and int(file.metadata()["samples"]) >= len(part)
+                if not (
+                    whole and self.keep_images and (name == PAIRS or name.partition("-guidance-")[0].endswith("image"))
+                ):
+                    return whole
+                names = json.loads(file.metadata()["captions"]).get(NAME)
+        except (OSError, SafetensorError, *SHAPE_ERRORS):
             return False
+        return names is not None and all((self.images(name) / f"{each}.png").exists() for each in names[: len(part)])
 
 
 def _shown(file: Any) -> Iterator[str]:

@@ -6,20 +6,23 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import settled
+from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.schema import EvaluateConfig
 from vdtrain.evaluation.evaluator import Evaluator
 from vdtrain.run import distributed
-from vdtrain.run.connections import connection_problem
 from vdtrain.run.distributed import RankInfo
 from vdtrain.run.lock import RunLock, take_together
-from vdtrain.run.signals import SCHEDULER_SIGNALS
+from vdtrain.run.signals import SCHEDULER_SIGNALS, ending
+from vdtrain.run.watchdog import DUMPS, Watchdog
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 # A share may take hours, and shares differ.
 TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
@@ -33,22 +36,25 @@ def run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
     Raises:
         ConfigError: on every process.
     """
-    before = {number: signal.signal(number, _stop) for number in SCHEDULER_SIGNALS}
+    # All finished parts are on the disk. The status tells the scheduler to continue later.
+    stop = partial(ending.leave, status=os.EX_TEMPFAIL)
+    before = {number: signal.signal(number, stop) for number in SCHEDULER_SIGNALS}
+    ending.at_once, ending.advice = dict.fromkeys(SCHEDULER_SIGNALS, os.EX_TEMPFAIL), "the same command continues"
+    watchdog = Watchdog(config.watchdog_seconds, Path(config.output_dir) / DUMPS, int(launch["RANK"]))
     try:
-        return _run(config, launch)
+        return _run(config, launch, watchdog)
     finally:
+        watchdog.close()
+        ending.at_once = {}
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _stop(number: int, frame: object) -> None:
-    # All finished parts are on the disk. The status tells the scheduler to continue later.
-    os._exit(os.EX_TEMPFAIL)
-
-
-def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
+def _run(config: EvaluateConfig, launch: Mapping[str, str], watchdog: Watchdog) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    model = config.model if config.images or config.captions else describe(config).model
+    config = settled(config, model)
     evaluator = Evaluator(config)
     alone = launch["WORLD_SIZE"] == "1"
     try:
@@ -58,43 +64,39 @@ def _run(config: EvaluateConfig, launch: Mapping[str, str]) -> int:
             place = distributed.start(config.device, TIMEOUT_SECONDS, control_only=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    except RuntimeError as error:
-        problem = connection_problem(error)
-        if problem is None:
-            raise
-        print(f"error: process {launch['RANK']}: {problem}", file=sys.stderr, flush=True)
-        return FAILED
     lock = RunLock(Path(config.output_dir), "output_dir")
     try:
         # Two jobs would overwrite each other's drafts.
-        take_together(lock)
+        take_together(lock, partial(watchdog.heartbeat, "waiting for the lock of output_dir"))
     except (ConfigError, distributed.SharedError) as error:
         distributed.finish()
         raise ConfigError(str(error)) from error
     try:
         try:
-            _evaluate(evaluator, place)
+            _evaluate(evaluator, place, watchdog)
         finally:
             lock.release()
     except distributed.SharedError as error:
         raise ConfigError(str(error)) from error
-    except KeyboardInterrupt:
-        return _end(place, "interrupted; the same command continues", INTERRUPTED)
     except ConfigError as error:
-        return _end(place, f"error: {error}", FAILED)
-    except RuntimeError as error:
-        problem = connection_problem(error)
-        if problem is None:
-            raise
-        return _end(place, f"error: process {place.rank}: {problem}", FAILED)
+        ending.check()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if place.world_size > 1:
+            # A regular exit would wait for the other processes.
+            sys.stdout.flush()
+            os._exit(FAILED)
+        return FAILED
     finally:
         distributed.finish()
     return 0
 
 
-def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
+def _evaluate(evaluator: Evaluator, place: RankInfo, watchdog: Watchdog) -> None:
+    distributed.watch(watchdog)
+    watchdog.heartbeat("looking for what is missing")
     failure, missing = None, []
     if place.rank == 0:
+        print(evaluator.said, file=sys.stderr, flush=True)
         for line in evaluator.remarks():
             print(f"warning: {line}", file=sys.stderr, flush=True)
         try:
@@ -108,16 +110,10 @@ def _evaluate(evaluator: Evaluator, place: RankInfo) -> None:
     numbers = sorted({number for number, _ in missing})[place.rank :: place.world_size]
     own = [(number, name) for number, name in missing if number in set(numbers)]
     if own:
-        evaluator.make(own, place.device, is_main=place.rank == 0)
-    distributed.barrier()
+        evaluator.make(own, place.device, watchdog.heartbeat, is_main=place.rank == 0)
+    watchdog.heartbeat("waiting for the other processes")
+    with distributed.following(watchdog):
+        distributed.barrier()
+    watchdog.heartbeat("reporting")
     if place.rank == 0:
         evaluator.report()
-
-
-def _end(place: RankInfo, line: str, status: int) -> int:
-    print(line, file=sys.stderr, flush=True)
-    if place.world_size > 1:
-        # A regular exit would wait for the other processes.
-        sys.stdout.flush()
-        os._exit(status)
-    return status

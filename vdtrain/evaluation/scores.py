@@ -1,23 +1,29 @@
 """The metrics of each modality, and how they are computed from features.
 
 A *feature* is one network's output for samples of one modality: "clip" for images and captions, in one space, and
-"inception" for images. A modality that is not in these tables has no metrics.
+"inception" for images. A modality that is not in these tables has the metrics that it registers, with the feature
+"own" (`vdtrain.evaluation.figures`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
-from vdtrain.config.schema import ClipConfig, ModelConfig
+from vdtrain.config.schema import ModelConfig
+from vdtrain.evaluation.figures import MODALITY_FIGURES, OWN
 from vdtrain.evaluation.frechet import Statistics, frechet_distance
 from vdtrain.evaluation.inception import InceptionFeatures
+from vdtrain.evaluation.neighbours import kernel_distance, precision_recall
+from vdtrain.evaluation.parts import CONTEXT
 from vdtrain.flows import Flow
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.frozen_weights import freeze, locate, shared_loading
@@ -119,6 +125,8 @@ Network = Callable[[Any], Tensor]
 def features_of(modality: str, with_inception: bool) -> set[str]:
     """The features of a modality that its metrics need."""
     wanted = {CLIP} if modality in EMBEDDED else set()
+    if modality in MODALITY_FIGURES:
+        wanted.add(OWN)
     if with_inception and INCEPTION in DISTANCES.get(modality, {}).values():
         wanted.add(INCEPTION)
     return wanted
@@ -132,6 +140,7 @@ def networks(scorer: ClipScorer, inception: InceptionFeatures | None) -> dict[tu
     }
     if inception is not None:
         found["image", INCEPTION] = inception
+    found |= {(modality, OWN): each.features for modality, each in MODALITY_FIGURES.items()}
     return found
 
 
@@ -154,23 +163,39 @@ class Mean:
         return cls(float(values.mean()), float(values.std() / len(values) ** 0.5))
 
 
-def distances(flow: Flow, generated: Mapping[str, Tensor], real: Mapping[str, Statistics]) -> dict[str, float]:
-    """Fréchet distances by metric, between generated features and the real statistics of the same feature.
+def distances(
+    flow: Flow,
+    generated: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+    real: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, float]:
+    """The figures of generated samples against real ones, by metric.
+
+    Args:
+        generated: by feature, [N, D].
+        statistics: of the real features.
+        real: the real features [M, D], for the figures that compare samples with samples.
 
     Raises:
         ConfigError: the features are too few or not finite.
     """
     found = {}
     for metric, feature in DISTANCES.get(flow.output, {}).items():
-        if feature in generated and feature in real:
-            try:
-                found[metric] = frechet_distance(Statistics.of(generated[feature]), real[feature])
-            except ValueError as error:
-                raise ConfigError(f"flows: {flow}: {feature}: {error}; look at the samples") from error
+        if feature not in generated or feature not in statistics:
+            continue
+        prefix = "" if feature == INCEPTION else f"{feature}_"
+        try:
+            found[metric] = frechet_distance(Statistics.of(generated[feature]), statistics[feature])
+            if feature in real:
+                found[f"{prefix}kid"] = kernel_distance(generated[feature], real[feature])
+                if (shares := precision_recall(generated[feature], real[feature])) is not None:
+                    found |= dict(zip((f"{prefix}precision", f"{prefix}recall"), shares, strict=True))
+        except ValueError as error:
+            raise ConfigError(f"flows: {flow}: {feature}: {error}; look at the samples") from error
     return found
 
 
 def clip_score(flow: Flow, generated: Mapping[str, Tensor], pairs: Mapping[str, Tensor]) -> Mean | None:
-    """The mean CLIP score between outputs and inputs; None if CLIP cannot embed one of the two."""
-    context = pairs.get(f"{flow.context}/{CLIP}")
+    """The mean CLIP score between outputs and what they were made from; None if CLIP cannot embed one of the two."""
+    context = generated.get(CONTEXT, pairs.get(f"{flow.context}/{CLIP}"))
     return None if context is None or CLIP not in generated else Mean.of(clip_scores(generated[CLIP], context))
