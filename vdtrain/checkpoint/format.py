@@ -16,25 +16,41 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import FORMAT, INDEX_FILE, CheckpointError, file_records, index_checksum, read_index
+from vdtrain.checkpoint.folder import (
+    FORMAT,
+    INDEX_FILE,
+    CheckpointError,
+    UnreadableError,
+    check_files,
+    file_records,
+    index_checksum,
+    read_index,
+)
 from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, ParameterSlot
-from vdtrain.files import FileRecord, damage, write_text
+from vdtrain.errors import one_line
+from vdtrain.files import FileRecord, write_text
+from vdtrain.models.frozen_weights import is_finite
+from vdtrain.run.pulse import moved
 from vdtrain.weights.tensor_files import DTYPES, Entry, LazyTensors, open_tensors
 
 CARRIED_OVER_FILE = "passengers.safetensors"
-# Bytes per write: small enough to notice a disk error soon.
-BLOCK_BYTES = 1 << 24
+# Bytes per write: small enough to notice a disk error soon, and to tell a slow disk from a dead one.
+BLOCK_BYTES = 1 << 18
+# Bytes between two waits for the disk. They adapt to its speed, so that a wait takes about a second.
+LEAST_SYNC_BYTES, MOST_SYNC_BYTES = 1 << 24, 1 << 30
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -45,9 +61,10 @@ class Index:
     Attributes:
         step: the trainer's step.
         world_size: number of writing processes.
-        optimizer_steps: updates applied by AdamW.
+        optimizer_steps: updates applied by AdamW; see `steps_of` for a single layer group.
         ema_updates: updates of the EMA; None if there is no EMA.
         trainer: the trainer's own state.
+        group_steps: by layer group, its updates if they are fewer, because it was frozen at first.
     """
 
     step: int
@@ -59,6 +76,12 @@ class Index:
     trainer: dict[str, Any]
     groups: tuple[GroupLayout, ...]
     files: Mapping[str, FileRecord]
+    group_steps: Mapping[str, int] = field(default_factory=dict)
+
+    def steps_of(self, group: str) -> int:
+        """Updates applied to a layer group; 0 if it has no state here."""
+        trained = any(layout.group == group for layout in self.groups)
+        return self.group_steps.get(group, self.optimizer_steps) if trained else 0
 
     def write(self, folder: Path) -> None:
         """Write checkpoint.json with its own checksum, and sync it to disk."""
@@ -69,6 +92,7 @@ class Index:
             "zero_stage": self.zero_stage,
             "precision": self.precision,
             "optimizer_steps": self.optimizer_steps,
+            "group_steps": dict(self.group_steps),
             "ema_updates": self.ema_updates,
             "trainer": self.trainer,
             "groups": [
@@ -92,39 +116,48 @@ class Index:
         """Read checkpoint.json.
 
         Raises:
-            CheckpointError: if it is missing, damaged, or of another format.
+            CheckpointError: if it is missing or damaged; see `vdtrain.checkpoint.folder.read_index`.
         """
         content = read_index(folder)
-        return cls(
-            step=content["step"],
-            world_size=content["world_size"],
-            zero_stage=content["zero_stage"],
-            precision=content["precision"],
-            optimizer_steps=content["optimizer_steps"],
-            ema_updates=content["ema_updates"],
-            trainer=content["trainer"],
-            groups=tuple(
-                GroupLayout(
-                    entry["group"],
-                    tuple(ParameterSlot(p["name"], tuple(p["shape"]), p["offset"]) for p in entry["parameters"]),
-                )
-                for entry in content["groups"]
-            ),
-            files=file_records(content),
-        )
+        try:
+            return cls(
+                step=content["step"],
+                world_size=content["world_size"],
+                zero_stage=content["zero_stage"],
+                precision=content["precision"],
+                optimizer_steps=content["optimizer_steps"],
+                ema_updates=content["ema_updates"],
+                trainer=content["trainer"],
+                groups=tuple(
+                    GroupLayout(
+                        str(entry["group"]),
+                        tuple(
+                            ParameterSlot(str(p["name"]), tuple(map(int, p["shape"])), int(p["offset"]))
+                            for p in entry["parameters"]
+                        ),
+                    )
+                    for entry in content["groups"]
+                ),
+                files=file_records(content),
+                # Earlier versions have none.
+                group_steps={str(name): int(count) for name, count in content.get("group_steps", {}).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX_FILE}: is damaged ({error!r})") from error
 
 
 class SliceReader:
     """Reads any slice of a group's buffer, whatever number of processes wrote it."""
 
     def __init__(self, folder: Path, index: Index) -> None:
-        self._index = index
+        self._folder, self._index = folder, index
         self._layouts = {layout.group: layout for layout in index.groups}
-        self._open = contextlib.ExitStack()
-        self._files = [
-            self._open.enter_context(safe_open(folder / shard_name(rank, index.world_size), framework="pt"))
-            for rank in range(index.world_size)
-        ]
+        self._folder, self._open = folder, contextlib.ExitStack()
+        with self._readable():
+            self._files = [
+                self._open.enter_context(safe_open(folder / shard_name(rank, index.world_size), framework="pt"))
+                for rank in range(index.world_size)
+            ]
 
     def __enter__(self) -> Self:
         return self
@@ -135,14 +168,42 @@ class SliceReader:
         self._open.close()
 
     def read(self, group: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the buffer of `group`: float32, on the CPU. See partitions.BufferReader."""
+        """Elements [start, stop) of the buffer of `group`: float32, on the CPU. See partitions.BufferReader.
+
+        Raises:
+            CheckpointError: a file does not hold them.
+        """
         parts = []
-        for rank, file in enumerate(self._files):
-            first, last = self._layouts[group].partition(rank, self._index.world_size)
-            low, high = max(first, start), min(last, stop)
-            if low < high:
-                parts.append(file.get_slice(f"{group}/{kind}")[low - first : high - first])
+        with self._readable():
+            for rank, file in enumerate(self._files):
+                first, last = self._layouts[group].partition(rank, self._index.world_size)
+                low, high = max(first, start), min(last, stop)
+                if low < high:
+                    parts.append(file.get_slice(f"{group}/{kind}")[low - first : high - first])
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def read_finite(self, group: str, kind: str, start: int, stop: int) -> Tensor:
+        """The same.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, and training on would make nothing else.
+        """
+        found = self.read(group, kind, start, stop)
+        if not is_finite(found):
+            raise CheckpointError(
+                f"{self._folder}: {kind} of {group} holds values that are NaN or infinite; remove it to resume from "
+                "the checkpoint before it"
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder}: its tensors cannot be read ({one_line(error)})") from error
+        except OSError as error:
+            raise UnreadableError.of(error, self._folder) from error
 
 
 @dataclass(frozen=True)
@@ -151,11 +212,13 @@ class Checkpoint:
 
     Attributes:
         verified: every byte was checked against the index. False: only the sizes of the files were.
+        passed_over: names of newer ones that are damaged, if it was looked for among others.
     """
 
     path: Path
     index: Index
     verified: bool = False
+    passed_over: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -165,8 +228,7 @@ class Checkpoint:
             CheckpointError: a file is missing or has another size, or the index is damaged.
         """
         index = Index.read(path)
-        if damaged := damage(path, index.files, hashed=False):
-            raise CheckpointError(damaged)
+        check_files(path, index.files, hashed=False)
         return cls(path, index)
 
     def __str__(self) -> str:
@@ -195,8 +257,8 @@ class Checkpoint:
             ValueError: `which` is neither.
             CheckpointError: the checkpoint is damaged, or holds no EMA.
         """
-        if not self.verified and (damaged := damage(self.path, self.index.files)):
-            raise CheckpointError(damaged)
+        if not self.verified:
+            check_files(self.path, self.index.files)
         return self.unchecked_weights(which)
 
     def unchecked_weights(self, which: str) -> LazyTensors:
@@ -210,12 +272,18 @@ class Checkpoint:
 
         def entry(group: str, slot: ParameterSlot) -> Entry:
             def read() -> Tensor:
-                return reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel).view(slot.shape)
+                values = reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel)
+
+                if values.numel() != slot.numel:
+                    raise CheckpointError(f"{self.path}: {slot.name}: {values.numel()} values instead of {slot.numel}")
+                return values.view(slot.shape)
 
             return Entry(torch.Size(slot.shape), torch.float32, read)
 
         trained = {slot.name: entry(layout.group, slot) for layout in self.index.groups for slot in layout.slots}
-        return LazyTensors({**self.carried_over().entries, **trained})
+        return LazyTensors(
+            {**self.carried_over().entries, **LazyTensors(trained).checked(f"checkpoint={self.path}").entries}
+        )
 
     def carried_over(self) -> LazyTensors:
         """What the stage did not train, by name."""
@@ -253,16 +321,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     head = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(head)
     # Hashing takes as long as writing to a fast disk, so they run in parallel.
-    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
-        file.write(head)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
+        disk = _Disk(file)
+        disk.write(memoryview(head))
         for _, tensor in ordered:
             content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             hashing.submit(digest.update, content)
-            for begin in range(0, len(content), BLOCK_BYTES):
-                file.write(content[begin : begin + BLOCK_BYTES])
-        file.flush()
+            disk.write(content)
         os.fsync(file.fileno())
+    moved()
     return FileRecord(len(head) + end, digest.hexdigest())
+
+
+class _Disk:
+    """Writes a file at the speed of its disk, not of memory, so that every block is a sign of progress."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._waiting, self._most = file, 0, LEAST_SYNC_BYTES
+
+    def write(self, content: memoryview) -> None:
+        while content:
+            written = self._file.write(content[:BLOCK_BYTES])
+            content = content[written:]
+            moved(written)
+            self._waiting += written
+            if self._waiting >= self._most:
+                self._sync()
+
+    def _sync(self) -> None:
+        began = time.monotonic()
+        os.fdatasync(self._file.fileno())
+        slow = time.monotonic() - began > 1.0
+        self._most = max(LEAST_SYNC_BYTES, self._most // 2) if slow else min(MOST_SYNC_BYTES, self._most * 2)
+        self._waiting = 0
+        moved()
 
 
 def shard_name(rank: int, world_size: int) -> str:

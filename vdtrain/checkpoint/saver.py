@@ -9,7 +9,10 @@ The threads of all processes use a process group of their own, so their collecti
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +43,9 @@ class BackgroundSaver:
         self.timeout_seconds = timeout_seconds
         self.saved_step: int | None = None
         self.failed = 0
+        # Seconds that training waited since `times` was last called, and that the newest save took to write.
+        self._waited, self._took = 0.0, 0.0
+        self._seconds: float | None = None
         self._memory = HostMemory()
         self._group: Any = (
             dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if distributed.world_size() > 1 else None
@@ -53,6 +59,10 @@ class BackgroundSaver:
 
     def begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
         """Copy the present values; a thread writes them as the checkpoint of `step`."""
+        with self._waiting():
+            self._begin(engine, ema, trainer_state, step)
+
+    def _begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
         idle = self._wait(0.0 if self._overdue else self.timeout_seconds)
         if not distributed.all_agree(idle):
             self._overdue = not idle
@@ -69,7 +79,13 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Return when nothing is being written."""
-        self._wait(None)
+        with self._waiting():
+            self._wait(None)
+
+    def times(self) -> dict[str, float]:
+        """Seconds that training waited for saves since the last call, and that the newest save took to be written."""
+        waited, self._waited = self._waited, 0.0
+        return {"wait": waited} | ({} if self._seconds is None else {"write": self._seconds})
 
     def failures(self) -> list[str]:
         """One line per save that failed since the last call."""
@@ -83,12 +99,19 @@ class BackgroundSaver:
             dist.destroy_process_group(self._group)
         self._group = None
 
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
     def _write(self, snapshot: Snapshot) -> None:
-        group = self._group
+        group, began = self._group, time.monotonic()
         try:
             self.store.write(snapshot, lambda value: distributed.gather_json(value, group))
         except Exception as error:
             self._failure = connection_problem(error) or one_line(error)
+        self._took = time.monotonic() - began
 
     def _wait(self, seconds: float | None) -> bool:
         """Wait at most `seconds` for the current save and record its outcome; False if it is not done."""
@@ -99,7 +122,7 @@ class BackgroundSaver:
             return False
         self._thread = None
         if self._failure is None:
-            self.saved_step = self._step
+            self.saved_step, self._seconds = self._step, self._took
         else:
             self._give_up(self._failure)
         self._failure = None

@@ -10,22 +10,36 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import LATEST_FILE, CheckpointError, candidates, checkpoint_name, step_of
+from vdtrain.checkpoint.folder import (
+    LATEST_FILE,
+    NAME,
+    CheckpointError,
+    UnreadableError,
+    candidates,
+    check_files,
+    check_name,
+    checkpoint_name,
+    latest_name,
+    step_of,
+    summary,
+)
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, SliceReader, shard_name, write_tensors
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.partitions import EMA
-from vdtrain.errors import one_line, system_error, unwritable
-from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, damage, sync, write_text
+from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, cut
+from vdtrain.errors import ConfigError, one_line, system_error, unwritable
+from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, sync, write_text
 from vdtrain.run import distributed
+from vdtrain.run.pulse import moved
 from vdtrain.run.records import note_saved
 
 
@@ -81,16 +95,19 @@ class Snapshot:
             buffers |= {f"{group}/{kind}": buffer for kind, buffer in partition.buffers.items()}
             if ema is not None:
                 buffers[f"{group}/{EMA}"] = ema.buffers[position]
+        steps = engine.group_steps
+        most = max(steps.values())
         index = Index(
             step=step,
             world_size=distributed.world_size(),
             zero_stage=engine.settings.zero_stage,
             precision=engine.settings.precision,
-            optimizer_steps=engine.optimizer_steps,
+            optimizer_steps=most,
             ema_updates=None if ema is None else ema.updates,
             trainer=trainer_state,
             groups=tuple(partition.layout for partition in partitions),
             files={},
+            group_steps={group: count for group, count in steps.items() if count < most},
         )
         # What is carried over does not change while the engine lives.
         return cls(index, memory.copy(buffers), engine.carried_over)
@@ -98,6 +115,10 @@ class Snapshot:
 
 # Every process's value, by rank, on every process.
 Gather = Callable[[Any], list[Any]]
+Result = TypeVar("Result")
+# How long an error that may pass is waited for, by default, and the pause between two tries.
+PATIENCE_SECONDS = 15.0
+RETRY_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +132,18 @@ class CheckpointStore:
         folder: on a file system that every process sees.
         keep: number of checkpoints to keep, the newest included.
         keep_every_steps: also keep those of every step that it divides; None keeps no others.
+        passed_over: names of those that were found damaged when the run started.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every_steps: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, keep_every_steps: int | None = None, passed_over: Iterable[str] = ()
+    ) -> None:
         if keep < 1:
             raise ValueError(f"checkpoint.keep: {keep} would remove the newest checkpoint; keep at least 1")
         self.folder = folder
         self.keep = keep
         self.keep_every_steps = keep_every_steps
+        self.passed_over = set(passed_over)
 
     def write(self, snapshot: Snapshot, gather: Gather = distributed.gather_json) -> Path:
         """Write a checkpoint, make it the latest, and remove surplus ones.
@@ -149,8 +174,9 @@ class CheckpointStore:
             if first:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
-        if first:
-            self._prune(final)
+        self.passed_over.discard(final.name)
+        # Processes that were done before would wait for this without a sign of work.
+        together(lambda: self._prune(final) if first else None)
         return final
 
     def _prepare(self, draft: Path) -> None:
@@ -175,24 +201,52 @@ class CheckpointStore:
         write_text(pointer, final.name + "\n")
         os.replace(pointer, self.folder / LATEST_FILE)
         sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         # The checkpoint is complete even if the note cannot be written.
         with contextlib.suppress(OSError):
             note_saved(self.folder.parent, step_of(final))
 
     def _prune(self, newest: Path) -> None:
-        """Remove checkpoints that no rule keeps. Those after `newest` stay: the run was set back."""
-        older = sorted(path for path in candidates(self.folder) if path.name < newest.name)
-        for path in older[: max(0, len(older) - (self.keep - 1))]:
-            if self.keep_every_steps is None or step_of(path) % self.keep_every_steps:
-                shutil.rmtree(path, ignore_errors=True)
+        """Remove checkpoints that no rule keeps. Those after `newest` stay: the run was set back.
+
+        A damaged one is not counted, and goes when a whole one has taken its place. What cannot be read stays.
+        """
+        whole: list[Path] = []
+        damaged: list[Path] = []
+        try:
+            older = sorted(path for path in candidates(self.folder) if path.name < newest.name)
+        except UnreadableError:
+            return
+        for path in older:
+            try:
+                if summary(path).step == step_of(path):
+                    (damaged if path.name in self.passed_over else whole).append(path)
+            except UnreadableError:
+                continue
+            except CheckpointError:
+                damaged.append(path)
+        surplus = whole[: max(0, len(whole) - (self.keep - 1))]
+        every = self.keep_every_steps
+        for path in [*damaged, *(path for path in surplus if every is None or step_of(path) % every)]:
+            _remove(path)
 
     def _remove_drafts(self) -> None:
         for draft in self.folder.glob(f"*{INCOMPLETE}"):
             if draft.is_dir():
-                shutil.rmtree(draft)
+                _remove(draft)
+                # What is left would be taken for a part of the new one.
+                shutil.rmtree(draft, ignore_errors=not draft.exists())
             else:
                 draft.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, as far as that is possible. The removal of a large file takes long."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+            moved()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Verification(Enum):
@@ -205,51 +259,129 @@ class Verification(Enum):
     SIZES, ALONE, TOGETHER = range(3)
 
 
-def latest(folder: Path, check: Verification = Verification.TOGETHER) -> Checkpoint | None:
+def latest(
+    folder: Path, check: Verification = Verification.TOGETHER, patience: float = PATIENCE_SECONDS
+) -> Checkpoint | None:
     """The checkpoint to resume from: the one that `latest` names, or the newest whole one if that is damaged.
 
     Args:
         folder: of a run's checkpoints.
+        patience: how many seconds an error that may pass is waited for; not for a check of SIZES.
+
+    Returns:
+        None if the folder holds no checkpoint, whole or damaged.
+
+    Raises:
+        UnreadableError: a checkpoint that may be whole cannot be read, or a newer version of vdtrain wrote it.
+        CheckpointError: all are damaged.
     """
-    paths = candidates(folder)
-    if check is Verification.TOGETHER:
-        paths = [Path(path) for path in distributed.broadcast_json([str(path) for path in paths])]
+    together, first = check is Verification.TOGETHER, distributed.rank() == 0
+    paths: list[Path] = []
+    named, problem = "", None
+    if first or not together:
+        try:
+            patience_left = 0.0 if check is Verification.SIZES else patience
+            paths, named = patiently(lambda: (candidates(folder), latest_name(folder)), folder, patience_left)
+        except UnreadableError as error:
+            problem = str(error)
+    if together:
+        names, named, problem = distributed.broadcast_json([[path.name for path in paths], named, problem])
+        paths = [folder / name for name in names]
+    if problem is not None:
+        raise UnreadableError(problem)
+    said = check is not Verification.SIZES and first
+    if said and NAME.fullmatch(named) and all(path.name != named for path in paths):
+        logger.warning("checkpoint %s is passed over: %s names it, and it is not there", named, LATEST_FILE)
+    damages: dict[str, str] = {}
     for path in paths:
         try:
-            return verify(path, check)
+            found = verify(path, check, patience)
+            check_name(path, found.index.step)
+            return replace(found, passed_over=tuple(damages))
+        except UnreadableError as error:
+            older = f", or move {path} away to go on from an older one" if path is not paths[-1] else ""
+            raise UnreadableError(f"{error}{older}") from error
         except CheckpointError as error:
-            if check is not Verification.SIZES and distributed.rank() == 0:
+            damages[path.name] = str(error)
+            if said:
                 logger.warning("checkpoint %s is passed over: %s", path.name, error)
+    if damages:
+        raise CheckpointError(next(iter(damages.values())))
     return None
 
 
-def verify(path: Path, check: Verification = Verification.TOGETHER) -> Checkpoint:
+def patiently(action: Callable[[], Result], path: Path, patience: float) -> Result:
+    """The result of a reading action, which is repeated while its error may pass.
+
+    Raises:
+        UnreadableError: it did not pass within `patience` seconds, or cannot pass.
+    """
+    deadline, warned = time.monotonic() + patience, False
+    while True:
+        try:
+            return action()
+        except (OSError, UnreadableError) as error:
+            found = error if isinstance(error, UnreadableError) else UnreadableError.of(error, path)
+            if not found.passes or time.monotonic() >= deadline:
+                raise found from error
+            if not warned:
+                logger.warning("%s; trying again for %g s", found, patience)
+            warned = True
+        time.sleep(min(RETRY_SECONDS, patience / 4))
+
+
+class Outcome(IntEnum):
+    """What a process found at a checkpoint; the highest of all processes counts."""
+
+    WHOLE, DAMAGED, PASSING, UNREADABLE = range(4)
+
+
+def verify(path: Path, check: Verification = Verification.TOGETHER, patience: float = PATIENCE_SECONDS) -> Checkpoint:
     """Check the files of a checkpoint.
+
+    Args:
+        patience: how many seconds an error that may pass is waited for; not for a check of SIZES.
 
     Raises:
         CheckpointError: a file is damaged; after a check TOGETHER, on every process.
+        UnreadableError: a file cannot be read, or a newer version of vdtrain wrote it; likewise.
     """
     if check is Verification.SIZES:
         return Checkpoint.open(path)
-    together = check is Verification.TOGETHER
-    found, damaged = None, None
-    try:
-        index = Index.read(path)
-        share = slice(distributed.rank(), None, distributed.world_size()) if together else slice(None)
-        damaged = damage(path, index.files, sorted(index.files)[share])
-        found = Checkpoint(path, index, verified=True)
-    except CheckpointError as error:
-        damaged = str(error)
-    damages = [each for each in (distributed.gather_json(damaged) if together else [damaged]) if each]
-    if damages or found is None:
-        raise CheckpointError(damages[0])
-    return found
+    together, deadline = check is Verification.TOGETHER, time.monotonic() + patience
+    share = slice(distributed.rank(), None, distributed.world_size()) if together else slice(None)
+    found, own, line, warned = None, Outcome.PASSING, "", False
+    while True:
+        if own is Outcome.PASSING:
+            try:
+                index = Index.read(path)
+                check_files(path, index.files, sorted(index.files)[share])
+                found, own, line = Checkpoint(path, index, verified=True), Outcome.WHOLE, ""
+            except UnreadableError as error:
+                own, line = Outcome.PASSING if error.passes else Outcome.UNREADABLE, str(error)
+            except CheckpointError as error:
+                own, line = Outcome.DAMAGED, str(error)
+        said: list[Any] = [own, line, time.monotonic() >= deadline]
+        outcomes = distributed.gather_json(said) if together else [said]
+        worst, reason = max(((int(kind), str(text)) for kind, text, _ in outcomes), key=lambda outcome: outcome[0])
+        if worst == Outcome.WHOLE and found is not None:
+            return found
+        if worst == Outcome.DAMAGED:
+            raise CheckpointError(reason)
+        # Rank 0's clock decides for all.
+        if worst == Outcome.UNREADABLE or outcomes[0][2]:
+            raise UnreadableError(reason)
+        if not warned and (distributed.rank() == 0 or not together):
+            logger.warning("%s; trying again for %g s", reason, patience)
+        warned = True
+        time.sleep(min(RETRY_SECONDS, patience / 4))
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
     """Bring the engine and the EMA to where they stood when the checkpoint was written.
 
-    The number of processes and the ZeRO stage may differ from those that wrote it.
+    The number of processes and the ZeRO stage may differ from those that wrote it, and so may the frozen layer groups:
+    what was frozen there and is trained here starts with no optimiser state.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or was written by a stage that trains other layers.
@@ -257,21 +389,41 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
     if not checkpoint.verified:
         checkpoint = verify(checkpoint.path)
     path, index = checkpoint.path, checkpoint.index
-    own = tuple(partition.layout for partition in engine.partitions())
-    if index.groups != own:
-        raise CheckpointError(f"{path}: {_difference(index, engine)}; start from it by stage.init_from instead")
-    carried_over = checkpoint.carried_over()
-    if carried_over.keys() != engine.carried_over_names:
-        strange = min(carried_over.keys() ^ engine.carried_over_names)
-        raise CheckpointError(f"{path}: {strange} is not trained here, and only one of checkpoint and model has it")
-    engine.load_carried_over(carried_over)
-    with SliceReader(path, index) as reader:
-        engine.load_partitions(reader.read, index.optimizer_steps)
+    own = {partition.layout.group: partition.layout for partition in engine.partitions()}
+    theirs = {layout.group: layout for layout in index.groups}
+    thawed, frozen = [group for group in own if group not in theirs], [group for group in theirs if group not in own]
+    failure = None
+    try:
+        weights = checkpoint.unchecked_weights("model")
+        if (difference := _difference(index, weights, own, engine.carried_over_names)) is not None:
+            raise CheckpointError(f"{path}: {difference}; start from it by stage.init_from instead")
+        engine.load_carried_over(weights.renamed({name: name for name in engine.carried_over_names}))
+        reader = SliceReader(path, index)
+
+        def read(group: str, kind: str, start: int, stop: int) -> Tensor:
+            if group in theirs:
+                return reader.read_finite(group, kind, start, stop)
+            # The average of weights that did not change is these weights.
+            kept = kind in (MASTER, EMA)
+            return cut(weights, own[group], start, stop) if kept else torch.zeros(stop - start)
+
         if ema is not None and index.ema_updates is not None:
-            ema.load(reader.read, index.ema_updates)
-        elif ema is not None:
-            logger.warning("%s holds no EMA: the EMA starts at its weights", path)
-            ema.restart()
+            ema.load(read, index.ema_updates)
+    except (CheckpointError, ConfigError, OSError) as error:
+        failure = one_line(error)
+    failures = [each for each in distributed.gather_json(failure) if each is not None]
+    if failures:
+        raise CheckpointError(failures[0])
+    first = distributed.rank() == 0
+    if thawed and first:
+        logger.warning("%s: frozen until now, so the optimiser state starts at zero", ", ".join(thawed))
+    if frozen and first:
+        logger.warning("%s: frozen from now on, so the optimiser state is left out", ", ".join(frozen))
+    with reader:
+        engine.load_partitions(read, {group: index.steps_of(group) for group in own})
+    if ema is not None and index.ema_updates is None:
+        logger.warning("%s holds no EMA: the EMA starts at its weights", path)
+        ema.restart()
 
 
 def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
@@ -313,15 +465,26 @@ def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any
     return {name: asdict(record) for name, record in records.items()}
 
 
-def _difference(index: Index, engine: Engine) -> str:
-    """A line on how the layer groups of a checkpoint differ from the engine's."""
-    theirs = [layout.group for layout in index.groups]
-    ours = [partition.layout.group for partition in engine.partitions()]
-    if theirs != ours:
-        return f"was written by a stage that trains {', '.join(theirs)}; this one trains {', '.join(ours)}"
-    changed = [
-        layout.group
-        for layout, partition in zip(index.groups, engine.partitions(), strict=True)
-        if layout != partition.layout
-    ]
-    return f"the parameters of {', '.join(changed)} have other names or shapes in it than in this model"
+def _difference(
+    index: Index, weights: Iterable[str], own: Mapping[str, GroupLayout], carried_over: Iterable[str]
+) -> str | None:
+    """A line on how the weights of a checkpoint differ from the engine's; None if they do not.
+
+    Args:
+        weights: names of all weights in it.
+        own: what the engine trains, by layer group.
+        carried_over: names of what it does not train.
+    """
+    trained = {slot.name for layout in own.values() for slot in layout.slots}
+    if strange := {*trained, *carried_over} ^ set(weights):
+        theirs = ", ".join(layout.group for layout in index.groups)
+        return (
+            f"{min(strange)} is in only one of checkpoint and model; it was written by a stage that trains {theirs}, "
+            f"and this one trains {', '.join(own)}"
+        )
+    changed = [layout.group for layout in index.groups if own.get(layout.group, layout) != layout]
+    return (
+        f"the parameters of {', '.join(changed)} have other names or shapes in it than in this model"
+        if changed
+        else None
+    )

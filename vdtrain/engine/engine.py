@@ -11,8 +11,9 @@ the same for every strategy. None of them waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -31,10 +32,15 @@ from vdtrain.engine.deepspeed import (
 from vdtrain.engine.flat import FlatStrategy
 from vdtrain.engine.partitions import EMA, BufferReader, GroupLayout, Partition
 from vdtrain.engine.strategies import ZeroStrategy
+from vdtrain.errors import one_line
 from vdtrain.run import distributed
 
 # Elements whose squares are summed in float32.
 PIECE = 256
+# Elements that change places at a time.
+PLACES = 1 << 24
+# Elements whose update is computed together when it is measured: 16 MB each for a few temporary tensors.
+MEASURED_PIECE = 1 << 22
 
 
 class FlatAdamW:
@@ -54,14 +60,19 @@ class FlatAdamW:
         self._settings = settings
 
     @property
-    def steps(self) -> int:
-        """Updates applied so far, for the bias correction. Reading it waits for the device."""
-        return int(self._steps[0].item())
+    def counts(self) -> list[int]:
+        """Updates applied so far to each buffer, for the bias correction. Reading them waits for the device."""
+        return [int(count) for count in torch.stack(self._steps).tolist()]
 
-    @steps.setter
-    def steps(self, count: int) -> None:
-        for step in self._steps:
+    @counts.setter
+    def counts(self, counts: Sequence[int]) -> None:
+        for step, count in zip(self._steps, counts, strict=True):
             step.fill_(count)
+
+    @property
+    def steps(self) -> int:
+        """Updates applied so far to the buffer that has most. Reading it waits for the device."""
+        return max(self.counts)
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
@@ -94,6 +105,26 @@ class FlatAdamW:
                 eps=self._settings.epsilon,
                 maximize=False,
             )
+
+    @torch.no_grad()
+    def measure(self, index: int, part: slice, rate: float) -> Tensor:
+        """Sums of squares of part of a buffer and of its last applied update: float64 [2], on the device.
+
+        The update follows from the moments, so that no copy of the weights from before it is needed.
+        """
+        first, second = self._settings.betas
+        decay, count = self._settings.weight_decay, self._steps[index].double()
+        first_bias, second_bias = (1 - first**count).float(), (1 - second**count).float()
+        squares = torch.zeros(2, dtype=torch.float64, device=count.device)
+        buffers = (self.masters[index], self.first_moments[index], self.second_moments[index])
+        pieces = zip(*(buffer[part].split(MEASURED_PIECE) for buffer in buffers), strict=True)
+        for weights, first_moment, second_moment in pieces:
+            direction = (second_moment / second_bias).sqrt_().add_(self._settings.epsilon)
+            direction = (first_moment / first_bias).div_(direction).add_(weights, alpha=decay)
+            squares += torch.stack([sum_of_squares(weights), sum_of_squares(direction)])
+        # From the weights after the update: w' = (1 - rate decay) w - rate u.
+        squares[1] *= (rate / (1 - rate * decay)) ** 2
+        return squares
 
 
 def kept_share(number: Tensor, length: float, decay: float | None = None) -> Tensor:
@@ -155,6 +186,28 @@ class ShardEMA:
             buffer.copy_(partition.master)
         self._updates.zero_()
 
+    @contextlib.contextmanager
+    def shown(self, engine: Engine) -> Iterator[None]:
+        """While the block runs, the module has the averaged weights; afterwards all is as before, to the bit.
+
+        Masters and averages change places, so that no copy of the weights is needed. Every process must call it.
+        """
+        self._exchange(engine)
+        engine.refresh_weights()
+        yield
+        # After an error the run ends, and the other processes may not be there to gather the weights again.
+        self._exchange(engine)
+        engine.refresh_weights()
+
+    @torch.no_grad()
+    def _exchange(self, engine: Engine) -> None:
+        engine.settle()
+        for buffer, partition in zip(self.buffers, self._partitions, strict=True):
+            for average, master in zip(buffer.split(PLACES), partition.master.split(PLACES), strict=True):
+                kept = average.clone()
+                average.copy_(master)
+                master.copy_(kept)
+
     @torch.no_grad()
     def load(self, read: BufferReader, updates: int) -> None:
         """Load this process's partitions through `read`."""
@@ -174,10 +227,13 @@ class StepReport:
         gradient_norm: float64, global 2-norm after gradient scales and before clipping; infinite in a skipped step.
         applied: bool; false if a loss or a gradient was not finite. The step is then skipped: every process keeps its
             weights, moments and count of updates bit for bit.
+        squares: float64 [groups, 3], this process's part of the sums of squares of each layer group's gradients (as in
+            `gradient_norm`), weights and updates. The last two are 0 unless the step was asked to measure them.
     """
 
     gradient_norm: Tensor
     applied: Tensor
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
 
 
 class Strategy(Protocol):
@@ -277,9 +333,13 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The module with its newest weights."""
+        self.settle()
+        return self._module
+
+    def settle(self) -> None:
+        """Wait for the module's weights, which are the masters' memory in float32."""
         if not self._closed:
             self._strategy.settle()
-        return self._module
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -307,8 +367,12 @@ class Engine:
         self._gradients_complete = last
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepReport:
-        """Clip, update and broadcast the weights, or skip the step on all processes."""
+    def step(self, learning_rate: float, measure: bool = False) -> StepReport:
+        """Clip, update and broadcast the weights, or skip the step on all processes.
+
+        Args:
+            measure: also sum the squares of weights and updates, which reads them and the moments once more.
+        """
         if not self._gradients_complete:
             raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
         gradients = self._strategy.gradients()
@@ -317,20 +381,29 @@ class Engine:
         divisor = torch.ones_like(report.gradient_norm)
         if clip > 0:
             divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
-        self._optimizer.update(gradients, list(self.rates(learning_rate).values()), divisor, report.applied)
+        rates = list(self.rates(learning_rate).values())
+        self._optimizer.update(gradients, rates, divisor, report.applied)
         del gradients
+        if measure:
+            for index, (partition, rate) in enumerate(zip(self._partitions, rates, strict=True)):
+                part = self._strategy.local_slice(partition.start, partition.stop)
+                report.squares[index, 1:] = self._optimizer.measure(index, part, rate)
         self._strategy.zero_grad()
         self._strategy.broadcast()
         self._losses.zero_()
         self._gradients_begun = self._gradients_complete = False
         return report
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the trained layer groups, in order."""
+        return [partition.layout.group for partition in self._partitions]
+
     def rates(self, learning_rate: float) -> dict[str, float]:
         """The learning rate of each layer group in a step at `learning_rate`."""
         by_rate = self.settings.gradient_scale_mode == LEARNING_RATE_MODE
-        groups = [partition.layout.group for partition in self._partitions]
-        scales = self._scales if by_rate else [1.0] * len(groups)
-        return {group: learning_rate * scale for group, scale in zip(groups, scales, strict=True)}
+        scales = self._scales if by_rate else [1.0] * len(self._scales)
+        return {group: learning_rate * scale for group, scale in zip(self.groups, scales, strict=True)}
 
     def partitions(self) -> list[Partition]:
         """This process's partition of every layer group, in the order of the groups.
@@ -344,15 +417,34 @@ class Engine:
         """Updates applied so far, for AdamW's bias correction. Reading it waits for the device."""
         return self._optimizer.steps
 
+    @property
+    def group_steps(self) -> dict[str, int]:
+        """The same of each layer group: one that was frozen at first has fewer."""
+        groups = [partition.layout.group for partition in self._partitions]
+        return dict(zip(groups, self._optimizer.counts, strict=True))
+
     @torch.no_grad()
-    def load_partitions(self, read: BufferReader, optimizer_steps: int) -> None:
-        """Load master weights and optimiser state through `read`, then refresh the weights; on every process."""
-        for partition in self._partitions:
-            for kind, buffer in partition.buffers.items():
-                buffer.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
+    def load_partitions(self, read: BufferReader, group_steps: Mapping[str, int]) -> None:
+        """Load master weights and optimiser state through `read`, then refresh the weights; on every process.
+
+        Args:
+            group_steps: updates applied so far to each layer group.
+
+        Raises:
+            SharedError: on every process, if one of them cannot read.
+        """
+        failure = None
+        try:
+            for partition in self._partitions:
+                for kind, buffer in partition.buffers.items():
+                    buffer.copy_(read(partition.layout.group, kind, partition.start, partition.stop))
+        except Exception as error:
+            failure = one_line(error)
+        # The slowest disk decides when the exchange begins.
+        distributed.raise_if_any(failure)
         self._strategy.all_gather(self._optimizer.first_moments)
         self._strategy.all_gather(self._optimizer.second_moments)
-        self._optimizer.steps = optimizer_steps
+        self._optimizer.counts = [group_steps[partition.layout.group] for partition in self._partitions]
         self.refresh_weights()
 
     @torch.no_grad()
@@ -405,13 +497,14 @@ class Engine:
             gradient[self._strategy.local_slice(partition.start, partition.stop)]
             for gradient, partition in zip(gradients, self._partitions, strict=True)
         ]
-        squares = torch.stack([sum_of_squares(part) for part in own]).sum()
-        sums = torch.stack([squares, self._losses])
+        squares = torch.stack([sum_of_squares(part) for part in own])
+        sums = torch.stack([squares.sum(), self._losses])
         if distributed.world_size() > 1:
             dist.all_reduce(sums)
         # Finite gradients whose squares overflow float32 would ruin the second moments.
         applied = torch.isfinite(sums.float()).all()
-        return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied)
+        kinds = torch.stack([squares, torch.zeros_like(squares), torch.zeros_like(squares)], dim=1)
+        return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied, kinds)
 
 
 def sum_of_squares(values: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ class Partition:
 
 
 @torch.no_grad()
-def cut(parameters: Mapping[str, nn.Parameter], layout: GroupLayout, start: int, stop: int) -> Tensor:
+def cut(parameters: Mapping[str, Tensor], layout: GroupLayout, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a group's buffer, copied from its parameters: float32, on their device."""
-    device = next(iter(parameters.values())).device
+    device = parameters[layout.slots[0].name].device
     buffer = torch.empty(stop - start, dtype=torch.float32, device=device)
     for slot in layout.slots:
         first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)

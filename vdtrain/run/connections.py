@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from vdtrain.errors import one_line
 from vdtrain.run import distributed
-from vdtrain.run.lock import process_start
+from vdtrain.run.company import GRACE_SECONDS, JoinError, is_gone, named, on_this_machine
+from vdtrain.run.launcher import started_by_command
 
 # How gloo and NCCL report a lost connection.
 LOST = re.compile(r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE)
@@ -19,19 +20,20 @@ LATE = re.compile(r"timed out waiting (\d+)ms for \w+ operation", re.IGNORECASE)
 ABSENT = re.compile(r"timed out after (\d+) seconds waiting for clients\. (\d+)/(\d+) clients joined", re.IGNORECASE)
 UNREACHED = re.compile(r"client socket has (?:timed out|failed)", re.IGNORECASE)
 TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-# A process closes its connections a moment before it is gone.
-GRACE_SECONDS = 3.0
 NAMED = 4
 
 
 def connection_problem(error: BaseException) -> str | None:
     """A line with the remedy for an error of PyTorch's collectives or their start; None for any other error.
 
-    It claims that another process has ended only if its number is gone from this machine.
+    It claims that another process has ended only if its number is gone from this machine. It is empty if the command
+    that started the processes, or another of them, says it.
     """
     if not isinstance(error, RuntimeError):
         return None
     text = one_line(error)
+    if isinstance(error, JoinError):
+        return text
     ours = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
     if not ours:
         return None
@@ -61,15 +63,17 @@ def connection_problem(error: BaseException) -> str | None:
 def _lost() -> str:
     then = "see its log, then run the same command again"
     peers = distributed.peers()
-    own = peers[distributed.rank()] if peers else [[], 0, ""]
-    here = {rank: (pid, started) for rank, (where, pid, started) in enumerate(peers) if where == own[0]}
+    here = on_this_machine(peers)
     deadline = time.monotonic() + GRACE_SECONDS
-    while not (ended := [str(rank) for rank, (pid, started) in here.items() if process_start(pid) != started]):
+    while not (ended := [rank for rank in here if is_gone(peers[rank])]):
         if not here or time.monotonic() > deadline:
+            if started_by_command() and os.environ["LOCAL_RANK"] != "0":
+                return ""
             return f"lost the connection to another process ({_unproven(len(here))}); {then}"
         time.sleep(0.1)
-    which = f"process {ended[0]}" if len(ended) == 1 else f"processes {', '.join(ended[:NAMED])}"
-    return f"lost the connection to {which}, which {'has' if len(ended) == 1 else 'have'} ended; {then}"
+    if started_by_command():
+        return ""
+    return f"lost the connection to {named(ended)}, which {'has' if len(ended) == 1 else 'have'} ended; {then}"
 
 
 def _unproven(processes_here: int) -> str:

@@ -5,30 +5,40 @@ torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_PROCID, ...) starts a run; witho
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from vdtrain.engine.deepspeed import import_deepspeed
+from vdtrain.errors import ConfigError, described, one_line
+from vdtrain.run.company import JOIN_SECONDS, Company, this_process
 from vdtrain.run.launch import launch_variables
-from vdtrain.run.lock import machine, process_start
+from vdtrain.run.watchdog import Watchdog
 
 TIMEOUT_SECONDS = 1800.0
 
 
 # Machine, process number and start of every process, by rank; see `vdtrain.run.lock`.
 _peers: list[list[Any]] = []
+_company: Company | None = None
 # Time limit of every collective; None until `start`.
 _timeout: timedelta | None = None
+# For messages beside training. They may have to wait for a process that reads a checkpoint; the watchdogs know whether
+# it works. None outside training.
+_control: Any = None
+CONTROL_TIMEOUT = timedelta(days=1)
 # The launcher's variables before `start`; None for unset ones.
 _replaced_variables: dict[str, str | None] = {}
 
@@ -57,7 +67,9 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
 
     Raises:
         ValueError: the launcher's variables are incomplete, or this process has no GPU.
+        JoinError: another process did not come.
     """
+    global _company, _control, _timeout
     launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
     place = RankInfo(rank, local_rank, world_size, local_device(device, local_rank))
@@ -78,12 +90,35 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
     if world_size == 1:
         # A single process needs neither a port nor a name server.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        _peers[:] = [this_process()]
     else:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device_id)
-    global _timeout
+        seconds = min(JOIN_SECONDS, timeout_seconds)
+        _company = Company(rank, world_size, seconds)
+        _peers[:] = _company.peers
+        with company(seconds):
+            dist.init_process_group(
+                backend, store=_company.store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+            )
+        if not control_only:
+            _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     _timeout = timeout
-    _peers[:] = gather_json([machine(), os.getpid(), process_start(os.getpid())])
     return place
+
+
+def company(seconds: float | None = None) -> contextlib.AbstractContextManager[None]:
+    """Watch for lost processes; see `Company.kept`."""
+    return contextlib.nullcontext() if _company is None else _company.kept(seconds)
+
+
+def watch(watchdog: Watchdog) -> None:
+    """Let the watchdogs of the processes know of each other. Every process must call it."""
+    if _company is not None:
+        watchdog.join(_company)
+
+
+def following(watchdog: Watchdog) -> contextlib.AbstractContextManager[None]:
+    """Wait for the others; see `Company.following`. Their watchdogs must know of each other."""
+    return contextlib.nullcontext() if _company is None else _company.following(watchdog)
 
 
 def finish() -> None:
@@ -92,6 +127,11 @@ def finish() -> None:
     A gloo thread that outlives the interpreter's objects sometimes aborts the process. So all references to the groups
     must go first, including DeepSpeed's.
     """
+    global _company, _control
+    _control = None
+    if _company is not None:
+        _company.leave()
+        _company = None
     if dist.is_initialized():
         deepspeed: Any = sys.modules.get("deepspeed.comm")
         started = deepspeed is not None and deepspeed.is_initialized()
@@ -136,7 +176,7 @@ def all_agree(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     votes = torch.tensor([int(flag)], dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    dist.all_reduce(votes, dist.ReduceOp.MIN, _control)
     return bool(votes.item())
 
 
@@ -148,6 +188,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     """
     if world_size() == 1:
         return [value]
+    group = group or _control
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([payload.numel()]), group)
@@ -159,11 +200,37 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     return [json.loads(bytes(row[: int(length)].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
 
+def joined(rows: Tensor) -> Tensor:
+    """The sum of a tensor on the CPU over all processes, each of which has filled rows of its own among zeros."""
+    if world_size() > 1:
+        dist.all_reduce(rows, group=_control)
+    return rows
+
+
 def raise_if_any(failure: str | None) -> None:
     """Raise a SharedError with the first `failure` on every process, unless it is None on all."""
     failures = [found for found in gather_json(failure) if found is not None]
     if failures:
         raise SharedError(failures[0])
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """The JSON value of `action` on rank 0, on every process; so all processes decide by one look at the files.
+
+    Raises:
+        ConfigError, SharedError: on every process, if it failed.
+    """
+    value, failure = None, None
+    if rank() == 0:
+        try:
+            value = action()
+        except (ConfigError, RuntimeError, OSError) as error:
+            text = described(error) if isinstance(error, OSError) else one_line(error)
+            failure = [isinstance(error, ConfigError), text]
+    value, failure = broadcast_json([value, failure])
+    if failure is not None:
+        raise (ConfigError if failure[0] else SharedError)(failure[1])
+    return value
 
 
 def broadcast_json(value: Any, source: int = 0) -> Any:

@@ -6,22 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from vdtrain.config.command import Schema, run_command
+from vdtrain.config.command import run_command
 from vdtrain.config.command_line import CommandLine
 from vdtrain.config.overrides import Override
+from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError
+from vdtrain.redaction import redacted_output
+from vdtrain.run import elastic
+from vdtrain.run.launcher import FOREIGN_LAUNCHERS, in_step
+from vdtrain.run.signals import ending
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Launchers that are not supported: their variables for the number of processes and for the rank.
-FOREIGN_LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI and its derivatives
-    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
-    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",  # LSF's jsrun
-    "PMI_SIZE": "PMI_RANK",  # MPICH, Intel MPI, Cray
-}
 # Below Linux's range for outgoing connections.
 FIRST_PORT, PORTS = 12_000, 20_000
 # Numeric variables of torchrun and Slurm, with their minimum.
@@ -38,9 +38,12 @@ NUMBERS = {
     "SLURM_STEP_NUM_TASKS": 1,
     "SLURM_RESTART_COUNT": 0,
 }
+# The settings of a command's own processes.
+PROCESSES = tuple(each.name for each in fields(ProcessesConfig))
 OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
-# Slurm gives batch scripts and `salloc` shells step ids from here on; srun's steps count from 0.
-FIRST_STEP_WITHOUT_SRUN = 0xFFFF_FFF0
+
+
+Schema = TypeVar("Schema", bound=ProcessesConfig)
 
 
 class OwnNumberError(ConfigError):
@@ -64,9 +67,8 @@ def launch_variables() -> dict[str, str]:
         if rank >= processes:
             raise OwnNumberError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
-    # Slurm sets SLURM_PROCID in a batch script too, which is one process whatever SLURM_NTASKS is.
-    in_step = bool(environment.get("SLURM_STEP_ID")) and number(environment, "SLURM_STEP_ID") < FIRST_STEP_WITHOUT_SRUN
-    by_srun = in_step and "SLURM_PROCID" in environment
+    # A batch script is one process whatever SLURM_NTASKS is.
+    by_srun = in_step(environment)
     for name in FOREIGN_LAUNCHERS:
         # srun may set PMI_SIZE too; mpirun passes on what srun set for its helper on each node.
         known = _slurm_tasks() if by_srun and name == "PMI_SIZE" else "1"
@@ -96,6 +98,7 @@ def number(environment: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
+@redacted_output()
 def run_command_on_ranks(
     usage: str,
     config_name: str,
@@ -104,22 +107,51 @@ def run_command_on_ranks(
     argv: Sequence[str],
     plain: Callable[[CommandLine], list[Override]] | None = None,
     parts: Sequence[str] = (),
+    prepare: Callable[[Schema, int], Schema] = lambda config, processes: config,
+    command: str | None = None,
 ) -> int:
     """`vdtrain.config.command.run_command` in one of several processes; only rank 0 prints a mistake.
 
-    `action` also receives the launcher's variables. Unusable variables are a mistake too.
+    `action` also receives the launcher's variables. Unusable variables are a mistake too. With `gpus=N` this process
+    starts the others; see `vdtrain.run.elastic`.
+
+    Args:
+        prepare: checks and completes the configuration for a number of processes, before anything is started.
+        command: the words after `vdtrain`; by default `config_name`.
     """
     try:
         launch = launch_variables()
     except ConfigError as error:
-        ranks = ("RANK", *FOREIGN_LAUNCHERS.values())
-        first = next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+        names = ("RANK", *FOREIGN_LAUNCHERS.values())
+        first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
         if first or isinstance(error, OwnNumberError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 
     def on_rank(config: Schema, raw_config: DictConfig) -> int:
-        return action(config, raw_config, launch)
+        device = config.hardware.device if hasattr(config, "hardware") else getattr(config, "device", "")
+        if elastic.starts_ranks(config):
+            prepare(config, elastic.world_size(config))
+            return elastic.start(config, elastic.words_of(command or config_name, argv), device)
+        config = prepare(config, int(launch["WORLD_SIZE"]))
+        if line := elastic.unused_gpus(config, device):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        try:
+            return action(config, raw_config, launch)
+        except RuntimeError as error:
+            # It has imported PyTorch already if it exchanges anything.
+            from vdtrain.run.company import LOST_STATUS
+            from vdtrain.run.connections import connection_problem
+
+            problem = connection_problem(error)
+            if problem is None:
+                raise
+            ending.check()
+            if problem:
+                print(f"error: process {launch['RANK']}: {problem}", file=sys.stderr, flush=True)
+            # A regular end would wait for the other processes.
+            sys.stdout.flush()
+            os._exit(LOST_STATUS)
 
     return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain, parts)
 

@@ -232,7 +232,7 @@ class RunLock:
 
     def _create(self, own: Holder) -> bool:
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +22,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import phase_steps
+from vdtrain.redaction import redacted
+from vdtrain.run import distributed
 from vdtrain.run.speed import StepClock
+from vdtrain.run.summary import PACE_LINES, age, pace, tracked_at
+from vdtrain.run.surroundings import environment, processor
 from vdtrain.run.tracking import Tracker
 from vdtrain.run.wandb_run import INIT_SECONDS
 
 if TYPE_CHECKING:
-    from vdtrain.training.trainer import StepOutcome
+    from vdtrain.training.agreement import StepOutcome
 
 
 @dataclass
 class Meters:
-    """Sums since the last log line: losses, gradient norms, waiting, pairs.
+    """Sums since the last log line: losses, gradient norms, waiting, pairs. docs/metrics.md explains the figures.
 
     Attributes:
         device: that this process trains on.
@@ -39,8 +48,7 @@ class Meters:
     device: torch.device
     peak: float
     flops: int | None = None
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    gradient_norms: list[float] = field(default_factory=list)
+    outcomes: list[StepOutcome] = field(default_factory=list)
     waited: float = 0.0
     pairs: int = 0
     steps: int = 0
@@ -52,20 +60,23 @@ class Meters:
 
     def add(self, outcome: StepOutcome) -> None:
         """Add a step. Skipped steps do not count: their figures are not finite."""
-        if not outcome.applied:
-            return
-        self.gradient_norms.append(outcome.gradient_norm)
-        for name, loss in outcome.losses.items():
-            self.losses.setdefault(name, []).append(loss)
+        if outcome.applied:
+            self.outcomes.append(outcome)
 
     def summary(self) -> dict[str, Any]:
         """Means and rates of the interval, ready for JSON and for the tracker."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         flops = None if self.flops is None else self.flops * self.steps / seconds
+        outcomes = self.outcomes
+        norms = [outcome.gradient_norm for outcome in outcomes]
         return {
-            "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
+            "loss": _means(outcome.losses for outcome in outcomes),
+            "loss_quarters": _quarter_means(outcome.quarters for outcome in outcomes),
             # None if all steps of the interval were skipped.
-            "gradient_norm": sum(self.gradient_norms) / len(self.gradient_norms) if self.gradient_norms else None,
+            "gradient_norm": fmean(norms) if norms else None,
+            "gradient_norms": _means(outcome.gradient_norms for outcome in outcomes),
+            "update_ratios": _means(outcome.update_ratios for outcome in outcomes),
+            **_rank_times([outcome.seconds for outcome in outcomes if any(outcome.seconds)]),
             "pairs_per_second": self.pairs / seconds,
             "data_wait": self.waited / seconds,
             "time_shares": {part: spent / seconds for part, spent in self.clock.seconds().items()},
@@ -74,6 +85,37 @@ class Meters:
             "peak_share": None if flops is None else flops / self.peak,
             "memory_gb": memory_gb(self.device),
         }
+
+
+def _means(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for each in values:
+        for name, value in each.items():
+            found.setdefault(name, []).append(value)
+    return {name: fmean(each) for name, each in found.items()}
+
+
+def _quarter_means(steps: Iterable[Mapping[str, list[list[float]]]]) -> dict[str, dict[str, float]]:
+    """The mean loss of the samples in each quarter of the timesteps; quarters without any are left out."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for step in steps:
+        for flow, quarters in step.items():
+            of_flow = sums.setdefault(flow, {})
+            for number, (error, samples) in enumerate(quarters, start=1):
+                total = of_flow.setdefault(f"q{number}", [0.0, 0.0])
+                total[0], total[1] = total[0] + error, total[1] + samples
+    return {
+        flow: {name: error / samples for name, (error, samples) in quarters.items() if samples}
+        for flow, quarters in sums.items()
+    }
+
+
+def _rank_times(steps: list[list[float]]) -> dict[str, Any]:
+    if not steps:
+        return {}
+    means = [fmean(times) for times in zip(*steps, strict=True)]
+    slowest = max(means)
+    return {"step_times": {"slowest": slowest, "fastest": min(means)}, "slowest_rank": means.index(slowest)}
 
 
 def memory_gb(device: torch.device) -> float:
@@ -115,27 +157,78 @@ class Reporter:
 
     def __init__(self, config: TrainConfig, raw_config: Any, step: int, rank: int) -> None:
         self.tracker: Tracker | None = None
+        self._open: Callable[[], Tracker] | None = None
         self.progress: Progress | None = None
+        self._config = config
+        # Of the present phase.
+        self._records: deque[Mapping[str, Any]] = deque(maxlen=PACE_LINES)
         self.console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
         if rank != 0:
             return
         limit = config.watchdog_seconds
         seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
-        self.tracker = Tracker(Path(config.run_dir), config.tracking, raw_config, step, self.warn, seconds)
+        run_dir, batch = Path(config.run_dir), config.stage.global_batch_size
+        hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
+
+        def opened() -> Tracker:
+            device = torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor()
+            content = {**raw_config, "environment": redacted(environment(hosts, device))}
+            return Tracker(run_dir, config.tracking, content, step, self.warn, seconds, batch, config.stage.init_from)
+
+        self._open = opened
         if self.console.is_terminal:
-            batch = config.stage.global_batch_size
             total = sum(phase_steps(config, phase) for phase in config.stage.phases) * batch
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)
             self.task = self.progress.add_task(config.stage.name, total=total, completed=step * batch)
             self.progress.start()
 
+    def begin(self) -> None:
+        """Open the tracker, unless it is open: the start has succeeded, and figures of lost steps may be dropped."""
+        if self._open is None:
+            return
+        self.tracker, self._open = self._open(), None
+        run_dir, tracking = Path(self._config.run_dir), self._config.tracking
+        if self.tracker.on_wandb:
+            self.note(f"Weights & Biases: {tracked_at(run_dir, tracking)}")
+        if tracking.tensorboard:
+            self.note(f"TensorBoard: tensorboard --logdir {run_dir / 'tensorboard'}")
+
     def log(self, record: Mapping[str, Any]) -> None:
-        """Print a record and send it to the tracker."""
+        """Print a record, with the time of day and the time left, and send it to the tracker."""
+        self.add(record, f"{datetime.now():%H:%M:%S} | {log_line(record)}{self._left(record)}")
+
+    def _left(self, record: Mapping[str, Any]) -> str:
+        """The end of a line: how long the phase still takes, at the pace of its newest lines."""
+        if self._records and self._records[-1]["phase"] != record["phase"]:
+            self._records.clear()
+        self._records.append(record)
+        phases, batch = self._config.stage.phases, self._config.stage.global_batch_size
+        number = record["phase"]
+        end = batch * sum(phase_steps(self._config, phase) for phase in phases[: number + 1])
+        rate = pace(self._records)
+        if not rate:
+            return ""
+        of_phase = "" if number == len(phases) - 1 else f" in phase {number + 1} of {len(phases)}"
+        return f" | {age((end - record['samples']) / rate)} left{of_phase}"
+
+    def add(self, record: Mapping[str, Any], line: str) -> None:
+        """Print a line, and send its record to the tracker."""
         if self.tracker is None:
             return
-        self.note(log_line(record))
+        self.note(line)
         self.tracker.log(record)
+
+    def log_image(self, name: str, path: Path, samples: int) -> None:
+        """Send an image to the tracker; see `Tracker.log_image`."""
+        if self.tracker is not None:
+            self.tracker.log_image(name, path, samples)
+
+    def stalled(self, line: str) -> None:
+        """Alert that training stands still. The watchdog calls it, and must not wait for a tracker."""
+        if self.tracker is not None:
+            alert = partial(self.tracker.alert, "training stands still", line)
+            threading.Thread(target=alert, name="alert", daemon=True).start()
 
     def warn(self, line: str) -> None:
         """Print a warning; training continues."""

@@ -13,19 +13,21 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unreadable, unwritable
-from vdtrain.files import append_line, sync
+from vdtrain.files import append_line, opened, sync
 from vdtrain.run.launch import number
 
 RECORD_FILE = "restarts.jsonl"
 START, REQUEUE = "start", "requeue"
 REFUSED = 3
+# Of a number in the record.
+MOST = 1e18
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Event:
         job: Slurm's job id, which survives a requeue; None outside Slurm.
         restart_count: how often Slurm has restarted the job.
         total_steps, max_restarts, hosts, world_size: of a start only.
+        changed: settings that differ from the start before, each with what it was and what it is.
+        environment: commit, versions and device of a start.
     """
 
     kind: str
@@ -50,6 +54,8 @@ class Event:
     max_restarts: int = 0
     world_size: int = 0
     hosts: list[str] = field(default_factory=list)
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
 
 def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
@@ -62,7 +68,14 @@ def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, 
 
 
 def record_start(
-    run_dir: Path, step: int, total_steps: int, max_restarts: int, world_size: int, hosts: Sequence[str]
+    run_dir: Path,
+    step: int,
+    total_steps: int,
+    max_restarts: int,
+    world_size: int,
+    hosts: Sequence[str],
+    changed: Mapping[str, list[Any]] | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> None:
     """Record that the trainer starts at `step`; one process of the run calls it.
 
@@ -81,6 +94,8 @@ def record_start(
             max_restarts=max_restarts,
             world_size=world_size,
             hosts=list(dict.fromkeys(hosts)),
+            changed=dict(changed or {}),
+            environment=dict(environment or {}),
         ),
     )
 
@@ -153,14 +168,24 @@ def _append(run_dir: Path, event: Event) -> None:
 
 
 def _events(run_dir: Path) -> Iterator[Event]:
-    path = run_dir / RECORD_FILE
+    try:
+        with opened(run_dir / RECORD_FILE) as file:
+            lines = file.read().decode(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
     known = {each.name for each in fields(Event)}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in lines:
         try:
             values: dict[str, Any] = json.loads(line)
-            yield Event(**{key: value for key, value in values.items() if key in known})
-        except (ValueError, TypeError, AttributeError):
+            event = Event(**{key: value for key, value in values.items() if key in known})
+        except (ValueError, TypeError, AttributeError, RecursionError):
             continue
+        counts = (event.step, event.restart_count, event.total_steps, event.max_restarts, event.world_size)
+        numbers = all(isinstance(each, int | float) and 0 <= each < MOST for each in (*counts, event.time))
+        tables = isinstance(event.changed, dict) and isinstance(event.environment, dict)
+        pairs = tables and all(isinstance(each, list) and len(each) == 2 for each in event.changed.values())
+        if numbers and pairs and isinstance(event.hosts, list):
+            yield replace(event, hosts=[str(host) for host in event.hosts])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -35,23 +36,30 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str | None, Any]] = []
 
-    def mark(self, part: str | None) -> None:
-        """End a part; None ends time that belongs to no part, such as the time between two steps."""
+    def mark(self, part: str | None) -> Any:
+        """End a part; None ends time that belongs to no part, such as the time between two steps.
+
+        Returns:
+            The mark, for `between`.
+        """
         if self._on_gpu:
             stamp: Any = torch.cuda.Event(enable_timing=True)
             stamp.record()
         else:
             stamp = time.perf_counter()
         self._marks.append((part, stamp))
+        return stamp
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds from one mark to another. A GPU must have reached both."""
+        seconds: float = begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+        return seconds
 
     def durations(self) -> list[tuple[str | None, float]]:
         """Each part with its seconds, in order. On a GPU this waits until the last mark is reached."""
         if self._on_gpu and self._marks:
             self._marks[-1][1].synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._on_gpu:
-            return [(part, begin.elapsed_time(end) / 1e3) for (_, begin), (part, end) in pairs]
-        return [(part, end - begin) for (_, begin), (part, end) in pairs]
+        return [(part, self.between(begin, end)) for (_, begin), (part, end) in pairwise(self._marks)]
 
     def seconds(self) -> dict[str, float]:
         """The sum of each part's durations, in seconds; see `durations`."""

@@ -14,9 +14,12 @@ from omegaconf import OmegaConf
 from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointSummary, latest_by_sizes
 from vdtrain.config.command_line import plain_path, shell
 from vdtrain.config.compose import config_folder, options
+from vdtrain.config.foreign import own_modules, read_yaml, recorded
 from vdtrain.config.overrides import word_for
 from vdtrain.config.schema import StageConfig, TrackingConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
+from vdtrain.redaction import redacted
+from vdtrain.run.launcher import started_by_command
 from vdtrain.run.restarts import RECORD_FILE, START, Event, read_events
 from vdtrain.run.tracking import METRICS_FILE, last_metrics
 from vdtrain.run.wandb_run import WANDB_URL_FILE
@@ -54,6 +57,8 @@ def _last(config: TrainConfig) -> list[str]:
     if flow is None:
         return ["vdtrain", "status", plain_path(config.run_dir)]
     settings = [f"flow={flow}", f"resolution={config.stage.phases[-1].resolution}", f"device={config.hardware.device}"]
+    if modules := own_modules(config.model):
+        settings.append(f"trust=[{','.join(modules)}]")
     return ["vdtrain", "sample", plain_path(config.run_dir), "a red circle", *settings]
 
 
@@ -82,7 +87,7 @@ def _launcher(name: str, environment: Mapping[str, str]) -> list[str]:
         flags = {"partition": "PARTITION", "account": "ACCOUNT"}
         given = {flag: environment.get(f"SLURM_JOB_{variable}") for flag, variable in flags.items()}
         return ["sbatch", *(f"--{flag}={value}" for flag, value in given.items() if value), str(script)]
-    if "TORCHELASTIC_RUN_ID" not in environment:
+    if "TORCHELASTIC_RUN_ID" not in environment or started_by_command(environment):
         return ["srun"] * ("SLURM_JOB_ID" in environment) + ["vdtrain", "train"]
     processes, nodes = (environment.get(key, "1") for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     meeting = ["--standalone"]
@@ -179,7 +184,9 @@ def summarise(folder: Path) -> RunSummary:
     checkpoint, damages = latest_by_sizes(folder / CHECKPOINTS)
     known = [record.get("step", 0), 0 if checkpoint is None else checkpoint.step]
     step = max(known) if records or checkpoint is not None else starts[-1].step if starts else 0
-    batch = record["samples"] // record["step"] if record else stage.global_batch_size if stage is not None else 0
+    batch = stage.global_batch_size if stage is not None else 0
+    if record:
+        batch = record.get("samples", 0) // max(1, record["step"])
     total = sum(steps) or (starts[-1].total_steps if starts else record.get("total_samples", 0) // max(1, batch))
     phase = next((number for number in range(len(steps)) if step < sum(steps[: number + 1])), max(0, len(steps) - 1))
     resolutions = [each.resolution for each in stage.phases] if stage is not None else [record.get("resolution", 0)]
@@ -193,34 +200,41 @@ def summarise(folder: Path) -> RunSummary:
         total_steps=total,
         samples=step * batch,
         total_samples=total * batch,
-        pairs_per_second=_pace(records),
+        pairs_per_second=pace(records),
         larger_phases=any(each > resolutions[phase] for each in resolutions[phase + 1 :]),
         checkpoint=checkpoint,
         last_log_time=_spoke(folder, record),
         record=record,
         damages=damages,
         starts=starts,
-        tracked=_tracked(folder, tracking),
+        tracked=tracked_at(folder, tracking),
         dumps=_dumps(folder, starts[-1].time if starts else 0.0),
     )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a run folder, without credentials; empty if there is none that can be read."""
+    try:
+        loaded = redacted(read_yaml(folder / CONFIG_FILE))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
 def _settings(folder: Path) -> tuple[StageConfig | None, TrackingConfig | None]:
     try:
-        loaded = OmegaConf.load(folder / CONFIG_FILE)
-        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), loaded.stage))
-        tracking = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrackingConfig), loaded.tracking))
+        loaded = read_yaml(folder / CONFIG_FILE)
+        stage = recorded(StageConfig, "stage", loaded["stage"])
+        tracking = recorded(TrackingConfig, "tracking", loaded["tracking"])
     # Any damage to the file must not hide the rest of the run's state.
     except Exception:
         return None, None
-    assert isinstance(stage, StageConfig)
-    assert isinstance(tracking, TrackingConfig)
     return stage, tracking
 
 
-def _pace(records: list[dict[str, Any]]) -> float | None:
+def pace(records: Sequence[Mapping[str, Any]]) -> float | None:
     """Pairs per second over the log lines of the last line's phase; each covers the same number of pairs."""
-    rates = [each["pairs_per_second"] for each in records if each.get("phase") == records[-1].get("phase")]
+    rates = [each.get("pairs_per_second", 0) for each in records if each.get("phase") == records[-1].get("phase")]
     return len(rates) / sum(1 / rate for rate in rates) if rates and min(rates) > 0 else None
 
 
@@ -231,7 +245,8 @@ def _spoke(folder: Path, record: dict[str, Any]) -> float | None:
     return float(record["time"]) if "time" in record else (folder / METRICS_FILE).stat().st_mtime
 
 
-def _tracked(folder: Path, tracking: TrackingConfig | None) -> str | None:
+def tracked_at(folder: Path, tracking: TrackingConfig | None) -> str | None:
+    """Where a run's figures are beside its folder, or how to send them there; None if nowhere."""
     if tracking is None or tracking.mode == "disabled":
         return None
     if tracking.mode == "offline":

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import subprocess
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+PACKAGES = ("vdtrain", "torch", "deepspeed", "diffusers", "transformers", "open_clip_torch", "numpy")
+# Of the batch job: variables without SLURM_.
+SLURM = (
+    *("CLUSTER_NAME", "JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_NODELIST", "JOB_NUM_NODES", "NTASKS"),
+    *("ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT"),
+)
+
+
+def environment(hosts: Sequence[str], device: str, variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What a tracker records beside the configuration: commit, versions, machines, and the Slurm job if there is one.
+
+    Args:
+        hosts: of the processes, by rank.
+        device: name of the first process's.
+    """
+    job = {name.lower(): variables[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in variables}
+    machines = {"hosts": list(dict.fromkeys(hosts)), "processes": len(hosts), "device": device}
+    return {"commit": commit(), "versions": versions(*PACKAGES), **machines} | ({"slurm": job} if job else {})
 
 
 def processor() -> str:
@@ -18,8 +41,12 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of installed packages."""
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Of Python, and of those packages that are installed: this one may run from its checkout alone."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str | None:

@@ -1,7 +1,7 @@
 """A run on Weights & Biases across all its starts. Any failure prints one line, and training continues.
 
 W&B drops records whose step is not above its own counter. A resumed run repeats steps, so W&B counts records itself.
-"step" is an ordinary metric that serves as the axis of all others.
+"samples" is an ordinary metric that serves as the axis of all others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.extras import missing
 from vdtrain.files import atomic_write
+from vdtrain.redaction import redacted, redacted_arguments
+from vdtrain.run.figures import Line, flat
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)
@@ -44,7 +46,7 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
     Args:
         tracking: its mode is "online" or "offline".
         seconds: time limit for W&B's server.
-        arguments: of `wandb.init`.
+        arguments: of `wandb.init`, where the settings name nothing else.
 
     Raises:
         WandbError: the run could not be opened.
@@ -59,19 +61,22 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
         wandb.setup(_settings(tracking))
         if tracking.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise WandbError(_no_key(wandb.setup().settings.base_url))
-        return wandb.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            mode=tracking.mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=seconds,
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-            ),
-            **arguments,
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            # The address of a remote may have a password, and changes that are not committed may too.
+            disable_git=True,
+            init_timeout=seconds,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
         )
+        named = {name: getattr(tracking, name) for name in ("name", "group", "tags", "notes", "job_type")}
+        arguments |= {name: value for name, value in redacted(named).items() if value}
+        mode: Any = tracking.mode
+        with redacted_arguments():
+            return wandb.init(
+                project=tracking.project, entity=tracking.entity, mode=mode, settings=settings, **arguments
+            )
     except WandbError:
         raise
     # The package may be broken, its process may fail, its server may answer anything.
@@ -155,16 +160,30 @@ def _unreachable(address: str) -> str | None:
 
 WANDB_ID_FILE = "wandb_id"
 WANDB_URL_FILE = "wandb_url"
+WANDB_GROUP_FILE = "wandb_group"
+# The step of the newest line that W&B had when a start ended in order.
+WANDB_SENT_FILE = "wandb_sent"
+# The offline folder of a start that has not ended in order, and the beginning of its name from then on.
+WANDB_OPEN_FILE, CUT_SHORT = "wandb_open", "cut-short-"
+# Metrics whose summary in the table of runs is more than their last value.
+SUMMARIES = {
+    "loss/*": "min,last",
+    "gradient_norm": "max,last",
+    "pairs_per_second": "mean,last",
+    "tflops": "mean,last",
+    "data_wait": "mean,max,last",
+    "memory_gb": "max",
+    "save_time/*": "mean,max,last",
+}
 WANDB_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # W&B's answer if the run was deleted on its web page; the id can then never be used again.
 DELETED = re.compile(r"previously created and deleted", re.IGNORECASE)
 
 Warn = Callable[[str], None]
-Record = Mapping[str, Any]
 
 
 class WandbRun:
-    """Sends records to W&B. After a failure it warns once and sends nothing more.
+    """Sends lines to W&B. After a failure it warns once and sends nothing more.
 
     Args:
         run: of the wandb package; None if W&B did not accept it.
@@ -173,16 +192,43 @@ class WandbRun:
 
     def __init__(self, run: Any, file: Path, warn: Warn) -> None:
         self._run, self._file, self._warn = run, file, warn
+        self._newest: int | None = None
 
-    def send(self, records: Sequence[Record]) -> None:
-        """Send records, oldest first."""
-        for record in records:
+    @property
+    def accepted(self) -> bool:
+        """Whether W&B takes this run."""
+        return self._run is not None
+
+    def send(self, lines: Sequence[Line]) -> None:
+        """Send lines, oldest first."""
+        for line in lines:
             if self._run is None:
                 return
             try:
-                self._run.log(_flat(record))
+                self._run.log(self._content(line))
+                self._newest = line["step"]
             except Exception as error:
                 self._give_up(error)
+
+    def alert(self, title: str, text: str, line: Line) -> None:
+        """Send an alert; W&B may mail it."""
+        run = self._run
+        if run is None:
+            return
+        try:
+            run.alert(title, text, level="WARN")
+        except Exception as error:
+            self._give_up(error)
+
+    def _content(self, line: Line) -> dict[str, Any]:
+        # Lines sent later keep their time.
+        content: dict[str, Any] = flat(line) | ({"_timestamp": line["time"]} if "time" in line else {})
+        path = self._file.parent / line.get("path", "")
+        if "image" in line and path.is_file():
+            import wandb
+
+            content[line["image"]] = wandb.Image(str(path))
+        return content
 
     def close(self) -> None:
         """End the run; records that are not sent yet get FINISH_SECONDS."""
@@ -192,6 +238,9 @@ class WandbRun:
         folder = self._run.settings.sync_dir
         try:
             self._run.finish()
+            if self._newest is not None:
+                _write(self._file.parent / WANDB_SENT_FILE, f"{self._newest}\n")
+            (self._file.parent / WANDB_OPEN_FILE).unlink(missing_ok=True)
         except TimeoutError:
             self._warn(
                 f"W&B did not take the last figures within {FINISH_SECONDS:.0f} s; they are in {self._file}, and "
@@ -215,24 +264,32 @@ def start_run(
     file: Path,
     tracking: TrackingConfig,
     run_config: Mapping[str, Any],
-    records: Sequence[Record],
+    records: Sequence[Line],
     warn: Warn,
     seconds: float,
+    init_from: str | None = None,
 ) -> WandbRun:
     """Open a run folder's run on W&B, or a new one; warn in one line if W&B does not accept it.
 
     Args:
         file: holds all figures.
-        records: of the run so far; those that W&B lacks are sent.
+        records: lines of the run so far; those that W&B lacks are sent.
         seconds: time limit for W&B.
+        init_from: the run that this one starts from.
     """
     try:
-        run, new = _open(run_dir, tracking, run_config, warn, seconds)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        newest = -1 if new else _newest_step(run, tracking)
+        if tracking.mode == "offline":
+            _set_aside(run_dir)
+        run, new = _open(run_dir, tracking, run_config, warn, seconds, init_from)
+        run.define_metric("samples")
+        run.define_metric("*", step_metric="samples")
+        for name, summary in SUMMARIES.items():
+            run.define_metric(name, step_metric="samples", summary=summary)
+        newest = -1 if new else _newest_step(run, tracking, run_dir)
         if run.url and tracking.mode == "online":
             _write(run_dir / WANDB_URL_FILE, run.url + "\n")
+        if tracking.mode == "offline":
+            _write(run_dir / WANDB_OPEN_FILE, Path(run.settings.sync_dir).name)
     except Exception as error:
         warn(
             f"tracking.mode={tracking.mode}: W&B does not take this run ({reason(error)}); its figures go to {file}, "
@@ -240,20 +297,40 @@ def start_run(
         )
         return WandbRun(None, file, warn)
     opened = WandbRun(run, file, warn)
-    if newest is not None:
-        opened.send([record for record in records if record["step"] > newest])
+    opened.send([record for record in records if record["step"] > newest])
     return opened
 
 
-def _newest_step(run: Any, tracking: TrackingConfig) -> float | None:
-    """The step of W&B's newest record; None offline, where it is unknown until the folders are sent."""
+def _set_aside(run_dir: Path) -> None:
+    """Rename the offline folder of a start that was killed: `wandb sync` would stop at it.
+
+    Its lines are sent again. W&B's process keeps the newest ones in memory, and they are lost if it is killed, too.
+    """
+    try:
+        name = (run_dir / WANDB_OPEN_FILE).read_text().strip()
+    except (OSError, ValueError):
+        return
+    folder = run_dir / "wandb" / name
+    if name.startswith("offline-run-") and folder.is_dir():
+        folder.rename(folder.with_name(CUT_SHORT + name))
+
+
+def _newest_step(run: Any, tracking: TrackingConfig, run_dir: Path) -> float:
+    """The step of W&B's newest line; offline, of those before the last end in order. -1 if it is not known."""
     newest = run.summary.get("step")
-    known = newest if isinstance(newest, int | float) else -1
-    return known if tracking.mode == "online" else None
+    if tracking.mode == "offline":
+        with contextlib.suppress(OSError, ValueError):
+            newest = int((run_dir / WANDB_SENT_FILE).read_text())
+    return newest if isinstance(newest, int | float) else -1
 
 
 def _open(
-    run_dir: Path, tracking: TrackingConfig, run_config: Mapping[str, Any], warn: Warn, seconds: float
+    run_dir: Path,
+    tracking: TrackingConfig,
+    run_config: Mapping[str, Any],
+    warn: Warn,
+    seconds: float,
+    init_from: str | None,
 ) -> tuple[Any, bool]:
     """The run of the wandb package, and whether it is new."""
 
@@ -264,6 +341,8 @@ def _open(
             dir=str(run_dir),
             id=number,
             name=run_dir.name,
+            group=_group(run_dir, tracking, number, init_from),
+            job_type="train",
             resume="allow" if tracking.mode == "online" else None,
             config=dict(run_config),
         )
@@ -302,18 +381,19 @@ def _new_id(path: Path) -> str:
     return number
 
 
+def _group(run_dir: Path, tracking: TrackingConfig, number: str, init_from: str | None) -> str:
+    """The group of a run: that of the run that it starts from, so that a curriculum is one group."""
+    own = run_dir / WANDB_GROUP_FILE
+    # The run folder of a checkpoint is two folders above it.
+    before = [] if init_from is None else [Path(init_from), *Path(init_from).parents[:2]]
+    found = [folder / WANDB_GROUP_FILE for folder in (run_dir, *before)]
+    kept = next((path.read_text(errors="replace").strip() for path in found if path.is_file()), "")
+    group = tracking.group or kept or f"{run_dir.absolute().parent.name}-{number}"
+    if not own.is_file() or own.read_text(errors="replace") != group:
+        _write(own, group)
+    return group
+
+
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as draft:
         draft.write_text(text)
-
-
-def _flat(record: Record) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            # The singular, so that groups appear below "learning_rate".
-            flat |= {f"{key.removesuffix('s') if key != 'loss' else key}/{name}": each for name, each in value.items()}
-        elif key != "time":
-            flat[key] = value
-    # Records sent later keep their time.
-    return flat | ({"_timestamp": record["time"]} if "time" in record else {})

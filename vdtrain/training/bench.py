@@ -44,9 +44,10 @@ from vdtrain.run.speed import (
     matmul_rate,
 )
 from vdtrain.run.surroundings import commit, processor, versions
+from vdtrain.training.agreement import StepSync
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import Start
-from vdtrain.training.trainer import StepSync, Trainer
+from vdtrain.training.trainer import Trainer
 
 GB = 1e9
 # Frames of the stack of a wait that are kept, from the innermost of this package outwards.
@@ -176,16 +177,16 @@ class _Steps:
         rows = config.stage.global_batch_size // place.world_size
         stream = SyntheticStream(rows, side, seed=config.seed, rank=place.rank, moments=moments)
         self.batches = Prefetcher(stream, trainer.objective.prepare)
-        self._sync = StepSync(trainer.flow_names, place.device)
+        self._sync = StepSync(trainer.flow_names, place.device, trainer.engine.groups)
 
     def make(self, clock: StepClock) -> float:
         """Make a step; the seconds that it waited for its batch."""
         began = time.monotonic()
         batch = next(self.batches)
         waited = time.monotonic() - began
-        losses, report = self.trainer.step(batch, self.phase, clock)
+        done = self.trainer.step(batch, self.phase, clock)
         self._sync.collect()
-        self._sync.submit(self.trainer.state.step, losses, report, 0)
+        self._sync.submit(self.trainer.state.step, done.losses, done.report, 0, quarters=done.quarters)
         return waited
 
     def finish(self) -> None:

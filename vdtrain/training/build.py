@@ -26,13 +26,16 @@ from vdtrain.flows import active_groups
 from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.compilation import compile_training
 from vdtrain.models.context_layers import use_kernel
-from vdtrain.models.diffuser import Diffuser, allocated, layer_group, parameters_by_group
+from vdtrain.models.diffuser import Diffuser, allocated, layer_group
 from vdtrain.models.frozen import build_frozen
+from vdtrain.models.trained import trained_parameters
+from vdtrain.redaction import redacted
 from vdtrain.run import distributed
+from vdtrain.run.pulse import moved
 from vdtrain.run.reporting import Reporter
 from vdtrain.run.watchdog import DUMPS, Watchdog
 from vdtrain.training.continuation import CONFIG, FROZEN, frozen_contents
-from vdtrain.training.start import Start, model_of
+from vdtrain.training.start import Start, checkpoint_weights, model_of
 from vdtrain.training.state import TrainState
 from vdtrain.training.trainer import Trainer
 from vdtrain.weights.folder import open_weights_folder
@@ -64,8 +67,8 @@ def build_trainer(
     """
     watchdog = watchdog or Watchdog(None, Path(config.run_dir) / DUMPS, place.rank)
     diffuser = starting_diffuser(config, start, place.device, draw_on)
-    groups, flows = parameters_by_group(diffuser), stage_flows(config)
-    engine = Engine(diffuser, {group: groups[group] for group in active_groups(flows)}, engine_settings(config))
+    flows = stage_flows(config)
+    engine = Engine(diffuser, trained_parameters(diffuser, config), engine_settings(config))
     try:
         record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
         with draw_on:
@@ -84,12 +87,13 @@ def build_trainer(
         raise
     state = start.position or TrainState()
     keep = config.checkpoint
-    store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps)
+    passed_over = () if start.resume is None else start.resume.passed_over
+    store = CheckpointStore(Path(config.run_dir) / CHECKPOINTS, keep.keep, keep.keep_every_steps, passed_over)
     saver = BackgroundSaver(store, config.watchdog_seconds and config.watchdog_seconds / 2)
     if start.resume is not None:
         saver.saved_step = state.step
-    watchdog.heartbeat("starting the tracker")
-    reporter = Reporter(config, OmegaConf.to_container(raw_config, resolve=True), state.step, place.rank)
+    resolved = redacted(OmegaConf.to_container(raw_config, resolve=True))
+    reporter = Reporter(config, resolved, state.step, place.rank)
     return Trainer(
         config,
         place,
@@ -136,13 +140,14 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device, d
     if start.resume is None and distributed.world_size() > 1:
         for tensor in diffuser.state_dict().values():
             dist.broadcast(tensor, src=0)
+            moved(tensor.nbytes)
     use_kernel(diffuser, config.hardware.attention)
     checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser
 
 
 def layer_groups(config: TrainConfig, names: Iterable[str]) -> set[str]:
-    """The layer groups that a stage trains, and those of the given weight names."""
+    """The layer groups that a stage's flows use, and those of the given weight names."""
     return {*active_groups(stage_flows(config)), *map(layer_group, names)}
 
 
@@ -217,11 +222,11 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
         )
     if isinstance(start.weights, Path):
         return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
-    return start.weights.weights() if verify_checksums else start.weights.unchecked_weights("model")
+    return checkpoint_weights(start.weights, verify_checksums=verify_checksums)
 
 
 def recorded_config(raw_config: DictConfig) -> dict[str, Any]:
-    """The configuration for a checkpoint. Interpolations stay unresolved, so it can move between machines."""
+    """The configuration for a checkpoint, without credentials. Interpolations stay, so it can move between machines."""
     container = OmegaConf.to_container(raw_config, resolve=False)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): value for key, value in redacted(container).items()}

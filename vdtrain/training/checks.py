@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,17 +16,21 @@ from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, candidates, 
 from vdtrain.config.command_line import shell
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
-from vdtrain.config.validation import phase_steps, problems, stage_flows, warmup_samples
+from vdtrain.config.validation import phase_steps, problems, reads_index, warmup_samples
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.errors import one_line, output_problem, unreadable
-from vdtrain.flows import active_groups
+from vdtrain.extras import missing
+from vdtrain.redaction import without_secrets
 from vdtrain.run.lock import RunLock
 from vdtrain.run.wandb_run import wandb_problem
 
 if TYPE_CHECKING:
+    from vdtrain.data.stream import PairStream
     from vdtrain.training.start import Start
 
 GB, FLOAT32 = 10**9, 4
+# Shards that are looked at, and the longest time for the answer of a store.
+LOOKED_AT, LOOK_SECONDS = 8, 10.0
 OK, WARNING, ERROR = "ok", "warning", "error"
 
 
@@ -49,7 +54,9 @@ def checks(config: TrainConfig, raw_config: DictConfig, ranks: int) -> Iterator[
     if not mistakes:
         yield Check(OK, _extent(config, ranks))
         yield from warm_up(config)
-    if Path(config.data.manifest).exists():
+    if not reads_index(config):
+        yield from _streams(config, ranks) if not mistakes else ()
+    elif Path(config.data.manifest).exists():
         yield from data(config, ranks, valid=not mistakes)
     yield from in_use(config)
     yield from start_and_room(config, raw_config, valid=not mistakes)
@@ -68,9 +75,9 @@ def warm_up(config: TrainConfig) -> Iterator[Check]:
 
 
 def data(config: TrainConfig, ranks: int, valid: bool = True) -> Iterator[Check]:
-    """Are there as many shards as loader workers, and can the stream of every phase be opened?
+    """Are there as many shards as loader workers, can every phase's stream be opened, and are its shards there?
 
-    With fewer shards than workers, several workers wait for the same file.
+    With fewer shards than workers, several workers read the same file.
 
     Args:
         valid: False if the settings have errors, so that no stream can be opened.
@@ -82,11 +89,10 @@ def data(config: TrainConfig, ranks: int, valid: bool = True) -> Iterator[Check]
         yield Check(ERROR, one_line(error))
         return
     if count < needed:
-        fewer = f"set hardware.loader_workers={count // ranks}, " if count >= ranks else ""
         yield Check(
-            ERROR,
+            WARNING,
             f"data.manifest={manifest}: {count} shards, fewer than {ranks} processes x hardware.loader_workers="
-            f"{workers}; {fewer}start fewer processes, or download with a smaller data.download.samples_per_shard",
+            f"{workers}: several read the same shard, which is slow on some disks; smaller shards are read better",
         )
     else:
         yield Check(OK, f"data.manifest={manifest}: {count:,} shards, loader workers: {needed:,}")
@@ -111,10 +117,10 @@ def start_and_room(config: TrainConfig, raw_config: DictConfig, valid: bool = Tr
     own, damages = latest_by_sizes(Path(config.run_dir) / CHECKPOINTS)
     if own is None and config.stage.init_from is not None:
         damages += latest_by_sizes(Path(config.stage.init_from) / CHECKPOINTS)[1]
-    for line in damages:
-        yield Check(WARNING, f"{line}; it is passed over")
     try:
         start = resolve_start(config, raw_config, Verification.SIZES)
+        for line in damages:
+            yield Check(WARNING, f"{line}; it is passed over")
         step = 0 if start.position is None else start.position.step
         yield Check(OK, _origin(config, start, step))
         for line in start.remarks:
@@ -123,11 +129,8 @@ def start_and_room(config: TrainConfig, raw_config: DictConfig, valid: bool = Tr
             for line in check_frozen(start, config):
                 yield Check(WARNING, line)
             yield room(config, start, step)
-    except (ConfigError, SharedError) as error:
+    except (ConfigError, SharedError, CheckpointError) as error:
         yield Check(ERROR, str(error))
-    except CheckpointError as error:
-        setting = f"stage.init_from={config.stage.init_from}"
-        yield Check(ERROR, f"{setting}: {error}; give another checkpoint, or train that stage again")
 
 
 def in_use(config: TrainConfig) -> Iterator[Check]:
@@ -180,8 +183,10 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     import torch
 
     from vdtrain.engine.partitions import GroupLayout
-    from vdtrain.models.diffuser import Diffuser, parameters_by_group
-    from vdtrain.planning.memory import checkpoint_bytes, tensor_bytes
+    from vdtrain.models.diffuser import Diffuser
+    from vdtrain.models.trained import trained_parameters
+    from vdtrain.planning.dry_run import tensor_bytes
+    from vdtrain.planning.memory import checkpoint_bytes
     from vdtrain.training.build import check_weights, initial_weights, layer_groups
 
     if start.resume is not None:
@@ -190,9 +195,7 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     with torch.device("meta"):
         diffuser = Diffuser(config.model, layer_groups(config, weights))
     check_weights(diffuser, weights)
-    groups = parameters_by_group(diffuser)
-    trained = {group: groups[group] for group in active_groups(stage_flows(config))}
-    layouts = [GroupLayout.of(group, parameters) for group, parameters in trained.items()]
+    layouts = [GroupLayout.of(*group) for group in trained_parameters(diffuser, config).items()]
     carried = tensor_bytes(diffuser) - FLOAT32 * sum(layout.numel for layout in layouts)
     return checkpoint_bytes(config, layouts) + carried
 
@@ -205,26 +208,68 @@ def tracking(config: TrainConfig) -> Check:
             return Check(ERROR, problem)
         kept = f"{config.run_dir}/metrics.jsonl"
         return Check(WARNING, f"{problem}; training goes on: its figures are in {kept}, and a later start sends them")
+    board = "figures go to TensorBoard's files and to" if config.tracking.tensorboard else "figures go only to"
+    if config.tracking.tensorboard and (line := missing("tensorboardX")) is not None:
+        return Check(ERROR, f"tracking.tensorboard=true: {line}, or set tracking.tensorboard=false")
     texts = {
         "online": "W&B answers and accepts the credentials",
         "offline": f"send the run to W&B by `wandb sync {shell([config.run_dir])}/wandb/offline-run-*`",
-        "disabled": f"figures go only to {config.run_dir}/metrics.jsonl",
+        "disabled": f"{board} {config.run_dir}/metrics.jsonl",
     }
     return Check(OK, f"{mode}: {texts.get(config.tracking.mode, '')}")
 
 
 def _streams(config: TrainConfig, ranks: int) -> Iterator[Check]:
-    """A line on each phase whose stream cannot be opened; no sample is read."""
+    """A line on each phase whose stream cannot be opened, and what the first has to say of its data."""
     from vdtrain.data.loading import data_problem, open_stream
-    from vdtrain.data.stream import StreamError
+    from vdtrain.data.stream import PairStream, StreamError
 
     for index in range(len(config.stage.phases)):
         try:
-            stream = open_stream(config, index, rank=0, world_size=ranks)
+            stream = open_stream(config, index, rank=0, world_size=ranks, patience=0.0)
         except (ManifestError, StreamError, ConfigError, OSError) as error:
             yield Check(ERROR, f"stage.phases.{index}: {data_problem(error, config.data.manifest)}")
         else:
+            if index == 0:
+                yield from (Check(WARNING, line) for line in getattr(stream, "remarks", ()))
+                yield from (Check(ERROR, line) for line in getattr(stream, "probe", list)())
+                if isinstance(stream, PairStream):
+                    yield _shards(config, stream)
             stream.close()
+
+
+def _shards(config: TrainConfig, stream: PairStream) -> Check:
+    """Are some of a stream's shards as they were indexed? They are looked at side by side, and each but once."""
+    from vdtrain.data.shards import INDEX_AGAIN, ShardReader, StreamError
+
+    timeout, follow = min(LOOK_SECONDS, stream.timeout), config.data.stream.get("follow", ())
+    reader = ShardReader(stream.manifest, timeout=timeout, patience=stream.patience, follow=follow)
+
+    def look(shard: int) -> bool | str:
+        try:
+            return reader.look(shard)
+        except (StreamError, ManifestError) as error:
+            return one_line(error)
+
+    chosen = stream.shards[:: -(-len(stream.shards) // LOOKED_AT)].tolist()
+    with ThreadPoolExecutor(LOOKED_AT) as pool:
+        found = list(pool.map(look, chosen))
+    reader.close()
+    root, number = config.data.stream.get("shard_root"), f"{len(found)} of {len(stream.shards):,} shards"
+    setting = f"data.manifest={config.data.manifest}" if root is None else f"data.stream.shard_root={root}"
+    setting = without_secrets(setting)
+    wrong = [line for line in found if isinstance(line, str)]
+    if wrong:
+        return Check(
+            ERROR, f"{setting}: {len(wrong)} of {len(found)} shards that were looked at cannot be used: {wrong[0]}"
+        )
+    if not all(found):
+        return Check(
+            WARNING,
+            f"{setting}: {found.count(False)} of {len(found)} shards that were looked at have another time or header "
+            f"than in the index; a run compares each whole, by its checksum, once. To spare that, {INDEX_AGAIN}",
+        )
+    return Check(OK, f"{setting}: {number} were looked at and are as indexed")
 
 
 def _extent(config: TrainConfig, ranks: int) -> str:

@@ -6,31 +6,33 @@ become longer, or end at any later step. Phases after it may change freely.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
+from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.schema import ModelConfig, StageConfig, TrainConfig
+from vdtrain.config.foreign import leaves, recorded, resolved
+from vdtrain.config.schema import CONSTANT, ModelConfig, StageConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
 from vdtrain.files import FileRecord
 from vdtrain.models.frozen_weights import locate, named_files, names_file, reads_weights
+from vdtrain.redaction import redacted
 from vdtrain.run import distributed
 from vdtrain.training.state import TrainState
 
 
-def frozen_files(model: ModelConfig | DictConfig) -> dict[str, str]:
+def frozen_files(model: ModelConfig | Mapping[str, Any]) -> dict[str, str]:
     """The files of all frozen parts by setting."""
+    modalities = asdict(model)["modalities"] if isinstance(model, ModelConfig) else model["modalities"]
     files: dict[str, str] = {}
-    for name, modality in model.modalities.items():
+    for name, modality in modalities.items():
         for part in ("vae", "context_encoder"):
-            specification = modality[part] if isinstance(modality, DictConfig) else getattr(modality, part)
-            if isinstance(specification, DictConfig):
-                specification = OmegaConf.to_container(specification, resolve=True)
-            files |= named_files(specification, f"model.modalities.{name}.{part}")
+            files |= named_files(modality[part], f"model.modalities.{name}.{part}")
     return files
 
 
@@ -82,14 +84,19 @@ FIXED = (
     "model.modalities",
     "model.schedule",
     "model.latent_downsampling",
+    "lora",
 )
-# These may change and are reported. All others concern the machine, the disk or the display.
-SAID = ("stage", "optimizer", "objective", "ema", "data.stream", "data.latents", "hardware.precision")
-UNSAID = ("data.stream.cache", "data.stream.shard_root")
+# These may change, with a warning. All others concern the machine, the disk or the display.
+SAID = (
+    *("stage", "optimizer", "objective", "ema", "hardware.precision"),
+    *("data.stream", "data.urls", "data.latents", "data.flip", "data.validation"),
+)
+UNSAID = ("data.stream.cache", "data.stream.follow", "data.stream.shard_root", "data.stream.timeout")
 # Tables of the user's own entries: a new entry is a change. Elsewhere a new setting comes from a newer version.
 TABLES = ("stage.gradient_scales", "stage.phases", "objective.flow_weights", "data.stream", "model.modalities")
 # These define which samples a position in the data stands for.
 ORDER = ("weights", "lanes", "block", "min_side", "_target_")
+HELD_OUT = "data.validation.share"
 UNSET = "unset"
 # Keys of a checkpoint's trainer state: configuration, position, contents of the frozen parts' files.
 CONFIG, STATE, FROZEN = "config", "state", "frozen"
@@ -97,11 +104,36 @@ CONFIG, STATE, FROZEN = "config", "state", "frozen"
 
 def trained_stage(content: Mapping[str, Any]) -> StageConfig:
     """The stage in a checkpoint's trainer state, as it was when written."""
-    raw_config = OmegaConf.create(content[CONFIG])
-    OmegaConf.resolve(raw_config)
-    stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StageConfig), raw_config.stage))
-    assert isinstance(stage, StageConfig)
-    return stage
+    # A position does not depend on where the stage started, which may come from the environment.
+    stage = {**recorded_config(content)["stage"], "init_from": None}
+    try:
+        return recorded(StageConfig, "stage", stage)
+    except ValueError as error:
+        raise CheckpointError(f"{error}, in the configuration of a checkpoint") from error
+
+
+def recorded_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint's trainer state, with its references followed; see `vdtrain.config.foreign`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        found = resolved(content[CONFIG])
+        if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("stage", "model")):
+            raise ValueError("no stage and model")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{error}, in the configuration of a checkpoint") from error
+    return found
+
+
+def held_out_of(content: Mapping[str, Any]) -> tuple[str, float]:
+    """The identity of the data in a checkpoint's trainer state, and the share of it that its run held out."""
+    try:
+        share = recorded_config(content)["data"]["validation"]["share"]
+        return str(content[STATE]["data"]), float(share or 0.0)
+    except (KeyError, TypeError, ValueError):
+        return "", 0.0
 
 
 def stage_steps(stage: StageConfig) -> list[int]:
@@ -118,8 +150,10 @@ def position(content: Mapping[str, Any]) -> TrainState:
     return TrainState.from_dict(content[STATE]).settled(stage_steps(trained_stage(content)))
 
 
-def changes(content: Mapping[str, Any], raw_config: DictConfig, stage: StageConfig, run_dir: str) -> list[str]:
-    """One line per setting that differs from the checkpoint's.
+def changes(
+    content: Mapping[str, Any], raw_config: DictConfig, stage: StageConfig, run_dir: str
+) -> tuple[list[str], list[str]]:
+    """One line per setting that differs from the checkpoint's: those that change the training, and the others.
 
     Args:
         content: trainer state of the checkpoint.
@@ -129,12 +163,19 @@ def changes(content: Mapping[str, Any], raw_config: DictConfig, stage: StageConf
     Raises:
         ConfigError: a setting must not change, or the position does not fit the phases.
     """
-    before = OmegaConf.create(content[CONFIG])
-    old, new = _flat(before), _flat(raw_config)
+    # A new password or signature of the same address is no change.
+    now: Any = redacted(OmegaConf.to_container(raw_config, resolve=False))
+    old, new = dict(leaves("", redacted(recorded_config(content)))), dict(leaves("", resolved(now)))
     other_run = f"give another run_dir, with stage.init_from={run_dir} to continue from its weights"
-    lines = []
+    # Earlier versions held none out.
+    old.setdefault(HELD_OUT, None)
+    lines, others = [], []
+    schedule = raw_config.optimizer.schedule
     mid_epoch = TrainState.from_dict(content[STATE]).phase_step > 0
     _check_position(content, stage, run_dir, other_run)
+    # Settings that an earlier version did not have had what is now their default.
+    defaults = leaves("", OmegaConf.to_container(OmegaConf.structured(TrainConfig)))
+    old = {name: value for name, value in defaults if name in new and value != MISSING} | old
     for setting in [*new, *(each for each in old if each not in new)]:
         was, becomes = old.get(setting, UNSET), new.get(setting, UNSET)
         other_version = (setting in old) != (setting in new) and not _within(setting, TABLES)
@@ -146,18 +187,24 @@ def changes(content: Mapping[str, Any], raw_config: DictConfig, stage: StageConf
             remedy = "give another run_dir" if setting.startswith("model.") else other_run
             earlier = f"run_dir={run_dir} has {_shown(was)}"
             raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; restore it, or {remedy}")
+        line = f"{setting}={_shown(becomes)}: was {_shown(was)} until now"
         if not _within(setting, SAID) or _within(setting, UNSAID):
+            others.append(line)
             continue
         note = ""
         if setting == "stage.init_from":
-            if _text(before, setting) == _text(raw_config, setting):
+            if _at(content[CONFIG], setting) == _at(now, setting):
                 # The same reference; only the folder behind it has moved.
                 continue
             note = "; no effect, because the run has its own weights"
+        elif setting == HELD_OUT:
+            note = "; the order of the samples changes with it, and pairs that are held out now were trained on before"
+        elif setting.startswith(("stage.phases.", "stage.samples_scale")) and schedule != CONSTANT:
+            note = f"; optimizer.schedule={schedule} falls until the new end of the stage"
         elif mid_epoch and setting.split(".")[:2] == ["data", "stream"] and setting.split(".")[2] in ORDER:
             note = "; in this epoch some samples repeat and others are missed"
-        lines.append(f"{setting}={_shown(becomes)}: was {_shown(was)} until now{note}")
-    return lines
+        lines.append(f"{line}{note}")
+    return lines, others
 
 
 def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str, other_run: str) -> None:
@@ -214,27 +261,8 @@ def _longer(stage: StageConfig, steps: int) -> str:
     return f"stage.phases.{len(stage.phases) - 1}.samples={samples}"
 
 
-def _flat(raw_config: DictConfig) -> dict[str, Any]:
-    """All values of a configuration by full name; phases by index, other lists whole."""
-    return dict(_leaves("", OmegaConf.to_container(raw_config, resolve=True)))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    prefix = f"{name}." if name else ""
-    # An empty table has no values.
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _leaves(f"{prefix}{key}", entry)
-    elif name == "stage.phases" and isinstance(value, list):
-        for number, entry in enumerate(value):
-            yield from _leaves(f"{prefix}{number}", entry)
-    else:
-        yield name, value
-
-
-def _text(raw_config: DictConfig, setting: str) -> Any:
-    """A setting's unresolved text."""
-    value: Any = OmegaConf.to_container(raw_config, resolve=False)
+def _at(value: Any, setting: str) -> Any:
+    """A setting's value in a configuration."""
     for name in setting.split("."):
         value = value[name]
     return value

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, is_checkpoint
+from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, UnreadableError, is_checkpoint
 from vdtrain.checkpoint.format import Checkpoint
-from vdtrain.checkpoint.store import Verification, latest, verify
+from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, patiently, verify
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.schema import ModelConfig, TrainConfig
+from vdtrain.config.foreign import check_parts, recorded, recorded_model
+from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
+from vdtrain.errors import one_line
+from vdtrain.models.low_rank import is_adapter, merged, scale_of
 from vdtrain.run import distributed
 from vdtrain.run.records import lost_checkpoints
 from vdtrain.training.continuation import (
-    CONFIG,
     FROZEN,
     STATE,
     changes,
@@ -25,6 +28,7 @@ from vdtrain.training.continuation import (
     frozen_contents,
     frozen_files,
     position,
+    recorded_config,
     sha256,
     stage_steps,
     trained_stage,
@@ -32,6 +36,13 @@ from vdtrain.training.continuation import (
 from vdtrain.training.state import TrainState
 from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
 from vdtrain.weights.layouts import import_first, import_of, is_published
+from vdtrain.weights.shipped import located
+from vdtrain.weights.tensor_files import LazyTensors
+
+# What a setting may name.
+WEIGHTS, CHECKPOINT, RUN = "weights", "checkpoint", "run"
+# How long a start waits for an error of a disk that may pass, at most, and as a share of the watchdog's limit.
+START_PATIENCE_SECONDS, PATIENCE_OF_WATCHDOG = 120.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -42,13 +53,15 @@ class Start:
         resume: this run's own checkpoint; optimiser and position continue.
         weights: another run's checkpoint, used only for its weights, or the path of a weights folder.
         position: of `resume`, under the present settings.
-        remarks: lines for the user, such as settings that have changed.
+        remarks: warnings for the user, such as settings that have changed.
+        notes: lines on other settings that have changed.
     """
 
     resume: Checkpoint | None = None
     weights: Checkpoint | Path | None = None
     position: TrainState | None = None
     remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verification = Verification.TOGETHER) -> Start:
@@ -59,32 +72,75 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verificati
         check: of a checkpoint. SIZES finds mistaken settings before other processes have started.
 
     Raises:
-        ConfigError: the run folder holds another run, or its checkpoints are missing, or `stage.init_from` cannot be
-            read.
+        ConfigError: the run folder holds another run, or its checkpoints are missing or all damaged, or
+            `stage.init_from` cannot be read.
+        CheckpointError: a checkpoint cannot be read, and may be whole. After a check of SIZES also: checkpoints are
+            missing or damaged, which another process may see differently.
     """
-    folder = Path(config.run_dir) / CHECKPOINTS
+    run_dir, patience = Path(config.run_dir), _patience(config)
+    damage = ""
     try:
-        own = latest(folder, check)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={config.run_dir}: {folder} cannot be read ({error.strerror}); check the disk"
-        ) from error
-    if own is not None:
-        news = changes(own.state, raw_config, config.stage, config.run_dir)
-        return Start(resume=own, position=position(own.state), remarks=tuple(news))
-    # Processes may see different files but must report the same.
-    lost = lost_checkpoints(Path(config.run_dir), config.checkpoint.every_steps)
-    if check is Verification.TOGETHER:
-        lost = distributed.broadcast_json(lost)
+        own = latest(run_dir / CHECKPOINTS, check, patience)
+        if own is not None:
+            check_state(own)
+            warned, noted = changes(own.state, raw_config, config.stage, config.run_dir)
+            return Start(resume=own, position=position(own.state), remarks=tuple(warned), notes=tuple(noted))
+    except UnreadableError as error:
+        raise UnreadableError(f"run_dir={config.run_dir}: {error}; or begin anew in another run_dir") from error
+    except CheckpointError as error:
+        damage = str(error)
+    lost = _looked(check, lambda: lost_checkpoints(run_dir, config.checkpoint.every_steps, damage), patience)
     if lost is not None:
-        raise ConfigError(lost)
+        raise (CheckpointError if check is Verification.SIZES else ConfigError)(lost)
     if config.stage.init_from is None:
         return Start()
-    weights = resolve_weights("stage.init_from", config.stage.init_from, check, config.model.name)
-    check_schedule(config, weights)
-    unfinished = unfinished_stage(weights)
-    remarks = () if unfinished is None else (f"stage.init_from={config.stage.init_from}: {unfinished}",)
+    named = f"stage.init_from={config.stage.init_from}"
+    try:
+        weights = resolve_weights("stage.init_from", config.stage.init_from, check, config.model.name, patience)
+        if isinstance(weights, Checkpoint):
+            check_state(weights)
+        _looked(check, lambda: check_schedule(config, weights), patience)
+        unfinished = unfinished_stage(weights)
+    except UnreadableError as error:
+        raise UnreadableError(f"{named}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{named}: {error}; give another checkpoint, or train that stage again") from error
+    remarks = () if unfinished is None else (f"{named}: {unfinished}",)
     return Start(weights=weights, remarks=remarks)
+
+
+def _patience(config: TrainConfig) -> float:
+    """How many seconds a start waits for an error that may pass."""
+    limit = config.watchdog_seconds
+    return START_PATIENCE_SECONDS if limit is None else min(START_PATIENCE_SECONDS, PATIENCE_OF_WATCHDOG * limit)
+
+
+def _looked(check: Verification, look: Callable[[], Any], patience: float) -> Any:
+    """What a look at files finds: after a check TOGETHER, what rank 0 finds, on every process.
+
+    Raises:
+        UnreadableError, SharedError: they cannot be read.
+    """
+    if check is Verification.SIZES:
+        patience = 0.0
+
+    def patient() -> Any:
+        return patiently(look, Path(), patience)
+
+    return distributed.on_first(patient) if check is Verification.TOGETHER else patient()
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose trainer state is not one, whatever its checksums say.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    try:
+        trained_stage(checkpoint.state)
+        TrainState.from_dict(checkpoint.state[STATE])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: is damaged ({one_line(error)[:200]})") from error
 
 
 def check_frozen(start: Start, config: TrainConfig) -> list[str]:
@@ -107,8 +163,7 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
     lines = []
     if start.resume is not None:
         # Earlier versions recorded no contents. A file that has moved is compared with the one at its old path.
-        raw_config = OmegaConf.create(content[CONFIG])
-        for setting, path in frozen_files(raw_config.model).items():
+        for setting, path in frozen_files(recorded_config(content)["model"]).items():
             if setting in recorded or setting not in files or files[setting] == path:
                 continue
             if Path(path).expanduser().is_file():
@@ -140,76 +195,117 @@ def check_schedule(config: TrainConfig, weights: Checkpoint | Path) -> None:
 
 
 def resolve_weights(
-    setting: str, value: str, check: Verification = Verification.TOGETHER, model: str | None = None
+    setting: str,
+    value: str,
+    check: Verification = Verification.TOGETHER,
+    model: str | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> Checkpoint | Path:
     """The weights folder (its path) or checkpoint that a setting names; of a run folder, its latest checkpoint.
 
     Args:
+        check: what makes a checkpoint of a run folder count as damaged, so that an older one is taken.
         model: name of the model that needs the weights, for the import command in the error.
+        patience: how many seconds an error that may pass is waited for.
 
     Raises:
         ConfigError: neither is there. If the setting names published weights, the error holds their import command.
+        CheckpointError: the checkpoint is damaged, or cannot be read.
     """
-    path = Path(value).expanduser()
-    if is_weights_folder(path):
-        return path
-    if not is_checkpoint(path) and not (path / CHECKPOINTS).is_dir() and is_published(path):
-        raise import_first(setting, value, model)
-    return resolve_checkpoint(setting, value, check)
-
-
-def resolve_checkpoint(setting: str, value: str, check: Verification = Verification.TOGETHER) -> Checkpoint:
-    """The checkpoint that a setting names: a checkpoint folder, or the latest of a run folder.
-
-    Args:
-        check: what makes a checkpoint of a run folder count as damaged, so that an older one is taken.
-
-    Raises:
-        ConfigError: there is no complete checkpoint.
-    """
-    path = Path(value).expanduser()
-    if is_checkpoint(path):
-        return verify(path, check)
+    path = located(value)
     remedy = f"train that stage first, or make it with `{import_of(path)}`"
-    if not path.exists():
-        raise ConfigError(f"{setting}={value}: does not exist; {remedy}")
-    found = latest(path / CHECKPOINTS, check)
+
+    def look() -> str:
+        if is_weights_folder(path):
+            return WEIGHTS
+        if is_checkpoint(path):
+            return CHECKPOINT
+        if not (path / CHECKPOINTS).is_dir() and is_published(path):
+            raise import_first(setting, value, model)
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(f"{setting}={value}: does not exist; {remedy}") from None
+        return RUN
+
+    kind = _looked(check, look, patience)
+    if kind == WEIGHTS:
+        return path
+    if kind == CHECKPOINT:
+        return verify(path, check, patience)
+    nothing = f"{setting}={value}: holds no complete checkpoint and no imported weights"
+    try:
+        found = latest(path / CHECKPOINTS, check, patience)
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise ConfigError(f"{nothing} ({error}); {remedy}") from error
     if found is None:
-        raise ConfigError(f"{setting}={value}: holds no complete checkpoint and no imported weights; {remedy}")
+        raise ConfigError(f"{nothing}; {remedy}")
     return found
 
 
-def open_weights(setting: str, value: str, which: str = "ema") -> tuple[ModelConfig, Mapping[str, Tensor]]:
+def open_weights(
+    setting: str, value: str, which: str = "ema", trust: Sequence[str] = ()
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The model of the diffuser that a setting names, and its tensors by name; each is read on access.
 
     Args:
         value: a run folder, a checkpoint folder or a weights folder.
         which: "ema" or "model" of a checkpoint. A weights folder holds one set of weights for both.
+        trust: modules whose classes its model may name, beside this package's own.
 
     Raises:
-        ConfigError: it holds nothing complete.
+        ConfigError: it holds nothing complete, or names a class that is not trusted.
     """
     try:
         source = resolve_weights(setting, value, Verification.ALONE)
-        return model_of(source, setting), weights_of(source, setting, which)
+        if isinstance(source, Checkpoint):
+            check_state(source)
+        model = model_of(source, setting)
+        check_parts(model, trust, f"{setting}={value}")
+        return model, weights_of(source, setting, which)
     except CheckpointError as error:
         raise ConfigError(f"{setting}={value}: {error}") from error
 
 
 def weights_of(source: Checkpoint | Path, setting: str, which: str) -> Mapping[str, Tensor]:
     """The weights of a checkpoint or of a weights folder, by name; each is read on access."""
-    return source.weights(which) if isinstance(source, Checkpoint) else open_weights_folder(source, setting)
+    return checkpoint_weights(source, which) if isinstance(source, Checkpoint) else open_weights_folder(source, setting)
+
+
+def checkpoint_weights(checkpoint: Checkpoint, which: str = "model", verify_checksums: bool = True) -> LazyTensors:
+    """The weights of a checkpoint under the names of its model: its adapters are added to the weights beside them.
+
+    Raises:
+        CheckpointError: it is damaged, or has no weights of that kind.
+    """
+    weights = checkpoint.weights(which) if verify_checksums else checkpoint.unchecked_weights(which)
+    if not any(is_adapter(name) for name in weights):
+        return weights
+    try:
+        lora = recorded(LoraConfig, "lora", recorded_config(checkpoint.state).get("lora"))
+        return merged(weights, scale_of(lora))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: {one_line(error)}, of the adapters of a checkpoint") from error
 
 
 def model_of(source: Checkpoint | Path, setting: str) -> ModelConfig:
-    """The model of a checkpoint or of a weights folder."""
+    """The model of a checkpoint or of a weights folder, whose classes nobody has checked.
+
+    A checkpoint's `resolution` is that of its latest phase.
+
+    Raises:
+        CheckpointError, WeightsError: its configuration is not a model's.
+    """
     if isinstance(source, Path):
         return weights_folder_model(source, setting)
-    raw_config = OmegaConf.create(source.state["config"])
-    model = OmegaConf.merge(OmegaConf.structured(ModelConfig), raw_config.model)
-    found = OmegaConf.to_object(model)
-    assert isinstance(found, ModelConfig)
-    return found
+    try:
+        model = recorded_model(recorded_config(source.state)["model"])
+        phases, state = trained_stage(source.state).phases, TrainState.from_dict(source.state[STATE])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return replace(model, resolution=phases[min(state.phase, len(phases) - 1)].resolution) if phases else model
 
 
 def unfinished_stage(weights: Checkpoint | Path) -> str | None:

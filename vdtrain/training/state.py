@@ -57,4 +57,13 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        return cls(**values)
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError, ValueError: the values are not those of a position.
+        """
+        found = cls(**values)
+        numbers = (found.step, found.phase, found.phase_step, found.skipped, found.replaced)
+        if any(type(each) is not int or each < 0 for each in numbers):
+            raise ValueError(f"no position: {values}")
+        return found

@@ -7,179 +7,65 @@ over micro-batches, and updates once.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.config.schema import PhaseConfig, TrainConfig
-from vdtrain.config.validation import micro_batches, phase_steps, stage_flows, warmup_samples
+from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, stage_flows
 from vdtrain.data.batch import Batch, BatchStream
-from vdtrain.data.loading import Prefetcher, data_problem, open_stream
+from vdtrain.data.loading import Prefetcher, open_stream
 from vdtrain.data.manifest import ManifestError
+from vdtrain.data.mirror import Mirror
 from vdtrain.data.stream import StreamError
-from vdtrain.diffusion.objective import Denoiser, Objective, StepRandom
+from vdtrain.diffusion.objective import Denoiser, Objective, QuarterLosses, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
-from vdtrain.errors import one_line
-from vdtrain.models.frozen import each_tensor
+from vdtrain.errors import ConfigError, one_line
+from vdtrain.flows import Flow
+from vdtrain.models.diffuser import parameters_by_group
+from vdtrain.models.frozen import each_tensor, pairs_of
 from vdtrain.planning.dry_run import DryRun
 from vdtrain.run import distributed
-from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
 from vdtrain.run.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.run.watchdog import Watchdog
+from vdtrain.training.agreement import BadSteps, StepSync
 from vdtrain.training.continuation import STATE, stage_steps
 from vdtrain.training.state import TrainState
+from vdtrain.training.trouble import DataError, Tried, agreed
+from vdtrain.training.watching import Watching
 
-# Sums of squares of such numbers are exact in float64 for up to 8192 processes.
-HASH_BITS = 20
-# Compiling may take this many times `watchdog_seconds`.
-COMPILE_PATIENCE = 6.0
+# A process whose next batch is not there looks so often for a signal, and gives up at this share of the limit.
+LOOK_SECONDS, STILL_OF_WATCHDOG = 1.0, 0.75
+# How long a stopped run waits for its reads to end.
+CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class StepOutcome:
-    """A step as all processes saw it.
+class StepResult:
+    """What this process computed in a step; tensors are on the device.
 
     Attributes:
-        step: its number.
-        losses: mean over the processes of each flow that ran.
-        gradient_norm: see StepReport.
-        applied: False if the step was skipped because a loss or a gradient was not finite.
-        stop: whether a process was asked to stop; all processes then stop after the same step.
-        replaced: number of bad samples replaced by others, over all processes.
+        losses: mean over the local batch of each flow. If pairs lack modalities, they are this process's share of the
+            mean over the global batch, times the processes, and a flow without any pair there is left out.
+        report: the engine's.
+        quarters: see `QuarterLosses.sums`.
+        worked: mark of the clock at the end of the last backward, before this process waits for the others.
     """
 
-    step: int
-    losses: dict[str, float]
-    gradient_norm: float
-    applied: bool
-    stop: bool
-    replaced: int = 0
-
-
-class StepSync:
-    """Agreement between processes on each step: one all-reduce of losses, norm, signals and a fingerprint.
-
-    Args:
-        flows: names of all flows that a step may run, the same on every process.
-        device: of the losses and reports.
-    """
-
-    def __init__(self, flows: Sequence[str], device: torch.device) -> None:
-        self.flows = list(flows)
-        self.device = device
-        self._pending: _Pending | None = None
-
-    def submit(
-        self, step: int, losses: Mapping[str, Tensor], report: StepReport, signal_number: int, replaced: int = 0
-    ) -> None:
-        """Start the exchange of a step. Every process must call it once per step, after `collect`.
-
-        Args:
-            losses: by flow, in the order that they ran.
-            signal_number: of the signal that this process received; 0 for none.
-            replaced: number of bad samples replaced in this process's batch.
-        """
-        ran = list(losses)
-        number = fingerprint(step, ran)
-        count = len(self.flows)
-        # Filled one by one: building a GPU tensor from Python numbers would wait for the GPU.
-        vector = torch.zeros(count + 6, dtype=torch.float64, device=self.device)
-        for slot, name in enumerate(self.flows):
-            if name in losses:
-                vector[slot] = losses[name].detach()
-        vector[count], vector[count + 1] = report.gradient_norm, report.applied
-        for slot, value in enumerate((signal_number, replaced, number, number * number), start=count + 2):
-            vector[slot].fill_(value)
-        work = dist.all_reduce(vector, async_op=True) if distributed.world_size() > 1 else None
-        if self.device.type == "cuda":
-            if work is not None:
-                work.wait()  # The stream waits, not this process.
-            vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._pending = _Pending(step, ran, vector, arrived.synchronize)
-        else:
-            self._pending = _Pending(step, ran, vector, None if work is None else work.wait)
-
-    def collect(self) -> StepOutcome | None:
-        """The outcome of the submitted step; None if no step was submitted since.
-
-        Raises:
-            SharedError: on every process, if their steps or flows differ.
-        """
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
-        if pending.wait is not None:
-            pending.wait()
-        *losses, norm, applied, signals, replaced, number, squares = pending.vector.tolist()
-        processes = distributed.world_size()
-        # Equality holds only if all numbers are equal (Cauchy-Schwarz).
-        if processes * int(squares) != int(number) ** 2:
-            raise SharedError(
-                f"step {pending.step}: the processes differ in their step or flows (process {distributed.rank()} ran "
-                f"{', '.join(pending.ran)}), so their weights are wrong; give all processes the same configuration and "
-                "seed, and run the same command again"
-            )
-        means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in pending.ran}
-        return StepOutcome(pending.step, means, norm / processes, applied == processes, signals > 0, int(replaced))
-
-
-class BadSteps:
-    """Counts skipped steps and ends a run that makes no progress.
-
-    Args:
-        limit: number of skipped steps in a row that is an error (optimizer.max_bad_steps).
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._in_a_row = 0
-
-    def add(self, outcome: StepOutcome) -> None:
-        """Count a step.
-
-        Raises:
-            SharedError: on every process, if the limit is reached.
-        """
-        if outcome.applied:
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
-        if self._in_a_row < self.limit:
-            return
-        bad = [name for name, loss in outcome.losses.items() if not math.isfinite(loss)]
-        raise SharedError(
-            f"step {outcome.step}: the last {self._in_a_row} steps were skipped because a loss or a gradient was not "
-            f"finite (losses not finite: {', '.join(bad) or 'none'}; optimizer.max_bad_steps={self.limit}); they "
-            "changed no weights: continue from the last checkpoint with a lower stage.learning_rate, or look for the "
-            "cause in the data"
-        )
-
-
-@dataclass(frozen=True)
-class _Pending:
-    step: int
-    ran: list[str]
-    vector: Tensor
-    wait: Callable[[], object] | None
-
-
-def fingerprint(step: int, flows: Sequence[str]) -> int:
-    """A hash below 2^20 of a step and its flows in order; two different steps collide once in a million."""
-    digest = hashlib.sha256(f"{step} {' '.join(flows)}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> (32 - HASH_BITS)
+    losses: dict[str, Tensor]
+    report: StepReport
+    quarters: Tensor
+    worked: Any
 
 
 class Trainer:
@@ -210,6 +96,12 @@ class Trainer:
         self.engine, self.objective, self.ema = engine, objective, ema
         self.saver, self.reporter, self.watchdog = saver, reporter, watchdog
         self.state, self.record = state, record
+        self.watching = Watching(config, place, engine, objective, ema, reporter, watchdog, state)
+        self._remarks: set[str] = set()
+        self._begun = False
+        self._trouble: DataError | None = None
+        # Batches whose reads have not ended.
+        self._batches: Prefetcher | None = None
         self.flow_names = [flow.name for flow in stage_flows(config)]
         self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
 
@@ -221,11 +113,12 @@ class Trainer:
 
         Raises:
             CheckpointError: the last checkpoint could not be written; the previous one remains.
-            SharedError: on every process, if the data cannot be read on one of them.
-            StreamError: the data can no longer be read on this process.
+            DataError: on every process, if the data cannot be read on one of them; what was trained is saved.
         """
         given, stop = stop, stop or StopSignal()
+        self._first_step = self.state.step
         self._peak = matmul_rate(self.place.device, self.engine.compute_dtype)
+        self.watchdog.on_stall = self.reporter.stalled
         try:
             while self.state.phase < len(self.config.stage.phases):
                 if not distributed.all_agree(stop.number == 0):
@@ -233,7 +126,7 @@ class Trainer:
                 if self._run_phase(self.config.stage.phases[self.state.phase], stop):
                     break
                 self.state.phase, self.state.phase_step = self.state.phase + 1, 0
-            self._save_last()
+            self._end()
             return self.state.completes(stage_steps(self.config.stage))
         finally:
             if given is None:
@@ -247,23 +140,33 @@ class Trainer:
         self.engine.close()
 
     def _run_phase(self, phase: PhaseConfig, stop: StopSignal) -> bool:
-        """Train the phase from the present position to its end; True if a signal stopped it."""
+        """Train the phase from the present position to its end; True if a signal or the data stopped it."""
         config, batch_size = self.config, self.config.stage.global_batch_size
         steps = phase_steps(config, phase)
         if self.state.phase_step >= steps:
             return False
         if self.ema is not None and self.state.phase_step == 0:
             self.ema.restart()
-        batches = Prefetcher(self._open_stream(), self.objective.prepare)
-        sync, bad_steps = StepSync(self.flow_names, self.place.device), BadSteps(config.optimizer.max_bad_steps)
-        meters, asked = Meters(self.place.device, self._peak), False
+        with self.watchdog.patient(f"step {self.state.step + 1}, opening the data"):
+            stream = self._open_stream()
+        if stream is None:
+            return True
+        mirror = Mirror(config.seed + self.state.phase) if config.data.flip else None
+        batches = Prefetcher(stream, self.objective.prepare, mirror)
+        sync = StepSync(self.flow_names, self.place.device, self.engine.groups)
+        bad_steps = BadSteps(config.optimizer.max_bad_steps)
+        meters, asked, worked = Meters(self.place.device, self._peak), False, None
         compiled, first = config.hardware.compile == "none", self.state.phase_step
+        tried: dict[int, Tried] = {}
 
         def collect() -> bool:
             """Take in the outcome of the last submitted step; True if a process was asked to stop."""
             outcome = sync.collect()
             if outcome is None:
                 return False
+            of_this_process = tried.pop(outcome.step)
+            if not outcome.applied and (line := of_this_process.poisoned()):
+                print(f"warning: step {outcome.step} is skipped: {line}", file=sys.stderr, flush=True)
             bad_steps.add(outcome)
             meters.add(outcome)
             self.state.skipped += not outcome.applied
@@ -272,46 +175,111 @@ class Trainer:
 
         try:
             while self.state.phase_step < steps and not asked:
-                self.watchdog.heartbeat(f"step {self.state.step + 1}, waiting for data")
-                asked_at = time.monotonic()
-                batch = next(batches)
+                asked_at, begun = time.monotonic(), meters.clock.mark(None)
+                with self.watchdog.patient(f"step {self.state.step + 1}, waiting for data"):
+                    batch = self._next_batch(batches, stop)
+                if batch is None:
+                    asked = True
+                    break
                 meters.waited += time.monotonic() - asked_at
+                if self.state.phase_step == first:
+                    self.watchdog.heartbeat("starting the tracker")
+                    opened = time.monotonic()
+                    self.reporter.begin()
+                    if not self._begun:
+                        self.watching.begin()
+                    self._begun = True
+                    meters.began += time.monotonic() - opened
+                    begun = meters.clock.mark(None)
                 self.watchdog.place = f"step {self.state.step + 1}"
                 if not compiled:
                     flops = self._compile(batch, phase)
                     meters, compiled = Meters(self.place.device, self._peak, flops), True
+                    begun = meters.clock.mark(None)
                 # In the second step what happens once is over. Compiled code would run eagerly while it is counted.
                 counts = config.hardware.compile == "none" and self.state.phase_step == first + 1
                 count = OperatorCount() if counts else None
                 with count or contextlib.nullcontext():
-                    losses, report = self.step(batch, phase, meters.clock)
+                    done = self.step(batch, phase, meters.clock)
+                tried[self.state.step] = Tried(batch.names, batch.positions, self._micro_losses)
                 meters.flops = meters.flops if count is None else count.flops
                 # The previous step's outcome arrives now. This step's exchange overlaps with the next step.
                 asked = collect()
-                sync.submit(self.state.step, losses, report, stop.number, sum(batch.replaced.values()))
+                # The device has reached the end of that step.
+                seconds = 0.0 if worked is None else meters.clock.between(*worked)
+                worked = begun, done.worked
+                replaced = sum(batch.replaced.values())
+                sync.submit(self.state.step, done.losses, done.report, stop.number, replaced, done.quarters, seconds)
                 meters.pairs += batch_size
                 meters.steps += 1
                 last = self.state.phase_step == steps
                 saves = last or self.state.step % config.checkpoint.every_steps == 0
-                logs = last or self.state.step % config.log_every_steps == 0
-                if saves or logs:
+                logs = self._logs(phase, self.state.step, self.state.phase_step)
+                looks = self.watching.due(last)
+                if saves or logs or looks:
                     asked = collect() or asked
                 if logs:
                     self.reporter.log(self._record(phase, meters))
                     meters = Meters(self.place.device, self._peak, meters.flops)
+                # Before the checkpoint, so that a run that goes on from it lacks no look; a stop has no time for one.
+                if looks and not asked:
+                    meters.began += self.watching.look(last)
                 if saves:
                     self._begin_save()
                 self._report_saves()
                 self.reporter.advance(batch_size)
             asked = collect() or asked
             self._finish_saves()
+            if asked and self.state.phase_step == steps and self.watching.due(last=True):
+                self.watching.look(last=True)
         finally:
-            batches.close()
+            # What was trained is saved first.
+            self._batches = None if batches.close(CLOSE_SECONDS if asked else None) else batches
         return asked
 
-    def _open_stream(self) -> BatchStream:
-        """Open the phase's stream at the present position, on every process or on none."""
-        config, failure = self.config, None
+    def _next_batch(self, batches: Prefetcher, stop: StopSignal) -> Batch | None:
+        """The next batch, on every process or on none: then the run stops here, by a signal or for `_trouble`."""
+        batch: Batch | None = None
+        error: Exception | None = None
+        while not batches.ready(LOOK_SECONDS):
+            if stop.number:
+                break
+            # For a read that hangs, the watchdog would end the process without a save.
+            late = self.watchdog.still > STILL_OF_WATCHDOG * (self.watchdog.seconds or math.inf)
+            if late and (slowest := batches.slowest()):
+                error = StreamError(f"{slowest}; check its disk or its server", passes=True)
+                break
+        else:
+            try:
+                batch = next(batches)
+            # Any error: a process that left by itself would leave the others waiting.
+            except Exception as found:
+                error = found
+        if distributed.all_agree(batch is not None):
+            return batch
+        self._trouble = agreed(error, self.config, self.watchdog)
+        return None
+
+    def _end(self) -> None:
+        """Save what was trained since the start; raise what the data ended the run with."""
+        trouble, step = self._trouble, self.state.step
+        if trouble is None or step > self._first_step:
+            try:
+                self._save_last()
+            except CheckpointError as error:
+                raise CheckpointError(error if trouble is None else f"{trouble}; and {error}") from error
+        stuck = self._batches is not None and not self._batches.close(CLOSE_SECONDS)
+        if not distributed.all_agree(not stuck):
+            trouble = trouble or DataError("a read of the data does not end", passes=True)
+            trouble.stuck = True
+        if trouble is not None:
+            saved = f"; step {step} is saved, and the same command continues" if step > self._first_step else ""
+            raise DataError(f"{trouble}{saved}", trouble.passes, trouble.stuck)
+
+    def _open_stream(self) -> BatchStream | None:
+        """Open the phase's stream at the present position, on every process or, for `_trouble`, on none."""
+        config = self.config
+        failure: Exception | None = None
         stream: BatchStream | None = None
         try:
             stream = open_stream(
@@ -321,16 +289,22 @@ class Trainer:
                 world_size=self.place.world_size,
                 step=self.state.phase_step,
             )
-        except (ManifestError, StreamError, OSError) as error:
-            failure = data_problem(error, config.data.manifest)
-        distributed.raise_if_any(failure)
+        except (ConfigError, ManifestError, StreamError, OSError) as error:
+            failure = error
+        if not distributed.all_agree(stream is not None):
+            self._trouble = agreed(failure, config, self.watchdog)
+            return None
         assert stream is not None
         identity = getattr(stream, "identity", "")
         if self.state.phase_step > 0 and identity != self.state.data:
             self.reporter.warn(
-                f"data.manifest={config.data.manifest}: its shards have changed since the checkpoint, so the order of "
-                "the samples has too: in this epoch some samples repeat and others are missed"
+                "data.stream: its shards have changed since the checkpoint, so the order of the samples has too: "
+                "in this epoch some samples repeat and others are missed"
             )
+        for line in getattr(stream, "remarks", ()):
+            if line not in self._remarks:
+                self._remarks.add(line)
+                self.reporter.warn(line)
         self.state.data = identity
         return stream
 
@@ -340,12 +314,19 @@ class Trainer:
         Returns:
             A step's floating-point operations by a dry run; None if it fails, and on ranks that log nothing.
         """
+        if batch.rows:
+            raise ConfigError(
+                f"hardware.compile={self.config.hardware.compile}: compiled code needs batches of one shape, and this "
+                "data.stream yields pairs that lack a modality; choose hardware.compile=none"
+            )
         began, clock = time.monotonic(), StepClock(self.place.device)
-        with self.watchdog.patient(f"compiling for {phase.resolution} pixels", COMPILE_PATIENCE):
+        with self.watchdog.patient(f"compiling for {phase.resolution} pixels"):
             local, count = self._local(phase)
             losses = self._losses(self.engine.module, batch, slice(0, local // count), local, phase, clock)
-            # This parameter lies before every block, so that all of them compute gradients; none accumulates.
-            first = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
+            # The first ones of the layer groups: every block that training goes back through is compiled. Nothing
+            # accumulates.
+            trained = parameters_by_group(self.engine.module, trained=True)
+            first = [next(iter(parameters.values())) for parameters in trained.values()]
             torch.autograd.grad(self.objective.total(losses), first)
             flops = None
             if self.place.rank == 0:
@@ -362,33 +343,79 @@ class Trainer:
         local = self.config.stage.global_batch_size // self.place.world_size
         return local, micro_batches(self.config, phase.resolution, self.place.world_size)
 
-    def step(self, batch: Batch, phase: PhaseConfig, clock: StepClock) -> tuple[dict[str, Tensor], StepReport]:
-        """One update over the local batch: this rank's mean loss of each flow, and the engine's report.
+    def _logs(self, phase: PhaseConfig, step: int, phase_step: int) -> bool:
+        """Whether a record follows a step."""
+        return phase_step == phase_steps(self.config, phase) or step % self.config.log_every_steps == 0
+
+    def step(self, batch: Batch, phase: PhaseConfig, clock: StepClock) -> StepResult:
+        """One update over the local batch.
 
         Args:
             clock: receives the ends of the step's parts.
         """
-        clock.mark(None)
+        worked = clock.mark(None)
         local, count = self._local(phase)
         micro = local // count
+        turnout = self._turnout(batch)
         sums: dict[str, Tensor] = {}
+        self._micro_losses: list[dict[str, Tensor]] = []
+        quarters = QuarterLosses(self.flow_names, self.objective.schedule.steps, self.place.device)
         for index in range(count):
             rows = slice(index * micro, (index + 1) * micro)
-            losses = self._losses(self.engine, batch, rows, local, phase, clock)
+            losses = self._losses(self.engine, batch, rows, local, phase, clock, quarters)
+            if turnout:
+                shares = self._shares(batch.cut(rows.start, rows.stop), turnout, count)
+                losses = {name: loss * shares[name] for name, loss in losses.items()}
             self.engine.backward(self.objective.total(losses) / count, last=index == count - 1)
-            clock.mark(BACKWARD)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach() / count
-        report = self.engine.step(self._learning_rate(self.state.step + 1))
+            worked = clock.mark(BACKWARD)
+            self._micro_losses.append({name: loss.detach() for name, loss in losses.items()})
+            for name, loss in self._micro_losses[-1].items():
+                sums[name] = sums.get(name, 0.0) + loss / count
+        number = self.state.step + 1
+        measure = self._logs(phase, number, self.state.phase_step + 1)
+        report = self.engine.step(learning_rate(self.config, number), measure)
         if self.ema is not None:
             self.ema.update(report.applied)
         clock.mark(OPTIMISER)
         self.state.step += 1
         self.state.phase_step += 1
-        return sums, report
+        if turnout:
+            sums = {name: loss for name, loss in sums.items() if turnout[name]}
+        return StepResult(sums, report, quarters.sums, worked)
+
+    def _turnout(self, batch: Batch) -> dict[str, int]:
+        """How many pairs of the global batch have a flow's modalities, by flow; empty if every pair has all.
+
+        Every process must call it. A flow's loss is the mean over these pairs, on whatever processes they are.
+        """
+        if not batch.rows:
+            return {}
+        own = torch.tensor([self._pairs(batch, flow) for flow in stage_flows(self.config)])
+        return dict(zip(self.flow_names, distributed.joined(own).tolist(), strict=True))
+
+    def _shares(self, batch: Batch, turnout: Mapping[str, int], count: int) -> dict[str, float]:
+        """What the mean over a micro-batch's pairs counts in the flow's mean, times processes and micro-batches."""
+        parts = count * self.place.world_size
+        return {
+            flow.name: parts * self._pairs(batch, flow) / max(1, turnout[flow.name])
+            for flow in stage_flows(self.config)
+        }
+
+    @staticmethod
+    def _pairs(batch: Batch, flow: Flow) -> int:
+        """Pairs that have a flow's modalities."""
+        having = pairs_of(flow, batch.rows)
+        return len(batch) if having is None else len(having)
 
     def _losses(
-        self, denoiser: Denoiser, batch: Batch, rows: slice, local: int, phase: PhaseConfig, clock: StepClock
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        rows: slice,
+        local: int,
+        phase: PhaseConfig,
+        clock: StepClock,
+        quarters: QuarterLosses | None = None,
     ) -> dict[str, Tensor]:
         first = self.place.rank * local
         rng = StepRandom(
@@ -399,11 +426,12 @@ class Trainer:
             self.place.device,
         )
         device = self.place.device
-        samples = {name: _to(values[rows], device) for name, values in batch.samples.items()}
-        moments = {name: _to(values[rows], device) for name, values in batch.moments.items()}
-        encoded = self.objective.encode(samples, phase.resolution, rng, moments)
+        own = batch.cut(rows.start, rows.stop)
+        samples = {name: _to(values, device) for name, values in own.samples.items()}
+        moments = {name: _to(values, device) for name, values in own.moments.items()}
+        encoded = self.objective.encode(samples, phase.resolution, rng, moments, own.rows)
         clock.mark(ENCODE)
-        losses = self.objective.losses(denoiser, encoded, rng)
+        losses = self.objective.losses(denoiser, encoded, rng, quarters)
         clock.mark(FORWARD)
         return losses
 
@@ -411,16 +439,9 @@ class Trainer:
     def _draw_seed(self) -> str:
         return f"{self.config.seed}/{self.config.stage.name}/{self.state.phase}"
 
-    def _learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1: linear warm-up over samples, then constant."""
-        optimizer, stage = self.config.optimizer, self.config.stage
-        rise = warmup_samples(self.config)
-        warm = min(1.0, step * stage.global_batch_size / rise) if rise > 0 else 1.0
-        return stage.learning_rate * optimizer.learning_rate_scale * warm
-
     def _record(self, phase: PhaseConfig, meters: Meters) -> dict[str, Any]:
         batch_size = self.config.stage.global_batch_size
-        learning_rate = self._learning_rate(self.state.step)
+        rate = learning_rate(self.config, self.state.step)
         return {
             "step": self.state.step,
             "phase": self.state.phase,
@@ -428,11 +449,12 @@ class Trainer:
             "samples": self.state.step * batch_size,
             "total_samples": self.total_steps * batch_size,
             # The base rate of this step; a group's rate is this times its scale.
-            "learning_rate": learning_rate,
-            "learning_rates": self.engine.rates(learning_rate),
+            "learning_rate": rate,
+            "learning_rates": self.engine.rates(rate),
             "skipped": self.state.skipped,
             "replaced": self.state.replaced,
             "failed_saves": self.saver.failed,
+            "save_times": self.saver.times(),
             **meters.summary(),
         }
 
@@ -442,8 +464,9 @@ class Trainer:
 
     def _finish_saves(self) -> None:
         """Wait for the current save, before shapes change or the process ends."""
-        self.watchdog.heartbeat(f"step {self.state.step}, waiting for the checkpoint to be written")
-        self.saver.wait()
+        place = f"step {self.state.step}, waiting for the checkpoint to be written"
+        with self.watchdog.patient(place, reads=False):
+            self.saver.wait()
         self._report_saves()
 
     def _report_saves(self) -> None:
@@ -455,8 +478,10 @@ class Trainer:
         self._finish_saves()
         if self.saver.saved_step == self.state.step:
             return
+        self.reporter.note(f"saving step {self.state.step}")
         self._begin_save()
-        self.saver.wait()
+        with self.watchdog.patient(f"step {self.state.step}, writing the last checkpoint", reads=False):
+            self.saver.wait()
         failures = self.saver.failures()
         if failures:
             raise CheckpointError(f"{failures[0]}, then run the same command again")

@@ -1,0 +1,203 @@
+"""Agreement of all processes on each step, and the end of a run that makes no progress."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vdtrain.diffusion.objective import QUARTERS
+from vdtrain.engine.engine import StepReport
+from vdtrain.run import distributed
+from vdtrain.run.distributed import SharedError
+
+# Sums of squares of such numbers are exact in float64 for up to 8192 processes.
+HASH_BITS = 20
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """A step as all processes saw it.
+
+    Attributes:
+        step: its number.
+        losses: mean over the processes of each flow that ran.
+        gradient_norm: see StepReport.
+        applied: False if the step was skipped because a loss or a gradient was not finite.
+        stop: whether a process was asked to stop; all processes then stop after the same step.
+        replaced: number of bad samples replaced by others, over all processes.
+        gradient_norms: as `gradient_norm`, of each layer group.
+        update_ratios: 2-norm of each layer group's update over that of its weights; empty if it was not measured.
+        quarters: of each flow, the sum of the samples' errors and their number in each quarter of the timesteps.
+        seconds: each process's time of an earlier step, by rank; see `StepSync.submit`.
+    """
+
+    step: int
+    losses: dict[str, float]
+    gradient_norm: float
+    applied: bool
+    stop: bool
+    replaced: int = 0
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    update_ratios: dict[str, float] = field(default_factory=dict)
+    quarters: dict[str, list[list[float]]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+
+class StepSync:
+    """Agreement between processes on each step: one all-reduce of losses, norm, signals, meters and a fingerprint.
+
+    Args:
+        flows: names of all flows that a step may run, the same on every process.
+        device: of the losses and reports.
+        groups: names of the layer groups that the engine reports on.
+    """
+
+    def __init__(self, flows: Sequence[str], device: torch.device, groups: Sequence[str] = ()) -> None:
+        self.flows, self.groups = list(flows), list(groups)
+        self.device = device
+        processes = distributed.world_size()
+        # Losses; what `submit` names; sums by layer group; sums by flow and quarter; seconds by rank.
+        self._sizes = [len(self.flows), 6, 3 * len(self.groups), 2 * QUARTERS * len(self.flows), processes]
+        self._pending: _Pending | None = None
+
+    def submit(
+        self,
+        step: int,
+        losses: Mapping[str, Tensor],
+        report: StepReport,
+        signal_number: int,
+        replaced: int = 0,
+        quarters: Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """Start the exchange of a step. Every process must call it once per step, after `collect`.
+
+        Args:
+            losses: by flow, in the order that they ran.
+            signal_number: of the signal that this process received; 0 for none.
+            replaced: number of bad samples replaced in this process's batch.
+            quarters: see `QuarterLosses.sums`.
+            seconds: that this process worked in the step before, without its waits for the others; 0 if not known.
+        """
+        ran = list(losses)
+        number = fingerprint(step, ran)
+        # Filled one by one: building a GPU tensor from Python numbers would wait for the GPU.
+        vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
+        means, words, groups, parts, times = vector.split(self._sizes)
+        for slot, name in enumerate(self.flows):
+            if name in losses:
+                means[slot] = losses[name].detach()
+        words[0], words[1] = report.gradient_norm, report.applied
+        for slot, value in enumerate((signal_number, replaced, number, number * number), start=2):
+            words[slot].fill_(value)
+        if self.groups:
+            groups.copy_(report.squares.flatten())
+        if quarters is not None:
+            parts.copy_(quarters.flatten())
+        times[distributed.rank()].fill_(seconds)
+        work = dist.all_reduce(vector, async_op=True) if distributed.world_size() > 1 else None
+        if self.device.type == "cuda":
+            if work is not None:
+                work.wait()  # The stream waits, not this process.
+            vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending = _Pending(step, ran, vector, arrived.synchronize)
+        else:
+            self._pending = _Pending(step, ran, vector, None if work is None else work.wait)
+
+    def collect(self) -> StepOutcome | None:
+        """The outcome of the submitted step; None if no step was submitted since.
+
+        Raises:
+            SharedError: on every process, if their steps or flows differ.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        if pending.wait is not None:
+            pending.wait()
+        losses, words, groups, parts, times = (part.tolist() for part in pending.vector.split(self._sizes))
+        norm, applied, signals, replaced, number, squares = words
+        processes = distributed.world_size()
+        # Equality holds only if all numbers are equal (Cauchy-Schwarz).
+        if processes * int(squares) != int(number) ** 2:
+            raise SharedError(
+                f"step {pending.step}: the processes differ in their step or flows (process {distributed.rank()} ran "
+                f"{', '.join(pending.ran)}), so their weights are wrong; give all processes the same configuration and "
+                "seed, and run the same command again"
+            )
+        means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in pending.ran}
+        sums = dict(zip(self.groups, _rows(groups, 3), strict=True))
+        quarters = zip(self.flows, _rows(_rows(parts, 2), QUARTERS), strict=True)
+        return StepOutcome(
+            step=pending.step,
+            losses=means,
+            gradient_norm=norm / processes,
+            applied=applied == processes,
+            stop=signals > 0,
+            replaced=int(replaced),
+            gradient_norms={group: math.sqrt(gradient) for group, (gradient, _, _) in sums.items()},
+            update_ratios={
+                group: math.sqrt(update / weights) for group, (_, weights, update) in sums.items() if weights > 0
+            },
+            quarters={name: each for name, each in quarters if name in pending.ran},
+            seconds=times,
+        )
+
+
+class BadSteps:
+    """Counts skipped steps and ends a run that makes no progress.
+
+    Args:
+        limit: number of skipped steps in a row that is an error (optimizer.max_bad_steps).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._in_a_row = 0
+
+    def add(self, outcome: StepOutcome) -> None:
+        """Count a step.
+
+        Raises:
+            SharedError: on every process, if the limit is reached.
+        """
+        if outcome.applied:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        if self._in_a_row < self.limit:
+            return
+        bad = [name for name, loss in outcome.losses.items() if not math.isfinite(loss)]
+        raise SharedError(
+            f"step {outcome.step}: the last {self._in_a_row} steps were skipped because a loss or a gradient was not "
+            f"finite (losses not finite: {', '.join(bad) or 'none'}; optimizer.max_bad_steps={self.limit}); they "
+            "changed no weights: continue from the last checkpoint with a lower stage.learning_rate, or look for the "
+            "cause in the data"
+        )
+
+
+def _rows(values: list[Any], width: int) -> list[list[Any]]:
+    return [values[first : first + width] for first in range(0, len(values), width)]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    ran: list[str]
+    vector: Tensor
+    wait: Callable[[], object] | None
+
+
+def fingerprint(step: int, flows: Sequence[str]) -> int:
+    """A hash below 2^20 of a step and its flows in order; two different steps collide once in a million."""
+    digest = hashlib.sha256(f"{step} {' '.join(flows)}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> (32 - HASH_BITS)

@@ -1,0 +1,319 @@
+"""Looks at a run while it trains: samples of its flows and losses on held-out pairs, within a share of its time.
+
+A look changes nothing that training computes. The averaged weights change places with the master weights and back,
+random states and modes of layers are restored, and compiled code is passed by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import phase_steps, stage_flows
+from vdtrain.data.loading import data_problem
+from vdtrain.data.manifest import ManifestError
+from vdtrain.data.stream import StreamError
+from vdtrain.diffusion.objective import Objective
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.errors import ConfigError, described, one_line
+from vdtrain.pipeline import VersatileDiffusion
+from vdtrain.run import distributed
+from vdtrain.run.distributed import RankInfo
+from vdtrain.run.reporting import Reporter
+from vdtrain.run.tracking import read_lines
+from vdtrain.run.watchdog import Watchdog
+from vdtrain.training import samples, validation
+from vdtrain.training.moments import Clock, Moments
+from vdtrain.training.scoring import Scoring
+from vdtrain.training.state import TrainState
+
+SAMPLES, VALIDATION = KINDS = ("samples", "validation")
+
+
+class Watching:
+    """The looks of one run. Every process calls each method together, after the same step.
+
+    Args:
+        ema: None shows the weights as trained.
+        state: the trainer's position.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        place: RankInfo,
+        engine: Engine,
+        objective: Objective,
+        ema: ShardEMA | None,
+        reporter: Reporter,
+        watchdog: Watchdog,
+        state: TrainState,
+    ) -> None:
+        self.config, self.place, self.engine, self.objective = config, place, engine, objective
+        self.ema, self.reporter, self.watchdog, self.state = ema, reporter, watchdog, state
+        self.run_dir = Path(config.run_dir)
+        self.looks: dict[str, Moments] = {}
+        for name, settings in ((SAMPLES, config.samples), (VALIDATION, config.validation)):
+            if settings.every and self._possible(name):
+                self.looks[name] = Moments(settings.every, settings.time_share, settings.every)
+        self._clock: Clock | None = None
+        self._inputs: tuple[int, samples.Inputs] | None = None
+        self._pairs: validation.Validation | None = None
+        self._scoring: Scoring | None = None
+
+    def begin(self) -> float:
+        """Look before the first step of a start, unless that was done; the seconds that it took.
+
+        Grids of steps that the run has lost are removed.
+        """
+        if not self.looks:
+            return 0.0
+        began = time.monotonic()
+        chosen: list[str] = []
+        if self.place.rank == 0:
+            self._clock = Clock(self.run_dir)
+            for name, moments in self.looks.items():
+                self._clock.restore(name, moments)
+            self.reporter.note(self._said())
+            try:
+                samples.drop_later(self.run_dir, self._samples())
+            except OSError as error:
+                self.reporter.warn(described(error))
+            chosen = [name for name in self.looks if self._missing(name)]
+        self._look(distributed.broadcast_json(chosen))
+        return time.monotonic() - began
+
+    def due(self, last: bool) -> bool:
+        """Whether a look may come after this step.
+
+        Args:
+            last: this is the last step of its phase.
+        """
+        return bool(self.looks) and (last or bool(self._reached()))
+
+    def look(self, last: bool) -> float:
+        """Look after a step, if the budget allows it, or `last`; the seconds that it took."""
+        began = time.monotonic()
+        chosen = [name for name in self.looks if last or self._allows(name)] if self.place.rank == 0 else []
+        self._look(distributed.broadcast_json(chosen))
+        return time.monotonic() - began
+
+    def _possible(self, name: str) -> bool:
+        if name == VALIDATION:
+            return bool(self.config.data.validation.share)
+        return any({flow.context, flow.output} <= {*samples.SHOWN} for flow in stage_flows(self.config))
+
+    def _samples(self) -> int:
+        return self.state.step * self.config.stage.global_batch_size
+
+    def _reached(self) -> list[str]:
+        now = self._samples()
+        before = max(0, now - self.config.stage.global_batch_size)
+        # The interval grows on rank 0 alone; `every` is the same on all.
+        return [name for name, moments in self.looks.items() if now // moments.every > before // moments.every]
+
+    def _missing(self, name: str) -> bool:
+        """Whether a look belongs before the first step of this start, and was not made at this step."""
+        if name == SAMPLES:
+            made = list(samples.made(self.run_dir))
+        else:
+            made = [line["samples"] for line in read_lines(self.run_dir) if VALIDATION in line]
+        if not made:
+            return True
+        return name in self._reached() and self._samples() not in made and self._allows(name)
+
+    def _allows(self, name: str) -> bool:
+        """Whether the budget allows a look now; else a line says so, and the interval may grow."""
+        moments, now, clock = self.looks[name], self._samples(), self._clock
+        assert clock is not None
+        if name not in self._reached():
+            return False
+        if not moments.reached(now - self.config.stage.global_batch_size, now):
+            return False
+        if moments.allows(clock.ran):
+            return True
+        longer = moments.grow(clock.ran, now)
+        then = f"the next come every {moments.interval:,}" if longer else "they wait for the next one"
+        self.reporter.note(
+            f"{name}: none after {now:,} training samples, because the last took {moments.cost:.1f} s and they keep to "
+            f"{name}.time_share={moments.time_share:g} of the run's time; {then}"
+        )
+        return False
+
+    def _said(self) -> str:
+        """The line about all looks at a start."""
+        texts = []
+        for name in KINDS:
+            if name in self.looks:
+                moments = self.looks[name]
+                limit = "" if moments.time_share is None else f", at most {moments.time_share:.2%} of the time"
+                texts.append(f"{name} every {moments.interval:,} training samples{limit}")
+            elif name == VALIDATION and self.config.validation.every:
+                texts.append("no validation, because data.validation.share holds no pairs out")
+            elif name == SAMPLES and self.config.samples.every:
+                texts.append("no samples, because no flow has only images and captions")
+        return "; ".join(texts)
+
+    def _look(self, chosen: list[str]) -> None:
+        """Make the chosen looks."""
+        if not chosen:
+            return
+        spent = dict.fromkeys(chosen, 0.0)
+        phase = self.config.stage.phases[min(self.state.phase, len(self.config.stage.phases) - 1)]
+        place = f"step {self.state.step}, {' and '.join(chosen)}"
+        losses: dict[str, Any] = {}
+        with self.watchdog.patient(place), undisturbed(self.engine.module, self.place.device, self.config):
+            chosen = [name for name in chosen if self._prepared(name, phase.resolution, spent)]
+            if VALIDATION in chosen:
+                losses["model"] = self._validate(spent)
+            with contextlib.ExitStack() as stack:
+                if self.ema is not None and chosen:
+                    stack.enter_context(self.ema.shown(self.engine))
+                if VALIDATION in chosen and self.ema is not None:
+                    losses["ema"] = self._validate(spent)
+                scores = self._score(phase.resolution, spent) if VALIDATION in chosen else {}
+                if SAMPLES in chosen:
+                    self._draw(phase, spent)
+        if all(losses.values()) and losses:
+            self._report(losses, scores, phase.resolution, spent[VALIDATION])
+        if self.place.device.type == "cuda":
+            # What the looks took from the allocator must not crowd the next step's blocks.
+            torch.cuda.empty_cache()
+        self._keep(spent)
+
+    def _prepared(self, name: str, resolution: int, spent: dict[str, float]) -> bool:
+        """Whether what a look needs could be read on every process; else a warning says why."""
+        began, failure = time.monotonic(), None
+        try:
+            if name == SAMPLES and (self._inputs is None or self._inputs[0] != resolution):
+                self._inputs = resolution, samples.Inputs(self.config, resolution)
+            if name == VALIDATION and (self._pairs is None or self._pairs.resolution != resolution):
+                self._pairs = validation.Validation(self.config, self.objective, resolution, self.place.device)
+                if self.config.validation.scored:
+                    self._scoring = Scoring(self.config, resolution, self.place.device, self.place.rank == 0)
+            if name == VALIDATION and self._pairs is not None:
+                self._pairs.encode()
+        except (ConfigError, ManifestError, StreamError, OSError, torch.OutOfMemoryError) as error:
+            failure = data_problem(error, self.config.data.manifest)
+        failures = [each for each in distributed.gather_json(failure) if each is not None]
+        spent[name] += time.monotonic() - began
+        if failures:
+            self.reporter.warn(f"{name}: none after {self._samples():,} training samples ({failures[0]})")
+        return not failures
+
+    def _validate(self, spent: dict[str, float]) -> dict[str, Any]:
+        """The losses with the module's present weights; none if they could not be computed on a process."""
+        began, failure = time.monotonic(), None
+        found: dict[int, dict[str, list[float]]] = {}
+        assert self._pairs is not None
+        diffuser: Any = self.engine.module
+        try:
+            found = self._pairs.losses(diffuser, self._beat)
+        # It must not end a run: what does not fit into the memory that is left is a warning.
+        except RuntimeError as error:
+            failure = one_line(error)[:200]
+        failures = [each for each in distributed.gather_json(failure) if each is not None]
+        if failures:
+            self.reporter.warn(f"validation: none after {self._samples():,} training samples ({failures[0]})")
+        means = {} if failures else validation.gathered(found)
+        spent[VALIDATION] += time.monotonic() - began
+        return means
+
+    def _score(self, resolution: int, spent: dict[str, float]) -> dict[str, dict[str, float]]:
+        """The scores of samples of a few pairs, on rank 0."""
+        if self._scoring is None:
+            return {}
+        began, scores = time.monotonic(), {}
+        drawn, failure = samples.draw(self.config, self._model(), self._scoring.inputs, resolution, self._beat)
+        if self.place.rank == 0 and failure is None:
+            self._beat("scoring")
+            try:
+                scores = self._scoring.figures(drawn)
+            except (ConfigError, RuntimeError) as error:
+                failure = one_line(error)
+        if failure is not None:
+            self.reporter.warn(f"validation: no scores after {self._samples():,} training samples ({failure})")
+        spent[VALIDATION] += time.monotonic() - began
+        return scores
+
+    def _model(self) -> VersatileDiffusion:
+        diffuser: Any = self.engine.module
+        return VersatileDiffusion.around(self.config.model, diffuser, self.objective.frozen, self.objective.schedule)
+
+    def _draw(self, phase: Any, spent: dict[str, float]) -> None:
+        began, now = time.monotonic(), self._samples()
+        assert self._inputs is not None
+        drawn, failure = samples.draw(self.config, self._model(), self._inputs[1], phase.resolution, self._beat)
+        if self.place.rank == 0 and failure is None:
+            about = {"step": self.state.step, "phase": self.state.phase, "seconds": time.monotonic() - began}
+            try:
+                files = samples.write(self.config, self.run_dir, drawn, now, phase, about)
+            except OSError as error:
+                failure = described(error)
+            else:
+                for flow, file in files.items():
+                    self.reporter.log_image(f"{samples.FOLDER}/{flow}", file, now)
+                self.reporter.note(f"samples of {len(files)} flows in {samples.folder_of(self.run_dir, now)}")
+        if failure is not None:
+            self.reporter.warn(f"samples: none after {now:,} training samples ({failure})")
+        spent[SAMPLES] += time.monotonic() - began
+
+    def _report(
+        self, losses: dict[str, Any], scores: dict[str, dict[str, float]], resolution: int, seconds: float
+    ) -> None:
+        shown = losses.get("ema", losses["model"])
+        texts = " | ".join(f"{flow} {each['loss']:.4f}" for flow, each in shown.items())
+        record = {
+            "step": self.state.step,
+            "phase": self.state.phase,
+            "resolution": resolution,
+            "samples": self._samples(),
+            "total_samples": sum(phase_steps(self.config, each) for each in self.config.stage.phases)
+            * self.config.stage.global_batch_size,
+            **validation.figures(losses),
+            **({"validation_scores": scores} if scores else {}),
+            "validation_seconds": round(seconds, 3),
+        }
+        weights = "averaged" if "ema" in losses else "trained"
+        self.reporter.note(f"validation with {weights} weights, {self._samples():,} training samples | {texts}")
+        if self.reporter.tracker is not None:
+            self.reporter.tracker.log(record)
+
+    def _beat(self, doing: str) -> None:
+        self.watchdog.heartbeat(f"step {self.state.step}, {doing}")
+
+    def _keep(self, spent: dict[str, float]) -> None:
+        if self._clock is None:
+            return
+        for name, seconds in spent.items():
+            self.looks[name].add(seconds)
+        try:
+            self._clock.keep(self.looks)
+        except OSError as error:
+            self.reporter.warn(described(error))
+
+
+@contextlib.contextmanager
+def undisturbed(diffuser: nn.Module, device: torch.device, config: TrainConfig) -> Iterator[None]:
+    """While the block runs, layers only evaluate, and nothing is compiled. Random states and modes come back."""
+    training = [module for module in diffuser.modules() if module.training]
+    compiled = config.hardware.compile != "none"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        if compiled:
+            # Samples have shapes of their own, each of which would take minutes to compile.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        diffuser.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
