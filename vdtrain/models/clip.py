@@ -24,6 +24,8 @@ from vdtrain.models.frozen_weights import device_and_dtype, load_weights, shared
 from vdtrain.models.tokenizers import ClipTokenizer
 
 Blank = Literal["zeros", "black", "grey"]
+# Towers of other libraries, which open_clip builds from what it downloads.
+FETCHED = {"text_cfg": "hf_model_name", "vision_cfg": "timm_model_name"}
 BLANK_LEVELS = {"black": 0, "grey": 127}
 
 
@@ -40,6 +42,9 @@ def build_clip(architecture: str | Mapping[str, Any], weights: str | None) -> op
         WeightsError: the weights are missing, or belong to another model.
     """
     config = _architecture(architecture)
+    for tower, name in FETCHED.items():
+        if (config.get(tower) or {}).get(name):
+            raise ValueError(f"context_encoder.architecture.{tower}.{name}: not built, because open_clip fetches it")
     if weights is None:
         return _build(config)
 

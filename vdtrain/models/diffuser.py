@@ -154,11 +154,16 @@ def allocated(
     return diffuser.to(dtype).to_empty(device=device)
 
 
-def parameters_by_group(diffuser: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Layer group -> parameter name -> parameter."""
+def parameters_by_group(diffuser: nn.Module, trained: bool = False) -> dict[str, dict[str, nn.Parameter]]:
+    """Layer group -> parameter name -> parameter.
+
+    Args:
+        trained: leave out parameters without gradient.
+    """
     groups: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in diffuser.named_parameters():
-        groups.setdefault(layer_group(name), {})[name] = parameter
+        if parameter.requires_grad or not trained:
+            groups.setdefault(layer_group(name), {})[name] = parameter
     return groups
 
 

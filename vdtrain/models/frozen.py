@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -97,10 +97,41 @@ def each_tensor(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The diffuser's view of a batch, by modality: latents [B, ...] and contexts [B, tokens, D]."""
+    """The diffuser's view of a batch, by modality: latents [B, ...] and contexts [B, tokens, D].
+
+    Attributes:
+        rows: of modalities that some of the batch's pairs lack, int64 [B] the pairs of their latents and contexts. If
+            no pair has one, its latents are one row of zeros, and it has no contexts.
+    """
 
     latents: dict[str, Tensor]
     contexts: dict[str, Tensor]
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Encoded:
+        """The same on another device."""
+        latents = {name: tensor.to(device) for name, tensor in self.latents.items()}
+        return Encoded(latents, {name: tensor.to(device) for name, tensor in self.contexts.items()}, self.rows)
+
+    def pairs_of(self, flow: Flow) -> Tensor | None:
+        """See `pairs_of`."""
+        return pairs_of(flow, self.rows)
+
+    def of(self, modality: str, pairs: Tensor) -> Tensor:
+        """int64 [n]: which of the modality's latents and contexts are those of the pairs int64 [n]."""
+        return torch.searchsorted(self.rows[modality], pairs) if modality in self.rows else pairs
+
+
+def pairs_of(flow: Flow, rows: Mapping[str, Tensor]) -> Tensor | None:
+    """int64 [n] the pairs of a batch that have both of a flow's modalities; None for all.
+
+    Args:
+        rows: see `vdtrain.data.batch.Batch`.
+    """
+    output, context = rows.get(flow.output), rows.get(flow.context)
+    if output is None or context is None:
+        return context if output is None else output
+    return output[torch.isin(output, context)]
 
 
 class FrozenParts(nn.Module):

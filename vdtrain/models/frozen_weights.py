@@ -152,7 +152,8 @@ def load_weights(module: nn.Module, path: str, setting: str) -> None:
     The file needs tensors that share memory in the module (tied weights) only once.
 
     Raises:
-        WeightsError: the file is missing or damaged, or its keys or shapes differ from the module's.
+        WeightsError: the file is missing or damaged, its keys or shapes differ from the module's, or a value is not
+            finite.
     """
     if not _read_files.get():
         return
@@ -164,6 +165,8 @@ def load_weights(module: nn.Module, path: str, setting: str) -> None:
     differences = compare(module.state_dict(), state)
     if differences:
         raise WeightsError(f"{setting}={path}: weights of another model: {differences}")
+    if poisoned := next((name for name, tensor in state.items() if not is_finite(tensor)), None):
+        raise WeightsError(f"{setting}={path}: {poisoned} holds values that are NaN or infinite; fetch it again")
     module.load_state_dict(state, strict=False)
 
 
@@ -179,6 +182,14 @@ def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("shape", shapes)]
     return "; ".join(f"{name} {_listed(keys)}" for name, keys in parts if keys)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Both bounds are NaN if a value is NaN, and this needs no memory.
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def untied(module: nn.Module) -> dict[str, Tensor]:

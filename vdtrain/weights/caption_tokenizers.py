@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordPiece
 
-from vdtrain.config.schema import WeightsConfig
+from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.errors import one_line
 from vdtrain.files import write_text, written_whole
 from vdtrain.models.frozen_weights import WeightsError

@@ -6,7 +6,6 @@ a file's metadata, or in a file beside it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from vdtrain.config.schema import DiffuserConfig, ModelConfig, ScheduleConfig
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError, compare
 from vdtrain.models.layer_plan import NORM_EPSILON
@@ -123,9 +123,9 @@ def _check_scheduler(file: Path, config: ScheduleConfig, place: str) -> None:
         "beta_end": config.beta_end,
     }
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         differing = [key for key, value in expected.items() if found.get(key, value) != value]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *SHAPE_ERRORS) as error:
         raise WeightsError(f"{place}: {SCHEDULER} is not a JSON object; fetch it again") from error
     for key in differing:
         raise WeightsError(
@@ -158,12 +158,12 @@ def check_unet_config(file: Path, config: DiffuserConfig, place: str) -> None:
     if not file.is_file():
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         # These U-Nets keep the number of heads under the name of their size: one number, or a list by level.
         heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
         expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
         differing = [key for key, value in expected.items() if not _matches(found.get(key, value), value)]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *SHAPE_ERRORS) as error:
         raise WeightsError(f"{place}: {file.name} is not a JSON object; fetch it again") from error
     for key in differing:
         raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.schema import ModelConfig, ScheduleConfig
-from vdtrain.files import refuse_existing, written_whole
+from vdtrain.files import refuse_existing, write_text, written_whole
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError, compare, load_tokenizer
@@ -28,7 +28,7 @@ from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.tokenizers import released_tokenizer
 from vdtrain.progress import track
 from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
-from vdtrain.weights.folder import write_shards
+from vdtrain.weights.folder import CARD_FILE, write_shards
 from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
 
@@ -51,7 +51,12 @@ CLIP_PARTS = {"text_model", "text_projection", "vision_model", "visual_projectio
 
 
 def write_pipeline(
-    folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig, setting: str = "folder", overwrite: bool = False
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    setting: str = "folder",
+    overwrite: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write the diffuser and the configured frozen parts. The folder appears when it is whole.
 
@@ -60,6 +65,7 @@ def write_pipeline(
             frozen parts are written in the dtype of the global layers.
         setting: names where the folder comes from, in errors.
         overwrite: replace what exists.
+        card: text of a model card.
 
     Raises:
         ConfigError: the folder exists already, or cannot be written.
@@ -83,6 +89,8 @@ def write_pipeline(
         write_image_encoder(draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype)
         write_scheduler(draft / "scheduler", model.schedule)
         (draft / INDEX_FILE).write_text(json.dumps(_index(), indent=2))
+        if card is not None:
+            write_text(draft / CARD_FILE, card)
 
 
 def meta_unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:

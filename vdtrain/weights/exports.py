@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdtrain.config.schema import ModelConfig
-from vdtrain.files import written_whole
+from vdtrain.files import write_text, written_whole
 from vdtrain.progress import track
 
 if TYPE_CHECKING:
@@ -23,32 +23,40 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "keep": 
 OUTPUT = "output"
 
 
-def versatile_diffusion(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
+def versatile_diffusion(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
     """One .pth in the layout of the released vd-four-flow-v1-0."""
     from vdtrain.weights.versatile_diffusion import to_released
 
     write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), OUTPUT, overwrite)
+    beside = card_beside(output)
+    with written_whole(beside, f"{OUTPUT}={beside}", overwrite) as draft:
+        write_text(draft, card)
 
 
-def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
+def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
     """A weights folder: the same keys as safetensors, with the model's configuration."""
     from vdtrain.weights.folder import write_weights_folder
 
-    write_weights_folder(output, tensors, model, OUTPUT, overwrite)
+    write_weights_folder(output, tensors, model, OUTPUT, overwrite, card)
 
 
-def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool) -> None:
+def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
     """A folder for diffusers' Versatile Diffusion pipelines, with the frozen parts."""
     from vdtrain.weights.diffusers_folder import write_pipeline
 
-    write_pipeline(output, tensors, model, OUTPUT, overwrite)
+    write_pipeline(output, tensors, model, OUTPUT, overwrite, card)
 
 
-Format = Callable[[Path, "LazyTensors", ModelConfig, bool], None]
-"""(output, the diffuser by our names, its model, whether to replace what exists). Raises a ConfigError if the output
-exists or cannot be written. The first line of the docstring is its help."""
+Format = Callable[[Path, "LazyTensors", ModelConfig, bool, str], None]
+"""(output, the diffuser by our names, its model, whether to replace what exists, the text of the model card). Raises a
+ConfigError if the output exists or cannot be written. The first line of the docstring is its help."""
 
 FORMATS: dict[str, Format] = {each.__name__: each for each in (versatile_diffusion, safetensors, diffusers)}
+
+
+def card_beside(output: Path) -> Path:
+    """The file of the model card of an export that is one file."""
+    return output.with_name(f"{output.stem}.README.md")
 
 
 def write_torch(

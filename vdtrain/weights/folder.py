@@ -4,7 +4,8 @@ weights/versatile_diffusion/
     model-00001-of-00002.safetensors   tensors under the keys of the 2023 release, in their published precision
     model.safetensors.index.json       the file of each tensor; with a single model.safetensors there is no index
     model.yaml                         the model's configuration
-    weights.json                       size and SHA-256 of each of these files; it is written last
+    weights.json                       size and SHA-256 of each of these files
+    README.md                          the model card, of an export
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vdtrain.config.foreign import read_yaml, recorded_model
 from vdtrain.config.schema import ModelConfig
-from vdtrain.errors import one_line, system_error
-from vdtrain.files import FileRecord, damage, sync, write_text, written_whole
+from vdtrain.errors import described, one_line, system_error
+from vdtrain.files import SHAPE_ERRORS, FileRecord, damage, read_json, sync, write_text, written_whole
 from vdtrain.models.diffuser import layer_group
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.progress import track
@@ -34,6 +35,7 @@ FORMAT = 1
 STEM = "model"
 INDEX_FILE = "weights.json"
 MODEL_FILE = "model.yaml"
+CARD_FILE = "README.md"
 SHARD_BYTES = 2 * 2**30
 
 
@@ -114,6 +116,7 @@ def write_weights_folder(
     model: ModelConfig,
     setting: str = "output",
     overwrite: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write a weights folder. The folder appears when it is whole.
 
@@ -122,6 +125,7 @@ def write_weights_folder(
         model: the model of these tensors.
         setting: names where the path comes from, in errors.
         overwrite: replace what exists.
+        card: text of a model card. It may be edited, so it has no checksum.
 
     Raises:
         ConfigError: the path exists already, or the folder cannot be written.
@@ -133,6 +137,8 @@ def write_weights_folder(
         write_text(draft / MODEL_FILE, OmegaConf.to_yaml(OmegaConf.structured(model)))
         records = {file.name: asdict(FileRecord.of(file)) for file in sorted(draft.iterdir())}
         write_text(draft / INDEX_FILE, json.dumps({"format": FORMAT, "files": records}, indent=1))
+        if card is not None:
+            write_text(draft / CARD_FILE, card)
 
 
 def open_weights_folder(path: Path, setting: str = "checkpoint", hashed: bool = True) -> LazyTensors:
@@ -174,28 +180,32 @@ def weights_folder_model(path: Path, setting: str = "checkpoint") -> ModelConfig
         WeightsError: the configuration is missing, damaged, or of another version of vdtrain.
     """
     try:
-        document = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path / MODEL_FILE))
-        model = OmegaConf.to_object(document)
-    except (OSError, OmegaConfBaseException, ValueError) as error:
+        return recorded_model(read_yaml(path / MODEL_FILE))
+    except (OSError, ValueError) as error:
         reason = one_line(error)[:200]
         raise WeightsError(
             f"{setting}={path}: {MODEL_FILE} cannot be read ({reason}); import the weights again"
         ) from error
-    assert isinstance(model, ModelConfig)
-    return model
 
 
 def _check(path: Path, setting: str, hashed: bool) -> None:
     remedy = "import the weights again"
     try:
-        index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
-        records = {str(name): FileRecord(**record) for name, record in index["files"].items()}
+        index = read_json(path / INDEX_FILE)
+        records = {
+            str(name): FileRecord(int(each["bytes"]), str(each["sha256"])) for name, each in index["files"].items()
+        }
         written_by = index["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{setting}={path}: {INDEX_FILE} cannot be read ({error!r}); {remedy}") from error
+    except (OSError, *SHAPE_ERRORS) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise WeightsError(f"{setting}={path}: {INDEX_FILE} cannot be read ({reason}); {remedy}") from error
     if written_by != FORMAT:
         raise WeightsError(f"{setting}={path}: format {written_by}, and this version of vdtrain reads format {FORMAT}")
     if foreign := {file.name for file in path.glob("*.safetensors*")} - records.keys():
         raise WeightsError(f"{setting}={path}: {min(foreign)} does not belong to it; remove it")
-    if damaged := damage(path, records, hashed=hashed):
+    try:
+        damaged = damage(path, records, hashed=hashed)
+    except OSError as error:
+        raise WeightsError(f"{setting}={path}: {described(error)}") from error
+    if damaged:
         raise WeightsError(f"{setting}={path}: {damaged}; {remedy}")

@@ -14,8 +14,9 @@ import torch
 from hydra.utils import get_object
 from torch import Tensor
 
+from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.config.instantiate import instantiate
-from vdtrain.config.schema import ModelConfig, WeightsConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.files import refuse_existing, written_whole
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import ASSET, WeightsError, compare
@@ -83,7 +84,8 @@ class FrozenPart:
         found: dict[Path, Target] = {}
         for name, modality in model.modalities.items():
             specification = getattr(modality, self.name)
-            kind = get_object(str(specification.get("_target_")))
+            target = specification.get("_target_")
+            kind = None if target is None else get_object(str(target))
             if not (isinstance(kind, type) and issubclass(kind, self.kinds)):
                 continue
             setting = f"model.modalities.{name}.{self.name}.{self.argument}"

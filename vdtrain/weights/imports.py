@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vdtrain.config.schema import ModelConfig, WeightsConfig
+from vdtrain.config.command_schema import WeightsConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
 
@@ -154,7 +155,7 @@ def source_of(file: str, model: ModelConfig) -> str | None:
     for part in PARTS:
         try:
             targets = part.targets(model)
-        except ConfigError:
+        except (ConfigError, ImportError):
             continue
         if any(target.path == Path(file).expanduser() for target in targets):
             return part.source

@@ -6,7 +6,6 @@ not its suffix. Nothing in a file is run.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.errors import one_line
+from vdtrain.files import SHAPE_ERRORS, read_json
+from vdtrain.models.frozen_weights import WeightsError, is_finite
 from vdtrain.weights.torch_reading import read_state_dict
 
 # In order of preference.
@@ -247,11 +248,12 @@ def _weights_file(folder: Path, place: str) -> Path:
 
 def _open_shards(index: Path, place: str) -> LazyTensors:
     try:
-        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{place}: {index.name} is not an index of weights ({error!r}); fetch it again") from error
+        files = {str(key): str(file) for key, file in read_json(index)["weight_map"].items()}
+    except SHAPE_ERRORS as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise WeightsError(f"{place}: {index.name} is not an index of weights ({reason}); fetch it again") from error
     opened: dict[str, LazyTensors] = {}
-    for name in sorted(set(map(str, files.values()))):
+    for name in sorted(set(files.values())):
         if Path(name).name != name:
             raise WeightsError(f"{place}: {index.name} names {name}, which is outside the folder; fetch it again")
         if not (index.parent / name).is_file():
@@ -294,14 +296,6 @@ def _open_safetensors(path: Path, place: str) -> LazyTensors:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{place}: {path.name} is truncated or damaged ({error}); fetch it again") from error
     return LazyTensors(entries, file.metadata())
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # Both bounds are NaN if a value is NaN, and this needs no memory.
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def _checked_dtypes(tensors: LazyTensors, place: str) -> LazyTensors:

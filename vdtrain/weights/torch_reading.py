@@ -14,9 +14,9 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ DATA = {
     "uuid": {"UUID", "SafeUUID"},
     "_codecs": {"encode"},
 }
+# A tensor by `expand` has more values than its file, which reading them would make memory for.
+EXPANDED_BYTES = 1 << 26
 # Modules of the standard library that only describe.
 DESCRIPTIONS = {"typing", "numbers"}
 
@@ -90,13 +92,24 @@ class Placeholder(metaclass=_Fixed):
     extend = add = append
 
 
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Refuse tuples in tuples: a small file can have one whose hash takes hours."""
+    for key in keys:
+        if isinstance(key, tuple | frozenset) and any(isinstance(each, tuple | frozenset) for each in key):
+            raise pickle.UnpicklingError("a key is a tuple in a tuple")
+
+
 class _Names(dict[Any, Any], metaclass=_Fixed):
     """A mapping of any kind, without its attributes and its default factory."""
 
     __slots__ = ()
 
     def __init__(self, *arguments: Any) -> None:
-        super().__init__(*(each for each in arguments if isinstance(each, list | dict)))
+        for given in arguments:
+            if isinstance(given, list | dict):
+                pairs = [tuple(each) for each in (given if isinstance(given, list) else given.items())]
+                _check_keys(pair[0] for pair in pairs if pair)
+                self.update(pairs)
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -131,6 +144,8 @@ class _Bytes:
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """A tensor without requires_grad, hooks and metadata."""
     made: Tensor = torch._utils._rebuild_tensor(storage, offset, size, stride)
+    if made.nbytes > max(made.untyped_storage().nbytes(), EXPANDED_BYTES):
+        raise pickle.UnpicklingError("a tensor repeats its values")
     return made
 
 
@@ -162,7 +177,36 @@ class _RefusedError(Exception):
     """A pickle uses a name that is refused."""
 
 
-class _Unpickler(pickle.Unpickler):
+def _guarded(code: bytes, keys: slice) -> Callable[[Any], None]:
+    """The action of an opcode that hashes those items of the stack."""
+    load = PLAIN[code[0]]
+
+    def checked(unpickler: Any) -> None:
+        _check_keys(unpickler.stack[keys])
+        load(unpickler)
+
+    return checked
+
+
+# In Python, as the one in C makes a list of any length that a file names.
+PythonUnpickler: Any = vars(pickle)["_Unpickler"]
+PLAIN: dict[int, Callable[[Any], None]] = PythonUnpickler.dispatch
+HASHING = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.DICT: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+
+
+class _Unpickler(PythonUnpickler):  # type: ignore[misc]
+    # torch.save does not use BYTEARRAY8, which makes memory of any size.
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **{code: load for code, load in PLAIN.items() if code != pickle.BYTEARRAY8[0]},
+        **{code[0]: _guarded(code, keys) for code, keys in HASHING.items()},
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         # PyTorch's pickle protocol uses the names of Python 2.
         module, name = _compat_pickle.NAME_MAPPING.get(
