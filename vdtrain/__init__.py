@@ -14,6 +14,9 @@ if not TYPE_CHECKING:
         """`__version__`, read from the installed package when it is asked for: most commands never need it."""
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("vdtrain")
+        try:
+            return version("vdtrain")
+        except PackageNotFoundError:  # it runs from a checkout that is not installed
+            return "unknown"

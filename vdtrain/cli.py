@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import vdtrain
+from vdtrain.config.suggestions import meant
+from vdtrain.run import signals
 
 # Each command with its module and what it does.
 COMMANDS = {
@@ -15,12 +17,15 @@ COMMANDS = {
     "bench": ("vdtrain.commands.bench", "measure the training step on this machine, without data"),
     "preflight": ("vdtrain.commands.preflight", "check the configuration and environment before training"),
     "status": ("vdtrain.commands.status", "show the progress of a run"),
+    "report": ("vdtrain.commands.report", "make a page of a run: curves, samples, starts, evaluations"),
     "sample": ("vdtrain.commands.sample", "make images and captions with a trained model"),
     "blend": ("vdtrain.commands.blend", "make them from several captions and images at once"),
     "edit": ("vdtrain.commands.edit", "edit images by words"),
-    "evaluate": ("vdtrain.commands.evaluate", "measure a trained model: FID and CLIP scores"),
+    "app": ("vdtrain.commands.app", "do all of that in a page in the browser"),
+    "evaluate": ("vdtrain.commands.evaluate", "measure a trained model, or images and captions of another"),
+    "compare": ("vdtrain.commands.compare", "let people choose blindly between two sets of samples"),
     "weights": ("vdtrain.commands.weights", "import published weights, and export trained ones"),
-    "data": ("data_pipeline.__main__", "prepare data: select, download, index, latents, inspect"),
+    "data": ("data_pipeline.__main__", "prepare data: select, download, pack, index, latents, inspect"),
 }
 
 USAGE = """\
@@ -37,8 +42,11 @@ Commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; returns its exit status. Without `argv`, signals end it in order."""
+    if argv is None:
+        signals.begin()
+        return signals.ended(main(sys.argv[1:]))
+    arguments = list(argv)
     usage = USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()))
     if not arguments or arguments[0] in ("--help", "-h"):
         print(usage, end="")
@@ -49,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         print(
-            f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)} (see vdtrain --help)",
+            f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)} (see vdtrain --help)"
+            f"{meant(command, COMMANDS)}",
             file=sys.stderr,
         )
         return 2

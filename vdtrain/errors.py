@@ -14,7 +14,19 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: the setting, its value and the remedy."""
+    """A setting that cannot work. The message is one line: the setting, its value and the remedy.
+
+    Attributes:
+        status: the exit status of a command.
+    """
+
+    status = 2
+
+
+class NothingError(ConfigError):
+    """The settings work, and what they name holds nothing that can be used."""
+
+    status = 1
 
 
 def printable(text: str) -> str:
@@ -45,6 +57,21 @@ SERVER = {
     errno.ENETDOWN,
     errno.ENETUNREACH,
 }
+# What the operating system may no longer say a moment later.
+PASSING = (
+    DISK
+    | SERVER
+    | {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EINTR,
+        errno.ENETRESET,
+        errno.ENFILE,
+        errno.ENOMEM,
+    }
+)
 # Errors that another place does not fix.
 OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -122,6 +149,31 @@ def system_error(error: BaseException) -> OSError | None:
         return error if isinstance(error, OSError) else None
     number = int(wrapped[1] or wrapped[2])
     return OSError(number, os.strerror(number))
+
+
+# What PyTorch and CUDA's libraries say, beside torch.OutOfMemoryError, when memory is out.
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the GPU or of the machine is out; PyTorch need not be imported."""
+    names = {each.__name__ for each in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether the same action may succeed later: by the error's own word, or by the system's error behind it."""
+    while error is not None:
+        said = getattr(error, "passes", None)
+        if said is not None:
+            return bool(said)
+        found = system_error(error)
+        if found is not None and found.errno in PASSING:
+            return True
+        error = error.__cause__
+    return False
 
 
 def output_problem(folder: Path) -> str | None:

@@ -6,11 +6,22 @@ from importlib.util import find_spec
 
 # Package -> the extra that has it (pyproject.toml).
 EXTRAS = {
+    "fastapi": "app",
+    "gcsfs": "stores",
+    "gradio": "app",
     "img2dataset": "data",
     "matplotlib": "evaluation",
+    "nltk": "evaluation",
+    "pillow_heif": "data",
     "pyspark": "distributed",
     "ray": "distributed",
+    "s3fs": "stores",
+    "sacrebleu": "evaluation",
+    "scipy": "evaluation",
+    "tensorboardX": "tracking",
+    "uvicorn": "app",
     "wandb": "tracking",
+    "webdataset": "data",
     "xformers": "xformers",
 }
 

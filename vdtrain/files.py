@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import output_problem, system_error, unlockable, unreadable, unwritable
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
+# A file that is not there is damage. After any other error, the file may be whole.
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+RECORD_BYTES = 1 << 28
 
 
 class LockedError(RuntimeError):
@@ -56,6 +62,9 @@ def damage(
 
     Args:
         hashed: False compares sizes alone, and reads nothing.
+
+    Raises:
+        OSError: a file cannot be read, though it may be whole.
     """
     for name in files if names is None else names:
         path, expected = folder / name, files[name]
@@ -66,8 +75,62 @@ def damage(
             if hashed and FileRecord.of(path) != expected:
                 return f"{path}: its checksum does not match, the file is damaged"
         except OSError as error:
+            # A link may lead to a disk that is not mounted.
+            if error.errno not in ABSENT or path.is_symlink():
+                # An error of reading does not name its file.
+                error.filename = error.filename or str(path)
+                raise
             return f"{path}: {unreadable(error, path, '')}".removesuffix("; ")
     return None
+
+
+class IrregularError(OSError):
+    """A pipe, a socket or a device stands where a file is expected."""
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file to read; also an `opener` of `open`. It never waits for a pipe's writer.
+
+    Raises:
+        OSError: it is missing, a folder, or cannot be read; an IrregularError: it is a pipe or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise IrregularError("not a regular file")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A regular file to read.
+
+    Raises:
+        OSError: it is missing, a folder, or cannot be read.
+        ValueError: it is a pipe or a device.
+    """
+    try:
+        file = open(path, "rb", opener=open_regular)  # noqa: SIM115
+    except IrregularError as error:
+        raise ValueError(f"{path}: {error}") from error
+    with file:
+        yield file
+
+
+def read_record(path: Path) -> bytes:
+    """The content of a small file of records.
+
+    Raises:
+        OSError, ValueError: see `opened`; or it is too large for a record.
+    """
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > RECORD_BYTES:
+            raise ValueError(f"{path}: {size:,} bytes are too many")
+        return file.read()
 
 
 @contextmanager
@@ -85,6 +148,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield draft
         for each in [*draft.rglob("*"), draft]:
+            _let_read(each)
             sync(each)
         _replace(path, draft)
         sync(path.parent)
@@ -197,6 +261,23 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, of any shape.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_record(path).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+# What a document of another shape raises when its parts are looked up and made.
+SHAPE_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+
+
 def append_line(path: Path, line: str, durable: bool = False) -> None:
     """Append a line to a text file; a last line that a kill cut short is ended first.
 
@@ -280,6 +361,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _let_read(path: Path) -> None:
+    """Give a file the mode that the umask allows: safetensors makes files that their owner alone may read."""
+    mode = path.lstat().st_mode
+    allowed = mode | (0o666 & ~_umask())
+    if stat.S_ISREG(mode) and allowed != mode:
+        path.chmod(stat.S_IMODE(allowed))
+
+
+def _umask() -> int:
+    # Not os.umask, which would change it for a moment.
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    return int(next((line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "022"), 8)
 
 
 def _said(error: OSError, path: Path) -> str:

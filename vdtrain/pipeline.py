@@ -1,13 +1,15 @@
 """A trained model ready to sample.
 
-model = VersatileDiffusion.from_checkpoint("runs/stage3_four_flow")
-images = model.generate("text-to-image", ["a red circle on a white background"], height=64, width=64)
-captions = model.generate("image-to-text", images)
-blended = model.blend("image", [ContextInput("text", "a red circle", 0.4), ContextInput("image", images[0], 0.6)])
+model = VersatileDiffusion.from_checkpoint("tiny").to("cuda")
+pictures = model.generate("text-to-image", "a red circle on a white background")  # Pillow's, shown by a notebook
+captions = model.generate("image-to-text", ["photo.jpg", pictures[0]])
+blended = model.blend("image", [("a yellow square", 0.4), (pictures[0], 0.6)])
+edited, captions = model.edit(pictures, remove="red", add="blue")
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,19 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.config.schema import ModelConfig, SamplingConfig
+from vdtrain.config.command_schema import SamplingConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.config.validation import check_sampling
+from vdtrain.diffusion import editing
+from vdtrain.diffusion.arguments import accepts_names_of_diffusers, seeds_of, typed_settings
 from vdtrain.diffusion.contexts import focus as focused
 from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalised
 from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.errors import ConfigError
+from vdtrain.errors import ConfigError, one_line
 from vdtrain.flows import Flow
+from vdtrain.grid import Pictures as Pictures
+from vdtrain.media import LATENTS, OUTPUT_TYPES, PICTURES, batch_of, presented, read_mask
 from vdtrain.models.diffuser import Context, Diffuser, allocated, layer_group
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.models.frozen_weights import compare
 from vdtrain.training.start import open_weights
 from vdtrain.weights.tensor_files import LazyTensors
+
+TEXT, IMAGE = editing.TEXT, editing.IMAGE
 
 
 @dataclass(frozen=True)
@@ -36,35 +45,58 @@ class ContextInput:
 
     Attributes:
         modality: of the context.
-        sample: a caption, or an image uint8 [3, H, W], by the modality.
+        sample: a caption, or an image in any form that `media.batch_of` takes, by the modality.
         weight: in the blend; only the ratio to the other weights matters.
-        mask: [1, h, w] in 0..1, for modalities whose encoder takes one: 1 keeps a part of the image, 0 hides it.
+        mask: for modalities whose encoder takes one, as `media.read_mask` takes it: 1 keeps a part of the image, 0
+            hides it.
+        focus: of an image context; see `VersatileDiffusion.generate`.
     """
 
     modality: str
     sample: Any
     weight: float = 1.0
-    mask: Tensor | None = None
+    mask: Any = None
+    focus: float = 0.5
 
-    def batch(self) -> Any:
-        """The sample as a batch of one."""
-        return self.sample[None] if isinstance(self.sample, Tensor) else [self.sample]
+    @classmethod
+    def of(cls, given: Any) -> ContextInput:
+        """A context as people write it: a caption or an image (of a file, a Path), alone or as (sample, weight).
 
-    def masks(self) -> Tensor | None:
-        """The mask as a batch of one."""
-        return None if self.mask is None else self.mask[None]
+        Raises:
+            ConfigError: it is neither.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, tuple) and len(given) == 2:
+            return replace(cls.of(given[0]), weight=given[1])
+        if given is None or isinstance(given, int | float | Mapping | list | tuple):
+            raise ConfigError(
+                f"contexts: {given!r:.60} is no context; give a caption, an image, (sample, weight) or a ContextInput"
+            )
+        return cls(TEXT if isinstance(given, str) else IMAGE, given)
 
 
 class VersatileDiffusion:
     """Diffuser, frozen parts and noise schedule, on one device.
 
-    The methods take the fields of `SamplingConfig` as keywords: height, width, steps, guidance_scale, solver, eta,
-    seed, batch_size. The random numbers of a sample depend only on the seed and on its index among the samples.
+    Samples are taken in the forms that `vdtrain.media.batch_of` names, one or several, and the methods `generate`,
+    `blend` and `edit` have these keywords in common:
+
+        output_type: "pil" (Pillow's images, in a list that a notebook shows), "tensor" (uint8 [B, 3, H, W]), "pt" and
+            "np" (0..1, [B, 3, H, W] and [B, H, W, 3], as in diffusers) or "latent". Captions are always a list.
+        generator: a torch.Generator, which the seeds are drawn from, or a list of one for each sample; instead of
+            `seed`.
+        progress: wraps the indices of the steps, e.g. in a progress bar.
+        settings: fields of `SamplingConfig`: height, width (without them, the model's own resolution; `resolution` for
+            both), steps, guidance_scale, solver, eta, seed, batch_size.
+
+    diffusers' names of arguments are taken too: `vdtrain.diffusion.arguments.DIFFUSERS`. The random numbers of a sample
+    depend only on the seed and on its index among the samples. A mistake is a ConfigError of one line.
 
     Args:
         config: of the whole model; names the frozen parts' weights.
         diffuser: must have the layers of the flows that will be sampled.
-        dtype: precision of the networks; the solver always works in float32.
+        device, dtype: see `to`.
         frozen: VAEs and context encoders; None builds those of `config`.
     """
 
@@ -77,26 +109,44 @@ class VersatileDiffusion:
         frozen: FrozenParts | None = None,
     ) -> None:
         self.config = config
-        self.device = torch.device(device)
-        self.diffuser = diffuser.to(self.device, dtype).eval().requires_grad_(False)
-        self.frozen = (frozen or build_frozen(config)).to(self.device, dtype)
-        self.schedule = Schedule(config.schedule, self.device)
+        self.diffuser = diffuser.eval().requires_grad_(False)
+        self.frozen = frozen or build_frozen(config)
+        self.to(device, dtype)
+
+    @classmethod
+    def around(
+        cls, config: ModelConfig, diffuser: Diffuser, frozen: FrozenParts, schedule: Schedule
+    ) -> VersatileDiffusion:
+        """Networks that are being trained, as they are: nothing is moved, converted or frozen."""
+        model = cls.__new__(cls)
+        model.config, model.diffuser, model.frozen, model.schedule = config, diffuser, frozen, schedule
+        model.device = schedule.alphas_cumprod.device
+        return model
 
     @classmethod
     def from_checkpoint(
-        cls, path: str, weights: str = "ema", device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str],
+        weights: str = "ema",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust: Sequence[str] = (),
     ) -> VersatileDiffusion:
-        """Load a run folder's latest checkpoint, a checkpoint folder, or a weights folder.
+        """Load a run folder's latest checkpoint, a checkpoint folder, a weights folder, or "tiny", which comes along.
 
         Args:
             weights: "ema" (the moving average) or "model" (the trained weights).
+            device, dtype: see `to`.
+            trust: modules whose classes the checkpoint's model may name. Calling them can run anything.
 
         Raises:
-            ConfigError: there is no complete checkpoint, or it belongs to another model.
+            ConfigError: there is no complete checkpoint, it belongs to another model, or it names a class that is
+                neither this package's own nor trusted.
         """
-        config, tensors = open_weights("checkpoint", path, weights)
+        path, device = os.fspath(path), usable(device)
+        config, tensors = open_weights("checkpoint", path, weights, trust)
         # Without values first, so that memory holds a large model once, in the requested precision.
-        diffuser = allocated(config, {layer_group(name) for name in tensors}, device, dtype)
+        diffuser = allocated(config, {layer_group(name) for name in tensors}, str(device), dtype)
         differences = compare(diffuser.state_dict(), LazyTensors.of(tensors).meta())
         if differences:
             raise ConfigError(f"checkpoint={path}: weights of another model: {differences}")
@@ -104,92 +154,209 @@ class VersatileDiffusion:
             tensor.copy_(tensors[name])
         return cls(config, diffuser, device, dtype)
 
+    def to(
+        self,
+        *where: torch.device | str | int | torch.dtype,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> VersatileDiffusion:
+        """Move to a device, change the precision of the networks, or both; returns itself.
+
+        The solver always works in float32.
+
+        Raises:
+            ConfigError: there is no such device, or no such precision.
+        """
+        for each in where:
+            if isinstance(each, torch.dtype):
+                dtype = each
+            else:
+                device = each
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype={dtype!r}: choose torch.float32, torch.bfloat16 or torch.float16")
+        if device is not None:
+            self.device = usable(device)
+            self.schedule = Schedule(self.config.schedule, self.device)
+        self.diffuser.to(self.device, dtype)
+        self.frozen.to(self.device, dtype)
+        return self
+
+    @accepts_names_of_diffusers
     def generate(
         self,
         flow: str,
-        inputs: Any,
+        inputs: Any = None,
         *,
+        samples_per_input: int = 1,
         focus: float = 0.5,
         start_from: Any = None,
-        fidelity: float = 0.0,
+        fidelity: float | None = None,
+        negative_prompt: str | None = None,
+        generator: Any = None,
+        output_type: str = PICTURES,
         progress: Progress = list,
         **settings: Any,
     ) -> Any:
-        """One sample per input: uint8 [B, 3, H, W] images or a list of captions, by the flow's output.
+        """Samples of a flow, `samples_per_input` for each input; see the class for the other keywords.
 
         Args:
             flow: "text-to-image", "image-to-image", "image-to-text" or "text-to-text".
-            inputs: captions, or uint8 [B, 3, h, w] images, by the flow's context.
+            inputs: of the flow's context.
             focus: semantic-style disentanglement of image contexts: 0 content, 0.5 unchanged, 1 style.
-            start_from: samples of the output modality, one per input, that replace the initial noise. Images must have
-                the requested size.
+            start_from: samples of the output modality, one per input, that replace the initial noise.
             fidelity: how much of `start_from` remains under the noise: at 0 nothing, at 1 all of it.
-            settings: fields of `SamplingConfig`.
+            negative_prompt: what guidance leads away from, in place of the empty text.
 
         Raises:
-            ConfigError: the model has no layers for the flow, or a setting is invalid.
+            ConfigError: the model has no layers for the flow, an input is not of its context, or a setting is invalid.
         """
         wanted, chosen = self.flow(flow), self.settings(settings)
-        if not 0 <= fidelity <= 1:
-            raise ConfigError(f"fidelity={fidelity}: must be from 0 (noise) to 1 (start_from itself)")
-        start = None
-        if fidelity > 0:
-            if start_from is None or len(start_from) != len(inputs):
-                given = "nothing" if start_from is None else len(start_from)
-                raise ConfigError(
-                    f"start_from: {given} for {len(inputs)} inputs; fidelity={fidelity} needs one for each"
-                )
-            if fidelity == 1:
-                return start_from
-            start = self.encode_latents(wanted.output, start_from, chosen.batch_size)
-        tokens = self.encode_context(wanted.context, inputs, chosen.batch_size)
-        try:
-            tokens = focused(tokens, focus)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        contexts = [Context(wanted.context, tokens)]
-        return self.sample(wanted.output, contexts, chosen, start=start, fidelity=fidelity, progress=progress)
+        _check_output_type(output_type)
+        times = _whole("samples_per_input", samples_per_input)
+        if negative_prompt is not None and (wanted.context != TEXT or not isinstance(negative_prompt, str)):
+            raise ConfigError(f"negative_prompt={negative_prompt!r:.60}: one text, for flows from text")
+        size = chosen.height, chosen.width
+        given = batch_of(wanted.context, inputs, (min(size), min(size)))
+        seeds = _seeds(generator, settings, chosen, len(given) * times)
+        start = self._start(wanted.output, start_from, fidelity, size, len(given))
+        if start is not None and fidelity == 1 and output_type != LATENTS:
+            return presented(wanted.output, _repeated(start, times), output_type)
+        tokens = _focused(self.encode_context(wanted.context, given, chosen.batch_size), focus)
+        without = None if negative_prompt is None else [Context(TEXT, self.encode_context(TEXT, [negative_prompt]))]
+        latents = None if start is None else self.encode_latents(wanted.output, start, chosen.batch_size)
+        made = self.sample(
+            wanted.output,
+            [Context(wanted.context, tokens.repeat_interleave(times, 0))],
+            chosen,
+            unconditional=without,
+            start=None if latents is None else latents.repeat_interleave(times, 0),
+            fidelity=fidelity or 0.0,
+            progress=progress,
+            seeds=seeds,
+            decode=output_type != LATENTS,
+        )
+        return presented(wanted.output, made, output_type)
 
+    @accepts_names_of_diffusers
     def blend(
         self,
         output: str,
-        inputs: Sequence[ContextInput],
+        inputs: Sequence[Any],
         *,
         count: int = 1,
         mixing: str = "attention",
         join: bool = True,
+        generator: Any = None,
+        output_type: str = PICTURES,
         progress: Progress = list,
         **settings: Any,
     ) -> Any:
-        """Samples from several contexts: `count` images or captions, by `output`.
+        """Samples from several contexts: `count` images or captions, by `output`; see the class for other keywords.
 
         Args:
+            inputs: each a `ContextInput`, or what `ContextInput.of` takes.
             mixing: "attention" averages the contexts at every context layer; "layer" draws one context for each layer.
             join: concatenate the tokens of contexts of one modality, as in the released application. Otherwise each
                 context is mixed on its own.
 
         Raises:
-            ConfigError: the model has no layers for a modality, or a setting is invalid.
+            ConfigError: the model has no layers for a modality, an input is of another, or a setting is invalid.
         """
         chosen = self.settings(settings)
-        if not inputs or count < 1:
-            raise ConfigError(f"contexts: {len(inputs)} for {count} samples; give at least one of each")
-        for each in inputs:
+        _check_output_type(output_type)
+        listed = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if not listed or _whole("count", count, 0) < 1:
+            raise ConfigError(f"contexts: {len(listed)} for {count} samples; give at least one of each")
+        parts = [ContextInput.of(each) for each in listed]
+        for each in parts:
             self.flow(Flow(output, each.modality).name)
-        contexts = [
-            Context(each.modality, self.encode_context(each.modality, each.batch(), masks=each.masks()))
-            for each in inputs
-        ]
-        weights = [each.weight for each in inputs]
+            _number("weight", each.weight)
+        seeds, side = _seeds(generator, settings, chosen, count), min(chosen.height, chosen.width)
+        contexts = [self._context(each, side, f"contexts.{number}") for number, each in enumerate(parts)]
+        weights = [each.weight for each in parts]
         try:
             normalised(weights)
             if join:
                 contexts, weights = joined_by_modality(contexts, weights)
-            mix = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), chosen.seed)
+            mix = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), seeds[0])
         except ValueError as error:
             raise ConfigError(str(error)) from error
         contexts = [Context(each.modality, each.tokens.expand(count, -1, -1)) for each in contexts]
-        return self.sample(output, contexts, chosen, mixing=mix, progress=progress)
+        decode = output_type != LATENTS
+        made = self.sample(output, contexts, chosen, mixing=mix, progress=progress, seeds=seeds, decode=decode)
+        return presented(output, made, output_type)
+
+    @accepts_names_of_diffusers
+    def edit(
+        self,
+        images: Any,
+        remove: str = "",
+        add: str = "",
+        *,
+        text_share: float = 0.67,
+        style_rank: int = 10,
+        generator: Any = None,
+        output_type: str = PICTURES,
+        progress: Progress = list,
+        **settings: Any,
+    ) -> tuple[Any, list[str]]:
+        """Edit images by words; see `vdtrain.diffusion.editing.edit`, and the class for the other keywords.
+
+        Returns:
+            The new images, and the captions of the changed latents.
+        """
+        chosen = self.settings(settings)
+        _check_output_type(output_type)
+        _number("text_share", text_share)
+        _whole("style_rank", style_rank)
+        for name, words in (("remove", remove), ("add", add)):
+            if not isinstance(words, str):
+                raise ConfigError(f"{name}={words!r:.60}: give one text")
+        side = min(chosen.height, chosen.width)
+        given = batch_of(IMAGE, images, (side, side), "images")
+        made, captions = editing.edit(
+            self,
+            given,
+            remove,
+            add,
+            text_share=text_share,
+            style_rank=style_rank,
+            seeds=_seeds(generator, settings, chosen, len(given)),
+            progress=progress,
+            decode=output_type != LATENTS,
+            **settings,
+        )
+        return presented(IMAGE, made, output_type), captions
+
+    def _start(self, modality: str, given: Any, fidelity: float | None, size: tuple[int, int], count: int) -> Any:
+        """The batch that replaces the noise; None if nothing of it would remain."""
+        if fidelity is None and given is not None:
+            raise ConfigError("start_from: nothing of it remains without fidelity; give fidelity from 0 to 1")
+        if fidelity is None:
+            return None
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 <= fidelity <= 1:
+            raise ConfigError(f"fidelity={fidelity}: must be from 0 (noise) to 1 (start_from itself)")
+        if fidelity == 0:
+            return None
+        start = None if given is None else batch_of(modality, given, size, "start_from")
+        if start is None or len(start) != count:
+            had = "nothing" if start is None else len(start)
+            raise ConfigError(f"start_from: {had} for {count} inputs; fidelity={fidelity} needs one for each")
+        if modality == IMAGE and tuple(start.shape[-2:]) != size:
+            height, width = start.shape[-2:]
+            raise ConfigError(f"start_from: {height} x {width}, for images of {size[0]} x {size[1]}; resize it to that")
+        return start
+
+    def _context(self, given: ContextInput, side: int, setting: str) -> Context:
+        """The encoded context of a blend, of one row."""
+        sample = given.sample
+        if isinstance(sample, Tensor) and given.modality != IMAGE:
+            sample = sample[None]
+        batch = batch_of(given.modality, sample, (side, side), setting)
+        if len(batch) != 1:
+            raise ConfigError(f"{setting}: {len(batch)} samples; a context is one, give a context for each")
+        masks = None if given.mask is None else read_mask(given.mask)[None]
+        return Context(given.modality, _focused(self.encode_context(given.modality, batch, masks=masks), given.focus))
 
     def sample(
         self,
@@ -202,6 +369,7 @@ class VersatileDiffusion:
         start: Tensor | None = None,
         fidelity: float = 0.0,
         progress: Progress = list,
+        seeds: Sequence[int] | None = None,
         decode: bool = True,
     ) -> Any:
         """Samples of a modality from encoded contexts; the other methods call this one.
@@ -210,15 +378,17 @@ class VersatileDiffusion:
             contexts: tokens [B, M, D] each, for B samples.
             unconditional: for each of `contexts`, tokens [1, M, D]; None repeats the modality's own to that length.
             start: clean latents [B, ...] to begin from; `fidelity` (below 1) sets their noise.
+            seeds: one for each sample; None for the successors of `settings.seed`.
             decode: False returns latents [B, ...], float32.
         """
         if unconditional is None:
             unconditional = [self._unconditional(output, context) for context in contexts]
         count, parts = len(contexts[0].tokens), []
+        seeds = seeds_of(None, settings.seed, count) if seeds is None else seeds
         shape = self.frozen.latent_shape(output, (settings.height, settings.width))
         for begin in range(0, count, settings.batch_size):
             rows = range(begin, min(begin + settings.batch_size, count))
-            generators = [torch.Generator().manual_seed(settings.seed + row) for row in rows]
+            generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
             chunk = [Context(each.modality, each.tokens[rows.start : rows.stop]) for each in contexts]
             without = [Context(each.modality, each.tokens.expand(len(rows), -1, -1)) for each in unconditional]
             predict = guided(self.diffuser, output, chunk, without, settings.guidance_scale, mixing)
@@ -286,12 +456,13 @@ class VersatileDiffusion:
         return Context(context.modality, tokens.repeat(1, context.tokens.shape[1] // tokens.shape[1], 1))
 
     def settings(self, changes: Mapping[str, Any]) -> SamplingConfig:
-        """The default settings with changes, validated.
+        """The default settings with changes, validated; images have the model's own resolution.
 
         Raises:
             ConfigError: a setting is invalid.
         """
-        settings = replace(SamplingConfig(), **changes)
+        own = {"height": self.config.resolution, "width": self.config.resolution}
+        settings = SamplingConfig(**{**own, **typed_settings(changes)})
         check_sampling(settings, self.config)
         return settings
 
@@ -301,3 +472,57 @@ class VersatileDiffusion:
 
     def _here(self, samples: Any) -> Any:
         return samples.to(self.device) if isinstance(samples, Tensor) else samples
+
+
+def usable(device: torch.device | str | int) -> torch.device:
+    """A device by name.
+
+    Raises:
+        ConfigError: there is none of that name here.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={device}: PyTorch finds no GPU here; choose cpu or repair the driver")
+        torch.empty(0, device=found)
+    except ConfigError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ConfigError(f"device={device}: {one_line(error)[:100]}; choose cpu, cuda or cuda:1") from error
+    return found
+
+
+def _check_output_type(given: str) -> None:
+    if given not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type={given!r:.60}: choose one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r:.60}: give a whole number of at least {least}")
+    return value
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r:.60}: give a number")
+
+
+def _focused(tokens: Tensor, focus: Any) -> Tensor:
+    _number("focus", focus)
+    try:
+        return focused(tokens, focus)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _seeds(generator: Any, given: Mapping[str, Any], chosen: SamplingConfig, count: int) -> list[int]:
+    if generator is not None and "seed" in given:
+        raise ConfigError("generator: given together with seed; leave one out")
+    return seeds_of(generator, chosen.seed, count)
+
+
+def _repeated(batch: Any, times: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.repeat_interleave(times, 0)
+    return [each for each in batch for _ in range(times)]

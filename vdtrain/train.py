@@ -2,7 +2,8 @@
 
 import sys
 
-from vdtrain.commands.train import main
+from vdtrain.cli import main
 
 if __name__ == "__main__":
+    sys.argv.insert(1, "train")
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Measure the training step of a stage, without data or weights.
 
 vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1
-torchrun --nproc-per-node=8 -m vdtrain bench stage=stage3_four_flow hardware=h200 resolution=512
+vdtrain bench stage=stage3_four_flow hardware=h200 resolution=512 gpus=8
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from omegaconf import DictConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import BenchConfig, PhaseConfig
 from vdtrain.config.validation import check_settings
-from vdtrain.errors import output_problem
-from vdtrain.run.launch import run_command_on_ranks
+from vdtrain.files import refuse_existing
+from vdtrain.run.launch import PROCESSES, run_command_on_ranks
 
 USAGE = """\
 Usage: vdtrain bench stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
-       torchrun --nproc-per-node=N -m vdtrain bench stage=STAGE ...
 
 Measure the step that `vdtrain train` makes: pairs per second, the time of each part of a step, FLOP/s beside those of a
 matrix product on the same device, peak memory beside what `vdtrain plan` says, and on a GPU the calls that wait for it.
 All networks have their configured size and random weights, and the batches are random, so that it needs no data and no
-weights. The output holds everything as JSON; `vdtrain plan rate=FILE.json` predicts times from it.
+weights. The output holds everything as JSON; `vdtrain plan rate=FILE.json` predicts times from it. gpus=N measures N
+processes, one on each GPU.
 
 All groups and settings of `vdtrain train` apply (see `vdtrain train --help`), and those below.
 
@@ -34,7 +34,7 @@ Examples:
   vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1 output=h200.json profile=true  # needs a GPU
   vdtrain bench stage=stage1_single_flow model=tiny hardware=cpu micro_batches=1 output=cpu.json
 """
-PARTS = ("resolution", "warmup_steps", "timed_steps", "micro_batches", "profile", "output")
+PARTS = (*PROCESSES, "resolution", "warmup_steps", "timed_steps", "micro_batches", "profile", "output", "overwrite")
 # So many that no phase ends; they are not made.
 STEPS = 1_000_000
 
@@ -44,19 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def action(config: BenchConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
-        ranks = int(launch["WORLD_SIZE"])
-        config = one_phase(config, ranks)
-        check_settings(config, ranks)
         if config.profile and config.output is None:
             raise ConfigError("profile=true: the trace is written beside the output; give output=FILE.json")
-        if config.output is not None and (problem := output_problem(Path(config.output).absolute().parent)):
-            raise ConfigError(f"output={config.output}: {problem}")
+        if config.output is not None:
+            refuse_existing(Path(config.output), f"output={config.output}", config.overwrite)
         # Heavy imports come after the checks, so that a mistake is reported at once.
         from vdtrain.training.bench import run
 
         return run(config, raw_config, [word for word in arguments if not word.startswith("-")])
 
-    return run_command_on_ranks(USAGE, "bench", BenchConfig, action, arguments, parts=PARTS)
+    return run_command_on_ranks(USAGE, "bench", BenchConfig, action, arguments, parts=PARTS, prepare=prepared)
+
+
+def prepared(config: BenchConfig, ranks: int) -> BenchConfig:
+    """The settings that are measured, which fit each other and the number of processes."""
+    config = one_phase(config, ranks)
+    check_settings(config, ranks)
+    return config
 
 
 def one_phase(config: BenchConfig, ranks: int) -> BenchConfig:

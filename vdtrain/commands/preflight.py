@@ -14,14 +14,15 @@ from omegaconf import DictConfig
 from vdtrain.config.command import run_command
 from vdtrain.config.schema import PreflightConfig
 from vdtrain.errors import ConfigError, printable
+from vdtrain.run.elastic import world_size
 
 USAGE = """\
 Usage: vdtrain preflight stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
 
 Check in one process, without a GPU, whether a stage can be trained, and print every problem with its remedy: the
-configuration, the checkpoint that the stage starts from, enough shards for all loader workers, a batch size that
-divides, disk space for the checkpoints, Weights & Biases. This takes seconds: of a checkpoint, only its record and the
-sizes of its files are checked. Exit status 0 without problems, else 2.
+configuration, the checkpoint that the stage starts from, some of the shards, a batch size that divides, disk space for
+the checkpoints, Weights & Biases. This takes seconds: of a checkpoint, only its record and the sizes of its files are
+checked. Exit status 0 without problems, else 2.
 
 All groups and settings of `vdtrain train` apply (see `vdtrain train --help`), and those below.
 
@@ -48,7 +49,8 @@ def rank_count(setting: int | None, environment: Mapping[str, str] = os.environ)
 
 def preflight(config: PreflightConfig, raw_config: DictConfig) -> int:
     """Print the result of every check; exit status 0, or 2 if one failed."""
-    ranks = rank_count(config.ranks)
+    started = config.ranks is None and config.gpus is not None
+    ranks = world_size(config) if started else rank_count(config.ranks)
     from vdtrain.training.checks import ERROR, checks
 
     wrong = 0

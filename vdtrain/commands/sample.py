@@ -6,14 +6,18 @@ vdtrain sample runs/stage3_four_flow "a red circle, on white" "a blue star" outp
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.schema import SampleConfig
+from vdtrain.config.command_schema import SampleConfig
 from vdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vdtrain.commands.sampler import Sampler
 
 USAGE = """\
 Usage: vdtrain sample CHECKPOINT INPUT ... [SETTING=VALUE ...]
@@ -35,26 +39,41 @@ Examples:
 PLAIN_INPUTS = PlainArguments(("checkpoint",), rest="inputs")
 
 
-def sample(config: SampleConfig, raw_config: DictConfig) -> int:
-    """Sample and write the results; returns the exit status."""
+def sample(config: SampleConfig, raw_config: DictConfig, made: Callable[..., Sampler] | None = None) -> int:
+    """Sample and write the results; returns the exit status.
+
+    Args:
+        made: makes the sampler from the two configurations.
+    """
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one caption or image file")
     if config.start_from and len(config.start_from) != len(config.inputs):
         raise ConfigError(
             f"start_from: {len(config.start_from)} for {len(config.inputs)} inputs; give one for each, or none"
         )
+    if not 0 <= config.fidelity <= 1:
+        raise ConfigError(f"fidelity={config.fidelity}: must be from 0 (noise) to 1 (start_from itself)")
+    if config.fidelity > 0 and not config.start_from:
+        raise ConfigError(f"start_from: empty; fidelity={config.fidelity} needs one for each input")
     from vdtrain.commands.sampler import Sampler
+    from vdtrain.diffusion.contexts import check_focus
+    from vdtrain.media import BYTES
 
-    sampler = Sampler(config, raw_config)
-    flow = sampler.model.flow(config.flow)
+    sampler = (made or Sampler)(config, raw_config)
+    check_focus(config.focus)
+    flow = sampler.flow(config.flow, config.inputs)
+    inputs = sampler.read(flow.context, _repeated(config.inputs, config.samples_per_input))
     start = _repeated(config.start_from, config.samples_per_input)
-    samples = sampler.model.generate(
-        config.flow,
-        sampler.read(flow.context, _repeated(config.inputs, config.samples_per_input)),
+    sampler.check_captions(flow.output, config.start_from, "start_from")
+    begun = sampler.read(flow.output, start, sampler.size) if start else None
+    samples = sampler.load(flow.output, flow.name).generate(
+        flow.name,
+        inputs,
         focus=config.focus,
-        start_from=sampler.read(flow.output, start, sampler.size) if start else None,
+        start_from=begun,
         fidelity=config.fidelity,
         progress=sampler.progress,
+        output_type=BYTES,
         **sampler.settings,
     )
     return sampler.write(flow.output, samples)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
-from vdtrain.config.schema import StatusConfig
+from vdtrain.config.command_schema import StatusConfig
 from vdtrain.errors import ConfigError, unreadable
 from vdtrain.run.summary import RunSummary, age, ago, find_runs, summarise
 
@@ -139,8 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _watch(folder, config.watch)
         except OSError as error:
             raise ConfigError(f"run_dir={folder}: {unreadable(error, folder, 'give another folder')}") from error
-        except KeyboardInterrupt:
-            pass
         return 0
 
     arguments = sys.argv[1:] if argv is None else argv

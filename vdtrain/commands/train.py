@@ -1,7 +1,7 @@
 """Train one stage of the curriculum.
 
-vdtrain train stage=stage3_four_flow                                        # one process
-torchrun --nproc-per-node=8 -m vdtrain train stage=stage3_four_flow         # one process per GPU
+vdtrain train stage=stage3_four_flow            # one process
+vdtrain train stage=stage3_four_flow gpus=8     # one process per GPU
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from vdtrain.run.signals import SCHEDULER_SIGNALS, StopSignal
 
 USAGE = """\
 Usage: vdtrain train stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]
-       torchrun --nproc-per-node=N -m vdtrain train stage=STAGE ...
 
 Train one stage of the curriculum. A stage continues from its own latest checkpoint in run_dir. A new stage starts from
 stage.init_from, the stage before it. Run the same command again after any interruption.
 
-Exit status: 0 the stage is complete, 75 stopped by SIGTERM or SIGUSR1 and saved, 130 stopped by Ctrl-C and saved,
-1 an error, 2 a mistake in the settings.
+gpus=N starts a process on each of N GPUs, or N on the CPU. On several nodes add nnodes= and rendezvous=, or let srun or
+torchrun start the processes (docs/launching.md).
+
+Exit status: 0 the stage is complete, 75 stopped and saved, by SIGTERM, SIGUSR1 or data that cannot be read for now,
+130 stopped by Ctrl-C and saved, 1 an error, 2 a mistake in the settings.
 
 model.schedule=released|paper sets the noise schedule of the released code, or the betas that the paper prints.
 hydra.searchpath=[FOLDER] adds options of your own: FOLDER/model/NAME.yaml becomes model=NAME, and so on.
 
 Examples:
   vdtrain train stage=stage1_single_flow --cfg job
-  torchrun --nproc-per-node=8 -m vdtrain train stage=stage2_dual_flow hardware=h100 run_dir=/scratch/stage2
-  torchrun --nproc-per-node=2 -m vdtrain train stage=stage1_single_flow model=tiny data=shapes hardware=cpu
+  vdtrain train stage=stage2_dual_flow gpus=8 hardware=h100 run_dir=/scratch/stage2
+  vdtrain train stage=stage1_single_flow gpus=2 model=tiny data=shapes hardware=cpu
 """
+
+
+def checked(config: TrainConfig, processes: int) -> TrainConfig:
+    """The settings, which fit each other and the number of processes."""
+    check(config, processes)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,16 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def action(config: TrainConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
-        check(config, int(launch["WORLD_SIZE"]))
         # Heavy imports come after the checks, so that a mistake is reported at once.
         from vdtrain.run import session
 
         overrides = [argument for argument in arguments if not argument.startswith("-")]
         return session.run(config, raw_config, int(launch["RANK"]), stop, overrides)
 
-    # Before the slow imports, during which a signal may arrive. Ctrl-C still interrupts them.
+    # Before the slow imports, during which a signal may arrive. Ctrl-C still ends the command there.
     stop = StopSignal(SCHEDULER_SIGNALS)
-    status = run_command_on_ranks(USAGE, "train", TrainConfig, action, arguments)
+    status = run_command_on_ranks(USAGE, "train", TrainConfig, action, arguments, prepare=checked)
     if stop.number:
         stop.ignore()
     else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vdtrain.config.fields import look_up
 from vdtrain.config.overrides import Override
-from vdtrain.config.settings import unknown
+from vdtrain.config.settings import nearest, unknown
 from vdtrain.errors import ConfigError, printable
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
@@ -93,7 +93,7 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
     end = argv.index(END_OF_OPTIONS) if END_OF_OPTIONS in argv else len(argv)
     words, plain = argv[:end], argv[end + 1 :]
     if set(words) & set(HELP):
-        choices = [made for word in words if (made := Override.parse(word)) and made.key in groups]
+        choices = [made for word in words if (made := Override.parse(word)) and made.key.replace(".", "/") in groups]
         return CommandLine(help=True, overrides=choices)
     for word in argv:
         if any(0xD800 <= ord(character) < 0xE000 for character in word):
@@ -117,8 +117,8 @@ def _flag(word: str, schema: type, takes_plain: bool) -> str:
         return word
     if word.startswith(("--cfg=", "-c=")):
         raise ConfigError(f"{word}: write --cfg job")
-    known = look_up(schema, name) is not None
-    meant = f"write {name}={value if equal else 'VALUE'}" if known else SETTING_FORM
+    own = [name] if look_up(schema, name) is not None else nearest(name, schema)[: int(len(name) > 1)]
+    meant = f"write {own[0]}={value if equal else 'VALUE'}" if own else SETTING_FORM
     plain = "; put a plain argument that begins with - last, after --" if takes_plain else ""
     raise ConfigError(f"unknown flag {printable(word)}: {meant}{plain}")
 
@@ -129,7 +129,7 @@ def _override(word: str, schema: type, groups: Collection[str], takes_plain: boo
     if override is None:
         return None
     first = override.key.partition(".")[0]
-    known = first in groups or look_up(schema, first) is not None or first == "hydra"
+    known = first in groups or override.key in groups or look_up(schema, first) is not None or first == "hydra"
     if known or not takes_plain:
         return override
     if override.text is None or not SETTING_KEY.fullmatch(override.key) or os.path.exists(word):

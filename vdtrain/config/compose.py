@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
@@ -21,22 +22,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vdtrain.config.command_line import SETTING_FORM
-from vdtrain.config.overrides import Override, escaped, list_items
-from vdtrain.config.schema import (
-    BenchConfig,
+from vdtrain.config.command_schema import (
+    AppConfig,
     BlendConfig,
+    CompareConfig,
     DataPipelineConfig,
     EditConfig,
     EvaluateConfig,
     LatentsConfig,
-    PlanConfig,
-    PreflightConfig,
+    ReportConfig,
     SampleConfig,
     StatusConfig,
-    TrainConfig,
     WeightsConfig,
 )
+from vdtrain.config.overrides import Override, escaped, list_items
+from vdtrain.config.schema import BenchConfig, PlanConfig, PreflightConfig, TrainConfig
 from vdtrain.config.settings import apply, complete, explained, unknown
+from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError as ConfigError
 from vdtrain.errors import described, not_utf8, printable
 
@@ -47,16 +49,17 @@ SCHEMAS: dict[str, type] = {
     "bench": BenchConfig,
     "preflight": PreflightConfig,
     "status": StatusConfig,
+    "report": ReportConfig,
     "sample": SampleConfig,
     "blend": BlendConfig,
     "edit": EditConfig,
+    "app": AppConfig,
     "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
     "weights": WeightsConfig,
     "data_pipeline": DataPipelineConfig,
     "latents": LatentsConfig,
 }
-# The one table with named values that is not a group: the noise schedule.
-SCHEDULE, SCHEDULES = "model.schedule", "model/schedule"
 SEARCH_PATH = "hydra.searchpath"
 
 
@@ -85,10 +88,15 @@ def compose(config_name: str, overrides: Sequence[str | Override]) -> DictConfig
     GlobalHydra.instance().clear()
     schema = SCHEMAS[config_name]
     given = [each if isinstance(each, Override) else parsed(each) for each in overrides]
-    words = [each for override in given for each in _by_name(override)]
-    choices = [each for each in words if is_choice(each)]
-    config = _composed(config_name, [_choice_word(each, config_name) for each in choices], schema)
-    for override in words:
+    choices = [each for each in given if is_choice(each)]
+    # Hydra composes an option of a table inside a group by itself, so that it replaces a user's own table.
+    words = [(each, _choice_word(each, config_name)) for each in choices]
+    config = _composed(config_name, [word for each, word in words if "/" not in _group(each)], schema)
+    searched = [word for each, word in words if each.key == SEARCH_PATH]
+    for each, word in words:
+        if "/" in _group(each):
+            _replace(config, _group(each), _composed(None, [*searched, word], schema))
+    for override in given:
         if not is_choice(override):
             apply(config, override, schema)
     complete(config, schema)
@@ -103,16 +111,31 @@ def parsed(word: str) -> Override:
     """
     override = Override.parse(word)
     if override is None:
-        hint = next((f"did you mean {group}={word}?" for group in groups() if word in options(group)), SETTING_FORM)
+        hint = next(
+            (f"did you mean {group.replace('/', '.')}={option}?" for group, option in _options_like(word)), SETTING_FORM
+        )
         raise ConfigError(f"{printable(word) or repr(word)}: has no value; {hint}")
     return override
+
+
+def _options_like(word: str) -> Iterator[tuple[str, str]]:
+    """Groups with an option of that name; after them those with one like it."""
+    own = [(group, option) for group in groups() for option in options(group)]
+    yield from (each for each in own if each[1] == word)
+    near = difflib.get_close_matches(word, {option for _, option in own}, n=1, cutoff=0.8)
+    yield from (each for each in own if each[1] in near)
 
 
 def is_choice(override: Override) -> bool:
     """Whether Hydra composes it: an option of a group, or one of Hydra's own settings."""
     # A table for a group changes settings inside it.
-    named = override.key in groups() and not (override.text or "").lstrip().startswith("{")
+    named = _group(override) in groups() and not (override.text or "").lstrip().startswith("{")
     return named or override.key.startswith("hydra.")
+
+
+def _group(override: Override) -> str:
+    """The group that an override names, if it names one: `data.stream` and `data/stream` are `data/stream`."""
+    return override.key if override.key.startswith("hydra.") else override.key.replace(".", "/")
 
 
 def _choice_word(override: Override, config_name: str) -> str:
@@ -125,17 +148,18 @@ def _choice_word(override: Override, config_name: str) -> str:
         return f"{SEARCH_PATH}=[{quoted}]"
     if key.startswith("hydra."):
         return override.word
-    if key not in dict(command_groups(config_name)):
+    group = _group(override)
+    if group.partition("/")[0] not in dict(command_groups(config_name)):
         raise unknown(key, SCHEMAS[config_name])
     if override.sign:
         raise ConfigError(f"{override.shown}: a run has exactly one {key}; write {key}=OPTION")
     if not re.fullmatch(r"[\w./-]+", text):
-        raise _no_option(key, printable(text))
+        raise _no_option(group, printable(text))
     # In quotes, so that true is a name and not a truth value.
-    return f"{key}='{text}'"
+    return f"+{group}='{text}'" if "/" in group else f"{group}='{text}'"
 
 
-def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
+def _composed(config_name: str | None, words: list[str], schema: type) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())), warnings.catch_warnings():
             warnings.filterwarnings("error", message="provider=hydra.searchpath")
@@ -152,7 +176,7 @@ def _composed(config_name: str, words: list[str], schema: type) -> DictConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(_undecodable(error, words)) from error
     except Exception as error:
-        raise _not_composed(error, printable(" ".join(words)) or config_name, schema) from error
+        raise _not_composed(error, printable(" ".join(words)) or str(config_name), schema) from error
 
 
 def _undecodable(error: UnicodeDecodeError, words: Sequence[str]) -> str:
@@ -191,23 +215,16 @@ def _not_composed(error: Exception, words: str, schema: type) -> ConfigError:
 
 def _no_option(group: str, option: str, known: Sequence[str] | None = None) -> ConfigError:
     names = [Path(name).stem for name in known or options(group)]
-    return ConfigError(f"{group}={option}: no such option; choose from {', '.join(names)}")
+    key = group.replace("/", ".")
+    return ConfigError(f"{key}={option}: no such option; choose from {', '.join(names)}{meant(option, names)}")
 
 
-def _by_name(override: Override) -> list[Override]:
-    """`model.schedule=NAME` as the settings in `conf/model/schedule/NAME.yaml`; any other override unchanged.
-
-    Raises:
-        ConfigError: no such schedule.
-    """
-    name = (override.text or "").strip()
-    if override.key != SCHEDULE or override.sign or name.startswith("{"):
-        return [override]
-    names = options(SCHEDULES)
-    if name not in names:
-        raise ConfigError(f"{override.shown}: choose from {', '.join(names)}, or set its beta_start and beta_end")
-    loaded = OmegaConf.load(config_folder() / SCHEDULES / f"{name}.yaml")
-    return [parsed(f"{SCHEDULE}.{setting!s}={value}") for setting, value in loaded.items()]
+def _replace(config: DictConfig, group: str, option: DictConfig) -> None:
+    """Set a table to an option of its group. Of a table without fields in the schema, no entry stays."""
+    key = group.replace("/", ".")
+    if OmegaConf.get_type(OmegaConf.select(config, key)) is dict:
+        OmegaConf.update(config, key, {}, merge=False)
+    OmegaConf.update(config, key, OmegaConf.select(option, key), force_add=True)
 
 
 def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
@@ -216,8 +233,9 @@ def to_object(config: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def groups() -> list[str]:
-    """Names of the groups of settings that have options."""
-    return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+    """Names of the groups of settings that have options; `data/stream` is a table inside a group."""
+    folder = config_folder()
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir())
 
 
 def options(group: str) -> list[str]:

@@ -11,7 +11,8 @@ from vdtrain.config.fields import FilePath, PartArguments, setting
 KEEP_OR_DROP = ("keep", "drop")
 # Settings that only the preparation of data reads, not training.
 PREPARATION = tuple(
-    f"data.{part}" for part in ("sources", "allow_loopback", "select", "download", "index", "inspect", "shapes")
+    f"data.{part}"
+    for part in ("sources", "shards", "allow_loopback", "select", "download", "pack", "index", "inspect", "shapes")
 )
 
 
@@ -19,10 +20,14 @@ PREPARATION = tuple(
 class SourceConfig:
     """One published metadata set and the tar shards made of it."""
 
-    schema: str = setting("layout of the metadata", choices=("laion2b_en", "coyo700m", "table"))
-    metadata: FilePath = setting("a parquet file, or a folder of them; their columns may differ")
+    schema: str = setting("layout of the metadata", choices=("laion2b_en", "coyo700m", "datacomp", "table"))
+    metadata: FilePath = setting("a parquet file, or a folder of them with its subfolders; their columns may differ")
     selected: FilePath = setting("folder of the rows that select keeps, as parquet files")
     shards: FilePath = setting("folder of the tar shards that download writes")
+    columns: dict[str, str | None] = setting(
+        "names of the metadata's columns, where the schema does not find them: {caption: my_text}; null leaves one out",
+        factory=dict,
+    )
 
 
 @dataclass
@@ -54,7 +59,7 @@ class FilterConfig:
 class BlockListConfig:
     """Files that name what must not be downloaded: text with one entry a line, or parquet with one column."""
 
-    url: list[FilePath] = setting("files of URLs: text with one a line, or parquet with one column")
+    url: list[FilePath] = setting("files of URLs, or folders of them: text with one a line, or parquet with one column")
     hash: list[FilePath] = setting("files of LAION's hash of URL and caption")
     md5: list[FilePath] = setting("files of the MD5 of the image file, for sets that have it")
     phash: list[FilePath] = setting("files of perceptual hashes, for sets that have them (COYO-700M: image_phash)")
@@ -101,11 +106,59 @@ class DownloadConfig:
 
 
 @dataclass
+class PackConfig:
+    """How a user's own images and captions become shards."""
+
+    input: FilePath | None = setting(
+        "folder of images; table of image paths and captions (csv, tsv, jsonl, json, parquet); or COCO captions file",
+        None,
+    )
+    output: FilePath = setting("folder of the shards", "${data.root}/packed")
+    images: FilePath | None = setting(
+        "folder that the paths of a table are relative to; null for the table's own, and where COCO has its images",
+        None,
+    )
+    image_column: str | None = setting("column of image paths; null for the first with a usual name", None)
+    caption_column: str | None = setting("column of captions; null for the first with a usual name", None)
+    table: str | None = setting("table of the captions within the folder of the images; null for none", None)
+    captions: str = setting(
+        "which captions of an image with several: the first, or each in a sample of its own",
+        "first",
+        choices=("first", "each"),
+    )
+    processes: int = setting("processes that read and resize images", 16, least=1)
+    samples_per_shard: int = setting("images that one shard is made of", 1000, least=1)
+    image_size: int = setting(
+        "pixels of the shortest side after resizing; smaller images are not enlarged", 512, least=1
+    )
+    encode_quality: int = setting("JPEG quality", 90, least=1, most=100)
+    min_image_size: int = setting("shortest side in pixels; a smaller image is left out", 256, least=0)
+    max_image_pixels: int = setting("pixels; a larger image is not decoded", 100_000_000, least=1, most=178_000_000)
+    overwrite: bool = setting("replace shards of other images or settings", False)
+    index: bool = setting("index the shards when they are made, as the only ones", False)
+
+
+@dataclass
 class IndexConfig:
     """How shards are checked before the manifest lists them."""
 
     processes: int = setting("processes that read shards", least=1)
     decode: bool = setting("decode every image: finds damage behind its header, and takes several times as long")
+    caption: str | None = setting(
+        "field of each sample's JSON that holds the caption, such as title or meta.title; null for the sample's .txt, "
+        "or else the field caption or text",
+        None,
+    )
+    drop_repeated: int | None = setting(
+        "how often one and the same image may come before all of its samples are left out; null for any number",
+        None,
+        least=1,
+    )
+    members: dict[str, list[str]] = setting(
+        "by modality beside images and captions, the endings of its files in the tars: {audio: [wav, flac]}; two of an "
+        "image, a caption and such files make a sample",
+        factory=dict,
+    )
 
 
 @dataclass
@@ -140,13 +193,37 @@ class ShapesConfig:
 
 
 @dataclass
+class SplitConfig:
+    """The pairs that are held out of training."""
+
+    share: float | None = setting(
+        "share of the pairs, chosen by a hash of each pair's name, that is never trained on; null holds none out, and "
+        "lets evaluate take those that the checkpoint's run held out of the same data",
+        None,
+        least=0,
+        below=1,
+    )
+
+
+@dataclass
 class DataConfig:
     """One data set, from its metadata to the stream of batches."""
 
     name: str = setting("name of the data set")
     root: FilePath = setting("folder that the other folders are in by default")
     sources: dict[str, SourceConfig] = MISSING
+    shards: list[FilePath] = setting(
+        "folders of tars, or tars, that another program made: index lists them as the source named own", factory=list
+    )
     manifest: FilePath = setting("folder of the manifest, the list of all shards and samples")
+    references: FilePath | None = setting(
+        "all captions of each image, for the figures of captions: COCO's captions_*.json, or what pack writes; null "
+        "for those in the manifest",
+        None,
+    )
+    urls: list[str] = setting(
+        "addresses of tars for data.stream=webdataset, such as s3://bucket/{00000..00999}.tar", factory=list
+    )
     allow_loopback: bool = setting("download from addresses of this machine too, for the server of the demo")
     stream: PartArguments = setting(
         "class that yields the batches, with its arguments",
@@ -156,8 +233,13 @@ class DataConfig:
         "encode images in training, or read the cached latents",
         choices=("inline", "cached"),
     )
+    validation: SplitConfig = field(default_factory=SplitConfig)
+    flip: bool = setting(
+        "mirror an image with a chance of one half, but not one whose caption names left or right", False
+    )
     select: SelectConfig = MISSING
     download: DownloadConfig = MISSING
+    pack: PackConfig = field(default_factory=PackConfig)
     index: IndexConfig = MISSING
     inspect: InspectConfig = MISSING
     latent_cache: LatentCacheConfig = MISSING

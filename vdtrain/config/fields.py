@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError
 
 # The key of a field's metadata.
@@ -52,7 +53,7 @@ class About:
         if value is None:
             return None
         if self.choices and value not in self.choices:
-            return f"choose from {', '.join(map(str, self.choices))}"
+            return f"choose from {', '.join(map(str, self.choices))}{meant(value, self.choices)}"
         if isinstance(value, int | float) and not self._within(value):
             _, semicolon, special = self.help.partition("; ")
             return f"must be {self.bounds}{semicolon}{special}"

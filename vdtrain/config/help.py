@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vdtrain.config.compose import SCHEMAS, command_groups, compose, options
+from vdtrain.config.compose import SCHEMAS, command_groups, compose, groups, options
 from vdtrain.config.data_schema import PREPARATION
 from vdtrain.config.fields import SettingType, shown
 from vdtrain.config.overrides import Override
@@ -79,6 +79,11 @@ def _lines(key: str, default: Any, setting: SettingType) -> list[str]:
 
 
 def _groups(config_name: str) -> str:
-    chosen = [(group, default) for group, default in command_groups(config_name) if not default.startswith("$")]
-    lines = [f"  {group + '=':<10} {', '.join(options(group))} (default: {default})" for group, default in chosen]
+    chosen = {group: default for group, default in command_groups(config_name) if not default.startswith("$")}
+    lines = [
+        f"  {group.replace('/', '.') + '=':<16} {', '.join(options(group))}"
+        + (f" (default: {chosen[group]})" if group in chosen else "")
+        for group in groups()
+        if group.partition("/")[0] in chosen
+    ]
     return "\n".join(["\nGroups:", *lines, ""]) if lines else ""

@@ -28,6 +28,16 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
     return target(**arguments, **options)
 
 
+def takes(specification: Mapping[str, Any], setting: str, argument: str) -> bool:
+    """Whether the object that `specification["_target_"]` names takes an argument.
+
+    Raises:
+        ConfigError: no such target, or an entry that is not an argument of it.
+    """
+    parameters = inspect.signature(find_target(specification, setting)[0]).parameters
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
 def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The object that `specification["_target_"]` names, imported but not called, and the other entries.
 

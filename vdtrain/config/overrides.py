@@ -21,8 +21,8 @@ WORD = re.compile(
     r"(?P<sign>\+\+|\+|~|)(?P<key>[A-Za-z_][\w./@:-]*)(?:(?P<equal>=)(?P<text>.*))?", re.ASCII | re.DOTALL
 )
 QUOTED = re.compile(r"""(['"])(?:(?!\1|\\).|\\.)*\1""", re.DOTALL)
-# An unquoted item of a list: no brackets, except those of ${another.setting}; `\,` is a comma.
-PLAIN_ITEM = re.compile(r"(?:\\,|\$\{[^{}]*\}|[^,\[\]{}])+", re.DOTALL)
+# An unquoted item of a list: no brackets, except ${another.setting} and patterns such as {0..9}; `\,` is a comma.
+PLAIN_ITEM = re.compile(r"(?:\\,|\{[^{}]*\}|[^,\[\]{}])+", re.DOTALL)
 # OmegaConf's sign for a setting without a value.
 MISSING_TEXT = "???"
 LARGEST_INTEGER = 2**63 - 1

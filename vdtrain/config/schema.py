@@ -12,11 +12,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from vdtrain.config.data_schema import DataConfig
-from vdtrain.config.fields import FilePath, PartArguments, Prompt, PromptTable, setting
+from vdtrain.config.fields import FilePath, PartArguments, Prompt, setting
 
-CHECKPOINT = "run folder (its latest checkpoint), checkpoint folder or weights folder"
-WEIGHTS = ("ema", "model")
+WATCHDOG = "longest time without a step before a process writes its stack and exits; null waits without limit"
+
+CHECKPOINT = "run folder (its latest checkpoint), checkpoint folder, weights folder or the package's own tiny"
 DEVICES = ("cuda", "cpu")
+CONSTANT, LINEAR, COSINE = SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class StageConfig:
     learning_rate: float = setting("learning rate of AdamW", above=0)
     global_batch_size: int = setting("pairs per optimizer step, over all processes", least=1)
     gradient_scales: dict[str, Any] = setting(
-        "factor on the step of each layer group: {global: 0.1, data: {image: 0.1}, context: {image: 1.0}}"
+        "factor on the step of each layer group: {global: 0.1, data: {image: 0.1}, context: {image: 1.0}}; 0 freezes it"
     )
     gradient_scale_mode: str = setting(
         "whether the factor multiplies the learning rate or the gradient", choices=("learning_rate", "gradient")
@@ -84,6 +86,7 @@ class ModelConfig:
     base_weights: FilePath | None = setting("weights folder that stage 1 starts from; null for random weights")
     base_modality: str = setting("modality whose data layers the base weights fill", "image")
     latent_downsampling: int = setting("pixels per latent cell along one side, in the image VAE", 8, least=1)
+    resolution: int = setting("side in pixels of the images that it makes unless told otherwise", 512, least=1)
     diffuser: DiffuserConfig = MISSING
     modalities: dict[str, ModalityConfig] = MISSING
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -95,6 +98,9 @@ class RatesConfig:
 
     tflops: float | None = setting(
         "TFLOP/s of one GPU in encoding, forward and backward; null if not known", None, above=0
+    )
+    peak_tflops: float | None = setting(
+        "TFLOP/s of the data sheet, without sparsity, to compare with; null if not known", None, above=0
     )
     micro_batch_ms: float = setting("least time of a micro-batch in ms, for the launches of its kernels", 0.0, least=0)
     memory: float | None = setting("GB/s that a GPU reads and writes in its memory; null if not known", None, above=0)
@@ -133,10 +139,17 @@ class HardwareConfig:
 
 @dataclass
 class TrackingConfig:
-    name: str = setting("name of the option")
+    name: str | None = setting("name of the run in Weights & Biases; null for that of its folder")
     mode: str = setting("mode of Weights & Biases", choices=("online", "offline", "disabled"), environment="WANDB_MODE")
     project: str = setting("project in Weights & Biases")
     entity: str | None = setting("user or team in Weights & Biases; null for the default of the account")
+    group: str | None = setting(
+        "group of the run in Weights & Biases; null for that of the run that it starts from, or a new one", None
+    )
+    tags: list[str] = setting("tags of the run in Weights & Biases", factory=list)
+    notes: str | None = setting("notes on the run in Weights & Biases", None)
+    job_type: str | None = setting("kind of run in Weights & Biases; null for train, or evaluate", None)
+    tensorboard: bool = setting("write the same figures for TensorBoard into RUN_DIR/tensorboard", False)
 
 
 @dataclass
@@ -152,6 +165,30 @@ class OptimizerConfig:
     )
     warmup_samples: int = setting("samples over which the learning rate rises", least=0)
     learning_rate_scale: float = setting("factor on the stage's learning rate, larger for narrow networks", above=0)
+    schedule: str = setting(
+        "learning rate after the warm-up: constant, or falling until the stage's last step",
+        "constant",
+        choices=SCHEDULES,
+    )
+    final_share: float = setting(
+        "share of the learning rate that the last step has, under linear and cosine", 0.0, least=0, most=1
+    )
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters beside weights that stay (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int | None = setting("rank of the adapters; null trains the weights themselves", None, least=1)
+    alpha: float | None = setting("the adapters are multiplied by alpha / rank; null for the rank", None, above=0)
+    groups: list[str] = setting(
+        "layer groups that get adapters, and the others are frozen; empty for all that the stage trains", factory=list
+    )
+    targets: list[str] = setting(
+        "layers that get adapters, by a part of their names, such as attn2 or to_q; empty for every linear layer and "
+        "convolution",
+        factory=list,
+    )
 
 
 @dataclass
@@ -160,6 +197,17 @@ class ObjectiveConfig:
         "probability of the unconditional context, for classifier-free guidance", least=0, below=1
     )
     flow_weights: dict[str, float] = setting("weight of a flow's loss, by flow; 1 for a flow that is not named")
+    min_snr_gamma: float | None = setting(
+        "largest signal-to-noise ratio whose timesteps count in full (Hang et al. 2023); 5 is usual, null counts all "
+        "alike",
+        None,
+        above=0,
+    )
+    offset_noise: float = setting(
+        "strength of a noise that shifts a whole channel of an image's latent (0.1 is usual); 0 adds none",
+        0.0,
+        least=0,
+    )
 
 
 @dataclass
@@ -182,8 +230,60 @@ class CheckpointConfig:
     keep_every_steps: int | None = setting("checkpoints at multiples of it stay too; null for none", least=1)
 
 
+TIME_SHARE = "largest share of the run's time so far that may go into them, beside the start and ends; null sets none"
+
+
 @dataclass
-class TrainConfig:
+class SamplesConfig:
+    """Samples of every flow from the same inputs, while training: grids in the run folder and in the tracker."""
+
+    every: int | None = setting(
+        "training samples between two grids; null or 0 for none. There is one at the start and at each phase's end too",
+        least=0,
+    )
+    time_share: float | None = setting(TIME_SHARE, above=0, most=1)
+    prompts: list[Prompt] = setting("captions for the flows from text; none for those of held-out pairs")
+    images: list[FilePath] = setting("image files for the flows from images; none for those of held-out pairs")
+    count: int = setting("pairs to take where nothing else is given; the data's first if none is held out", least=1)
+    steps: int = setting("steps of the solver", least=1)
+    guidance_scale: float = setting("strength of classifier-free guidance; 1 is none")
+    solver: str = setting("solver", choices=("ddim", "dpm-solver++", "unipc"))
+    seed: int = setting("seed of the samples")
+
+
+@dataclass
+class ValidationConfig:
+    """Losses on held-out pairs (data.validation.share), with fixed noise and timesteps."""
+
+    every: int | None = setting(
+        "training samples between two validations; null or 0 for none. There is one at the start and at each phase's "
+        "end too",
+        least=0,
+    )
+    time_share: float | None = setting(TIME_SHARE, above=0, most=1)
+    pairs: int = setting("held-out pairs, each at four timesteps", least=1)
+    scored: int = setting("held-out pairs from which every flow makes a sample for CLIP scores; 0 for none", least=0)
+    fid_weights: FilePath | None = setting("Inception weights for the FID of these samples; null leaves FID out")
+
+
+@dataclass
+class ProcessesConfig:
+    """The processes that a command starts itself, where neither torchrun nor srun starts them."""
+
+    gpus: int | None = setting(
+        "processes that the command starts on this node, one on each GPU, or so many on the CPU; null for one",
+        None,
+        least=1,
+    )
+    nnodes: int = setting("nodes, on each of which the same command is typed", 1, least=1)
+    node_rank: int | None = setting(
+        "number of this node, from 0 on, and 0 is that of rendezvous; null lets the nodes agree", None, least=0
+    )
+    rendezvous: str | None = setting("HOST:PORT of one of several nodes, where they meet", None)
+
+
+@dataclass
+class TrainConfig(ProcessesConfig):
     """Root of `conf/train.yaml`."""
 
     stage: StageConfig = MISSING
@@ -193,15 +293,16 @@ class TrainConfig:
     tracking: TrackingConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     objective: ObjectiveConfig = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
     ema: EmaConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    samples: SamplesConfig = MISSING
+    validation: ValidationConfig = MISSING
     runs_dir: FilePath = setting("folder of all runs")
     run_dir: FilePath = setting("folder of this run")
     seed: int = setting("seed of weights, data order and noise")
     log_every_steps: int = setting("steps between lines of the log", least=1)
-    watchdog_seconds: float | None = setting(
-        "longest time without a step before a process writes its stack and exits; null waits without limit", least=1
-    )
+    watchdog_seconds: float | None = setting(WATCHDOG, least=1)
     max_restarts: int = setting("how often a Slurm job requeues itself; 0 never does", least=0)
 
 
@@ -209,9 +310,14 @@ class TrainConfig:
 class PlanConfig(TrainConfig):
     """Root of `conf/plan.yaml`."""
 
-    gpus: int = setting("number of processes, one per GPU", least=1)
+    gpus: int = setting("number of processes on all nodes, one per GPU", least=1)
     format: str = setting("output for people or for programs", choices=("table", "json"))
-    rate: FilePath | None = setting("result of `vdtrain bench`, whose rates replace those of hardware.rates")
+    rate: FilePath | None = setting(
+        "result of `vdtrain bench`, whose rates replace those of hardware.rates, or folder in which one is looked for "
+        "that measured this hardware; null for none"
+    )
+    price_per_gpu_hour: float | None = setting("cost of a GPU hour, in any currency; null if not known", least=0)
+    curriculum: list[str] = setting("stages that `vdtrain plan curriculum` adds up")
 
 
 @dataclass
@@ -227,6 +333,7 @@ class BenchConfig(TrainConfig):
     )
     profile: bool = setting("write a Chrome trace of one step beside the output")
     output: FilePath | None = setting("JSON file of the result; null only prints")
+    overwrite: bool = setting("replace an existing file", False)
 
 
 @dataclass
@@ -234,141 +341,6 @@ class PreflightConfig(TrainConfig):
     """Root of `conf/preflight.yaml`."""
 
     ranks: int | None = setting(
-        "number of processes that will train; null for WORLD_SIZE, else SLURM_NTASKS (1 inside a step of one task), "
-        "else 1"
+        "number of processes that will train; null for gpus x nnodes, else WORLD_SIZE, else SLURM_NTASKS (1 inside a "
+        "step of one task), else 1"
     )
-
-
-@dataclass
-class StatusConfig:
-    """Root of `conf/status.yaml`."""
-
-    run_dir: FilePath = setting("folder of a run, or of several runs")
-    watch: float | None = setting("seconds between updates, on a terminal; null prints once", above=0)
-
-
-@dataclass
-class SamplingConfig:
-    """How a sample is drawn; the values are the released application's."""
-
-    height: int = setting("height of the images in pixels", 512)
-    width: int = setting("width of the images in pixels", 512)
-    steps: int = setting("steps of the solver: ddim needs about 50, the others about 20", 50)
-    guidance_scale: float = setting("strength of classifier-free guidance; 1 is none", 7.5)
-    solver: str = setting("solver", "ddim", choices=("ddim", "dpm-solver++", "unipc"))
-    eta: float = setting("noise that ddim adds back; 0 is deterministic, 1 adds as much as training", 0.0)
-    seed: int = setting("seed of the samples", 0)
-    batch_size: int = setting("samples that go through the network together", 8, least=1)
-
-
-@dataclass
-class SamplerConfig(SamplingConfig):
-    """What every command that samples has in common: `conf/sampler.yaml`."""
-
-    checkpoint: FilePath = setting(CHECKPOINT)
-    weights: str = setting("averaged weights, or weights as trained", choices=WEIGHTS)
-    output_dir: FilePath = setting("folder of the results; images keep the settings in their metadata")
-    resolution: int = setting("height and width, unless these are given")
-    device: str = setting("where the model runs", choices=DEVICES)
-    precision: str = setting("number format of the model", choices=("fp32", "bf16", "fp16"))
-    threads: int | None = setting("CPU threads for tensors; null for PyTorch's default", least=1)
-
-
-@dataclass
-class SampleConfig(SamplerConfig):
-    """Root of `conf/sample.yaml`."""
-
-    flow: str = setting("flow, CONTEXT-to-OUTPUT")
-    inputs: list[Prompt] = setting("captions or image files, by the context of the flow")
-    samples_per_input: int = setting("samples for each input", least=1)
-    focus: float = setting("image contexts: 0 keeps the content, 0.5 changes nothing, 1 keeps the style")
-    start_from: list[Prompt] = setting("samples to start from instead of noise, one for each input")
-    fidelity: float = setting("how little start_from is noised: 0 starts from noise, 1 keeps it")
-
-
-@dataclass
-class BlendConfig(SamplerConfig):
-    """Root of `conf/blend.yaml`."""
-
-    output: str = setting("modality of the samples: image or text")
-    contexts: list[PromptTable] = setting(
-        "each {text: CAPTION} or {image: FILE}, with an optional weight and, for an image, a mask file"
-    )
-    samples: int = setting("number of samples", least=1)
-    mixing: str = setting(
-        "attention averages the contexts in every context layer, layer draws one of them for each",
-        choices=("attention", "layer"),
-    )
-    join: bool = setting("join contexts of one modality token after token; false mixes them one by one")
-
-
-@dataclass
-class EditConfig(SamplerConfig):
-    """Root of `conf/edit.yaml`."""
-
-    inputs: list[Prompt] = setting("image files")
-    remove: Prompt = setting("words to take out; may be empty")
-    add: Prompt = setting("words to put in; may be empty")
-    text_share: float = setting("share of the text in the new image; the old image's style has the rest")
-    style_rank: int = setting("components of the old image's context that count as its style", least=1)
-
-
-@dataclass
-class WeightsConfig:
-    """Root of `conf/weights.yaml`."""
-
-    model: ModelConfig = MISSING
-    output: FilePath | None = setting("import: folder of the diffuser; null for the one shown beside the source")
-    checkpoint: FilePath = setting(f"export: {CHECKPOINT}")
-    weights: str = setting("export: averaged weights, or weights as trained", choices=WEIGHTS)
-    precision: str = setting("export: number format of the file", choices=("fp32", "fp16", "bf16", "keep"))
-    overwrite: bool = setting("replace existing files")
-
-
-@dataclass
-class DataPipelineConfig:
-    """Root of `conf/data_pipeline.yaml`."""
-
-    data: DataConfig = MISSING
-
-
-@dataclass
-class LatentsConfig:
-    """Root of `conf/latents.yaml`."""
-
-    data: DataConfig = MISSING
-    model: ModelConfig = MISSING
-    hardware: HardwareConfig = MISSING
-
-
-@dataclass
-class FidConfig:
-    """Fréchet Inception distance."""
-
-    weights: FilePath | None = setting("Inception weights of 2015 (docs/evaluation.md); null leaves FID out")
-    reference: FilePath | None = setting(
-        "npz file with mean and covariance of the real images: read if it exists, else written; null for neither"
-    )
-
-
-@dataclass
-class ClipConfig:
-    """The CLIP that scores."""
-
-    architecture: Any = setting("open_clip model, or its description; null for the CLIP of the model's contexts")
-    weights: FilePath | None = setting("weights of that CLIP")
-    tokenizer: FilePath | None = setting("tokenizer of that CLIP; null for CLIP's own")
-
-
-@dataclass
-class EvaluateConfig(SamplerConfig):
-    """Root of `conf/evaluate.yaml`."""
-
-    flows: list[str] = setting("flows that are measured")
-    samples: int = setting("pairs of the manifest; each gives every flow one sample", least=2)
-    part_samples: int = setting("samples per file; an interruption costs at most one file", least=1)
-    loader_workers: int = setting("decoding threads of each process", least=1)
-    fid: FidConfig = MISSING
-    clip: ClipConfig = MISSING
-    data: DataConfig = MISSING
-    tracking: TrackingConfig = MISSING

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
@@ -22,8 +23,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from vdtrain.config.data_schema import PREPARATION
 from vdtrain.config.fields import Mark, SettingType, keys, look_up
 from vdtrain.config.overrides import Override, SettingValueError
+from vdtrain.config.suggestions import nearest_keys
 from vdtrain.errors import ConfigError
 
 ADDS = "write + before it to add an entry"
@@ -79,7 +82,9 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
         if holder.numbered:
             OmegaConf.update(config, parent, {key: value}, merge=True, force_add=True)
         else:
-            OmegaConf.update(config, override.key, value, merge=True, force_add=bool(override.sign))
+            # A whole table for an empty one needs no sign: it replaces nothing.
+            adds = bool(override.sign) or (isinstance(present, DictConfig) and not present)
+            OmegaConf.update(config, override.key, value, merge=True, force_add=adds)
     except SettingValueError as error:
         raise ConfigError(f"{override.shown}: {error}") from error
     except OmegaConfBaseException as error:
@@ -133,18 +138,33 @@ def unknown(key: str, schema: type) -> ConfigError:
         return ConfigError(f"{key}: renamed; write {RENAMED[key]}")
     if key in REMOVED:
         return ConfigError(f"{key}: removed, as {REMOVED[key]} was its only legal value; leave it out")
-    nearest = nearest_key(key, schema)
-    hint = f"did you mean {nearest!r}?" if nearest else "--cfg job prints all settings"
+    likely = nearest(key, schema)
+    hint = f"did you mean {' or '.join(map(repr, likely))}?" if likely else "--cfg job prints all settings"
     return ConfigError(f"{key}: no such setting; {hint}")
 
 
-def nearest_key(key: str, schema: type) -> str | None:
-    """The dotted key of the schema that is most like `key`."""
-    known = [each for each in keys(schema) if not key.rpartition(".")[2].isdecimal()]
-    names = sorted({each.rpartition(".")[2] for each in known})
-    close = difflib.get_close_matches(key.rpartition(".")[2].lower(), names, n=1)
-    same = [each for each in known if close and each.rpartition(".")[2] == close[0]]
-    return max(same, key=lambda each: difflib.SequenceMatcher(None, each, key).ratio(), default=None)
+def nearest(key: str, schema: type) -> list[str]:
+    """The keys of the schema most like `key`, and of its tables without fields, such as `data.stream`."""
+    return nearest_keys(key, _every_key(schema), PREPARATION)
+
+
+@cache
+def _every_key(schema: type) -> list[str]:
+    from vdtrain.config.compose import SCHEMAS, compose
+
+    name = next((name for name, each in SCHEMAS.items() if each is schema), None)
+    # A broken folder of the user's own must not hide the error that is being described.
+    with suppress(ConfigError):
+        defaults = OmegaConf.to_container(compose(name, [])) if name is not None else {}
+        return list(dict.fromkeys([*keys(schema), *_names_inside(defaults, "")]))
+    return keys(schema)
+
+
+def _names_inside(table: Any, prefix: str) -> Iterator[str]:
+    for name, value in table.items() if isinstance(table, dict) else ():
+        if str(name).isidentifier() and not str(name).startswith("_"):
+            yield f"{prefix}{name}"
+            yield from _names_inside(value, f"{prefix}{name}.")
 
 
 def complete(config: DictConfig, schema: type) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vdtrain.config.fields import check_values, value_problems
-from vdtrain.config.instantiate import find_target
-from vdtrain.config.schema import ModelConfig, PhaseConfig, SamplingConfig, TrainConfig
+from vdtrain.config.command_schema import SamplingConfig
+from vdtrain.config.data_schema import DataConfig
+from vdtrain.config.fields import check_values, shown, value_problems
+from vdtrain.config.instantiate import find_target, takes
+from vdtrain.config.schema import CONSTANT, LINEAR, ModelConfig, PhaseConfig, TrainConfig
+from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError, one_line
 from vdtrain.extras import missing
 from vdtrain.flows import Flow, active_groups
@@ -37,16 +41,17 @@ def stage_flows(config: TrainConfig) -> list[Flow]:
             if modality not in config.model.modalities:
                 raise ConfigError(
                     f"stage.flows: {name} needs modality {modality!r}; model={config.model.name} has {known}"
+                    f"{meant(modality, config.model.modalities)}"
                 )
         flows.append(flow)
     return flows
 
 
 def gradient_scales(config: TrainConfig) -> dict[str, float]:
-    """The stage's gradient scales by layer group, e.g. {"data.image": 0.1}, for the groups that its flows train.
+    """The stage's gradient scales by layer group, e.g. {"data.image": 0.1}, for the groups that its flows use.
 
     Raises:
-        ConfigError: a trained group without a scale, or a scale that is not a positive number.
+        ConfigError: a group without a scale, a scale that is no number of at least 0, or all of them 0.
     """
     flat: dict[str, Any] = {}
     for kind, value in config.stage.gradient_scales.items():
@@ -62,12 +67,32 @@ def gradient_scales(config: TrainConfig) -> dict[str, float]:
                 f"stage.gradient_scales.{group}: missing, and the stage's flows train it; give it a number"
             )
         scale = flat[group]
-        if not isinstance(scale, int | float) or scale <= 0:
-            raise ConfigError(
-                f"stage.gradient_scales.{group}={scale}: not a positive number; leave the flow out to freeze a group"
-            )
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+            raise ConfigError(f"stage.gradient_scales.{group}={shown(scale)}: give a number; 0 freezes the group")
         scales[group] = float(scale)
+    if not any(scales.values()):
+        raise ConfigError(
+            "stage.gradient_scales: 0 for every layer group that the stage's flows use, so nothing is trained; give "
+            f"one of {', '.join(scales)} a number above 0"
+        )
     return scales
+
+
+def trained_groups(config: TrainConfig) -> list[str]:
+    """The layer groups that a stage trains, in order of first use: those of its flows that are not frozen.
+
+    Raises:
+        ConfigError: see `gradient_scales`; or `lora.groups` names a group that is not among them.
+    """
+    groups, lora = [group for group, scale in gradient_scales(config).items() if scale > 0], config.lora
+    if lora.rank is None:
+        return groups
+    for group in lora.groups:
+        if group not in groups:
+            raise ConfigError(
+                f"lora.groups={shown(lora.groups)}: {group} is not trained by this stage; it trains {', '.join(groups)}"
+            )
+    return [group for group in groups if group in lora.groups or not lora.groups]
 
 
 def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
@@ -78,6 +103,25 @@ def phase_steps(config: TrainConfig, phase: PhaseConfig) -> int:
 def warmup_samples(config: TrainConfig) -> float:
     """Samples over which the learning rate rises; `samples_scale` scales them like the phases, down only."""
     return config.optimizer.warmup_samples * min(1.0, config.stage.samples_scale)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The base learning rate of a step of the stage, counted from 1.
+
+    It rises linearly over the warm-up. Then it is constant, or falls until the stage's last step by a straight line or
+    by half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983), to `optimizer.final_share` of itself.
+    """
+    optimizer, stage = config.optimizer, config.stage
+    rise, samples = warmup_samples(config), step * stage.global_batch_size
+    rate = stage.learning_rate * optimizer.learning_rate_scale
+    if samples < rise:
+        return rate * (samples / rise)
+    total = sum(phase_steps(config, phase) for phase in stage.phases) * stage.global_batch_size
+    if optimizer.schedule == CONSTANT or total <= rise:
+        return rate
+    way = min(1.0, (samples - rise) / (total - rise))
+    left = 1.0 - way if optimizer.schedule == LINEAR else (1.0 + math.cos(math.pi * way)) / 2
+    return rate * (optimizer.final_share + (1.0 - optimizer.final_share) * left)
 
 
 def micro_batches(config: TrainConfig, resolution: int, world_size: int) -> int:
@@ -159,18 +203,84 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     yield from setting_problems(config, world_size)
     if config.hardware.attention == "xformers" and (line := missing("xformers")) is not None:
         yield f"hardware.attention=xformers: {line}, or choose sdpa"
-    for name, modality in config.model.modalities.items():
-        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
-            yield from _file_problems(f"model.modalities.{name}.{part}", arguments, config.model)
-    if not Path(config.data.manifest).exists():
-        yield (
-            f"data.manifest={config.data.manifest}: does not exist; make it with "
-            f"`python -m data_pipeline index data={config.data.name}`"
+    yield from missing_weights(config.model, _missing_start(config))
+    yield from _data_problems(config)
+    yield from _watch_problems(config)
+
+
+def reads_index(config: TrainConfig) -> bool:
+    """Whether the stream reads an index; True if the stream cannot be found."""
+    try:
+        return takes(config.data.stream, "data.stream", "manifest")
+    except ConfigError:
+        return True
+
+
+def check_indexed(data: DataConfig, use: str) -> None:
+    """Refuse a stream without an index.
+
+    Args:
+        use: what needs the index.
+
+    Raises:
+        ConfigError: the stream has none.
+    """
+    if not takes(data.stream, "data.stream", "manifest"):
+        raise ConfigError(
+            f"data.stream._target_={data.stream['_target_']}: has no index, which {use}; index the shards and write "
+            "data.stream=indexed"
         )
+
+
+def _data_problems(config: TrainConfig) -> Iterator[str]:
+    """A line on each way in which the stream's data are missing or do not fit."""
+    try:
+        # This imports the class.
+        target, arguments = find_target(config.data.stream, "data.stream")
+    except ConfigError as error:
+        yield str(error)
+        return
+    if hasattr(target, "check"):
+        yield from problem_of(lambda: target.check(**arguments))
+    if config.data.validation.share:
+        from vdtrain.data.loading import check_split
+
+        yield from problem_of(lambda: check_split(config.data))
+    if not reads_index(config):
+        if config.data.latents == "cached":
+            yield from problem_of(lambda: check_indexed(config.data, "data.latents=cached needs"))
+    elif config.data.urls:
+        yield f"data.urls={shown(config.data.urls)}: only data.stream=webdataset reads it; add that, or leave it out"
+    elif not Path(config.data.manifest).exists():
+        yield f"data.manifest={config.data.manifest}: does not exist; make it with {_index_command(config.data)}"
     elif config.data.latents == "cached":
         yield from _latent_problems(config)
-    # Last, as it imports the class.
-    yield from problem_of(lambda: find_target(config.data.stream, "data.stream"))
+
+
+def _watch_problems(config: TrainConfig) -> Iterator[str]:
+    """A line on each file that samples and validation lack, or cannot use."""
+    from vdtrain.media import read_images
+
+    for image in config.samples.images if config.samples.every else ():
+        yield from (f"samples.images: {line}" for line in problem_of(partial(read_images, [image], (64, 64))))
+    if config.validation.every and config.validation.scored:
+        from vdtrain.evaluation.scores import check_clip
+        from vdtrain.models.frozen_weights import locate
+        from vdtrain.training.scoring import OWN_CLIP
+
+        clip = problem_of(lambda: check_clip(OWN_CLIP, config.model))
+        yield from (f"validation.scored={config.validation.scored}: {line}" for line in clip)
+        if (weights := config.validation.fid_weights) is not None:
+            yield from problem_of(lambda: locate(weights, "validation.fid_weights"))
+
+
+def _index_command(data: DataConfig) -> str:
+    """The command that makes the manifest of a set."""
+    if data.sources and not data.shards:
+        return f"`python -m data_pipeline index data={data.name}`"
+    shards = data.shards or ["FOLDER"]
+    value = shards[0] if len(shards) == 1 else f"[{','.join(shards)}]"
+    return f"`python -m data_pipeline index data={data.name} data.shards={value}`"
 
 
 def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
@@ -179,7 +289,7 @@ def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     stage = config.stage
     flows = list(problem_of(lambda: stage_flows(config)))
     # The scales are those of the flows' layer groups.
-    yield from flows or problem_of(lambda: gradient_scales(config))
+    yield from flows or problem_of(lambda: trained_groups(config))
     if not stage.phases:
         yield "stage.phases: empty; give at least one {resolution: R, samples: N}"
     for index, phase in enumerate(stage.phases):
@@ -210,7 +320,30 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
     for name in config.objective.flow_weights:
         if name not in config.stage.flows:
             yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(config.stage.flows)}"
+    optimizer = config.optimizer
+    if optimizer.schedule == CONSTANT and optimizer.final_share > 0:
+        yield (
+            f"optimizer.final_share={optimizer.final_share}: optimizer.schedule=constant does not fall; choose linear "
+            "or cosine, or leave it out"
+        )
+    lora = config.lora
+    if lora.rank is None and (lora.alpha is not None or lora.groups or lora.targets):
+        yield "lora.rank=null: trains no adapters, but other settings of lora are given; give it a number, e.g. 8"
+    if config.data.flip and config.data.latents == "cached":
+        yield (
+            "data.flip=true: data.latents=cached has the latents of images that are not mirrored; choose "
+            "data.latents=inline, or leave it out"
+        )
     schedule = config.model.schedule
+    if config.samples.every and config.samples.steps > schedule.steps:
+        yield f"samples.steps={config.samples.steps}: more than model.schedule.steps={schedule.steps}; choose fewer"
+    watch = config.validation
+    if watch.every and watch.scored and not config.data.validation.share:
+        yield f"validation.scored={watch.scored}: no pairs are held out; set data.validation.share, or scored=0"
+    if watch.scored == 1:
+        yield "validation.scored=1: a distance needs at least 2 samples; choose more, or 0"
+    if watch.fid_weights is not None and not watch.scored:
+        yield f"validation.fid_weights={watch.fid_weights}: validation.scored=0 makes no samples for FID; raise it"
     if schedule.beta_start > schedule.beta_end:
         yield (
             f"model.schedule.beta_start={schedule.beta_start}: above beta_end={schedule.beta_end}; lower it, or write "
@@ -247,42 +380,83 @@ def _latent_problems(config: TrainConfig) -> Iterator[str]:
     """A line on each phase whose cached latents are missing, or were made with other settings."""
     from vdtrain.data.latents import MODALITY, LatentShards
     from vdtrain.data.manifest import Manifest, ManifestError
+    from vdtrain.data.patience import Patience, StreamError, patience_of
 
+    folder, keep = config.data.latent_cache.folder, Patience(patience_of(config.watchdog_seconds)).keep
     try:
         vae = latent_encoder(config.model, MODALITY)
-        manifest = Manifest(Path(config.data.manifest))
-    except (ConfigError, ManifestError) as error:
+        manifest = keep(config.data.manifest, lambda: Manifest(Path(config.data.manifest)))
+    except (ConfigError, ManifestError, StreamError) as error:
         yield one_line(error)
         return
     min_side = config.data.stream.get("min_side")
     for resolution in dict.fromkeys(phase.resolution for phase in config.stage.phases):
+        opened = partial(LatentShards, folder, manifest, resolution, vae=vae, min_side=min_side)
         try:
-            LatentShards(config.data.latent_cache.folder, manifest, resolution, vae=vae, min_side=min_side)
-        except ManifestError as error:
+            keep(folder, opened)
+        except (ManifestError, StreamError) as error:
             yield one_line(error)
 
 
-def _file_problems(setting: str, arguments: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
-    """A line on every argument that names a missing weights or tokenizer file."""
+def missing_weights(model: ModelConfig, start: str | None = None) -> Iterator[str]:
+    """A line on the files of the frozen parts that are missing, with the command that makes each.
+
+    Args:
+        start: a missing weights folder that training starts from; it is named beside other missing files alone.
+    """
+    files: dict[str, str] = {}
+    for name, modality in model.modalities.items():
+        for part, arguments in (("vae", modality.vae), ("context_encoder", modality.context_encoder)):
+            for setting, file in _missing_files(f"model.modalities.{name}.{part}", arguments):
+                files.setdefault(file, setting)
+    if not files:
+        return
+    if len(files) == 1:
+        ((file, setting),) = files.items()
+        command = _import_command(file, model)
+        yield f"{setting}={file}: no such file; {f'`{command}` makes it, or ' if command else ''}give another path"
+        return
+    if start is not None:
+        files[start] = "stage.init_from"
+    named = [(file, _import_command(file, model)) for file in files]
+    listed = ", ".join(f"{file} (`{command}`)" if command else file for file, command in named)
+    every = f"vdtrain weights import all{_of_model(model)}"
+    missing = f"{len(files)} files of weights are missing"
+    yield f"model={model.name}: {missing}; `{every}` makes those with a command: {listed}"
+
+
+def _missing_start(config: TrainConfig) -> str | None:
+    """The weights folder that a new run starts from, if an import makes it and it does not exist."""
+    from vdtrain.checkpoint.folder import CHECKPOINTS
+
+    start = config.stage.init_from
+    begun = start is None or Path(start).exists() or Path(config.run_dir, CHECKPOINTS).exists()
+    return None if start is None or begun or _import_command(start, config.model) is None else start
+
+
+def _missing_files(setting: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every argument that names a missing weights or tokenizer file: the setting and the file."""
     for key, value in arguments.items():
         if isinstance(value, Mapping):
-            yield from _file_problems(f"{setting}.{key}", value, model)
+            yield from _missing_files(f"{setting}.{key}", value)
         elif (
             isinstance(value, str)
             and not value.startswith("asset:")
             and Path(value).suffix in (".safetensors", ".json", ".pth", ".ckpt")
-            and not Path(value).exists()
+            and not Path(value).expanduser().exists()
         ):
-            yield f"{setting}.{key}={value}: no such file; {_origin(value, model)}give another path"
+            yield f"{setting}.{key}", value
 
 
-def _origin(file: str, model: ModelConfig) -> str:
-    """The beginning of a remedy: the command that makes a file of a frozen part; empty if there is none."""
-    from vdtrain.weights.imports import DEFAULT_MODEL, source_of
+def _import_command(file: str, model: ModelConfig) -> str | None:
+    """The command that makes a file of a frozen part, or a weights folder; None if there is none."""
+    from vdtrain.weights.imports import FOLDERS, source_of
 
-    source = source_of(file, model)
-    if source is None:
-        return ""
-    if model.name != DEFAULT_MODEL:
-        source += f" model={model.name}"
-    return f"`vdtrain weights import {source}` makes it, or "
+    source = source_of(file, model) or next((name for name, made in FOLDERS.items() if made == file), None)
+    return None if source is None else f"vdtrain weights import {source}{_of_model(model)}"
+
+
+def _of_model(model: ModelConfig) -> str:
+    from vdtrain.weights.imports import DEFAULT_MODEL
+
+    return "" if model.name == DEFAULT_MODEL else f" model={model.name}"

@@ -28,6 +28,7 @@ from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser, DiffuserInput
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
+from vdtrain.models.trained import trained_parameters
 from vdtrain.run.speed import OperatorCount
 
 
@@ -104,7 +105,8 @@ class DryRun:
     """The diffuser with the layers that a stage trains, and the frozen parts, all without memory.
 
     Attributes:
-        diffuser: has its parameters in the compute dtype.
+        diffuser: has its parameters in the compute dtype; those that the stage does not train get no gradient.
+        frozen_bytes, frozen_parameters: of the frozen parts, in the compute dtype.
         unmeasured: setting names of the frozen parts whose encoding was not measured.
 
     Raises:
@@ -118,16 +120,19 @@ class DryRun:
         self._mode = FakeTensorMode()
         self._dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
         flows = stage_flows(config)
+        diffuser = meta_diffuser(config)
         with torch.device("meta"), without_weights():
-            diffuser = Diffuser(config.model, active_groups(flows))
             frozen = build_frozen(with_stand_ins(config.model))
+        self.frozen_parameters = sum(parameter.numel() for parameter in frozen.parameters())
         with self._mode:
             self.diffuser, self.frozen = _fake(diffuser, self._dtype), _fake(frozen, self._dtype)
             self._objective = Objective(flows, Schedule(config.model.schedule), self.frozen, config.objective)
+        self.frozen_bytes = tensor_bytes(self.frozen)
         checkpoint_activations(self.diffuser, config.hardware.activation_checkpointing)
         for parameter in self.diffuser.parameters():
-            # The memory that stays between steps already counts the gradients.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            if parameter.requires_grad:
+                # The memory that stays between steps already counts the gradients.
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
         """Measure encoding, the losses of all flows, and backward of one micro-batch; each size is measured once."""
@@ -189,6 +194,20 @@ class DryRun:
                         continue
                 self.unmeasured.add(setting)
         return peak
+
+
+def meta_diffuser(config: TrainConfig) -> Diffuser:
+    """A stage's diffuser without memory; those of its parameters that the stage does not train get no gradient."""
+    with torch.device("meta"), without_weights():
+        diffuser = Diffuser(config.model, active_groups(stage_flows(config)))
+        trained_parameters(diffuser, config)
+    return diffuser
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers; shared ones count once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:

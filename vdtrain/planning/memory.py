@@ -1,7 +1,7 @@
 """Predicts a stage's memory on each GPU, its disk space, and the steps of its phases, without a GPU.
 
 The bytes that stay between steps follow from the engine's flat buffers and their partitions. A dry run (dry_run.py)
-measures the bytes of a micro-batch. One GB is 10^9 bytes.
+measures the bytes of a micro-batch, and counts.py keeps those of the presets. One GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
-from vdtrain.config.schema import PhaseConfig, TrainConfig
-from vdtrain.config.validation import micro_batches, phase_steps, stage_flows
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, trained_groups
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
 from vdtrain.engine.partitions import GroupLayout
-from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.planning.dry_run import DryRun, MicroBatchMemory
+from vdtrain.planning.counts import Counts, counts
+from vdtrain.planning.dry_run import MicroBatchMemory, meta_diffuser
 
 GB = 10**9
 FLOAT32 = 4
@@ -42,6 +40,7 @@ class StandingMemory:
         moments: AdamW's two moving averages.
         ema: EMA weights.
         frozen: VAEs and context encoders, in the compute dtype.
+        untrained: what the stage uses of the diffuser and does not train, in the compute dtype.
     """
 
     weights: int
@@ -50,6 +49,7 @@ class StandingMemory:
     moments: int
     ema: int
     frozen: int
+    untrained: int = 0
 
     @property
     def total(self) -> int:
@@ -69,6 +69,7 @@ class PhaseMemory:
         peak: of the whole phase.
         largest_micro_batch: the largest divisor of the batch that fits; 0 if none fits, None if the GPU's memory is
             unknown.
+        learning_rate: of its first and of its last step.
     """
 
     resolution: int
@@ -81,6 +82,7 @@ class PhaseMemory:
     update: int
     peak: int
     largest_micro_batch: int | None
+    learning_rate: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class StagePlan:
         checkpoints: upper bound of the bytes of all checkpoints at the end.
         left_out: items that the figures do not contain.
         warnings: one for each phase that does not fit.
+        untrained_parameters: number of those of the diffuser that the stage uses and does not train.
     """
 
     stage: str
@@ -107,6 +110,7 @@ class StagePlan:
     checkpoints: int
     left_out: list[str]
     warnings: list[str] = field(default_factory=list)
+    untrained_parameters: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,38 +122,41 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     Raises:
         ConfigError: a part cannot be built, or the batch does not divide evenly.
     """
-    dry_run = DryRun(config)
-    groups = parameters_by_group(dry_run.diffuser)
+    counted, diffuser, stage = counts(config), meta_diffuser(config), config.stage
+    groups = parameters_by_group(diffuser, trained=True)
     # In the engine's order.
-    layouts = [GroupLayout.of(group, groups[group]) for group in active_groups(stage_flows(config))]
-    standing = standing_memory(config, layouts, gpus, tensor_bytes(dry_run.frozen))
+    layouts = [GroupLayout.of(group, groups[group]) for group in trained_groups(config) if group in groups]
+    untrained = sum(parameter.numel() for parameter in diffuser.parameters() if not parameter.requires_grad)
+    standing = standing_memory(config, layouts, gpus, counted.frozen_bytes, untrained)
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
-    phases = [_plan_phase(config, phase, dry_run, standing.total, layouts, gpus) for phase in config.stage.phases]
-    checkpoint = checkpoint_bytes(config, layouts)
+    phases = [_plan_phase(config, index, counted, standing.total, layouts, gpus) for index in range(len(stage.phases))]
+    checkpoint = checkpoint_bytes(config, layouts) + FLOAT32 * untrained
     return StagePlan(
         stage=config.stage.name,
         gpus=gpus,
         memory=memory,
         parameters={layout.group: layout.numel for layout in layouts},
-        frozen_parameters=sum(parameter.numel() for parameter in dry_run.frozen.parameters()),
+        frozen_parameters=counted.frozen_parameters,
         pairs_per_step=config.stage.global_batch_size,
         standing=standing,
         phases=phases,
         checkpoint=checkpoint,
         checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
-        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(dry_run.unmeasured))],
+        left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(counted.unmeasured))],
         warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
+        untrained_parameters=untrained,
     )
 
 
 def _plan_phase(
     config: TrainConfig,
-    phase: PhaseConfig,
-    dry_run: DryRun,
+    index: int,
+    counted: Counts,
     standing: int,
     layouts: Sequence[GroupLayout],
     gpus: int,
 ) -> PhaseMemory:
+    phase = config.stage.phases[index]
     count = micro_batches(config, phase.resolution, gpus)
     local = config.stage.global_batch_size // gpus
     micro = local // count
@@ -159,16 +166,17 @@ def _plan_phase(
         return standing + max(of.encoding, of.peak + exchange, update)
 
     def peak_at(size: int) -> int:
-        return peak(dry_run.measure(phase.resolution, size))
+        return peak(counted.measure(phase.resolution, size))
 
-    measured = dry_run.measure(phase.resolution, micro)
+    measured = counted.measure(phase.resolution, micro)
     memory = config.hardware.memory_gb
     largest = None if memory is None else _largest(peak_at, micro, local, int(memory * GB))
-    steps = phase_steps(config, phase)
+    steps, before = phase_steps(config, phase), sum(phase_steps(config, each) for each in config.stage.phases[:index])
     return PhaseMemory(
         resolution=phase.resolution,
         samples=steps * config.stage.global_batch_size,
         steps=steps,
+        learning_rate=(learning_rate(config, before + 1), learning_rate(config, before + steps)),
         micro_batch=micro,
         micro_batches=count,
         measured=measured,
@@ -200,8 +208,15 @@ def _warning(phase: PhaseMemory, memory: int) -> str:
     return f"{setting(phase.micro_batch)} takes {phase.peak / GB:.1f} GB of {memory / GB:.0f}; {remedy}"
 
 
-def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0) -> StandingMemory:
-    """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes."""
+def standing_memory(
+    config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int, frozen: int = 0, untrained: int = 0
+) -> StandingMemory:
+    """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes.
+
+    Args:
+        frozen: bytes of the frozen parts.
+        untrained: number of the diffuser's other parameters.
+    """
     kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
     buffers = partitions * gpus
@@ -219,6 +234,7 @@ def standing_memory(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: i
         moments=2 * FLOAT32 * held,
         ema=FLOAT32 * own if config.ema.enabled else 0,
         frozen=frozen,
+        untrained=size * untrained,
     )
 
 
@@ -260,12 +276,6 @@ def checkpoint_bytes(config: TrainConfig, layouts: Sequence[GroupLayout]) -> int
 def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
     every = config.checkpoint.keep_every_steps
     return config.checkpoint.keep + (steps // every if every else 0)
-
-
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers; shared ones count once."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _strategy(config: TrainConfig, gpus: int) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from vdtrain.config.schema import RatesConfig, TrainConfig
 from vdtrain.config.validation import stage_flows
 from vdtrain.engine.deepspeed import DEEPSPEED, REPLICATED, SHARDED, strategy_kind
-from vdtrain.errors import ConfigError, described
 from vdtrain.flows import by_output
 from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes
 
@@ -138,20 +134,3 @@ def hidden_bytes(config: TrainConfig, plan: StagePlan) -> tuple[float, float]:
 
 def _strategy(config: TrainConfig, plan: StagePlan) -> str:
     return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, plan.gpus)
-
-
-def with_measured_rates(config: TrainConfig, file: str) -> TrainConfig:
-    """The configuration with the rates in a result of `vdtrain bench`.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not such a result.
-    """
-    names = {each.name for each in fields(RatesConfig)}
-    try:
-        rates: Any = json.loads(Path(file).read_text(encoding="utf-8"))["rates"]
-        found: dict[str, Any] = {name: float(rates[name]) for name in names & rates.keys() if rates[name] is not None}
-    except OSError as error:
-        raise ConfigError(f"rate={file}: {described(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"rate={file}: not a result of `vdtrain bench`; write one with output={file}") from error
-    return replace(config, hardware=replace(config.hardware, rates=replace(config.hardware.rates, **found)))

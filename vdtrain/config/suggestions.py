@@ -1,0 +1,127 @@
+"""What a misspelt word may have meant: the settings, values, options and commands that are most like it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+MOST, LEAST_LIKENESS, LEAST_PART = 3, 0.72, 3
+# Words of other programs, in our words.
+FOREIGN = {
+    "accumulation": "micro_batch_size",
+    "amp": "precision",
+    "batch": "batch_size",
+    "batch_size": "stage.global_batch_size",
+    "bs": "batch_size",
+    "bsz": "batch_size",
+    "cfg": "guidance_scale",
+    "ckpt": "checkpoint",
+    "dataset": "data",
+    "dest": "output",
+    "dir": "output_dir",
+    "dtype": "precision",
+    "epochs": "stage.phases",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_checkpointing": "activation_checkpointing",
+    "grad_checkpointing": "activation_checkpointing",
+    "image": "inputs",
+    "image_size": "resolution",
+    "images": "inputs",
+    "logger": "tracking",
+    "lr": "learning_rate",
+    "lr_scheduler": "optimizer.schedule",
+    "max_steps": "stage.samples_scale",
+    "mixed_precision": "precision",
+    "num_images": "samples",
+    "num_inference_steps": "steps",
+    "num_workers": "workers",
+    "out": "output",
+    "output": "output_dir",
+    "output_dir": "run_dir",
+    "prompt": "inputs",
+    "prompts": "inputs",
+    "sampler": "solver",
+    "save_every": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "scheduler": "solver",
+    "size": "resolution",
+    "strength": "fidelity",
+    "train_batch_size": "batch_size",
+    "wandb": "tracking",
+    "workers": "processes",
+}
+VALUES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "full": "fp32",
+    "gpu": "cuda",
+    "half": "fp16",
+}
+
+
+def meant(word: Any, names: Iterable[Any]) -> str:
+    """The end of an error: "; did you mean NAME?" for the name most like a word, or "" if none is like it."""
+    known, text = [str(name) for name in names], str(word).lower()
+    foreign = [VALUES[text]] if VALUES.get(text) in known else []
+    begun = [name for name in known if len(text) >= LEAST_PART and name.startswith(text)]
+    found = foreign or (begun if len(begun) == 1 else difflib.get_close_matches(text, known, n=1))
+    return f"; did you mean {found[0]}?" if found and found[0] != str(word) else ""
+
+
+def nearest_keys(key: str, known: Collection[str], aside: Collection[str] = ()) -> list[str]:
+    """The dotted keys most like `key`, the best first; several if they are equally like it.
+
+    Args:
+        aside: tables whose settings are named only if no other setting is as much like it.
+    """
+    words = [key.lower().replace("-", "_")]
+    while (foreign := FOREIGN.get(words[-1])) is not None and foreign not in words:
+        words.append(foreign)
+    for word in words[1:]:
+        if word in known:
+            return [word]
+    for word in words:
+        rated = {each: _likeness(word, each) for each in known}
+        best = max(rated.values(), default=0.0)
+        found = [each for each, likeness in rated.items() if likeness == best]
+        found = [each for each in found if not any(f"{each}.".startswith(f"{part}.") for part in aside)] or found
+        if best >= LEAST_LIKENESS:
+            least = min(each.count(".") for each in found)
+            found = [each for each in found if each.count(".") == least]
+            return sorted(found, key=lambda each: -_alike(word, each))[:MOST]
+    return []
+
+
+def _likeness(word: str, key: str) -> float:
+    """From 0 to 1: 1 if the key has all parts of the word, in any order."""
+    own, others = _parts(word), _parts(key)
+    if not own:
+        return 0.0
+    last = key.rpartition(".")[2]
+    covered = sum(max((_part_likeness(part, other) for other in others), default=0.0) for part in own) / len(own)
+    # Parts of the key that nothing in the word stands for count a little, the last name's most.
+    spare = [part for part in _parts(last) if all(_part_likeness(each, part) < LEAST_LIKENESS for each in own)]
+    whole = _alike(word.rpartition(".")[2], last) if "." not in word else _alike(word, key)
+    return round(max(covered - 0.04 * len(spare), whole if whole >= 0.8 else 0.0), 2)
+
+
+def _part_likeness(part: str, other: str) -> float:
+    if part == other:
+        return 1.0
+    if f"{part}s" == other or f"{other}s" == part:
+        return 0.99
+    if min(len(part), len(other)) >= LEAST_PART and (other.startswith(part) or part.startswith(other)):
+        return 0.95
+    ratio = _alike(part, other)
+    return ratio if ratio >= LEAST_LIKENESS else 0.0
+
+
+def _alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _parts(key: str) -> list[str]:
+    return [part for part in re.split(r"[._]", key.lower()) if part]
