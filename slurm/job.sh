@@ -1,23 +1,12 @@
 # shellcheck shell=bash
-# The common part of the scripts. Each sources it inside its job, from the repository's root.
+# The common part of the scripts that use GPUs. Each sources it inside its job, from the repository's root.
 
-# The modules of many sites read unset variables.
-set +u
-# shellcheck source=slurm/env.sh
-source slurm/env.sh
-set -u
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
 
 # The head of a script or sbatch gives the size. Every GPU gets one task and an equal share of its node's CPUs.
 # (SLURM_GPUS_ON_NODE counts all GPUs of an --exclusive node. --gpus-per-node may name types: TYPE:N or TYPE:N,TYPE:N.)
 : "${SLURM_GPUS_PER_NODE:?is not set: submit with --gpus-per-node=N}"
-# Bash would read a name in arithmetic as a variable's.
-for variable in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_CPUS_ON_NODE SLURM_RESTART_COUNT; do
-    [[ ${!variable:-0} =~ ^[0-9]+$ ]] || {
-        echo "error: $variable=${!variable}: not a number; submit with sbatch" >&2
-        exit 2
-    }
-done
 ranks_per_node=0
 for gpus in ${SLURM_GPUS_PER_NODE//,/ }; do
     [[ ${gpus##*:} =~ ^[0-9]+$ ]] || {
@@ -27,14 +16,13 @@ for gpus in ${SLURM_GPUS_PER_NODE//,/ }; do
     ranks_per_node=$((ranks_per_node + 10#${gpus##*:}))
 done
 ranks=$((SLURM_JOB_NUM_NODES * ranks_per_node))
-attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
 rank_logs=logs/$SLURM_JOB_NAME/$SLURM_JOB_ID/attempt-$attempt
 
-signal=
+signal='' signalled=
 srun_process=
 # Bash acts on a signal once it waits. Slurm signals the ranks. A signal to the batch script alone is passed on to them.
 noted() {
-    signal=$1
+    signal=$1 signalled=$1
     [ -z "$srun_process" ] || kill -USR1 "$srun_process" 2>/dev/null || true
 }
 trap 'noted USR1' USR1
@@ -65,35 +53,15 @@ on_all_ranks() {
         head -n 16 >&2 || true
 }
 
-# Put this job back into the queue if it must run again. Everything is saved by now: nothing after the requeueing is sure
-# to run.
-requeue() {
-    local run_dir=$1 job number=$SLURM_JOB_ID
-    # The last task of an array has the array's number, which would requeue all of its tasks.
-    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || number=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    job=$(scontrol show job --oneliner "$number" || true)
-    if [[ $job != *" JobState=RUNNING "* ]]; then
-        echo "left to Slurm, which has ended the job or put it back by itself" >&2
-    elif [[ $job == *" Requeue=0 "* ]]; then
-        echo "not requeued: the job has requeue=0" >&2
-    elif python -m vdtrain.run.restarts -- "$run_dir"; then
-        echo "goes back into the queue after attempt $attempt"
-        scontrol requeue "$number"
-    fi
-}
-
 # Train a stage from its newest checkpoint, and end the job.
 train_stage() {
     local overrides=("stage=$1" "${DATA_OVERRIDES[@]}" "${RUN_OVERRIDES[@]}" "${@:2}") run_dir
-    python -c "import hydra" 2>/dev/null || {
-        echo "error: $(command -v python || echo python): not an environment with vdtrain; name one in slurm/env.sh" >&2
-        exit 2
-    }
+    need_vdtrain
     run_dir=$(python -m vdtrain.commands.run_folder "${overrides[@]}")
     echo "$1, attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, run folder $run_dir, ranks' logs $rank_logs"
     vdtrain preflight "${overrides[@]}" ranks="$ranks"
     on_all_ranks vdtrain train "${overrides[@]}"
     # 0: the stage is complete. 2: a mistake in the settings.
-    [ "$status" = 0 ] || [ "$status" = 2 ] || requeue "$run_dir" || true
+    [ "$status" = 0 ] || [ "$status" = 2 ] || requeue python -m vdtrain.run.restarts -- "$run_dir" || true
     exit "$status"
 }

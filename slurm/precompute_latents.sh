@@ -6,6 +6,7 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=logs/%x/%j.out
 #
@@ -19,4 +20,5 @@ cd "${SLURM_SUBMIT_DIR:?is not set: submit this script with sbatch}"
 source slurm/job.sh
 
 on_all_ranks data_pipeline latents "${DATA_OVERRIDES[@]}" "$@"
+[ "$status" = 0 ] || [ -z "$signalled" ] || requeue true || true
 exit "$status"
