@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,23 @@ def attributes(samples: Any) -> list[tuple[str | None, str | None]]:
     return [caption_attributes(text) for text in samples]
 
 
-def evaluate(model: VersatileDiffusion, count: int, held_out: bool) -> tuple[dict[str, Any], Accuracy]:
+def evaluate(
+    model: VersatileDiffusion, count: int, held_out: bool, flows: Sequence[str] = FLOWS
+) -> tuple[dict[str, Any], Accuracy]:
     """Samples of every flow, with their sources, and the accuracy of their colour and shape."""
     scenes, images, captions = evaluation_set(count, held_out)
     shown: dict[str, Any] = {"images": images, "captions": captions}
     accuracy = {}
-    for flow in FLOWS:
+    for flow in flows:
         inputs: Any = images if flow.startswith("image") else captions
         samples = model.generate(
-            flow, inputs, height=RESOLUTION, width=RESOLUTION, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=1
+            flow,
+            inputs,
+            resolution=RESOLUTION,
+            steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            seed=1,
+            output_type="tensor",
         )
         shown[flow] = samples
         right = [

@@ -6,21 +6,25 @@ python examples/gallery.py demo/gallery docs/images/gallery
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from PIL import Image
 
-CIRCLE, STAR, SQUARE = (f"text-to-image/{index:04d}.png" for index in range(3))
+CIRCLE, STAR, SQUARE, MASK = (
+    str(Path(__file__).parent / "images" / f"{name}.png") for name in ("circle", "star", "square", "lower-half")
+)
 # By strip: cells of a label and an image file, a file of captions, or a text in quotation marks.
 STRIPS: dict[str, list[tuple[str, str]]] = {
     "text-to-image": [
-        ("“a red circle on\na white background”", CIRCLE),
-        ("“a blue star on\na black background”", STAR),
-        ("“a green square on\na white background”", SQUARE),
+        ("“a red circle on\na white background”", "text-to-image/0000.png"),
+        ("“a blue star on\na black background”", "text-to-image/0001.png"),
+        ("“a green square on\na white background”", "text-to-image/0002.png"),
     ],
     "image-variation": [("given", STAR), *(("", f"image-variation/{index:04d}.png") for index in range(4))],
     "image-to-text": [("given", STAR), ("", "image-to-text/captions.txt")],
@@ -31,7 +35,7 @@ STRIPS: dict[str, list[tuple[str, str]]] = {
     ],
     "multi-context": [
         ("", CIRCLE),
-        ("seen through", "lower-half.png"),
+        ("seen through", MASK),
         ("and", SQUARE),
         ("and", "“an image on a\nblack background”"),
         *(("", f"multi-context/{index:04d}.png") for index in range(4)),
@@ -52,32 +56,66 @@ STRIPS: dict[str, list[tuple[str, str]]] = {
         ("less a circle,\nplus a triangle", "edit/2/0000.png"),
     ],
 }
+# The picture of README.md: what a task is given, above what it makes.
+OVERVIEW: list[tuple[str, str, str]] = [
+    ("text-to-image", "“a red circle on\na white background”", "text-to-image/0000.png"),
+    ("image variation", STAR, "image-variation/0001.png"),
+    ("image-to-text", STAR, "image-to-text/captions.txt"),
+    ("text variation", "“a large red circle”", "text-variation/captions.txt"),
+    ("blending with\n“a yellow square”", STAR, "dual-context/1/0000.png"),
+    ("editing: less a star,\nplus a circle", STAR, "edit/0/0000.png"),
+]
+
+
+def fill(cell: Axes, content: str, source: Path, lines: int | None = None) -> None:
+    """Show an image file, the first lines of a file of captions, or a text."""
+    cell.set(xticks=[], yticks=[])
+    cell.set_box_aspect(1)
+    if content.endswith(".png"):
+        with Image.open(source / content) as image:
+            cell.imshow(image.convert("RGB"))
+        return
+    captions = content.endswith(".txt")
+    text = "\n".join((source / content).read_text().splitlines()[:lines]) if captions else content
+    left = captions and lines is None
+    text = text if left or not captions else "\n".join(textwrap.wrap(text, 18))
+    cell.text(0.0 if left else 0.5, 0.5, text, ha="left" if left else "center", va="center", fontsize=8)
+    cell.set_frame_on(lines is not None)
 
 
 def draw(name: str, cells: list[tuple[str, str]], source: Path, target: Path) -> None:
     """One strip as a PNG file."""
     figure, axes = plt.subplots(1, len(cells), figsize=(1.35 * len(cells), 1.7), squeeze=False)
     for cell, (label, content) in zip(axes[0], cells, strict=True):
-        cell.set(xticks=[], yticks=[])
-        cell.set_box_aspect(1)
         cell.set_title(label, fontsize=7)
-        if content.endswith(".png"):
-            with Image.open(source / content) as image:
-                cell.imshow(image.convert("RGB"))
-            continue
-        text = (source / content).read_text() if content.endswith(".txt") else content
-        left = content.endswith(".txt")
-        cell.text(0.0 if left else 0.5, 0.5, text, ha="left" if left else "center", va="center", fontsize=8)
-        cell.set_frame_on(False)
+        fill(cell, content, source)
     figure.savefig(target / f"{name}.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
+def draw_overview(source: Path, target: Path) -> None:
+    """What each task is given, and what it makes, as a PNG file."""
+    figure, axes = plt.subplots(2, len(OVERVIEW), figsize=(1.5 * len(OVERVIEW), 3.4))
+    for column, (title, given, made) in enumerate(OVERVIEW):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, content in enumerate((given, made)):
+            fill(axes[row][column], content, source, lines=1)
+    for row, label in enumerate(("given", "made")):
+        axes[row][0].set_ylabel(label, fontsize=8)
+    for cell in axes.flat:
+        cell.spines[:].set_color("#cccccc")
+    figure.tight_layout(h_pad=0.4, w_pad=0.4)
+    figure.savefig(target / "overview.png", dpi=130)
+    plt.close(figure)
+
+
 def main(source: str, target: str) -> None:
-    Path(target).mkdir(parents=True, exist_ok=True)
+    folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, cells in STRIPS.items():
-        draw(name, cells, Path(source), Path(target))
-        print(Path(target) / f"{name}.png")
+        draw(name, cells, Path(source), folder)
+    draw_overview(Path(source), folder)
+    print("\n".join(map(str, sorted(folder.glob("*.png")))))
 
 
 if __name__ == "__main__":
