@@ -16,7 +16,7 @@ class Hub:
     """Serves `folder`/ORG/REPO for every repository at its one commit, between `with` and its end.
 
     Args:
-        commits: by repository, ORG/REPO.
+        commits: by repository, ORG/REPO or datasets/ORG/REPO. The branch main is that commit, too.
         images: a folder that is served as it is, beside the repositories; None if there is none.
     """
 
@@ -39,8 +39,9 @@ class Hub:
         if self.images is not None and (self.images / path[1:]).is_file():
             return 200, (self.images / path[1:]).read_bytes(), {"Content-Type": "image/jpeg"}
         for repository, commit in self.commits.items():
-            root = self.folder / repository
-            if match := re.fullmatch(f"/{repository}/resolve/{commit}/(.+)", path):
+            root, revision = self.folder / repository, f"(?:main|{commit})"
+            place = repository if repository.startswith("datasets/") else f"models/{repository}"
+            if match := re.fullmatch(f"/{repository}/resolve/{revision}/(.+)", path):
                 if not (root / match[1]).is_file():
                     return 404, b"", {"X-Error-Code": "EntryNotFound"}
                 content = (root / match[1]).read_bytes()
@@ -48,10 +49,10 @@ class Hub:
                 return 200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": commit}
             files = [file for file in sorted(root.rglob("*")) if file.is_file()]
             names = [str(file.relative_to(root)) for file in files]
-            if path.startswith(f"/api/models/{repository}/revision/{commit}"):
+            if re.match(f"/api/{place}/revision/{revision}", path):
                 found = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
                 return 200, json.dumps(found).encode(), {}
-            if path.startswith(f"/api/models/{repository}/tree/{commit}"):
+            if re.match(f"/api/{place}/tree/{revision}", path):
                 entries = [
                     {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
                     for name, file in zip(names, files, strict=True)

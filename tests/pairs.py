@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,15 @@ def write_shard(path: Path, count: int, seed: int, pixels: int = 64) -> None:
             sample = {"jpg": image.getvalue(), "txt": text.encode(), "json": json.dumps(described).encode()}
             writer.write({"__key__": f"{number:06d}", **sample})
     path.with_name(path.stem + "_stats.json").write_text(json.dumps({"status_dict": {"success": count}}))
+
+
+def overwrite(path: Path, offset: int, size: int) -> None:
+    """Zeros in a file as a failing disk leaves them: its size and its time stay."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def write_pairs(folder: Path, shards: int = 2, count: int = 40) -> Path:

@@ -94,8 +94,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compose_model():
+    from vdtrain.config.command_schema import WeightsConfig
     from vdtrain.config.compose import to_object
-    from vdtrain.config.schema import WeightsConfig
 
     return to_object(compose("weights", ["model=tiny"]), WeightsConfig).model
 
@@ -130,7 +130,7 @@ def test_prompts_are_plain_arguments_and_kept_to_the_letter(model: Path, tmp_pat
     assert main(["sample", str(model), *PROMPTS, out, *SMALL, "--", *BEHIND_THE_DASHES]) == 0
     made = made_with(tmp_path / "made, [here]")
     assert made["inputs"] == [*PROMPTS, *BEHIND_THE_DASHES]
-    assert made["checkpoint"] == str(model)
+    assert made["checkpoint"] == model.name
     assert len(list((tmp_path / "made, [here]").glob("*.png"))) == len(PROMPTS) + len(BEHIND_THE_DASHES)
 
 
@@ -238,7 +238,7 @@ def test_what_hydra_takes_is_still_taken(tmp_path: Path, capsys: pytest.CaptureF
     assert stage["flows"] == ["image-to-image"]
     assert {32: 4, 48: 2}.items() <= config["hardware"]["micro_batch_size"].items()
     assert config["data"]["stream"]["cache"] == {"folder": os.path.expanduser("~/x"), "gigabytes": 3}
-    assert config["data"]["stream"]["shard_root"] == "https://example.org/a=b?c=d,e"
+    assert config["data"]["stream"]["shard_root"] == "https://example.org/a=b?..."
     assert config["ema"]["enabled"] is False
     assert config["model"]["modalities"]["image"]["vae"]["weights"] is None
 
@@ -271,12 +271,12 @@ MISTAKES = [
     ("train", "hardware.micro_batch_size={a: 1}", "must be a table"),
     ("train", "hardware.micro_batch_size.99=1", "has no '99', only 256, 512; write + before it to add an entry"),
     ("train", "objective.flow_weights.x=1", "write + before it to add an entry"),
-    ("train", "stage=stage4", "stage=stage4: no such option; choose from stage1_single_flow"),
+    ("train", "stage=stage4", "stage=stage4: no such option; choose from finetune_four_flow, stage1_single_flow"),
     ("train", "stage=", "stage=: no such option"),
     ("train", "stage=stage1_single_flow,stage2_dual_flow", "no such option"),
     ("train", "stage=[stage1_single_flow]", "no such option"),
     ("train", "stage=it's", "no such option"),
-    ("train", "tracking=null", "no such option; choose from none, offline, wandb"),
+    ("train", "tracking=null", "no such option; choose from none, offline, tensorboard, wandb"),
     ("train", "model=${x}", "no such option"),
     ("train", "+stage=stage2_dual_flow", "write stage=OPTION"),
     ("train", "~tracking", "write tracking=OPTION"),
@@ -289,6 +289,29 @@ MISTAKES = [
     ("train", "+ema.dcay=1", "did you mean 'ema.decay'"),
     ("train", "learning_rate=1", "did you mean 'stage.learning_rate'"),
     ("train", "stage3_four_flow", "did you mean stage=stage3_four_flow"),
+    ("train", "stage3_fourflow", "did you mean stage=stage3_four_flow"),
+    ("train", "--learning-rate=1", "write stage.learning_rate=1"),
+    ("train", "lr=1", "did you mean 'stage.learning_rate'?"),
+    ("train", "batch_size=8", "did you mean 'stage.global_batch_size'?"),
+    ("train", "min_side=8", "did you mean 'data.stream.min_side'?"),
+    ("train", "data.manifst=x", "did you mean 'data.manifest'?"),
+    ("train", "validation_share=0.1", "did you mean 'data.validation.share'?"),
+    ("train", "lora_rank=8", "did you mean 'lora.rank'?"),
+    ("train", "vae.weight=x", "'model.modalities.image.vae.weights'?"),
+    ("train", "stge=stage1_single_flow", "did you mean 'stage'?"),
+    ("train", "hardware=h10", "choose from a100_40gb, a100_80gb, b200, cpu, h100, h200, l40s; did you mean h100?"),
+    ("train", "hardware.precision=bfloat16", "choose from bf16, fp32; did you mean bf16?"),
+    ("train", "stage.flows=[text-to-imag]", "has image, text; did you mean image?"),
+    ("plan", "checkpointing=blocks", "did you mean 'hardware.activation_checkpointing'?"),
+    ("bench", "zero_stge=1", "did you mean 'hardware.zero_stage'?"),
+    ("preflight", "wandb=none", "did you mean 'tracking'?"),
+    ("evaluate", "manifest=x", "did you mean 'data.manifest'?; put a plain"),
+    ("report", "megabytes=3", "did you mean 'image_megabytes'?"),
+    ("compare", "vote=x", "did you mean 'votes'?"),
+    ("sample", "num_inference_steps=3", "did you mean 'steps'?"),
+    ("sample", "device=gpu", "did you mean cuda?"),
+    ("sample", "solver=dim", "choose from ddim, dpm-solver++, unipc; did you mean ddim?"),
+    ("data", "indx", "did you mean index?"),
     ("train", "a b=1", "write settings as SETTING=VALUE"),
     ("train", "=x", "write settings as SETTING=VALUE"),
     ("train", "", "write settings as SETTING=VALUE"),
@@ -326,7 +349,7 @@ MISTAKES = [
     ("edit", "text_share=", "must be a number"),
     ("status", "run_dir=", "empty"),
     ("evaluate", "samples=many", "must be an integer"),
-    ("weights", "overwrite=perhaps", "choose import or export"),
+    ("weights", "overwrite=perhaps", "choose import, export or push"),
     ("plan", "gpus=eight", "gpus=eight: must be an integer"),
     ("preflight", "ranks=-", "must be an integer, or null"),
 ]
@@ -340,6 +363,10 @@ def test_a_mistake_is_one_line(command: str, word: str, expected: str, capsys: p
 def test_mistakes_of_several_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, expected in (
         (("sample", str(model), "a", "inputs=b"), "inputs: given as plain arguments and as inputs="),
+        (("data", "select", "filters.min_side=3"), "did you mean 'data.select.filters.side_min'?"),
+        (("data", "latents", "micro_batch=3"), "did you mean 'hardware.micro_batch_size'?"),
+        (("weights", "import", "clp", "x"), "no such source; choose from"),
+        (("weights", "import", "clp", "x"), "; did you mean clip?"),
         (("sample", "a red circle"), "checkpoint=a red circle: does not exist; give a run"),
         (("sample", "x" * 5000), "too long"),
         (("sample", ""), "checkpoint=: empty"),
@@ -506,6 +533,8 @@ def test_help_tells_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
         ("edit", "vdtrain edit CHECKPOINT IMAGE ..."),
         ("evaluate", "vdtrain evaluate CHECKPOINT"),
         ("status", "vdtrain status [RUN_DIR]"),
+        ("report", "vdtrain report [RUN_DIR ...]"),
+        ("compare", "vdtrain compare A B"),
         ("weights", "vdtrain weights export FORMAT OUTPUT [CHECKPOINT]"),
     ):
         assert main([command, "anything", "--help"]) == 0
@@ -514,7 +543,7 @@ def test_help_tells_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([command, "-h"]) == 0
         shown = capsys.readouterr().out
         assert all(
-            f"\n  {group}=" in shown
+            f"\n  {group.replace('/', '.')}=" in shown
             for group in groups()
             if command in ("train", "plan", "preflight") and "_" not in group
         )
@@ -528,6 +557,8 @@ def test_help_lists_the_settings_of_the_command(capsys: pytest.CaptureFixture[st
         (["plan"], ["gpus=8", "format=table", "[table, json]"]),
         (["preflight"], ["ranks=null"]),
         (["status"], ["watch=null", "null prints once [above 0]"]),
+        (["report"], ["image_megabytes=16", "[above 0]"]),
+        (["compare"], ["pairs=100", "null for all [at least"]),
         (["sample"], ["solver=ddim", "[ddim, dpm-solver++, unipc]", "focus=0.5"]),
         (["weights"], ["overwrite=false", "[fp32, fp16, bf16, keep]"]),
         (["data", "select"], ["data.select.filters.nsfw_max=0.3", "data.sources.NAME.metadata"]),

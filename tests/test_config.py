@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vdtrain.commands.train import main
+from vdtrain.config.command_schema import BlendConfig, DataPipelineConfig, SampleConfig
 from vdtrain.config.compose import SCHEMAS, ConfigError, compose, options, to_object
 from vdtrain.config.fields import check_values, keys, look_up, value_problems
-from vdtrain.config.schema import BlendConfig, DataPipelineConfig, SampleConfig, TrainConfig
+from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check, gradient_scales, micro_batches
 
 MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
@@ -52,6 +54,32 @@ def test_noise_schedules_by_name() -> None:
     own = load("model.schedule=paper", "model.schedule.beta_end=0.02").model.schedule
     assert (own.beta_start, own.beta_end) == (0.000085, 0.02)
     assert load("model.schedule={beta_start: 0.001}").model.schedule.beta_start == 0.001
+
+
+def test_a_stream_by_name_replaces_the_whole_table(tmp_path: Path) -> None:
+    """With a dot as with a slash, also where a user's own data set names its own class; single settings still count."""
+    shipped = load().data.stream
+    assert shipped["_target_"] == "vdtrain.data.stream.PairStream"
+    for word in ("data.stream=indexed", "data/stream=indexed"):
+        assert load("data.stream.lanes=3", word).data.stream == {**shipped, "lanes": 3}
+    assert load("data.stream={lanes: 2}").data.stream == {**shipped, "lanes": 2}
+    (tmp_path / "data/stream").mkdir(parents=True)
+    (tmp_path / "data/stream/mine.yaml").write_text("{_target_: my.Stream, tone: 3}")
+    inherited = "defaults: [shapes, _self_]\nstream: {_target_: my.Other, loud: 1}\n"
+    (tmp_path / "data/inherited.yaml").write_text(inherited)
+    # A data set as users copied it before its stream was a group: every setting in one file, and no defaults.
+    written = OmegaConf.to_container(compose("train", ["data=shapes"]).data)
+    written["stream"] |= {"_target_": "my.Other", "loud": 1}
+    (tmp_path / "data/whole.yaml").write_text(OmegaConf.to_yaml(written))
+    own = f"hydra.searchpath=[{tmp_path}]"
+    for data in ("inherited", "whole"):
+        assert load(own, f"data={data}").data.stream == {**shipped, "_target_": "my.Other", "loud": 1}
+        assert load(own, f"data={data}", "data.stream=indexed").data.stream == shipped
+        assert load(own, f"data={data}", "data.stream=mine").data.stream == {"_target_": "my.Stream", "tone": 3}
+    with pytest.raises(ConfigError, match=r"^data\.stream=nope: no such option; choose from indexed"):
+        load("data.stream=nope")
+    with pytest.raises(ConfigError, match=r"exactly one data\.stream"):
+        load("+data.stream=indexed")
 
 
 def test_each_stage_starts_from_the_one_before() -> None:
@@ -97,7 +125,26 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
             ["hardware.micro_batch_size", "+hardware.micro_batch_size={48: N}"],
         ),
         ("stage.phases=[{resolution:32,samples:5}]", ["stage.phases.0.samples=5", "one batch"]),
-        ("stage.gradient_scales.data.image=0", ["stage.gradient_scales.data.image=0", "positive"]),
+        ("stage.gradient_scales.data.image=-1", ["stage.gradient_scales.data.image=-1: give a number", "0 freezes"]),
+        ("stage.gradient_scales.data.image=true", ["stage.gradient_scales.data.image=true: give a number"]),
+        ("stage.gradient_scales.data.image=nan", ["stage.gradient_scales.data.image=nan: must be a finite number"]),
+        (
+            "stage.gradient_scales={global:0,data:{image:0},context:{image:0}}",
+            ["0 for every layer group", "nothing is trained", "global, data.image, context.image"],
+        ),
+        ("optimizer.schedule=step", ["optimizer.schedule=step: choose from constant, linear, cosine"]),
+        ("optimizer.final_share=0.1", ["optimizer.schedule=constant does not fall", "linear or cosine"]),
+        ("optimizer.schedule=cosine optimizer.final_share=2", ["optimizer.final_share=2: must be from 0 to 1"]),
+        ("objective.min_snr_gamma=0", ["objective.min_snr_gamma=0: must be above 0; 5 is usual"]),
+        ("objective.offset_noise=-1", ["objective.offset_noise=-1: must be at least 0"]),
+        ("data.flip=true data.latents=cached", ["data.flip=true", "not mirrored", "data.latents=inline"]),
+        ("lora.rank=0", ["lora.rank=0: must be at least 1; null trains the weights themselves"]),
+        ("lora.alpha=8", ["lora.rank=null: trains no adapters", "give it a number"]),
+        ("lora.rank=4 lora.groups=[data.text]", ["lora.groups=[data.text]: data.text is not trained by this stage"]),
+        (
+            "lora.rank=4 lora.groups=[global] stage.gradient_scales.global=0",
+            ["lora.groups=[global]: global is not trained", "it trains data.image, context.image"],
+        ),
         ("stage.gradient_scale_mode=both", ["stage.gradient_scale_mode=both", "learning_rate, gradient"]),
         ("hardware.zero_stage=3", ["hardware.zero_stage=3: choose from 0, 1, 2"]),
         ("hardware.zero_stage=4", ["hardware.zero_stage=4", "0, 1, 2"]),
@@ -187,7 +234,7 @@ def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
         (TrainConfig, "hardware.activation_checkpointing", MODES),
         (TrainConfig, "hardware.compile", compilation.MODES),
         (SampleConfig, "solver", SOLVERS),
-        (SampleConfig, "precision", DTYPES),
+        (SampleConfig, "precision", ["auto", *DTYPES]),
         (BlendConfig, "mixing", MIXINGS),
         (DataPipelineConfig, "data.download.distributor", ENGINES),
         (DataPipelineConfig, "data.sources.x.schema", METADATA),

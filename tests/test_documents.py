@@ -26,7 +26,7 @@ FILES = {
 NAMES = {
     (page, module.replace(".", "/"), name)
     for page, text in PRESENT.items()
-    for module, name in re.findall(rf"(?<![\w./])((?:{ROOMS})(?:\.\w+)*)\.(\w+)", text)
+    for module, name in re.findall(rf"(?<![\w./])((?:{ROOMS})(?:\.\w+)*)\.(?!md\b)(\w+)", text)
 } | {
     (page, str((page.parent / file).resolve().relative_to(ROOT)).removesuffix(".py"), name)
     for page, text in PRESENT.items()

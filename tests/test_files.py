@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.files import FileRecord, LockedError, atomic_write, damage, draft_of, locked, written_whole
@@ -134,3 +136,16 @@ def test_only_drafts_of_processes_that_are_gone_are_removed(tmp_path: Path) -> N
     with atomic_write(path) as draft:
         draft.write_text("whole")
     assert sorted(tmp_path.iterdir()) == sorted([alive, other, path])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "folder") as draft:
+            draft.mkdir()
+            save_file({"tensor": torch.zeros(2)}, draft / "model.safetensors")
+            (draft / "model.json").touch()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "folder").iterdir()} == {mode}

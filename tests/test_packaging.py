@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRODUCT = ("vdtrain", "data_pipeline")
 AROUND = ("tests", "benchmarks", "examples", "miniature", "tools")
-# Declared, and imported by img2dataset alone.
-FOR_IMG2DATASET = {"standard-imghdr", "webdataset"}
-# In an environment of its own (benchmarks/loader_requirements.txt); what pyarrow imports where img2dataset brought it.
-NOT_OURS = {"streaming", "pandas"}
+# Declared, and imported by other packages alone: by img2dataset, and by fsspec.
+FOR_OTHERS = {"standard-imghdr", "gcsfs", "s3fs"}
+# In an environment of its own (benchmarks/loader_requirements.txt); what img2dataset brings.
+NOT_OURS = {"streaming", "pandas", "cv2"}
 
 
 def normal(name: str) -> str:
@@ -95,12 +95,12 @@ def test_every_import_around_the_product_is_declared(folder: str) -> None:
 
 def test_nothing_is_declared_that_the_product_does_not_import() -> None:
     imported = {name for folder in PRODUCT for module in foreign(folder) for name in distributions(module)}
-    assert CORE.union(*OPTIONAL.values()) - imported == FOR_IMG2DATASET
+    assert CORE.union(*OPTIONAL.values()) - imported == FOR_OTHERS
 
 
 def test_messages_name_extras_that_have_the_package() -> None:
     for package, extra in EXTRAS.items():
-        assert package in OPTIONAL[extra]
+        assert normal(package) in OPTIONAL[extra]
     assert set(EXTRAS.values()) == OPTIONAL.keys()
 
 
@@ -174,6 +174,12 @@ def test_an_evaluation_without_its_extra_is_one_line_before_work(lean: Path, wor
     assert not (world / "evaluation").exists()
 
 
+def test_votes_without_their_extra_are_one_line(lean: Path, world: World) -> None:
+    done = typed(lean, world.folder, "vdtrain", "compare", "model", "model", "votes=[votes.json]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: votes: scipy is not installed; run `pip install 'vdtrain[evaluation]'`\n"
+
+
 def test_preflight_names_the_extras_that_a_stage_needs(lean: Path, world: World) -> None:
     words = [*TRAIN, "tracking=offline", "hardware.device=cuda", "hardware.attention=xformers"]
     done = typed(lean, world.folder, "vdtrain", "preflight", *words)
@@ -224,7 +230,8 @@ def test_the_wheel_has_the_product_and_nothing_else(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names} == {*PRODUCT, f"vdtrain-{version}.dist-info"}
     options = {f"vdtrain/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     code = {str(path.relative_to(ROOT)) for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")}
-    assert {*options, *code, "vdtrain/py.typed", "data_pipeline/py.typed"} <= set(names)
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "vdtrain/report/pages").iterdir()}
+    assert {*options, *code, *pages, "vdtrain/py.typed", "data_pipeline/py.typed"} <= set(names)
     assert any(name.startswith("vdtrain/assets/tiny/") for name in names)
     assert not [name for name in names if "__pycache__" in name]
 
@@ -239,6 +246,13 @@ def test_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
         done = typed(programs, tmp_path, *words, "--cfg", "job")
         assert done.returncode == 0, done.stderr
         assert yaml.safe_load(done.stdout)["data"]["name"] == "laion2b_en_coyo700m"
+
+
+def test_the_environment_is_activated() -> None:
+    activate = Path(sys.prefix) / "bin" / "activate"
+    words = ["bash", "-c", f'. "{activate}" && vdtrain --version']
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
+    assert done.stdout.startswith("vdtrain "), done.stderr
 
 
 def test_the_guide_names_every_folder_of_the_code() -> None:

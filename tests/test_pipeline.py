@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vdtrain.commands.blend import main as blend
 from vdtrain.commands.edit import main as edit_verb
@@ -16,10 +20,12 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.diffusion.editing import changed, edit
 from vdtrain.diffusion.sampling import SOLVERS
 from vdtrain.flows import Flow, active_groups, all_flows
+from vdtrain.grid import Pictures
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.pipeline import ContextInput, VersatileDiffusion
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
+BYTES = {"output_type": "tensor"}
 
 
 def make_model(flows: list[Flow]) -> VersatileDiffusion:
@@ -38,14 +44,14 @@ def model() -> VersatileDiffusion:
 
 
 def images(model: VersatileDiffusion, captions: list[str], **settings: object) -> torch.Tensor:
-    return model.generate("text-to-image", captions, **{"height": 32, "width": 32, "steps": 4, **settings})
+    return model.generate("text-to-image", captions, **{**BYTES, "height": 32, "width": 32, "steps": 4, **settings})
 
 
 def test_every_flow_gives_samples_of_its_output(model: VersatileDiffusion) -> None:
     made = images(model, CAPTIONS)
     assert made.shape == (3, 3, 32, 32)
     assert made.dtype == torch.uint8
-    assert model.generate("image-to-image", made, height=48, width=48, steps=2).shape == (3, 3, 48, 48)
+    assert model.generate("image-to-image", made, height=48, width=48, steps=2, **BYTES).shape == (3, 3, 48, 48)
     for flow, given in (("image-to-text", made), ("text-to-text", CAPTIONS)):
         captions = model.generate(flow, given, steps=2)
         assert len(captions) == 3
@@ -111,10 +117,8 @@ def test_the_networks_may_run_in_bfloat16(model: VersatileDiffusion) -> None:
 
 def test_focus_turns_the_context(model: VersatileDiffusion) -> None:
     given = images(model, CAPTIONS)
-    plain, content, style = (
-        model.generate("image-to-image", given, height=32, width=32, steps=4, focus=level) for level in (0.5, 0.1, 0.9)
-    )
-    assert torch.equal(plain, model.generate("image-to-image", given, height=32, width=32, steps=4))
+    plain, content, style = (model.generate("image-to-image", given, focus=level, **DRAWN) for level in (0.5, 0.1, 0.9))
+    assert torch.equal(plain, model.generate("image-to-image", given, **DRAWN))
     assert not torch.equal(plain, content)
     assert not torch.equal(plain, style)
     with pytest.raises(ConfigError, match="focus=2: must be from 0"):
@@ -139,12 +143,13 @@ def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) ->
 
 
 SMALL = {"height": 32, "width": 32, "steps": 3}
+DRAWN = {**SMALL, **BYTES}
 
 
 @pytest.mark.parametrize("output", ["image", "text"])
 def test_a_blend_of_one_context_is_its_flow(model: VersatileDiffusion, output: str) -> None:
-    blended = model.blend(output, [ContextInput("text", CAPTIONS[0])], **SMALL)
-    plain = model.generate(f"text-to-{output}", CAPTIONS[:1], **SMALL)
+    blended = model.blend(output, [ContextInput("text", CAPTIONS[0])], **DRAWN)
+    plain = model.generate(f"text-to-{output}", CAPTIONS[:1], **DRAWN)
     assert torch.equal(blended, plain) if output == "image" else blended == plain
 
 
@@ -162,9 +167,9 @@ def test_blends_of_any_number_of_contexts(model: VersatileDiffusion, output: str
         ContextInput("image", drawn, 0.5, mask),
     ]
     for join in (True, False):
-        made = model.blend(output, inputs, count=3, mixing=mixing, join=join, **SMALL)
+        made = model.blend(output, inputs, count=3, mixing=mixing, join=join, **DRAWN)
         assert len(made) == 3
-        again = model.blend(output, inputs, count=3, mixing=mixing, join=join, batch_size=2, **SMALL)
+        again = model.blend(output, inputs, count=3, mixing=mixing, join=join, batch_size=2, **DRAWN)
         assert (made.int() - again.int()).abs().max() <= 1 if output == "image" else made == again
 
 
@@ -173,11 +178,11 @@ def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusio
 
     def made(text: float, image: float, mask: torch.Tensor | None = None) -> torch.Tensor:
         parts = [ContextInput("text", CAPTIONS[0], text), ContextInput("image", drawn, image, mask)]
-        return model.blend("image", parts, **SMALL)
+        return model.blend("image", parts, **DRAWN)
 
     assert torch.equal(made(1, 3), made(2, 6))
     assert not torch.equal(made(1, 3), made(3, 1))
-    assert torch.equal(made(1, 0), model.generate("text-to-image", CAPTIONS[:1], **SMALL))
+    assert torch.equal(made(1, 0), model.generate("text-to-image", CAPTIONS[:1], **DRAWN))
     assert (made(1, 3, torch.ones(1, 4, 4)).int() - made(1, 3).int()).abs().max() <= 1
     assert not torch.equal(made(1, 3, torch.zeros(1, 4, 4)), made(1, 3))
 
@@ -194,7 +199,7 @@ def test_impossible_blends_are_refused(model: VersatileDiffusion) -> None:
         ([ContextInput("text", "a", 1.0, torch.ones(1, 2, 2))], {}, "mask: contexts of modality 'text' take no mask"),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.blend("image", inputs, **{**SMALL, **settings})
+            model.blend("image", inputs, **{**DRAWN, **settings})
 
 
 def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
@@ -238,5 +243,150 @@ def test_a_mistake_on_the_command_line_is_one_line(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample(["device=cuda"]) == 2
+    assert sample(["tiny", "a red circle", "device=cuda"]) == 2
     assert capsys.readouterr().err.startswith("error: device=cuda: PyTorch finds no GPU")
+
+
+# --- samples and arguments as people write them ----------------------------------------------------------------------
+
+
+def test_one_caption_is_one_picture_that_a_notebook_shows(model: VersatileDiffusion) -> None:
+    made = model.generate("text-to-image", "a red circle", **SMALL)
+    (picture,) = made
+    assert isinstance(picture, Image.Image)
+    assert (picture.size, picture.mode) == ((32, 32), "RGB")
+    many = model.generate("text-to-image", CAPTIONS, **SMALL)
+    shown, one = (Image.open(io.BytesIO(each._repr_png_())) for each in (many, many[:1]))
+    assert shown.width > 3 * 192 > 2 * one.width
+    assert many[3:]._repr_png_() is None
+    # Without a size, the model's own.
+    assert model.generate("text-to-image", "a red circle", steps=1)[0].size == (64, 64)
+
+
+def test_images_in_every_form_mean_the_same(model: VersatileDiffusion, tmp_path: Path) -> None:
+    tensor = images(model, CAPTIONS[:1], seed=9)
+    (picture,) = Pictures.of(tensor)
+    picture.save(tmp_path / "a.png")
+    array = np.asarray(picture)
+    forms = [
+        *(tensor, tensor[0], [tensor[0]], tensor.float() / 255, picture, [picture], array, array[None], array / 255.0),
+        *(str(tmp_path / "a.png"), tmp_path / "a.png", (tmp_path / "a.png",), picture.convert("RGBA")),
+    ]
+    expected = model.generate("image-to-image", tensor, **DRAWN)
+    for form in forms:
+        assert torch.equal(model.generate("image-to-image", form, **DRAWN), expected)
+    assert torch.equal(model.blend("image", [picture], **DRAWN), model.blend("image", [tensor[0]], **DRAWN))
+    assert torch.equal(model.blend("image", tmp_path / "a.png", **DRAWN), model.blend("image", [picture], **DRAWN))
+    # Images of several sizes go together.
+    assert len(model.generate("image-to-text", [picture, picture.resize((50, 90)), array], **SMALL)) == 3
+    both = [Image.new("L", (8, 8)), np.zeros((8, 8), np.uint8), torch.zeros(8, 8), np.zeros((1, 8, 8), bool)]
+    hidden = [model.blend("image", [ContextInput("image", picture, mask=mask)], **DRAWN) for mask in both]
+    assert all(torch.equal(each, hidden[0]) for each in hidden)
+    with_text = [("a red circle", 2), ContextInput("image", picture)]
+    assert len(model.blend("text", with_text, count=2, **SMALL)) == 2
+
+
+def test_every_kind_of_output(model: VersatileDiffusion) -> None:
+    kinds = {
+        each: model.generate("text-to-image", CAPTIONS[:2], output_type=each, **SMALL)
+        for each in ("pil", "tensor", "pt", "np", "latent")
+    }
+    assert kinds["tensor"].dtype == torch.uint8
+    assert torch.equal(kinds["pt"], kinds["tensor"].float() / 255)
+    assert kinds["np"].shape == (2, 32, 32, 3)
+    assert [np.asarray(each).tolist() for each in kinds["pil"]] == kinds["tensor"].permute(0, 2, 3, 1).tolist()
+    assert torch.equal(model.decode("image", kinds["latent"]), kinds["tensor"])
+    edited, captions = model.edit(kinds["pil"], add="a star", **SMALL)
+    assert isinstance(edited, Pictures)
+    assert len(edited) == len(captions) == 2
+    assert model.blend("image", ["a"], output_type="latent", **SMALL).shape == (1, 4, 4, 4)
+
+
+def test_names_of_diffusers(model: VersatileDiffusion) -> None:
+    ours = model.generate("text-to-image", CAPTIONS[:1], samples_per_input=2, steps=3, height=32, width=32, **BYTES)
+    names = {"num_inference_steps": 3, "num_images_per_prompt": 2, "resolution": 32}
+    assert torch.equal(model.generate("text-to-image", prompt=CAPTIONS[0], **names, **BYTES), ours)
+    assert len(model.blend("image", CAPTIONS, **names)) == 2
+    assert len(model.edit(image=Pictures.of(ours), add="a star", num_inference_steps=2, resolution=32)[0]) == 2
+    start = {"start_from": ours[:1], **DRAWN}
+    assert torch.equal(
+        model.generate("text-to-image", CAPTIONS[0], strength=0.25, **start),
+        model.generate("text-to-image", CAPTIONS[0], fidelity=0.75, **start),
+    )
+    plain = images(model, CAPTIONS[:1])
+    assert torch.equal(images(model, CAPTIONS[:1], negative_prompt=""), plain)
+    assert not torch.equal(images(model, CAPTIONS[:1], negative_prompt="a blue star"), plain)
+
+
+def test_generators_decide(model: VersatileDiffusion) -> None:
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    drawn = generator()
+    first, second = (images(model, CAPTIONS[:1], generator=drawn) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, images(model, CAPTIONS[:1], generator=generator()))
+    alike = images(model, [CAPTIONS[0]] * 2, generator=[generator(), generator()])
+    assert (alike[0].int() - alike[1].int()).abs().max() <= 1
+    assert len(model.blend("image", CAPTIONS, count=2, generator=generator(), **SMALL)) == 2
+    assert len(model.edit(first, add="a star", generator=generator(), **SMALL)[0]) == 1
+
+
+def test_a_model_moves_and_changes_its_precision(model: VersatileDiffusion) -> None:
+    moved = VersatileDiffusion(model.config, copy.deepcopy(model.diffuser))
+    assert moved.to("cpu", torch.bfloat16) is moved
+    assert {each.dtype for each in moved.diffuser.parameters()} == {torch.bfloat16}
+    assert len(images(moved, CAPTIONS[:1])) == 1
+    moved.to(dtype=torch.float32).to(device="cpu")
+    assert {each.dtype for each in moved.frozen.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("flow", "inputs", "settings", "message"),
+    [
+        ("text-to-image", None, {}, "inputs: number 0 is None and not a caption"),
+        ("text-to-image", [], {}, "inputs: empty"),
+        ("text-to-image", ["a", 3], {}, "inputs: number 1 is of type int .3. and not a caption"),
+        ("text-to-image", Image.new("RGB", (8, 8)), {}, "inputs: number 0 is of type Image .* take another flow"),
+        ("image-to-text", "a red circle", {}, "a red circle: .*give an image file"),
+        ("image-to-text", [None], {}, "inputs: number 0 is None and not an image; give a file name, a PIL image"),
+        ("image-to-text", torch.zeros(1, 5, 8, 8), {}, r"inputs: of type Tensor .* images are \[B, 3, H, W\]"),
+        ("image-to-text", torch.full((3, 8, 8), 255.0), {}, "inputs: values from 255 to 255; images are uint8"),
+        ("image-to-text", [torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], {}, "inputs: tensors of shapes"),
+        ("text-to-image", "a", {"guidance": 3}, "guidance: no such argument; did you mean 'guidance_scale'?"),
+        ("text-to-image", "a", {"steps": 2.5}, "steps=2.5: give an integer"),
+        ("text-to-image", "a", {"guidance_scale": "7"}, "guidance_scale='7': give a number"),
+        ("text-to-image", "a", {"steps": 2, "num_inference_steps": 2}, "num_inference_steps: given together with"),
+        ("text-to-image", "a", {"prompt": "b"}, "prompt: given together with inputs"),
+        ("text-to-image", "a", {"generator": 3}, "generator=3: give a torch.Generator"),
+        ("text-to-image", "a", {"generator": torch.Generator(), "seed": 1}, "generator: given together with seed"),
+        ("text-to-image", "a", {"output_type": "jpg"}, "output_type='jpg': choose one of pil, tensor"),
+        ("text-to-image", "a", {"samples_per_input": 0}, "samples_per_input=0: give a whole number"),
+        ("text-to-image", "a", {"start_from": Image.new("RGB", (8, 8))}, "start_from: nothing of it remains"),
+        ("text-to-image", "a", {"start_from": torch.zeros(3, 8, 8), "fidelity": 0.5}, "start_from: 8 x 8, for images"),
+        ("text-to-text", "a", {"focus": "style"}, "focus='style': give a number"),
+        ("image-to-image", torch.zeros(3, 8, 8), {"negative_prompt": "a"}, "negative_prompt='a': one text"),
+    ],
+)
+def test_mistakes_are_one_clear_error(
+    model: VersatileDiffusion, flow: str, inputs: object, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        model.generate(flow, inputs, **settings)
+    assert "\n" not in str(found.value)
+
+
+def test_mistakes_of_the_other_methods(model: VersatileDiffusion) -> None:
+    mistakes: list[tuple[Callable[[], object], str]] = [
+        (lambda: model.blend("image", [3]), "contexts: 3 is no context"),
+        (lambda: model.blend("image", [("a", "b")]), "weight='b': give a number"),
+        (lambda: model.blend("image", [ContextInput("image", "nowhere.png")]), "nowhere.png: "),
+        (lambda: model.blend("image", [ContextInput("image", torch.zeros(2, 3, 8, 8))]), "contexts.0: 2 samples"),
+        (lambda: model.edit("nowhere.png", add="a"), "nowhere.png: "),
+        (lambda: model.edit(torch.zeros(3, 8, 8), add=["a"]), "add=.*: give one text"),
+        (lambda: model.to("gpu"), "device=gpu: "),
+        (lambda: model.to(torch.int8), "dtype=torch.int8: choose"),
+    ]
+    for mistaken, message in mistakes:
+        with pytest.raises(ConfigError, match=message):
+            mistaken()

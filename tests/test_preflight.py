@@ -6,11 +6,14 @@ import http.server
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.pairs import write_pairs, write_shard
+from tests.ranges import Ranges
 from tests.tiny_runs import STAGES, STEPS, TinyRuns
 from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
 from vdtrain.checkpoint.store import Verification, latest
@@ -21,6 +24,8 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.run.wandb_run import _unreachable
 from vdtrain.training.checks import checkpoint_size
 from vdtrain.training.start import Start
+
+Look = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -57,23 +62,24 @@ def test_a_stage_that_is_ready(tiny_runs: TinyRuns, tmp_path: Path, capsys: pyte
     own += ["hardware.micro_batch_size={32:2,64:1}", "tracking=offline"]
     status, good, bad = found(capsys, *own)
     assert (status, bad) == (0, [])
-    assert good[:3] == [
+    assert good[:4] == [
         f"ok: {STAGES[1]}: 2 x cpu, {STEPS} steps of 4 pairs",
         f"ok: data.manifest={tiny_runs.folder}/data/manifest: 2 shards, loader workers: 2",
+        f"ok: data.manifest={tiny_runs.folder}/data/manifest: 2 of 2 shards were looked at and are as indexed",
         f"ok: stage.init_from={tiny_runs.run(1)}: {tiny_runs.run(1)}/checkpoints/step-{STEPS:09d}",
     ]
-    assert "3 checkpoints of 0.04 GB to come" in good[3]
+    assert "3 checkpoints of 0.04 GB to come" in good[4]
     assert (
-        good[4] == f"ok: tracking.mode=offline: send the run to W&B by `wandb sync {tmp_path}/new/wandb/offline-run-*`"
+        good[5] == f"ok: tracking.mode=offline: send the run to W&B by `wandb sync {tmp_path}/new/wandb/offline-run-*`"
     )
-    assert len(good) == 5
+    assert len(good) == 6
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_that_goes_on(tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     status, good, bad = found(capsys, f"stage={STAGES[1]}", *tiny_runs.overrides)
     assert (status, bad) == (0, [])
-    assert f"ok: run_dir={tiny_runs.run(2)}: continues from step " in good[2]
+    assert f"ok: run_dir={tiny_runs.run(2)}: continues from step " in good[3]
     assert good[-1].startswith("ok: tracking.mode=disabled: ")
 
 
@@ -121,14 +127,15 @@ def test_everything_that_is_wrong_is_said(
     ]
     overrides = [each for each in tiny_runs.overrides if not each.startswith(("runs_dir=", "tracking="))]
     status, good, bad = found(capsys, f"stage={STAGES[1]}", *overrides, *wrong)
-    assert (status, good) == (2, [])
+    assert status == 2
+    (warning,) = good
+    assert "2 shards, fewer than 3 processes x hardware.loader_workers=1: several read the same shard" in warning
     expected = [
         "ema.decay=2: must be at least 0 and below 1; null sets no limit",
         "stage.flows: image-to-sound needs modality 'sound'",
         "stage.phases.0.resolution=40: not a multiple of 16",
         "hardware.micro_batch_size: no entry for resolution 40",
         "stage.global_batch_size=4: does not divide over 3 processes; choose 3 or 6",
-        "2 shards, fewer than 3 processes x hardware.loader_workers=1",
         f"stage.init_from={tmp_path}/{STAGES[0]}: does not exist; train that stage first",
         "tracking.mode=online: no API key for",
     ]
@@ -140,7 +147,6 @@ def test_everything_that_is_wrong_is_said(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["hardware.loader_workers=3"], "set hardware.loader_workers=2, "),
         (
             ["stage.phases=[{resolution:128,samples:64}]", "+hardware.micro_batch_size={128:4}", "run_dir=FOLDER/new"],
             "none of 80 images",
@@ -162,6 +168,67 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert status == 2
     assert len(bad) == 1
     assert expected in bad[0]
+
+
+@pytest.fixture
+def look(tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Look:
+    """What preflight says of the shards of `tmp_path`/manifest, and whether it finds the stage ready."""
+    write_pairs(tmp_path, shards=12, count=2)
+    capsys.readouterr()
+
+    def look(*settings: str) -> tuple[int, str]:
+        own = [f"stage={STAGES[0]}", *tiny_runs.overrides, f"data.manifest={tmp_path}/manifest"]
+        status, good, bad = found(capsys, *own, f"run_dir={tmp_path}/new", *settings)
+        (line,) = (line for line in (*good, *bad) if "looked at" in line)
+        return status, line
+
+    return look
+
+
+def test_shards_that_are_gone_or_made_anew_are_said(look: Look, tmp_path: Path) -> None:
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
+    manifest = f"data.manifest={tmp_path}/manifest"
+    assert look() == (0, f"ok: {manifest}: 6 of 12 shards were looked at and are as indexed")
+    for shard in shards:
+        shard.touch()
+    status, line = look()
+    assert (status, line.startswith("warning: ")) == (0, True)
+    assert "6 of 6 shards that were looked at have another time" in line
+    for shard in shards[:6]:
+        shard.unlink()
+    status, line = look()
+    assert status == 2
+    assert line.startswith(f"error: {manifest}: 3 of 6 shards that were looked at cannot be used: {shards[0]}: is not ")
+    for shard in shards:
+        write_shard(shard, 2, seed=99, pixels=96)
+    assert f"6 of 6 shards that were looked at cannot be used: {shards[0]}: made anew" in look()[1]
+
+
+def test_a_shard_root_that_is_not_there_is_said(look: Look, tmp_path: Path) -> None:
+    status, line = look(f"data.stream.shard_root={tmp_path}/nowhere/manifest")
+    assert status == 2
+    assert line.startswith(f"error: data.stream.shard_root={tmp_path}/nowhere/manifest: 6 of 6 shards ")
+    assert f"{tmp_path}/nowhere/shards/000000.tar: cannot be read (folder {tmp_path}/nowhere does not exist)" in line
+
+
+def test_a_store_is_looked_at_within_seconds(look: Look, tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert look(f"data.stream.shard_root={address}/manifest")[0] == 0
+        status, line = look(f"data.stream.shard_root=http://me:word@127.0.0.1:{server.server_port}/else/manifest")
+        server.shutdown()
+    assert status == 2
+    assert f"data.stream.shard_root={address}/else/manifest: 6 of 6 shards that were looked at cannot be used" in line
+    assert line.endswith("/else/shards/000000.tar: is not there; check data.stream.shard_root, or put the shards there")
+    status, line = look(f"data.stream.shard_root={address}/manifest")
+    assert status == 2
+    assert "onnect" in line
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        root = f"data.stream.shard_root=http://127.0.0.1:{silent.getsockname()[1]}/manifest"
+        status, line = look(root, "data.stream.timeout=0.5")
+    assert status == 2
+    assert "no whole answer within data.stream.timeout=0.5 seconds; check" in line
 
 
 def test_less_to_keep_is_what_fits(tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +312,7 @@ def test_each_file_that_is_missing_has_the_command_that_makes_it(
         ("weights/gpt2.json", "gpt2_tokenizer"),
         ("weights/stable_diffusion_v1", "stable_diffusion"),
     ):
-        lines = [line for line in bad if f"={file}: " in line]
+        lines = [line for line in bad if file in line]
         assert lines
         assert all(f"`vdtrain weights import {source}`" in line for line in lines)
         assert weights(["import", source, "--cfg", "job"]) == 0

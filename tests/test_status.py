@@ -199,16 +199,18 @@ def test_watching_looks_again_until_interrupted(tiny_runs: TinyRuns) -> None:
         # What is printed until the signal arrives must be taken, or the process waits for room.
         while True:
             try:
-                if not os.read(controller, 4096):
+                if not (more := os.read(controller, 4096)):
                     break
+                text += more
             except OSError:
                 break
-        assert process.wait(60) == 0
+        assert process.wait(60) == 130
     finally:
         process.kill()
         process.wait()
         os.close(controller)
     assert b"Traceback" not in text
+    assert text.endswith(b"stopped by Ctrl-C\r\n")
 
 
 def test_no_pytorch_is_imported(tiny_runs: TinyRuns) -> None:

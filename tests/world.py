@@ -86,12 +86,13 @@ def make_origin(folder: Path) -> Path:
     assert data_pipeline_main(["index", "data=shapes", f"data.root={folder}"]) == 0
     write_checkpoint(folder / "model", all_flows(["image", "text"]))
     Image.new("RGB", (32, 32), "red").save(folder / "image.png")
+    (folder / "pairs.csv").write_text("file_name,text\nimage.png,a red square\n")
     return folder
 
 
 def one_line(said: str) -> str:
     """The error that a command said, of which there is exactly one, in exactly one line."""
-    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in said.splitlines() if not line.startswith(("warning: ", "note: ", "takes: "))]
     assert len(lines) == 1, said
     assert re.match(r"error: |not requeued: ", lines[0]), said
     assert "Traceback" not in lines[0]
@@ -121,6 +122,10 @@ WRITERS: dict[str, list[str]] = {
     "shapes": ["python", "-m", "miniature", "draw", *DATA, *IMAGES, "data.shapes.folder=OUT"],
     "select": ["python", "-m", "data_pipeline", "select", *DATA, "data.select.scratch=OUT"],
     "selected": ["python", "-m", "data_pipeline", "select", *DATA, "data.sources.coyo700m.selected=OUT"],
+    "pack": [
+        *["python", "-m", "data_pipeline", "pack", "FOLDER/pairs.csv", "data.pack.processes=1"],
+        *["data.pack.min_image_size=1", "data.pack.output=OUT"],
+    ],
     "index": ["python", "-m", "data_pipeline", "index", *DATA, "data.manifest=OUT"],
     "latents": [
         *["python", "-m", "data_pipeline", "latents", *DATA, "model=tiny", "hardware=cpu"],

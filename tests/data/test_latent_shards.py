@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,21 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.__main__ import main
 from tests.pairs import write_pairs
+from vdtrain.config.command_schema import LatentsConfig
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.instantiate import instantiate
-from vdtrain.config.schema import LatentsConfig
 from vdtrain.data import latents as latents_module
+from vdtrain.data.decode import DecodeError
 from vdtrain.data.latents import (
     DESCRIPTION_FILE,
     LatentDescription,
     LatentFolder,
     LatentShards,
     file_name,
+    out_of_range,
     write_latents,
 )
 from vdtrain.data.manifest import Manifest, ManifestError
@@ -118,10 +122,13 @@ def test_files_are_plain_safetensors(manifest: Path, cache: Path) -> None:
         "moments": (torch.float16, [23, 8, 4, 4]),
         "rows": (torch.int32, [23]),
         "bad": (torch.uint8, [23]),
+        "checks": (torch.int32, [23]),
     }
-    out = torch.empty(3, 8, 4, 4)
-    LatentShards(cache, found, RESOLUTION).read(1, np.array([22, 0, 7]), out)
-    assert torch.equal(out, tensors["moments"][[22, 0, 7]].float())
+    shards = LatentShards(cache, found, RESOLUTION)
+    for row in (22, 0, 7):
+        out = torch.empty(8, 4, 4)
+        shards.read(1, row, out)
+        assert torch.equal(out, tensors["moments"][row].float())
 
 
 def test_many_threads_read_with_few_files_open(manifest: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +138,9 @@ def test_many_threads_read_with_few_files_open(manifest: Path, cache: Path, monk
     files = [load_file(LatentFolder(cache, RESOLUTION).path_of(found, shard))["moments"] for shard in range(3)]
 
     def look(number: int) -> bool:
-        out = torch.empty(1, *shards.shape, dtype=torch.float16)
-        shards.read(number % 3, np.array([number % 23]), out)
-        return torch.equal(out[0], files[number % 3][number % 23])
+        out = torch.empty(shards.shape, dtype=torch.float16)
+        shards.read(number % 3, number % 23, out)
+        return torch.equal(out, files[number % 3][number % 23])
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(look, range(600)))
@@ -159,12 +166,69 @@ def written(manifest: Path, tmp_path: Path) -> tuple[Manifest, Path, list[Path]]
 def test_rows_are_found_by_number_and_bad_ones_are_told(written: tuple[Manifest, Path, list[Path]]) -> None:
     found, folder, _ = written
     shards = LatentShards(folder, found, RESOLUTION, vae="a0")
-    out = torch.zeros(2, 2, 1, 1, dtype=torch.float16)
-    shards.read(2, np.array([21, 5]), out)
-    assert out[:, 0, 0, 0].tolist() == [21, 5]
-    assert [row for row in range(1, 23, 2) if shards.is_bad(0, row)] == [3]
-    with pytest.raises(StreamError, match="has no latent of sample 4; remove it"):
-        shards.read(0, np.array([4]), out[:1])
+    out = torch.zeros(2, 1, 1, dtype=torch.float16)
+    shards.read(2, 21, out)
+    assert out.tolist() == [[[21]], [[21]]]
+    assert bad_rows(shards, 0) == [3]
+    for row in (4, 22, 99):
+        with pytest.raises(StreamError, match=f"has no latent of sample {row}; remove it"):
+            shards.read(0, row, out)
+
+
+def bad_rows(shards: LatentShards, shard: int) -> list[int]:
+    """Those of the odd rows whose image could not be decoded."""
+    reasons = {}
+    for row in range(1, 23, 2):
+        try:
+            shards.read(shard, row, torch.empty(2, 1, 1))
+        except DecodeError as error:
+            reasons[row] = str(error)
+    assert set(reasons.values()) <= {"no latent: its image could not be decoded"}
+    return list(reasons)
+
+
+def rewritten(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change a file's tensors behind the back of their checksums."""
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+def test_a_flipped_bit_costs_its_sample(written: tuple[Manifest, Path, list[Path]]) -> None:
+    found, folder, files = written
+    data = bytearray(files[1].read_bytes())
+    at = (
+        8
+        + int.from_bytes(data[:8], "little")
+        + json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["moments"]["data_offsets"][0]
+    )
+    data[at + 4 * 4] ^= 1  # the first byte of the fifth sample, of four bytes each
+    files[1].write_bytes(data)
+    shards = LatentShards(folder, found, RESOLUTION)
+    with pytest.raises(DecodeError, match=f"damaged latent: {files[1]} does not hold what was written; remove it"):
+        shards.read(1, 9, torch.empty(2, 1, 1))
+    rewritten(files[2], lambda tensors: tensors["bad"].zero_())
+    assert bad_rows(shards, 2) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1001.0, -6e4])
+def test_a_value_beyond_any_latents_costs_its_sample(written: tuple[Manifest, Path, list[Path]], value: float) -> None:
+    """In a file by an earlier version, without checksums."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["checks"]
+        tensors["moments"][4, 1] = value
+
+    found, folder, files = written
+    rewritten(files[1], change)
+    shards = LatentShards(folder, found, RESOLUTION)
+    with pytest.raises(DecodeError, match="latent out of range: beyond 1000 in "):
+        shards.read(1, 9, torch.empty(2, 1, 1))
+    shards.read(1, 11, torch.empty(2, 1, 1))
+    assert out_of_range(np.array([[1000.0], [-1000.0], [value], [0.0]], np.float16)).tolist() == [
+        *(False, False, True, False)
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 400, -1, -20])
@@ -174,15 +238,15 @@ def test_a_truncated_file_is_not_read(written: tuple[Manifest, Path, list[Path]]
     data = files[1].read_bytes()
     files[1].write_bytes(data[:size] if size >= 0 else data[: len(data) + size])
     with pytest.raises(StreamError, match=r"not the latents of its shard \(.*\); remove it and encode its images"):
-        shards.read(1, np.array([1]), torch.empty(1, 2, 1, 1))
-    shards.read(0, np.array([1]), torch.empty(1, 2, 1, 1))
+        shards.read(1, 1, torch.empty(2, 1, 1))
+    shards.read(0, 1, torch.empty(2, 1, 1))
 
 
 def test_a_file_of_another_shard_is_not_read(written: tuple[Manifest, Path, list[Path]]) -> None:
     found, folder, files = written
     files[1].write_bytes(files[0].read_bytes())
     with pytest.raises(StreamError, match="not the latents of its shard"):
-        LatentShards(folder, found, RESOLUTION).is_bad(1, 1)
+        LatentShards(folder, found, RESOLUTION).read(1, 1, torch.empty(2, 1, 1))
     files[2].unlink()
     with pytest.raises(ManifestError, match=r"lacks the latents of 1 of 3 shards; make them with `python -m data_pip"):
         LatentShards(folder, found, RESOLUTION)

@@ -49,7 +49,7 @@ def write(folder: Path, file_shards: int = 3) -> list[pa.Table]:
     for first in range(0, len(SHARDS), file_shards):
         writer = SamplesWriter(folder, f"samples-{first:05d}.parquet")
         for name, table in list(zip(SHARDS, tables, strict=True))[first : first + file_shards]:
-            row = {"path": name, "source": "b" if "b/" in name else "a", "bytes": 10, "modified_ns": 1}
+            row = {"path": name, "source": "b" if "b/" in name else "a", "bytes": 1 << 40, "modified_ns": 1}
             writer.add({**row, "sha256": "0" * 64, "broken": "{}", "decoded": False}, table)
         writer.close()
         rows += writer.rows
@@ -165,7 +165,7 @@ def test_what_is_missing_or_damaged_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / SHARDS_FILE).write_bytes(content[: len(content) // 2])
     for reading in (Manifest, read_shards):
         with pytest.raises(
-            ManifestError, match=r"shards\.parquet cannot be read .*; remove the folder .* make it again"
+            ManifestError, match=r"shards\.parquet cannot be read .*; move the folder .* away and make it again"
         ):
             reading(tmp_path)
 
@@ -174,6 +174,6 @@ def test_a_manifest_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> 
     write(tmp_path)
     pq.write_table(read_shards(tmp_path).drop_columns(["sides", "decoded"]), tmp_path / SHARDS_FILE)
     for reading in (Manifest, read_shards):
-        with pytest.raises(ManifestError, match=r"remove the folder .* and make it again") as raised:
+        with pytest.raises(ManifestError, match=r"move the folder .* away and make it again") as raised:
             reading(tmp_path)
         assert "\n" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import webdataset
 
 from data_pipeline.index.index import index
-from tests.pairs import write_pairs, write_shard
+from tests.pairs import overwrite, write_pairs, write_shard
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.stream import PairStream, StreamError
@@ -121,8 +122,18 @@ def test_small_images_are_left_out_by_the_manifest(tmp_path: Path) -> None:
     [
         ({"lanes": 0}, r"data\.stream: lanes=0, block=32768: both must be at least 1"),
         ({"bad_share": 2.0}, r"data\.stream\.bad_share=2\.0: must be from 0 to 1"),
-        ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give each"),
-        ({"weights": {"drawn": -1.0}}, r"data\.stream: weights=\[-1\.0\]: each must be above 0"),
+        ({"weights": {"else": 1.0}}, r"data\.stream\.weights=\{'else': 1\.0\}: .* has the sources drawn; give weights"),
+        ({"weights": [1.0]}, r"data\.stream\.weights=\[1\.0\]: .* has the sources drawn; give weights"),
+        *(
+            (
+                {"weights": {"drawn": weight}},
+                rf"data\.stream\.weights=\{{'drawn': {weight!r}\}}: give numbers of at least 0",
+            )
+            for weight in (-1.0, 0, float("nan"), float("inf"), "3", None, True)
+        ),
+        ({"weights": {}}, r"data\.stream\.weights=\{\}: give numbers of at least 0, one of them above 0"),
+        ({"timeout": 0}, r"data\.stream\.timeout=0: give the seconds of one read, above 0"),
+        ({"timeout": "5 s"}, r"data\.stream\.timeout=5 s: give the seconds of one read, above 0"),
         ({"cache": {"folder": "x"}}, r"data\.stream\.cache=\{'folder': 'x'\}: give \{folder: \.\.\., gigabytes"),
         (
             {"cache": {"folder": "/dev/null/x", "gigabytes": 1}},
@@ -133,6 +144,50 @@ def test_small_images_are_left_out_by_the_manifest(tmp_path: Path) -> None:
 def test_impossible_settings_are_named(manifest: Path, settings: dict[str, object], line: str) -> None:
     with pytest.raises(ManifestError, match=line):
         read(manifest, 1, **settings)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources, "first" of images of 64 pixels and "second" of 48, whose shards are not there."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for name, pixels in (("first", 64), ("second", 48)):
+        (folder / name).mkdir()
+        write_shard(folder / name / "000000.tar", 20, seed=pixels, pixels=pixels)
+    index({"first": folder / "first", "second": folder / "second"}, folder / "manifest")
+    (folder / "second" / "000000.tar").unlink()
+    return folder / "manifest"
+
+
+@pytest.mark.parametrize("weights", [{"first": 2, "second": 0}, {"first": 0.5}, {"first": 1, "second": 0.0}])
+def test_a_source_of_weight_0_is_left_out(mixture: Path, weights: dict[str, float]) -> None:
+    """Its shards are not read, and need not be there, nor have images that are large enough."""
+    for settings in ({}, {"resolution": 64}):
+        batches = read(mixture, 5, weights=weights, **settings)
+        assert len({tuple(batch.positions.tolist()) for batch in batches}) == 5
+    stream = PairStream(mixture, seed=3, resolution=32, global_batch_size=20, weights=weights)
+    places = stream.order.locate(np.arange(40))
+    assert len(stream) == 20
+    stream.close()
+    sources = stream.manifest.sources[places.shard]
+    assert {stream.manifest.source_names[number] for number in sources.tolist()} == {"first"}
+    assert sorted(places.sample[:20].tolist()) == sorted(places.sample[20:].tolist()) == list(range(20))
+    with pytest.raises(StreamError, match=r"second/000000\.tar: is not there"):
+        read(mixture, 1, weights={"second": 1})
+    with pytest.raises(ManifestError, match=r"no image of second has a side of 64 .* or set its weight to 0"):
+        read(mixture, 1, weights={"first": 1, "second": 1}, resolution=64)
+
+
+def test_a_source_keeps_its_order_when_another_is_left_out(mixture: Path) -> None:
+    """So that a run that resumes with other weights goes on with the order of each source."""
+
+    def order_of_second(weights: dict[str, float]) -> list[int]:
+        stream = PairStream(mixture, seed=3, resolution=32, global_batch_size=20, weights=weights)
+        places = stream.order.locate(np.arange(40))
+        stream.close()
+        second = stream.manifest.sources[places.shard] == stream.manifest.source_names.index("second")
+        return list(places.sample[second][:20].tolist())
+
+    assert order_of_second({"second": 1}) == order_of_second({"second": 1, "first": 1})
 
 
 def test_other_shards_give_a_stream_another_identity(tmp_path: Path) -> None:
@@ -156,9 +211,7 @@ def damage(manifest: Path, rows: list[int]) -> None:
         shard = int(np.searchsorted(np.cumsum(content.samples), row, side="right"))
         inside = row - int(content.samples[:shard].sum())
         places = content.rows(shard)
-        with Path(content.shards[shard]).open("r+b") as file:
-            file.seek(int(places.offset[inside]))
-            file.write(bytes(int(places.size[inside])))
+        overwrite(Path(content.shards[shard]), int(places.offset[inside]), int(places.size[inside]))
 
 
 def test_a_bad_sample_is_replaced_in_the_same_way_everywhere(tmp_path: Path) -> None:
@@ -179,6 +232,33 @@ def test_too_many_bad_samples_stop_the_stream(tmp_path: Path) -> None:
     damage(manifest, list(range(0, 80, 2)))
     with pytest.raises(StreamError, match="samples were bad"):
         read(manifest, 10, global_batch_size=40)
+
+
+def test_bad_samples_are_counted_by_few_reasons_and_told_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = write_pairs(tmp_path, shards=1, count=40)
+    content = Manifest(manifest)
+    rows, keys = content.rows(0), content.columns(0, ["key"])["key"].to_pylist()
+    kinds = {3: b"GIF89a", 17: b"GIF87a", 20: b"\xff\xd8\xff\xe0"}
+    shard = Path(content.shards[0])
+    status = shard.stat()
+    with shard.open("r+b") as file:
+        for row, head in kinds.items():
+            file.seek(int(rows.offset[row]))
+            file.write(head.ljust(int(rows.size[row]), b"\0"))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=40, bad_share=0.5)
+    next(iter(stream))
+    stream.close()
+    assert stream.replaced == {"GIF is not read": 2, "truncated": 1}
+    for row, reason in ((3, "GIF is not read"), (17, "GIF is not read"), (20, "truncated: no frame")):
+        assert f"{content.shards[0]}, key {keys[row]} ({reason})" in caplog.text
+    for bad, start in ((range(0, 40, 2), "samples were bad"), (range(40), "10 samples in a row")):
+        damage(manifest, list(bad))
+        last = r"the last were (\S+000000\.tar, key \S+ \([^()]+\)(, |$)){3}$"
+        with pytest.raises(StreamError, match=rf"{start} .*{last}"):
+            read(manifest, 10, global_batch_size=40)
 
 
 def test_a_shard_that_has_gone_is_named(tmp_path: Path) -> None:

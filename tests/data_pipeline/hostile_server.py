@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email.message import Message
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
+import brotli
 import numpy as np
 from PIL import Image
 
@@ -68,6 +73,11 @@ REDIRECTS = {
     "/to-ftp": "ftp://127.0.0.1/a.jpg",
     "/to-private": "http://10.0.0.1/a.jpg",
     "/to-metadata": "http://169.254.169.254/latest/meta-data/",
+    # Header lines are bytes: UTF-8, ISO-8859-1 and a space, as careless servers send them.
+    "/to-utf8": "/good/\u00c5 0.jpg".encode().decode("iso-8859-1"),
+    "/to-latin1": "/good/\u00c5\u00850.jpg",
+    "/to-backslash": "\\good\\0.jpg",
+    "/to-private-name": "//intranet\u2024corp/0.jpg".encode().decode("iso-8859-1"),
 }
 OPT_OUTS = {
     "/noai.jpg": ("X-Robots-Tag", "noai"),
@@ -78,10 +88,40 @@ OPT_OUTS = {
 }
 ADDRESSED_TO_OTHERS = {"/googlebot.jpg": ("X-Robots-Tag", "googlebot: noindex"), "/tdm0.jpg": ("TDM-Reservation", "0")}
 BUSY = {"/flaky.jpg": 1, "/recovering.jpg": 2}  # requests that are answered with 503
+# Content-Encoding and body.
+ENCODED = {
+    "/encoded/gzip": ("gzip", gzip.compress(jpeg())),
+    "/encoded/two-members": ("x-gzip", gzip.compress(jpeg()[:99]) + gzip.compress(jpeg()[99:]) + bytes(9)),
+    "/encoded/deflate": ("deflate", zlib.compress(jpeg())),
+    "/encoded/raw-deflate": ("deflate", zlib.compress(jpeg())[2:-4]),
+    "/encoded/br": ("br", brotli.compress(jpeg())),
+    "/encoded/twice": ("gzip, br", brotli.compress(gzip.compress(jpeg()))),
+    "/encoded/not-at-all": ("gzip", jpeg()),
+    "/encoded/no-encoding": ("binary", jpeg()),
+    "/encoded/gzip-bomb": ("gzip", gzip.compress(bytes(50_000_000))),
+    "/encoded/br-bomb": ("br", brotli.compress(bytes(50_000_000))),
+    "/encoded/gzip-cut": ("gzip", gzip.compress(jpeg())[:-40]),
+    "/encoded/br-cut": ("br", brotli.compress(jpeg())[:-40]),
+    "/encoded/gzip-damaged": ("gzip", b"\x1f\x8b" + jpeg()),
+    "/encoded/zstd": ("zstd", jpeg()),
+}
+# Retry-After of a first answer, and its status; a date is given by its distance in seconds.
+LATER = {
+    "/later/seconds": ("0", 429),
+    "/later/date": (1, 503),
+    "/later/past": (-100, 503),
+    "/later/nonsense": ("soon", 503),
+    "/later/tomorrow": ("86400", 503),
+}
 
 
 class HostileServer(ThreadingHTTPServer):
-    """Counts requests by path; while it is `away` it answers 503, and until it is `released` /held/ waits."""
+    """Counts requests by path; while it is `away` it answers 503, and until it is `released` /held/ waits.
+
+    Attributes:
+        headers: of the last request of each path.
+        next_host, cookie_domain: where /passed-on redirects to, with a cookie for that domain.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -89,6 +129,8 @@ class HostileServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: Counter[str] = Counter()
+        self.headers: defaultdict[str, Message] = defaultdict(Message)
+        self.next_host = self.cookie_domain = ""
         self.away = threading.Event()
         self.released = threading.Event()
         self.released.set()
@@ -110,16 +152,35 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path
         self.server.requests[path] += 1
+        self.server.headers[path] = self.headers
+        path = path if path.startswith("/good/") else path.partition("?")[0]
         if self.server.away.is_set():
             self.send_error(503)
         elif path.startswith(("/good/", "/held/")):
             if path.startswith("/held/"):
                 self.server.released.wait(300)
-            self.answer(jpeg(int("".join(filter(str.isdigit, path)))))
+            self.answer(jpeg(int("".join(filter(str.isdecimal, unquote(path))))))
         elif path in BODIES:
             self.answer(BODIES[path])
         elif path in REDIRECTS:
             self.answer(b"", 302, Location=REDIRECTS[path])
+        elif path.startswith("/status/"):
+            self.answer(b"", int(path.removeprefix("/status/")), Location="/good/0.jpg")
+        elif path == "/choices":
+            self.answer(b"", 300)
+        elif path in ENCODED:
+            self.answer(ENCODED[path][1], **{"Content-Encoding": ENCODED[path][0]})
+        elif path in LATER and self.server.requests[path] == 1:
+            wait, status = LATER[path]
+            given = wait if isinstance(wait, str) else formatdate(time.time() + wait, usegmt=True)
+            self.answer(b"", status, **{"Retry-After": given})
+        elif path in LATER:
+            self.answer(jpeg(4))
+        elif path == "/passed-on":
+            cookie = f"seen=1; Path=/; Domain={self.server.cookie_domain}"
+            self.answer(b"", 302, Location=f"http://{self.server.next_host}/good/0.jpg", **{"Set-Cookie": cookie})
+        elif path == "/cookie":
+            self.cookie()
         elif path in {**OPT_OUTS, **ADDRESSED_TO_OTHERS}:
             name, value = {**OPT_OUTS, **ADDRESSED_TO_OTHERS}[path]
             self.answer(jpeg(), **{name: value})
@@ -148,6 +209,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.until_gone(bytes(100_000), pause=0)
         else:
             self.send_error(404)
+
+    def cookie(self) -> None:
+        """An image for those who come back with the cookie that they were given; everyone else is sent again."""
+        if "seen=1" in self.headers.get("Cookie", ""):
+            self.answer(jpeg())
+        else:
+            self.answer(b"", 302, Location="/cookie", **{"Set-Cookie": "seen=1; Path=/"})
 
     def begin(self, length: int | None, status: int = 200, **headers: str) -> None:
         self.send_response(status)

@@ -15,16 +15,19 @@ import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipeline.__main__ import main
 from data_pipeline.download import part as download_part
 from data_pipeline.download.download import DownloadError, check, check_environment, download, own_parts
 from data_pipeline.download.plan import Part
@@ -205,6 +208,27 @@ def test_what_is_done_is_not_done_again(
     selected.write_bytes(whole)
 
 
+ODD = (
+    *("/good/caf\u00e9 {}.jpg", "/good/{}.jpg?\u00fc=\u65e5\u672c", "\\good\\{}.jpg#top", "/good/%C3%A9{}.jpg\n"),
+    *("/x/../good/\u00e9%20{}.jpg", "/good/%{}.jpg?a=1&amp;b='<>'", "/to-utf8?{}", "/encoded/br?{}"),
+)
+
+
+def test_odd_addresses_from_a_table_to_shards(
+    server: HostileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they are published, through both commands: every picture arrives, under the URL that was published."""
+    base = server.base.replace("http", "HTTP")
+    urls = [f" {base}{ODD[number % len(ODD)].format(number)}\u200b" for number in range(56)]
+    pq.write_table(pa.table({"URL": urls, "TEXT": ["a cat"] * len(urls)}), tmp_path / "odd.parquet")
+    settings = ["data=shapes", f"data.root={tmp_path}", "~data.sources.coyo700m"]
+    settings += [f"data.sources.laion2b_en.metadata={tmp_path}/odd.parquet", "data.download.min_success_share=0"]
+    assert main(["select", *settings]) == 0
+    assert main(["download", *settings]) == 0
+    assert "laion2b_en: 56 of 56 images (100%)" in capsys.readouterr().out
+    assert set(stored(SourceConfig("table", "", "", f"{tmp_path}/shards"))) == set(urls)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("distributor", ["pyspark", "ray"])
 def test_other_engines(server: HostileServer, tmp_path: Path, distributor: str) -> None:
@@ -319,16 +343,15 @@ def kill_when(command: list[str], condition: Callable[[], bool], folder: Path) -
 
 
 def running(folder: Path) -> dict[int, str]:
-    """Command lines of the processes that name a folder in their command line or their environment."""
+    """Command lines of the processes that name a folder in their command line or environment, and of their children."""
     found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                arguments = (entry / "cmdline").read_bytes()
-                if os.fsencode(folder) in arguments + (entry / "environ").read_bytes():
-                    found[int(entry.name)] = os.fsdecode(arguments)
-        except OSError:
-            continue
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            named = os.fsencode(folder) in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            named = named or os.fsencode(folder) in Path(f"/proc/{process.pid}/environ").read_bytes()
+            if named and process.pid != os.getpid():
+                for each in (process, *process.children(recursive=True)):
+                    found[each.pid] = " ".join(each.cmdline())
     return found
 
 
@@ -346,6 +369,22 @@ def other_interpreter(folder: Path, complete: bool) -> str:
         (place,) = folder.glob("lib/python*/site-packages")
         (place / "packages.pth").write_text(f"{Path(pa.__file__).parents[1]}\n")
     return str(folder / "bin" / "python")
+
+
+def test_no_code_beside_the_shards_runs(server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shards = source(tmp_path, [server.base + "/good/1.jpg"]), tmp_path / "shards"
+    for place in (shards, shards / ".modules", shards / "00000", tmp_path):
+        place.mkdir(exist_ok=True)
+        for name in ("sitecustomize", "usercustomize", "img2dataset", "json", "data_pipeline", "vdtrain"):
+            (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write({name!r})")
+    monkeypatch.chdir(shards)
+    before = set(tmp_path.rglob("*"))
+    download({"web": config}, CONFIG, allow_loopback=True)
+    assert len(stored(config)) == 1
+    assert not (tmp_path / "ran").exists()
+    new = {path.name for path in {*tmp_path.rglob("*")} - before}
+    shard = {"000000.tar", "000000.parquet", "000000_stats.json"}
+    assert new == {*shard, "00000.plan.json", "00000.lock", "00000.log"}
 
 
 def test_two_downloads_do_not_share_a_part(tmp_path: Path) -> None:

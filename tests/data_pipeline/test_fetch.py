@@ -6,6 +6,7 @@ import email
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.download.fetch import Limits, RefusedError, fetch, fetch_row, opt_out
+from data_pipeline.download.fetch import ACCEPT, Limits, RefusedError, fetch, fetch_row, opt_out, retry_after
 from data_pipeline.failures import reason
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
 
@@ -53,6 +54,15 @@ def server() -> Iterator[HostileServer]:
         ("/noai.jpg", "opted out: X-Robots-Tag noai"),
         ("/noindex.jpg", "opted out: X-Robots-Tag noindex"),
         ("/tdm.jpg", "opted out: TDM-Reservation"),
+        ("/to-private-name", "redirect to private host name"),
+        ("/choices", "HTTP Error 300: Multiple Choices"),
+        ("/encoded/gzip-bomb", "body above 1,000,000 bytes"),
+        ("/encoded/br-bomb", "body above 1,000,000 bytes"),
+        ("/encoded/gzip-cut", "damaged content encoding"),
+        ("/encoded/br-cut", "damaged content encoding"),
+        ("/encoded/gzip-damaged", "damaged content encoding"),
+        ("/encoded/zstd", "unknown content encoding"),
+        ("/later/tomorrow", "HTTP Error 503: Service Unavailable"),
     ],
 )
 def test_what_is_refused(server: HostileServer, path: str, message: str) -> None:
@@ -62,7 +72,16 @@ def test_what_is_refused(server: HostileServer, path: str, message: str) -> None
     assert message in error
 
 
-@pytest.mark.parametrize("path", ["/good/0.jpg", "/moved.jpg", "/googlebot.jpg", "/tdm0.jpg"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/good/0.jpg", "/moved.jpg", "/googlebot.jpg", "/tdm0.jpg"),
+        *("/to-utf8", "/to-latin1", "/to-backslash", "/cookie"),
+        *(f"/status/{status}" for status in (300, 301, 302, 303, 307, 308)),
+        *(f"/encoded/{name}" for name in ("gzip", "two-members", "deflate", "raw-deflate", "br", "twice")),
+        *("/encoded/not-at-all", "/encoded/no-encoding"),
+    ],
+)
 def test_what_is_fetched(server: HostileServer, path: str) -> None:
     assert fetch(server.base + path, LIMITS) == jpeg()
 
@@ -87,11 +106,37 @@ def test_https_checks_the_certificate(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_asked_for(server: HostileServer) -> None:
-    """Characters beyond ASCII are escaped, escapes and queries stay, and a fragment is not sent."""
+    """The address and not the URL, in headers that say what is understood; a cookie does not outlive its fetch."""
     server.requests.clear()
-    for path in ("/ü%20b?c=d&e=%2F#f", "?q"):
-        fetch_row((0, server.base + path), LIMITS)
-    assert set(server.requests) == {"/%C3%BC%20b?c=d&e=%2F", "/?q"}
+    for path in ("/ü%20b?c=d&e=%2F#f", "?q", "\\good\\é 0.jpg \n"):
+        fetch_row((0, " " + server.base.replace("http", "HTTP") + path), LIMITS)
+    assert set(server.requests) == {"/%C3%BC%20b?c=d&e=%2F", "/?q", "/good/%C3%A9%200.jpg"}
+    headers = server.headers["/?q"]
+    assert headers["Accept"] == ACCEPT
+    assert headers["Accept-Encoding"] == "gzip, deflate, br"
+    assert headers.get_all("Host") == [server.base.removeprefix("http://")]
+    for _ in range(2):
+        fetch(server.base + "/cookie", LIMITS)
+    assert server.requests["/cookie"] == 4
+
+
+def test_a_cookie_goes_to_no_other_host(server: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *given, **named: real("127.0.0.1", *given, **named))
+    port = server.server_address[1]
+    for host, sent in (("b.one.example", True), ("two.example", False)):
+        server.next_host, server.cookie_domain = f"{host}:{port}", "one.example"
+        assert fetch(f"http://a.one.example:{port}/passed-on", LIMITS) == jpeg()
+        assert ("Cookie" in server.headers["/good/0.jpg"]) == sent
+
+
+def test_another_interpreter_needs_no_brotli(monkeypatch: pytest.MonkeyPatch, server: HostileServer) -> None:
+    monkeypatch.setattr("data_pipeline.download.encodings.HAS_BROTLI", False)
+    assert fetch_row((0, server.base + "/encoded/br"), LIMITS)[2] == "unknown content encoding"
+    code = "import sys; sys.modules['brotli'] = None\n"
+    code += "from data_pipeline.download.fetch import ACCEPT_ENCODING; print(ACCEPT_ENCODING)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "gzip, deflate\n"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +182,36 @@ def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> N
     for path in ("/404", "/noai.jpg", "/500"):
         fetch_row((0, server.base + path), LIMITS)
     assert server.requests == {"/flaky.jpg": 2, "/404": 1, "/noai.jpg": 1, "/500": 2}
+
+
+@pytest.mark.parametrize("name", ["seconds", "date", "past", "nonsense"])
+def test_a_server_says_when_to_come_back(server: HostileServer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Not at all after a day, which /later/tomorrow above wants."""
+    pauses: list[float] = []
+    monkeypatch.setattr("data_pipeline.download.fetch.time.sleep", pauses.append)
+    _, image, error = fetch_row((0, f"{server.base}/later/{name}"), LIMITS)
+    assert (image is not None, error) == (True, None)
+    (pause,) = pauses
+    assert {"seconds": 0, "date": pause, "past": 0, "nonsense": 1}[name] == pause
+    # The second may end between the server's two dates.
+    assert 0 <= pause <= 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ("Retry-After: 120", 120),
+        ("Retry-After: 99999999999999999999999", 999_999_999),
+        ("Date: Wed, 21 Oct 2026 07:28:00 GMT\nRetry-After: Wed, 21 Oct 2026 07:30:00 GMT", 120),
+        ("Date: Wed, 21 Oct 2026 07:28:00 GMT\nRetry-After: Wed, 21 Oct 2026 07:00:00 GMT", 0),
+        ("Retry-After: -3", None),
+        ("Retry-After: 31 Foo 99999", None),
+        ("Date: x\nRetry-After: Wed, 21 Oct 2026 07:00:00 GMT", None),
+        ("Content-Type: image/jpeg", None),
+    ],
+)
+def test_retry_after(headers: str, expected: float | None) -> None:
+    assert retry_after(email.message_from_string(headers)) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from tests.pairs import all_samples, write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
+from vdtrain.errors import NothingError
 from vdtrain.files import locked
 
 # A run that comes to a halt where the third shard is to be read, until it is killed.
@@ -129,6 +130,8 @@ def test_damaged_shards_are_left_out_and_named(
 ) -> None:
     shards = write_shards(tmp_path, range(5))
     cut(shards / "00000" / "000001.tar")
+    # Only the first part has the plan of a download.
+    (shards / "00000.plan.json").touch()
     (shards / "00001" / "000003_stats.json").write_text('{"successes": 9}')
     with pytest.raises(ShardError, match=r"2 of 5 shards are left out, each named above"):
         index({"drawn": shards}, tmp_path / "manifest", processes=processes)
@@ -139,8 +142,8 @@ def test_damaged_shards_are_left_out_and_named(
     ]
     assert [message.partition("shards/")[2] for message in caplog.messages] == [
         "00000/000001.tar: cut short; remove it and 000001_stats.json, and download again",
-        "00001/000003.tar: holds 5 samples of 9 that were downloaded; remove it and 000003_stats.json, and download "
-        "again",
+        "00001/000003.tar: holds 5 samples of 9 that were downloaded; replace it by a whole copy, or name its folder "
+        "by data.shards, which lists what is whole",
     ]
     write_shards(tmp_path, range(5))
     index({"drawn": shards}, tmp_path / "manifest")
@@ -243,7 +246,7 @@ def test_downloads_that_run_are_passed_over_in_one_line(tmp_path: Path, caplog: 
 
 
 def test_what_cannot_be_indexed_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"no \.tar in .* run `python -m data_pipeline download` first"):
+    with pytest.raises(NothingError, match=r"no \.tar in .* run `python -m data_pipeline download` first"):
         index({"drawn": tmp_path}, tmp_path / "manifest")
     shards = write_shards(tmp_path, range(1))
     with pytest.raises(ShardError, match=r"data\.sources\.part\.shards=.*lies in data\.sources\.drawn\.shards="):
@@ -257,7 +260,7 @@ def test_what_cannot_be_indexed_names_the_remedy(tmp_path: Path) -> None:
         index({"drawn": shards, "other": other}, tmp_path / "manifest")
     assert len(Manifest(tmp_path / "manifest")) == 10
     next(shards.rglob("*_stats.json")).unlink()
-    with pytest.raises(ShardError, match=r"none of 1 \.tar has finished its download"):
+    with pytest.raises(NothingError, match=r"none of 1 \.tar has finished its download"):
         index({"drawn": shards}, tmp_path / "manifest")
 
 

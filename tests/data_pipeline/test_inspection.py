@@ -13,9 +13,10 @@ from PIL import Image, ImageFont
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
-from data_pipeline.inspect.contact_sheet import ELLIPSIS, MARGIN, Pair, draw_pairs, wrap, write_contact_sheet
+from data_pipeline.inspect.contact_sheet import MARGIN, Pair, draw_pairs, write_contact_sheet
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import Manifest
+from vdtrain.grid import ELLIPSIS, wrap
 
 
 def write_image(folder: Path, name: str, images: list[tuple[int, int, str, str]]) -> None:
@@ -111,7 +112,7 @@ def test_pairs_whose_shard_was_damaged_since_are_shown_without_their_image(manif
     shard.write_bytes(bytes(shard.stat().st_size))
     pairs = list(draw_pairs(Manifest(manifest), np.random.default_rng(0), 4))
     assert sorted(pair.image is None for pair in pairs) == [False, False, True, True]
-    assert all("cannot decode" in pair.note for pair in pairs if pair.image is None)
+    assert all("made anew since the index" in pair.note for pair in pairs if pair.image is None)
     write_contact_sheet(manifest.parent / "sheet.png", pairs, 48)
 
 

@@ -5,9 +5,12 @@ Some seconds on two free cores.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -16,18 +19,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.latents.encoding import STALE_SECONDS
 from tests.data.test_remote_shards import Server
-from tests.pairs import write_shard
+from tests.pairs import overwrite, write_shard
 from tests.programs import Ending as RanksEnding
 from tests.programs import run_ranks
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ModalityConfig, TrainConfig
 from vdtrain.config.validation import check, latent_encoder
+from vdtrain.data.decode import DecodeError
 from vdtrain.data.latents import DESCRIPTION_FILE, LatentFolder, LatentShards
 from vdtrain.data.manifest import Manifest
 
@@ -161,11 +166,57 @@ def test_two_processes_make_the_same_files(data: Path, endings: dict[str, Ending
 
 def test_the_share_of_a_killed_process_is_made_by_the_next_run(data: Path, endings: dict[str, Ending]) -> None:
     ending = endings["half"]
-    assert ending.statuses == [-9, 0], ending.logs
+    assert ending.statuses == [-9, 1], ending.logs
+    assert "error: process 1: lost the connection to process 0, which has ended" in ending.logs[1]
     found = Manifest(data / "manifest")
     assert LatentFolder(data / "half", 32).missing(found, 32) == [0, 2, 4]
     assert main(["latents", *overrides(data, data / "half")]) == 0
     assert contents(data / "half") == contents(data / "alone")
+
+
+def stand_still(what: str) -> None:
+    """Let the second process stand still in its second batch: asleep, or stopped and killed in the end."""
+    from vdtrain.models.image_vae import ImageVAE
+
+    encode, seen = ImageVAE.moments, []
+
+    def hang(self: Any, images: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2 and what == "stopped":
+            subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if len(seen) == 2:
+            time.sleep(3600)
+        return encode(self, images)
+
+    if os.environ["RANK"] == "1":
+        ImageVAE.moments = hang  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["asleep", "stopped"])
+def test_a_process_that_stands_still_ends_the_others(data: Path, endings: dict[str, Ending], what: str) -> None:
+    """As in training. A process that waits sees the other one end, or ends by its own watchdog at that moment."""
+    given = overrides(data, data / what, "watchdog_seconds=10")
+    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", json.dumps(what), "data_pipeline", "latents"]
+    ending = run_ranks([[*words, *given]] * 2, [data / f"{what}-{rank}.log" for rank in range(2)], 300)
+    expected = [(1, 124), (124,)] if what == "asleep" else [(124,), (-9,)]
+    assert all(status in each for status, each in zip(ending.statuses, expected, strict=True)), ending
+    line = [line for line in ending.logs[expected.index((124,))].splitlines() if line.startswith("error")][-1]
+    place = "at: encoding .*; see" if what == "asleep" else "at: waiting for process 1; process 1 did"
+    assert re.search(f"stood still for [0-9]+ s, longer than watchdog_seconds=10, {place}", line)
+    assert "Traceback" not in "".join(ending.logs)
+    # What the others made stays.
+    assert LatentFolder(data / what, 32).missing(Manifest(data / "manifest"), 32) == [1, 3]
+
+
+def test_a_shard_that_one_process_cannot_read_ends_all_and_names_it(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    (data / "shards" / "00001.tar").unlink()
+    words = ["-m", "data_pipeline", "latents", *overrides(data, tmp_path / "latents")]
+    ending = run_ranks([words] * 2, [tmp_path / f"{rank}.log" for rank in range(2)], 300)
+    assert ending.statuses == [1, 1], ending
+    assert re.search(r"error: process 1: /\S*00001.tar: is not there; bring it back", ending.logs[1])
+    assert "error: process 0: lost the connection to process 1" in ending.logs[0]
 
 
 def test_only_old_drafts_of_other_machines_are_removed(data: Path, tmp_path: Path) -> None:
@@ -247,13 +298,15 @@ def test_bad_images_have_a_place_and_a_mark(tmp_path: Path, capsys: pytest.Captu
     data = write_data(tmp_path / "data")
     found = Manifest(data / "manifest")
     rows = found.rows(2)
-    with Path(found.shards[2]).open("r+b") as file:
-        file.seek(int(rows.offset[5]))
-        file.write(bytes(int(rows.size[5])))
+    overwrite(Path(found.shards[2]), int(rows.offset[5]), int(rows.size[5]))
     assert main(["latents", *overrides(data, tmp_path / "latents")]) == 0
     assert f"{SHARDS * COUNT} images, 1 of them bad" in capsys.readouterr().out
     shards = LatentShards(tmp_path / "latents", found, 32)
-    assert [row for row in range(COUNT) if shards.is_bad(2, row)] == [5]
+    out = torch.empty(shards.shape)
+    with pytest.raises(DecodeError, match="no latent: its image could not be decoded"):
+        shards.read(2, 5, out)
+    for row in (4, 6):
+        shards.read(2, row, out)
     moments = load_file(LatentFolder(tmp_path / "latents", 32).path_of(found, 2))["moments"]
     assert not moments[5].any()
     assert np.isfinite(moments).all()

@@ -19,7 +19,8 @@ def write_names(folder: Path, shards: list[list[str]]) -> Manifest:
         columns = {name: np.ones(len(uids)) for name in SAMPLE_SCHEMA.names}
         texts = {name: [""] * len(uids) for name in ("shard", "key", "caption")}
         table = pa.table({**columns, **texts, "uid": uids}).cast(SAMPLE_SCHEMA)
-        writer.add({"path": f"{number}.tar", "source": "drawn", "bytes": 1, "broken": "{}"}, table)
+        shard = {"path": f"{number}.tar", "source": "drawn", "bytes": 1024, "modified_ns": 0, "sha256": ""}
+        writer.add({**shard, "broken": "{}", "decoded": False}, table)
     writer.close()
     write_shards(folder, pa.Table.from_pylist(writer.rows, SHARD_SCHEMA))
     return Manifest(folder)

@@ -27,9 +27,9 @@ from data_pipeline.select.select import select
 from data_pipeline.select.selection import UNFINISHED_FILE, read_selection
 from data_pipeline.select.url_policy import url_problem
 from miniature.__main__ import main as miniature
+from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.data_schema import DataConfig, SourceConfig
-from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.data.captions import clean_caption
 from vdtrain.data.manifest import pair_uid
 from vdtrain.files import locked
@@ -429,14 +429,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 def own_settings(folder: Path) -> list[str]:
     """A table of one's own in a configuration of one's own, as docs/data.md says."""
     (folder / "conf" / "data").mkdir(parents=True)
-    (folder / "conf" / "data" / "own.yaml").write_text(
+    (folder / "conf" / "data" / "mine.yaml").write_text(
         "defaults: [laion2b_en_coyo700m, _self_]\n"
-        "name: own\n"
+        "name: mine\n"
         "sources:\n"
         "  own: {schema: table, metadata: '${data.root}/own', selected: '${data.root}/selected/own', "
         "shards: '${data.root}/shards/own'}\n"
     )
-    settings = [f"hydra.searchpath=[{folder}/conf]", "data=own", f"data.root={folder}"]
+    settings = [f"hydra.searchpath=[{folder}/conf]", "data=mine", f"data.root={folder}"]
     settings += ["~data.sources.laion2b_en", "~data.sources.coyo700m"]
     return [*settings, "data.select.rows_per_part=1000", "data.download.samples_per_shard=100"]
 
@@ -489,7 +489,7 @@ def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "stopped; run it again to continue\n"
+    assert errors == "stopped by Ctrl-C; run it again to continue\n"
     assert sorted(file.name for file in (tmp_path / "selected").iterdir()) == [".scratch.lock", "own"]
     assert [file.name for file in (tmp_path / "selected" / "own").iterdir()] == [UNFINISHED_FILE]
 

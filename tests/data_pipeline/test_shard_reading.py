@@ -15,9 +15,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.index.shard_reading import ORIENTATIONS, ShardError, read_shard
+from data_pipeline.index.shard_reading import ShardError, read_shard
 from tests.pairs import write_shard
 from vdtrain.data.manifest import pair_uid
+from vdtrain.data.members import ORIENTATIONS
 
 PLACES = (
     "at a member's boundary",
@@ -66,13 +67,22 @@ def cuts(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_shard_cut_short_is_refused(shard: Path, place: str) -> None:
+@pytest.mark.parametrize("downloaded", [True, False])
+def test_a_shard_cut_short_is_refused_and_only_a_download_of_ours_is_done_again(
+    shard: Path, place: str, downloaded: bool
+) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data[: cuts(shard)[place]])
-    with pytest.raises(
-        ShardError, match=r"000000\.tar: cut short; remove it and 000000_stats\.json, and download again"
-    ):
-        read_shard(shard, "drawn")
+    plan = shard.parent.with_name(shard.parent.name + ".plan.json")
+    remedy = r"replace it by a whole copy, or name its folder by data\.shards"
+    if downloaded:
+        plan.touch()
+        remedy = r"remove it and 000000_stats\.json, and download again"
+    try:
+        with pytest.raises(ShardError, match=rf"000000\.tar: cut short; {remedy}"):
+            read_shard(shard, "drawn")
+    finally:
+        plan.unlink(missing_ok=True)
 
 
 def test_a_shard_cut_at_any_block_or_byte_is_refused(tmp_path: Path, good: dict[str, bytes]) -> None:
@@ -195,7 +205,8 @@ def test_broken_samples_are_left_out_and_counted(shard: Path, good: dict[str, by
             "cut_header": {**good, "jpg": good["jpg"][:50]},
             "huge": {**good, "jpg": huge.getvalue()},
             "no_words": {**good, "txt": b" "},
-            "latin": {**good, "txt": "größe".encode("latin-1")},
+            "nothing": {**good, "txt": b"\r\n", "json": b"{}"},
+            "latin": {**good, "txt": "größe".encode("latin-1"), "json": b"{}"},
             "../escape": good,
             "/root": good,
             "": good,
@@ -205,21 +216,19 @@ def test_broken_samples_are_left_out_and_counted(shard: Path, good: dict[str, by
         },
     )
     reading = read_shard(shard, "drawn")
-    assert reading.samples["key"].to_pylist() == ["whole", "half_character"]
+    # Names are labels, never paths, and the JSON is not needed where there is a text.
+    whole = ["whole", "no_text", "no_words", "../escape", "/root", "list", "badexif", "half_character"]
+    assert reading.samples["key"].to_pylist() == whole
     assert reading.broken == {
-        "no txt member": 1,
-        "no jpg, no json member": 1,
+        "no image member": 1,
         "cannot be decoded: header": 2,
         "too many pixels": 1,
         "no caption": 1,
         "caption is not UTF-8": 1,
-        "unsafe name": 9,
-        "metadata is not a JSON object": 1,
-        "EXIF is not a JSON object": 1,
     }
 
 
-def test_repeated_keys_links_and_large_members_are_left_out(
+def test_links_and_large_members_are_left_out_and_repeated_keys_stay(
     tmp_path: Path, good: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "odd.tar"
@@ -233,8 +242,8 @@ def test_repeated_keys_links_and_large_members_are_left_out(
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     reading = read_shard(path, "drawn")
-    assert reading.samples["key"].to_pylist() == ["one", "two"]
-    assert reading.broken == {"repeated key": 1, "repeated member": 1, "too many bytes": 1, "not a regular file": 1}
+    assert reading.samples["key"].to_pylist() == ["one", "two", "one", "three"]
+    assert reading.broken == {"no caption": 1, "too many bytes": 1, "not a regular file": 1}
 
 
 def test_a_image_damaged_behind_its_header_is_found_by_decoding(shard: Path, good: dict[str, bytes]) -> None:
@@ -258,7 +267,7 @@ def test_the_name_that_select_gave_is_kept(shard: Path, good: dict[str, bytes]) 
     assert uids == {
         "kept": names["kept"],
         **dict.fromkeys(("foreign", "upper", "none"), made),
-        "no_url": pair_uid("drawn", hashlib.sha256(good["jpg"]).hexdigest(), good["txt"].decode()),
+        "no_url": pair_uid("drawn", f"no_url {hashlib.sha256(good['jpg']).hexdigest()}", good["txt"].decode()),
     }
 
 

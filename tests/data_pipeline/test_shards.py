@@ -112,6 +112,12 @@ def test_an_attempt_that_lost_a_file_is_not_brought_back(tmp_path: Path) -> None
         ("redirect to private address", "address refused", False),
         ("opted out: X-Robots-Tag noai", "opted out", False),
         ("image too small", "image too small", False),
+        ("'ascii' codec can't encode character '\\xfc' in position 12", "address that cannot be sent", False),
+        ("unknown content encoding", "damaged or unknown content encoding", False),
+        ("HTTP Error 300: Multiple Choices", "HTTP 300", False),
+        ("[Errno 24] Too many open files: 'x'", "Too many open files", False),
+        ("anything 17", "other (see error_message)", False),
+        ("anything 18", "other (see error_message)", False),
     ],
 )
 def test_reasons(message: str, name: str, transient: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.select.sources import SCHEMAS, FileColumns, find_columns, metadata_files, read_columns
+from data_pipeline.select.metadata_files import metadata_files
+from data_pipeline.select.sources import SCHEMAS, FileColumns, find_columns, read_columns
 from vdtrain.config.compose import ConfigError
 
 LAION = {"URL": pa.string(), "TEXT": pa.string(), "similarity": pa.float64()}
@@ -158,6 +160,53 @@ def test_text_that_is_no_utf8_is_read_with_marks(tmp_path: Path) -> None:
     assert columns["caption"].to_pylist() == ["caf\ufffd", "ok"]
 
 
+URLS = ["http://a.org/1", None]
+TYPED: dict[str, tuple[pa.Array, list[Any]]] = {
+    "string_view": (pa.array(URLS, pa.string_view()), URLS),
+    "binary_view": (pa.array([b"http://a.org/1", None], pa.binary_view()), URLS),
+    "large_string": (pa.array(URLS, pa.large_string()), URLS),
+    "large_binary": (pa.array([b"http://a.org/1", None], pa.large_binary()), URLS),
+    "dictionary of large_string": (pa.array(URLS, pa.large_string()).dictionary_encode(), URLS),
+    "dictionary of binary": (pa.array([b"http://a.org/1", None]).dictionary_encode(), URLS),
+}
+LARGE = 2**64 - 3
+MOST = 2**53
+NUMBERS: dict[str, tuple[pa.Array, list[Any], list[Any], list[Any]]] = {
+    # As a hash, a width and a score.
+    "uint64": (pa.array([LARGE, 7], pa.uint64()), [-3, 7], [None, 7], [float(LARGE), 7.0]),
+    "int64": (pa.array([-3, None]), [-3, None], [None, None], [-3.0, None]),
+    "decimal": (pa.array([Decimal(LARGE), Decimal(7)]), [-3, 7], [None, 7], [float(LARGE), 7.0]),
+    "decimal beyond 64 bits": (pa.array([Decimal(10) ** 30, None]), [None, None], [None, None], [1e30, None]),
+    "decimal with a fraction": (pa.array([Decimal("0.25"), Decimal("-1")]), [0, -1], [0, None], [0.25, -1.0]),
+    "bool": (pa.array([True, None]), [1, None], [1, None], [1.0, None]),
+    "float": (pa.array([MOST + 2.0, -7.0]), [None, -7], [None, None], [MOST + 2.0, -7.0]),
+    "not finite": (pa.array([float("inf"), float("nan")]), [None] * 2, [None] * 2, [None] * 2),
+    "beyond float32": (pa.array([1e300, -1e300]), [None] * 2, [None] * 2, [None] * 2),
+    "float16": (pa.array([0.5, None], pa.float16()), [0, None], [0, None], [0.5, None]),
+    "dictionary": (pa.array([Decimal("0.5"), None]).dictionary_encode(), [0, None], [0, None], [0.5, None]),
+    "null": (pa.nulls(2), [None] * 2, [None] * 2, [None] * 2),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_text_of_every_type(tmp_path: Path, name: str) -> None:
+    values, expected = TYPED[name]
+    pq.write_table(pa.table({"url": values, "caption": values}), tmp_path / "a.parquet")
+    _, columns = read(tmp_path / "a.parquet", "table")
+    assert columns["url"].to_pylist() == columns["caption"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_every_type(tmp_path: Path, name: str) -> None:
+    values, hashes, sizes, scores = NUMBERS[name]
+    columns = {"url": ["u"] * 2, "caption": ["c"] * 2, "hash": values, "width": values, "punsafe": values}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    _, found = read(tmp_path / "a.parquet", "table")
+    assert found["hash"].to_pylist() == hashes
+    assert found["metadata_width"].to_pylist() == sizes
+    assert found["punsafe"].to_pylist() == pa.array(scores, pa.float32()).to_pylist()
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -169,6 +218,10 @@ def test_text_that_is_no_utf8_is_read_with_marks(tmp_path: Path) -> None:
         ({"url": ["x"], "URL": ["x"], "text": ["x"]}, "has url and URL; leave one of them"),
         ({"url": [1], "text": ["x"]}, "column url is of type int64, text expected"),
         ({"url": ["x"], "text": ["x"], "punsafe": ["0.5"]}, "column punsafe is of type string, numbers expected"),
+        (
+            {"url": ["x"], "text": ["x"], "width": [1], "WIDTH": [2]},
+            "has width and WIDTH; leave one of them, or name one",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, table: dict[str, list[Any]], message: str) -> None:

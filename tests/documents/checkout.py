@@ -65,6 +65,8 @@ def _shrink(conf: Path) -> None:
     _change(conf / "data" / "laion2b_en_coyo700m.yaml", allow_loopback=True, **processes, **shards)
     cache = {"latent_cache.batch_size": 4, "latent_cache.resolutions": [256]}
     _change(conf / "data" / "laion2b_en_coyo700m.yaml", **cache)
+    own = conf / "data" / "own.yaml"
+    _write(own, OmegaConf.merge(OmegaConf.load(own), {"pack": {"processes": 1, "samples_per_shard": 10}}))
     drawn = {"shapes.images": 48, "shapes.port": free_port(), "download.samples_per_shard": 20}
     _change(conf / "data" / "shapes.yaml", **drawn)
     miniature = {"stage.global_batch_size": BATCH, "log_every_steps": 1}
@@ -86,7 +88,13 @@ def _without_files(node: Any) -> Any:
 
 # Of a script: form of a number -> what stands there instead, and how often it is found.
 SCRIPTS = {
-    "demo.sh": {r'"\d+ \d+"': (f'"{BATCH} {BATCH}"', 6), r"samples=\d+": ("samples=8", 2), r"steps=25": ("steps=2", 1)},
+    "demo.sh": {
+        r'"\d+ \d+"': (f'"{BATCH} {BATCH}"', 6),
+        r"samples=\d+": ("samples=8", 2),
+        r"steps=(25|10)": ("steps=2", 2),
+        # A few of some dozens of pairs.
+        r"share=0\.05": ("share=0.3", 1),
+    },
     "demo_report.py": {r"= 64, 25, 3\.0": ("= 64, 2, 3.0", 1)},
     "gallery.sh": {r"steps=25": ("steps=2", 1)},
 }

@@ -43,7 +43,8 @@ class Command:
     @property
     def mention(self) -> bool:
         """Whether only a program or a command is named, or a form with gaps, and nothing is there to be typed."""
-        named = rf"(?:{PROGRAMS})|vdtrain \w+(?: import| export)?|python -m [\w.]+(?: \w+)?|scontrol [\w ]+|scancel"
+        named = rf"(?:{PROGRAMS})|vdtrain \w+(?: import| export| push)?|python -m [\w.]+(?: \w+)?"
+        named += r"|scontrol [\w ]+|scancel"
         return self.inline and bool(
             re.fullmatch(named, self.text) or re.search(r"\.\.\.|\b[A-Z]{2,}\b(?!=)", self.text)
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from miniature.image_set import write_image_set
-from miniature.shapes import Scene, draw
+from miniature.shapes import Scene, caption, draw, sample_scene
 from tests.hub import Hub
-from tests.pairs import write_pairs
 from tests.weights.published import compvis_whole, write_diffusers
 from tests.weights.small import weights
 from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus, whole
@@ -26,6 +28,8 @@ from vdtrain.weights.imports import ADDRESSES
 from vdtrain.weights.versatile_diffusion import to_released
 
 IMAGES, PIXELS = 20, 256
+# Repository -> the folder of its tables.
+METADATA = {"datasets/laion/relaion2B-en-research-safe": ".", "datasets/kakaobrain/coyo-700m": "data"}
 
 
 def write_hub(folder: Path) -> None:
@@ -77,16 +81,14 @@ def write_judges(folder: Path) -> None:
 
 
 def write_data(root: Path, images: Path, port: int) -> None:
-    """Metadata of both sets, whose images a server at `port` has; lists; pairs for evaluation; images to vary."""
+    """Metadata, whose images a server at `port` has; lists; pairs for evaluation; images to vary."""
     write_image_set(ShapesConfig(folder=str(images), images=IMAGES, pixels=PIXELS, seed=0, port=port))
-    for source in ("laion2b_en", "coyo700m", "mine"):
-        (root / "data" / "metadata" / source).mkdir(parents=True)
-        table = images / f"{'laion2b_en' if source == 'mine' else source}.parquet"
-        shutil.copy(table, root / "data" / "metadata" / source / "part-00000.parquet")
+    (root / "data/metadata/mine").mkdir(parents=True)
+    shutil.copy(images / "laion2b_en.parquet", root / "data/metadata/mine/part-00000.parquet")
     (root / "lists").mkdir()
     (root / "lists" / "takedowns.txt").write_text("http://example.org/a.jpg\n")
     (root / "lists" / "hotline.txt").write_text("0123456789abcdef0123456789abcdef\n")
-    write_pairs(root / "data" / "coco")
+    write_own(root)
     for name, shape in (("star", "star"), ("circle", "circle"), ("square", "square"), ("image", "circle")):
         Image.fromarray(draw(Scene(shape, "red"), 64)).save(root / f"{name}.png")
     for copy in ("a", "b", "my (1)"):
@@ -96,7 +98,38 @@ def write_data(root: Path, images: Path, port: int) -> None:
     mask.rotate(90).save(root / "left.png")
 
 
+def write_own(root: Path) -> None:
+    """Images with captions beside them, a table of some of them, and COCO's captions."""
+    generator = np.random.default_rng(0)
+    for folder in ("photos", "coco/val2017", "coco/annotations"):
+        (root / folder).mkdir(parents=True)
+    rows, images, annotations = [["filepath", "title"]], [], []
+    for number in range(IMAGES):
+        scene = sample_scene(generator)
+        text, name = caption(scene, generator), f"{number:012d}.jpg"
+        Image.fromarray(draw(scene, 2 * PIXELS)).save(root / "photos" / name)
+        (root / "photos" / name).with_suffix(".txt").write_text(text)
+        rows.append([f"photos/{name}", text])
+        (root / "coco/val2017" / name).hardlink_to(root / "photos" / name)
+        images.append({"id": number, "file_name": name})
+        annotations += [{"id": 5 * number + each, "image_id": number, "caption": text} for each in range(5)]
+    with (root / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    document = {"images": images, "annotations": annotations}
+    (root / "coco/annotations/captions_val2017.json").write_text(json.dumps(document))
+
+
+def write_metadata(folder: Path, images: Path) -> None:
+    """The metadata of both sets as repositories of the hub, `folder`/datasets/ORG/REPO."""
+    for (repository, place), source in zip(METADATA.items(), ("laion2b_en", "coyo700m"), strict=True):
+        file = folder / repository / place / "part-00000.snappy.parquet"
+        file.parent.mkdir(parents=True)
+        shutil.copy(images / f"{source}.parquet", file)
+        (folder / repository / "README.md").write_text("a card\n")
+
+
 def published_hub(folder: Path) -> Hub:
     """`folder`/hub, every repository at the commit that is built in, and the images of `folder`/images."""
     matches = [ADDRESS.fullmatch(address) for address in ADDRESSES.values()]
-    return Hub(folder / "hub", {match[1]: match[3] for match in matches if match}, folder / "images")
+    commits = {match[1]: match[3] for match in matches if match} | dict.fromkeys(METADATA, "0" * 40)
+    return Hub(folder / "hub", commits, folder / "images")

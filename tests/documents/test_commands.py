@@ -142,12 +142,12 @@ def test_the_documents_show_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*.sh")]), ids=lambda path: path.name
+    "script", sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/**/*.sh")]), ids=lambda path: path.name
 )
 def test_the_head_of_a_script_says_how_that_script_is_called(script: Path) -> None:
     path = str(script.relative_to(ROOT))
-    typed = r"^# +(?:bash |sbatch (?:\[SBATCH OPTIONS\] )?)?((?:slurm|examples)/\w+\.sh)\b"
+    typed = r"^# +(?:bash |sbatch (?:\[SBATCH OPTIONS\] )?)?((?:slurm|examples)/[\w/]+\.sh)\b"
     called = re.findall(typed, script.read_text(), re.MULTILINE)
     # Those that only others source, and the demo, which make calls.
-    assert called or path in ("slurm/env.sh", "slurm/job.sh", "examples/demo.sh")
+    assert called or path in ("slurm/env.sh", "slurm/common.sh", "slurm/job.sh", "examples/demo.sh")
     assert set(called) <= {path}

@@ -13,18 +13,26 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.documents.checkout import make_checkout
 from tests.documents.commands import PAGES, Command, of_helps, of_page, yaml_of_page
-from tests.documents.published import published_hub, write_data, write_downloads, write_hub, write_judges
+from tests.documents.published import (
+    published_hub,
+    write_data,
+    write_downloads,
+    write_hub,
+    write_judges,
+    write_metadata,
+)
+from tests.pairs import write_shard
 from tests.programs import install, program, server, wait_until_ready
 
 SECONDS = 300
-# Data come first, as for a user, and the log repeats what the others show.
-FIRST, LAST = ("docs/data.md", "README.md"), ("docs/log.md",)
+# Data come first, as for a user. Fine-tuning begins with commands of docs/weights.md. The log repeats what others show.
+FIRST, LAST = ("docs/data.md", "README.md"), ("docs/finetune.md", "docs/log.md")
 ORDER = (*FIRST, *(page for page in PAGES if page not in (*FIRST, *LAST)), *LAST)
 SCRIPTS = (Command("examples/gallery.sh", 1, "bash examples/gallery.sh"),)
 GPU = "GPU"
@@ -44,7 +52,7 @@ STAND_INS = (
     StandIn(r"--device cuda\b", "--device cpu", GPU),
     StandIn(r"--nproc-per-node=8\b", "--nproc-per-node=2", GPU),
     # Sizes.
-    StandIn(r"\bsamples=200\b", "samples=4"),
+    StandIn(r"\bsamples=(200|5000)\b", "samples=4"),
     StandIn(r"\bsteps=25\b", "steps=2"),
     StandIn(r"\b(ranks|gpus)=\d+", r"\1=2"),
     StandIn(r"\bprocesses=32\b", "processes=2"),
@@ -55,27 +63,57 @@ STAND_INS = (
 
 JOBS = "tests/slurm/test_jobs.py::"
 CURRICULUM = f"{JOBS}test_the_curriculum_runs_to_its_end"
+AUDIO = "tests/training/test_audio_example.py::test_every_step_of_the_page"
 # Form of a command -> the test that runs it.
 ELSEWHERE = {
     r"make test": ".ci/run",
+    r"python -m data_pipeline select 'data\.sources\.\w+\.columns=.*": "tests/data_pipeline/test_metadata_files.py::"
+    "test_columns_are_named_by_a_setting",
+    r"pip install 'vdtrain\[\w+\]'": "tests/test_packaging.py::test_messages_name_extras_that_have_the_package",
+    r"source \.venv/bin/activate": "tests/test_packaging.py::test_the_environment_is_activated",
+    r"vdtrain app( .*)?": "tests/app/test_app.py::test_a_text_becomes_an_image_that_the_command_line_makes_again",
     r"make (lint|test-slow)": ".github/workflows/ci.yml",
+    r"make counts": "tests/training/test_plan.py::test_every_count_is_that_of_a_dry_run",
+    r"vdtrain weights push .*private=true": "tests/weights/test_push.py::test_a_push_sends_the_export_and_nothing_else",
     r"make golden": "tests/golden_losses/test_golden_losses.py::test_losses_are_those_recorded",
     r"make rehearsal|python benchmarks/rehearsal\.py .*": "tests/test_rehearsal.py::"
     "test_the_whole_road_with_the_tiny_model",
+    r"make drill|python -m tests\.drill.*": "tests/drill/test_drill.py::test_twenty_random_kills_lose_nothing",
     r"python benchmarks/train_step\.py( .*)?": "tests/benchmarks/test_train_step.py::test_contestants_do_the_same_work",
     r"(DEVICE=cpu )?bash benchmarks/gpu(_wheels)?\.sh": "tests/benchmarks/test_gpu.py::test_all_parts",
+    r"slurm/all\.sh.*|sbatch slurm/(select_metadata|index_shards)\.sh": "tests/slurm/test_chain.py::"
+    "test_a_chain_leads_from_metadata_to_a_picture",
     r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,
     r"sbatch .*slurm/download_shards\.sh.*": f"{JOBS}test_an_array_downloads_every_part_once",
     r"sbatch .*slurm/(evaluate|precompute_latents)\.sh.*": f"{JOBS}test_latents_and_measures_are_made_on_every_node",
     r"(scontrol update|scancel) .*": f"{JOBS}test_a_job_out_of_the_queues_hands_saves_and_stays_ended",
+    r"python examples/(evaluate_stable_diffusion|paper_table)\.py .*": "tests/evaluation/test_examples.py::"
+    "test_a_rival_from_prompts_to_the_table",
+    r"vdtrain weights import all.*": "tests/weights/test_import_all.py::"
+    "test_all_come_from_one_folder_and_are_skipped_when_they_are_there",
+    r"vdtrain evaluate (images|captions)=.*": "tests/evaluation/test_given.py::"
+    "test_images_of_another_program_with_prompts_of_their_own",
     r"vdtrain status .*watch=\d+": "tests/test_status.py::test_watching_looks_again_until_interrupted",
+    r"vdtrain train .*nnodes=.*": "tests/training/test_own_processes.py::test_two_nodes_meet",
+    r"vdtrain train .*lora\.rank=.*": "tests/training/test_training_choices.py::"
+    "test_a_stopped_run_with_adapters_and_every_choice_ends_with_the_bits_of_one_that_was_not_stopped",
+    r"python examples/finetune_lora\.py .*": "tests/test_finetune_lora.py::"
+    "test_the_example_trains_exports_and_measures",
+    r"vdtrain train .*data\.stream=webdataset .*": "tests/training/test_webdataset.py::"
+    "test_a_stage_from_a_web_server_on_two_ranks_from_start_over_resume_to_end",
+    r"vdtrain train .*(samples|validation)\.every=.*": "tests/training/test_watching.py::"
+    "test_a_run_as_typed_its_status_and_its_evaluation",
+    r"vdtrain compare .*": "tests/report/test_compare.py::test_samples_are_compared_from_the_command_to_the_result",
+    r"(python -m examples\.audio\.\w+|vdtrain|python -m data_pipeline) .*demo/audio/.*|"
+    r"python -m data_pipeline index data=tones .*|from vdtrain\.pipeline import [\s\S]*demo/audio/[\s\S]*": AUDIO,
+    r"MODALITY_FIGURES\[.*": "tests/training/test_audio_example.py::test_the_page_shows_the_example_as_it_is",
     r"class SoundStream\(PairStream\):[\s\S]*": "tests/training/test_third_modality.py::"
     "test_the_page_shows_the_example_as_it_is",
 }
 
 # What a mark may say a command needs -> the form that such a command has. It is not run.
 OUT_OF_REACH = {
-    "the internet": r"https?://|\buv (venv|pip|lock)\b",
+    "the internet": r"https?://|\buv (venv|pip|lock)\b|^pip install|^(docker|apptainer) ",
     "a cluster": r"cluster=\S+:\d+",
     "root": r"^apt-get ",
 }
@@ -87,32 +125,47 @@ DEFAULTS = {
     "output": "",
     "runs_dir": "runs",
     "run_dir": "{runs_dir}/{stage}",
+    "data.root": "data/own",
 }
 GETS: Mapping[str, tuple[str, ...]] = {
-    r"make demo( DEMO_LENGTH=short)?": ("demo/runs-short/losses.png", "demo/runs-short/samples.png"),
+    r"make demo( DEMO_LENGTH=short)?": tuple(
+        f"demo/runs-short/{name}" for name in ("losses.png", "samples.png", "report.html")
+    ),
     r"make demo DEMO_LENGTH=long": ("demo/runs-long/losses.png", "demo/runs-long/samples.png"),
     r"bash examples/gallery\.sh": tuple(
         f"demo/gallery/{name}"
         for name in ("edit/2/0000.png", "image-to-text/captions.txt", "multi-context/0003.png", "focus/1/0000.png")
     ),
+    r"hf download laion/.*": ("data/metadata/laion2b_en/part-*.parquet",),
+    r"hf download kakaobrain/.*": ("data/metadata/coyo700m/data/part-*.parquet",),
     r".*data_pipeline select .*data=mine.*": ("data/selected/mine/selection.json",),
     r".*data_pipeline select.*": ("data/selected/laion2b_en/00000.parquet", "data/selected/coyo700m/selection.json"),
     r".*data_pipeline download.*": ("data/shards/laion2b_en/00000/*.tar", "data/shards/coyo700m/00000.plan.json"),
+    r".*data_pipeline pack .*data=coco2017": (
+        "data/coco2017/manifest/shards.parquet",
+        "data/coco2017/packed/references.jsonl",
+    ),
+    r".*data_pipeline pack .*": ("{data.root}/packed/000000.tar", "{data.root}/packed/plan.parquet"),
+    r".*data_pipeline index data=own .*": ("{data.root}/manifest/shards.parquet",),
     r".*data_pipeline index data=shapes": ("demo/data/manifest/shards.parquet",),
     r".*data_pipeline index.*": ("data/manifest/shards.parquet", "data/manifest/samples-00000.parquet"),
+    r".*data_pipeline inspect data/own/manifest": ("data/own/inspect.png",),
     r".*data_pipeline inspect.*": ("data/inspect.png",),
+    r".*data_pipeline latents .*data=own.*": ("data/own/latents/512/latents.json",),
     r".*data_pipeline latents .*data=shapes.*": ("demo/data/latents/64/latents.json",),
     r".*data_pipeline latents .*latent_cache\.folder=.*": ("{data.latent_cache.folder}/256/latents.json",),
     r".*data_pipeline latents.*": ("data/latents/256/latents.json", "data/latents/256/*.safetensors"),
     r"python benchmarks/latents\.py.*": ("benchmarks/results/latents*.json",),
     r"(vdtrain sample|vdtrain blend) .*(to-text|output=text)\b.*": ("{output_dir}/captions.txt",),
-    r"(vdtrain sample|vdtrain blend|vdtrain edit) .*": ("{output_dir}/0000.png",),
+    r"(\.venv/bin/)?(vdtrain sample|vdtrain blend|vdtrain edit) .*": ("{output_dir}/0000.png",),
     r".*vdtrain evaluate.*": ("{output_dir}/metrics.json",),
     r"(torchrun .*-m vdtrain[. ]train|vdtrain train) (?!.*--cfg).*": (
         "{run_dir}/checkpoints/latest",
         "{run_dir}/*.jsonl",
     ),
-    r"vdtrain bench .*": ("{output}",),
+    r"vdtrain (bench|report) .*output=.*": ("{output}",),
+    r"vdtrain report demo/runs-short": ("demo/runs-short/report.html",),
+    r"vdtrain report .*": ("runs/*/report.html",),
     r"vdtrain weights import stable_diffusion.*": ("weights/stable_diffusion_v1/weights.json",),
     r"vdtrain weights import image_vae.*": ("weights/kl-f8.safetensors",),
     r"vdtrain weights import text_vae.*": ("weights/optimus-vae.safetensors",),
@@ -128,15 +181,19 @@ GETS: Mapping[str, tuple[str, ...]] = {
 
 # Form of a command -> what it prints.
 SAYS = {
+    r"make install": r"^$|Nothing to be done",
     r"make help": r"(?m)^demo +the whole curriculum",
-    r"vdtrain (train|latents) .*--cfg job": r"^stage:\n",
+    r"vdtrain (train|latents) .*--cfg job": r"(?m)^stage:$",
     r"vdtrain plan .*format=json": r"^\s*[\[{]",
+    r"vdtrain plan curriculum.*": r"all stages",
     r"vdtrain plan.*": r"micro.batch",
+    r"vdtrain weights push .*dry_run=true": r"nothing was sent",
     r"vdtrain preflight.*": r"(?m)^ok|can be trained|ready",
     r"vdtrain status.*": r"stage1_single_flow|stage3_four_flow",
     r"tail .*": r"started",
     r"vdtrain weights --help": r"hf:",
-    r"(vdtrain|python -m data_pipeline) --help": r"Commands:",
+    r"(\.venv/bin/vdtrain|vdtrain|python -m data_pipeline) --help": r"Commands:",
+    r"vdtrain --version": r"^vdtrain \d",
     r"(export )?\w+=.*": r"^$",
     r"from vdtrain[\s\S]*": r"^$",
 }
@@ -238,9 +295,12 @@ class Walk:
             (self.root / file.name).hardlink_to(file)
         write_judges(folder / "judges")
         write_data(self.root, folder / "images", web.port)
+        write_metadata(folder / "hub", folder / "images")
         (self.root / "my/conf/data").mkdir(parents=True)
         (options,) = yaml_of_page("docs/data.md")
         (self.root / "my/conf/data/mine.yaml").write_text(options)
+        (self.root / "my/shards").mkdir()
+        write_shard(self.root / "my/shards/000000.tar", 8, seed=0)
         install(self.root / ".venv" / "bin", address)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")},
@@ -279,7 +339,10 @@ class Walk:
         words = setting_words(text)
         files = expected_files(command, words)
         if re.match(r"vdtrain (sample|blend|edit|weights) ", text):
-            self._remove(*files)
+            # Samples would be numbered on, and a model card would not be replaced.
+            numbered = [file.replace("/0000.", "/[0-9]*.") for file in files if "/0000." in file]
+            cards = [file.replace(".pth", ".README.md") for file in files if file.endswith(".pth")]
+            self._remove(*files, *numbered, *cards)
         began = time.monotonic()
         if command.language == "python":
             typed = [str(self.root / ".venv/bin/python"), "-c", text]
@@ -304,14 +367,10 @@ class Walk:
         if page == "docs/data.md":
             # README says that these are imported first; docs/weights.md, whose commands they are, does it again.
             imports = [command.text for command in of_page("docs/weights.md") if FIRST_IMPORTS.match(command.text)]
-            done = subprocess.run(
-                ["bash", "-c", "\n".join(["set -e", *imports[:6]])],
-                cwd=self.root,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            self._type(imports[:6])
+        if page == "docs/finetune.md":
+            # Its own index was run with docs/data.md, which then indexes other shards.
+            self._type([command.text for command in of_page(page) if "data_pipeline index" in command.text])
         if page == "docs/settings.md":
             shutil.copytree(self.root / "runs" / "stage1_single_flow", self.root / "runs" / "lr=1e-4", symlinks=True)
         if page == "docs/weights.md":
@@ -322,13 +381,24 @@ class Walk:
                 (weights / file.name).unlink(missing_ok=True)
                 (weights / file.name).hardlink_to(file)
 
+    def _type(self, lines: Sequence[str]) -> None:
+        """Run commands again that have been tested already."""
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(["set -e", *lines])],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def _remove(self, *patterns: str) -> None:
         """Take away what a command makes, the whole folder that a pattern's first file is in if it is a model's."""
         for path in [path for pattern in patterns for path in self.root.glob(pattern)]:
             if path.name in ("weights.json", "model_index.json"):
                 shutil.rmtree(path.parent)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _aside(self, command: Command) -> Iterator[None]:

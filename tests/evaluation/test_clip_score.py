@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from miniature.shapes import caption, draw, sample_scene
+from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
-from vdtrain.config.schema import ClipConfig, ModelConfig, TrainConfig
+from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.evaluation.scores import ClipScorer, check_clip, clip_scores
 from vdtrain.models.frozen import build_frozen
 

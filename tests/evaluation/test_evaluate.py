@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.pairs import all_samples, write_pairs
 from tests.programs import run_ranks
 from vdtrain import progress
 from vdtrain.commands.evaluate import main as evaluate
+from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import EvaluateConfig, TrainConfig
+from vdtrain.config.schema import TrainConfig
 from vdtrain.data.stream import PairStream
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.pairs import Pairs
@@ -98,8 +105,10 @@ def whole(folder: Path) -> dict[str, Any]:
 def test_every_flow_gets_its_figures(folder: Path, whole: dict[str, Any]) -> None:
     assert list(whole["flows"]) == FLOWS
     for flow, figures in whole["flows"].items():
-        expected = {"samples", "clip_score"} | ({"clip_distance"} if flow.endswith("image") else set())
-        assert set(figures) == expected
+        own = {"clip_distance", "clip_kid", "clip_precision", "clip_recall"}
+        if flow.endswith("text"):
+            own = {"bleu", "cider", "distinct_1", "distinct_2"}
+        assert set(figures) == {"samples", "clip_score"} | own
         assert 0 <= figures["clip_score"]["mean"] <= 100
     # The tiny CLIP knows these pairs, and an untrained diffuser does not.
     assert whole["pairs"]["clip_score"]["mean"] > 60
@@ -116,6 +125,9 @@ def test_there_is_something_to_look_at(folder: Path, whole: dict[str, Any]) -> N
             assert sheet.width > 2 * sheet.height / 2
     captions = (folder / "whole" / "image-to-text.txt").read_text().splitlines()
     assert len(captions) == SAMPLES
+    named = [json.loads(line) for line in (folder / "whole" / "image-to-text.jsonl").read_text().splitlines()]
+    assert [each["caption"] for each in named] == captions
+    assert len({each["file_name"] for each in named}) == SAMPLES
 
 
 def test_what_is_there_is_not_made_again(folder: Path, whole: dict[str, Any]) -> None:
@@ -140,6 +152,24 @@ def test_what_is_there_is_not_made_again(folder: Path, whole: dict[str, Any]) ->
     assert len(list(parts.iterdir())) == 9
 
 
+def test_a_folder_of_an_earlier_version_is_gone_on_with(folder: Path, whole: dict[str, Any]) -> None:
+    """Its parts know no names. They are taken as they are, until images are to be kept."""
+    shutil.copytree(folder / "whole", folder / "old")
+    for path in (folder / "old" / "parts").iterdir():
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = file.metadata()
+        lists = json.loads(metadata["captions"])
+        assert lists.pop("name")
+        save_file(tensors, path, metadata | {"captions": json.dumps(lists)})
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "old" / "parts").iterdir()}
+    assert evaluate(settings(folder, "old")) == 0
+    assert metrics(folder, "old")["flows"] == whole["flows"]
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert evaluate(settings(folder, "old", "flows=[text-to-image]", "keep_images=true")) == 0
+    assert len(list((folder / "old" / "images" / "text-to-image").glob("*.png"))) == SAMPLES
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same figures, but for rounding in batches of another size."""
     assert found["pairs"]["clip_score"] == pytest.approx(expected["pairs"]["clip_score"], rel=1e-4)
@@ -147,6 +177,28 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert figures["clip_score"] == pytest.approx(expected["flows"][flow]["clip_score"], rel=1e-2, abs=0.1)
         if "clip_distance" in figures:
             assert figures["clip_distance"] == pytest.approx(expected["flows"][flow]["clip_distance"], rel=1e-2)
+
+
+def test_scales_of_guidance_make_a_curve(folder: Path) -> None:
+    """Each scale is measured as by itself, and a further scale is added to those that are there."""
+    given = ["flows=[text-to-image,image-to-text]", "samples=6"]
+    assert evaluate(settings(folder, "curve", *given, "guidance_scales=[3,1]")) == 0
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "curve" / "parts").iterdir()}
+    assert evaluate(settings(folder, "curve", *given, "guidance_scales=[3,1,7.5]")) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    curve = json.loads((folder / "curve" / "curve.json").read_text())
+    assert {flow: [point["guidance_scale"] for point in points] for flow, points in curve.items()} == {
+        "text-to-image": [1, 3, 7.5],
+        "image-to-text": [1, 3, 7.5],
+    }
+    with Image.open(folder / "curve" / "curve.png") as plot:
+        assert plot.width > plot.height > 300
+    assert evaluate(settings(folder, "at-three", *given, "guidance_scale=3")) == 0
+    alone, among = metrics(folder, "at-three")["flows"], metrics(folder, "curve")["flows"]
+    assert {f"{flow}-guidance-3": figures for flow, figures in alone.items()}.items() <= among.items()
+    point = curve["text-to-image"][1]
+    assert point["clip_score"] == alone["text-to-image"]["clip_score"]["mean"]
+    assert point["clip_distance"] == alone["text-to-image"]["clip_distance"]
 
 
 def report_at_once(_: None) -> None:
@@ -163,6 +215,35 @@ def stop_after_writing(_: None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     Parts.write = write_and_stop  # type: ignore[method-assign]
+
+
+def stand_still(what: str) -> None:
+    """Let the second process stand still when it has made its first part: asleep, or stopped and killed in the end."""
+
+    def hang(self: Parts, *given: Any) -> None:
+        if what == "stopped":
+            subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(3600)
+
+    if os.environ["RANK"] == "1":
+        Parts.write = hang  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["asleep", "stopped"])
+def test_a_process_that_stands_still_ends_the_others(folder: Path, whole: dict[str, Any], what: str) -> None:
+    given = settings(folder, what, "flows=[text-to-text]", "watchdog_seconds=8")
+    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", json.dumps(what), "vdtrain", "evaluate", *given]
+    ending = run_ranks([words] * 2, [folder / f"{what}-{rank}.log" for rank in range(2)], 300)
+    # The process that waits sees the other one end, or ends by its own watchdog at the same moment.
+    expected = [(1, 124), (124,)] if what == "asleep" else [(124,), (-9,)]
+    assert all(status in each for status, each in zip(ending.statuses, expected, strict=True)), ending
+    line = [line for line in ending.logs[expected.index((124,))].splitlines() if line.startswith("error")][-1]
+    place = (
+        "at: (pairs|text-to-text) of part 1; see" if what == "asleep" else "at: waiting for process 1; process 1 did"
+    )
+    assert re.search(f"stood still for [0-9]+ s, longer than watchdog_seconds=8, {place}", line)
+    assert "Traceback" not in "".join(ending.logs)
 
 
 def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole: dict[str, Any]) -> None:
@@ -210,9 +291,12 @@ def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.Cap
     flows = [Flow("sound", "text"), Flow("image", "sound")]
     write_checkpoint(folder / "sounding", flows, conf, "model=tiny_with_sound")
     more = [conf, "data=shapes_with_sound", f"checkpoint={folder}/sounding", "flows=[text-to-sound,sound-to-image]"]
+    more.append("trust=[tests.third_modality]")
     assert evaluate(settings(folder, "sound", *more, "samples=4")) == 0
     assert "text-to-sound is skipped: no metric is known for the modality 'sound'" in capsys.readouterr().err
-    assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {"samples", "clip_distance"}
+    assert set(metrics(folder, "sound")["flows"]["sound-to-image"]) == {
+        *("samples", "clip_distance", "clip_kid", "clip_precision", "clip_recall")
+    }
 
 
 def test_every_image_takes_part_once_cropped_at_its_centre(folder: Path) -> None:
@@ -239,6 +323,9 @@ def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("mistake", "line"),
     [
+        ("prompts=a.txt", "prompts=a.txt: belongs to images=FOLDER"),
+        ("real_images=nowhere", "real_images=nowhere: no such folder"),
+        ("guidance_scales=[2,2]", "guidance_scales=[2.0, 2.0]: name each scale once"),
         ("samples=1", "samples=1: must be at least 2"),
         ("samples=25", "samples=25: data.manifest={folder}/data/manifest has 24 pairs; set samples=24"),
         ("part_samples=0", "part_samples=0: must be at least 1"),
@@ -259,7 +346,7 @@ def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
         ("fid.reference=stats.npz", "fid.reference=stats.npz: needs fid.weights"),
         ("clip.architecture=ViT-B-32-quickgelu", "clip.weights: null"),
         ("tracking.mode=loud", "tracking.mode=loud: choose from"),
-        ("guidance=3", "guidance: no such setting; did you mean 'guidance_scale'?"),
+        ("guidance=3", "guidance: no such setting; did you mean 'guidance_scale' or 'guidance_scales'?"),
         ("output_dir={folder}/whole", "output_dir={folder}/whole: holds an evaluation with another guidance_scale"),
     ],
 )
@@ -269,7 +356,7 @@ def test_a_mistake_is_one_line(
     capsys.readouterr()
     other = "guidance_scale=3" if mistake.startswith("output_dir") else "seed=0"
     assert evaluate(settings(folder, "mistaken", other, mistake.format(folder=folder))) == 2
-    errors = [each for each in capsys.readouterr().err.splitlines() if not each.startswith("warning: ")]
+    errors = [each for each in capsys.readouterr().err.splitlines() if not each.startswith(("warning: ", "takes: "))]
     assert len(errors) == 1
     assert errors[0].startswith("error: " + line.format(folder=folder))
     assert not (folder / "mistaken").exists()

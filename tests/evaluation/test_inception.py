@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from torch.nn import functional
 from torchvision.models.inception import InceptionA
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.evaluation.inception import InceptionFeatures, _average, _with_pool, resize_like_tensorflow
+from vdtrain.evaluation import inception as module
+from vdtrain.evaluation.inception import (
+    InceptionFeatures,
+    _average,
+    _with_pool,
+    find_weights,
+    resize_like_tensorflow,
+)
 
 
 def fill(network: nn.Module) -> None:
@@ -102,3 +110,28 @@ def test_other_weights_are_one_line(network: InceptionFeatures, tmp_path: Path) 
             InceptionFeatures(str(path))
     with pytest.raises(ConfigError, match=r"fid\.weights=nowhere\.pth: no such file"):
         InceptionFeatures("nowhere.pth")
+
+
+def test_weights_of_the_hub_are_found_or_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What pytorch-fid or torch-fidelity fetched is taken; else it is fetched once, and its checksum compared."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    ways = r"; fetch https://\S+ and name the file, or write fid\.weights=hub, or fid\.weights=hf:ORG/REPO/FILE@COMMIT$"
+    source = tmp_path / "published.pth"
+    monkeypatch.setattr(module, "SOURCE", source.as_uri())
+    with pytest.raises(ConfigError, match=rf"^fid\.weights=hub: cannot be fetched to .*{ways}"):
+        find_weights("hub")
+    source.write_bytes(b"other content")
+    with pytest.raises(ConfigError, match=rf"^fid\.weights=hub: .*invalid hash value.*{ways}"):
+        find_weights("hub")
+    monkeypatch.setattr(module, "PUBLISHED", hashlib.sha256(b"other content").hexdigest()[:8])
+    found = find_weights("hub")
+    assert found == tmp_path / "home" / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    source.unlink()
+    assert find_weights("hub") == found
+    other = found.with_name("weights-inception-2015-12-05-6726825d.pth")
+    found.rename(other)
+    assert find_weights("hub") == other
+    with pytest.raises(ConfigError, match=rf"^fid\.weights=nowhere\.pth: no such file{ways}"):
+        find_weights("nowhere.pth")
+    with pytest.raises(ConfigError, match=r"^fid\.weights=hf:a/b/c\.pth@main: not of the form hf:ORG/REPO"):
+        find_weights("hf:a/b/c.pth@main")

@@ -62,7 +62,8 @@ for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.S
 
 socket.send_fds(link, [len(content).to_bytes(4, "big")], files)
 link.sendall(content)
-signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+# Those that are blocked are passed on all the same, and wait in the fork.
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 # Its ends of pipes are the fork's now.
 null = os.open(os.devnull, os.O_RDWR)
 for number in files:

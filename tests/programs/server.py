@@ -190,18 +190,18 @@ class Server:
         """What the fork does."""
         status = 70
         try:
-            _end_with_parent()
+            end_with_parent()
             os.setsid()
             caller = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             _take_files(files, call.files)
             _take_limits(caller)
             _enter_namespaces(caller)
             _take_signals(call)
-            _take_streams(call.variables)
+            take_streams(call.variables)
             os.umask(call.umask)
             os.chdir(call.folder)
             self.take_variables(call)
-            _begin_libraries_anew(call.variables)
+            begin_libraries_anew(call.variables)
             status = run(call)
         except BaseException:
             traceback.print_exc()
@@ -329,7 +329,7 @@ def _exactly(link: socket.socket, length: int) -> bytes:
     return content
 
 
-def _begin_libraries_anew(variables: dict[str, str]) -> None:
+def begin_libraries_anew(variables: dict[str, str]) -> None:
     """Bring about what an import would have: seeds from the system, and as many threads as the variables want."""
     random.seed()
     sys.modules["numpy"].random.seed()
@@ -339,7 +339,7 @@ def _begin_libraries_anew(variables: dict[str, str]) -> None:
     sys.modules["torch"].set_num_threads(int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -367,7 +367,7 @@ def _take_signals(call: Call) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, call.blocked)
 
 
-def _take_streams(variables: dict[str, str]) -> None:
+def take_streams(variables: dict[str, str]) -> None:
     """Begin text streams anew, which buffer by what is behind them."""
     _old_streams[:] = [sys.stdout, sys.stderr]
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
@@ -398,7 +398,7 @@ def _enter_namespaces(caller: int) -> None:
     child = os.fork()
     if child != 0:
         _stand_for(child)
-    _end_with_parent()
+    end_with_parent()
     os.setsid()
 
 
@@ -422,7 +422,7 @@ def _die_of(number: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     if Path.cwd() != Path(__file__).parents[2]:
         # Another one forked this one for a clone, whose own they are.
         _forget("tests")

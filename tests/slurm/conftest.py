@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import SOCKET, install
-from tests.programs import folder as programs
+from tests.clones import make_clone
 from tests.slurm.cluster import Cluster, reason_to_skip
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +29,8 @@ def cluster() -> Iterator[Cluster]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp")))
         folder.chmod(0o755)
         cluster = Cluster(folder, number)
+        # Some dependency installs a package `tests` of its own.
+        cluster.environment["PYTHONPATH"] = str(ROOT)
         stack.callback(cluster.stop)
         cluster.start()
         yield cluster
@@ -50,23 +50,12 @@ def _own_number(stack: contextlib.ExitStack) -> int:
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a fresh clone, so that jobs leave nothing in this one; its programs are forks."""
-    folder = _make_checkout(tmp_path_factory.mktemp("checkout"))
-    install(folder / ".venv" / "bin", programs() / SOCKET)
-    return folder
+    return make_clone(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `checkout`, with the interpreter itself."""
-    folder = _make_checkout(tmp_path_factory.mktemp("installed"))
+    folder = make_clone(tmp_path_factory.mktemp("installed"), forks=False)
     (folder / ".venv").symlink_to(sys.prefix)
-    return folder
-
-
-def _make_checkout(folder: Path) -> Path:
-    for name in ("slurm", "vdtrain", "data_pipeline", "miniature", "conf", "tests"):
-        (folder / name).symlink_to(ROOT / name)
-    for kept in ROOT.glob("logs/*/.gitignore"):
-        (folder / kept.parent.relative_to(ROOT)).mkdir(parents=True)
-        shutil.copy(kept, folder / kept.relative_to(ROOT))
     return folder

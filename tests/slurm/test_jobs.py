@@ -67,8 +67,11 @@ class Runs:
 
     def losses(self, run: str) -> list[dict[str, object]]:
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
-        figures = ("step", "loss", "gradient_norm", "learning_rate")
-        return [{name: value for name, value in json.loads(line).items() if name.startswith(figures)} for line in lines]
+        figures = ("loss", "gradient_norm", "learning_rate")
+        return [
+            {name: value for name, value in json.loads(line).items() if name == "step" or name.startswith(figures)}
+            for line in lines
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +218,10 @@ def test_what_is_missing_is_said_before_anything_starts(cluster: Cluster, checko
     job = submit(cluster, checkout, "stage3_four_flow.sh", *words, "+data.stream.attempts={}")
     end = cluster.wait(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
-    errors = [
-        line for line in (checkout / "logs" / STAGES[2] / f"{job}.out").read_text().splitlines() if "error" in line
-    ]
-    assert len(errors) == 2
-    assert re.search(r"data\.manifest=.*: 4 shards, fewer than 2 .*3", "\n".join(errors))
-    assert "stage.init_from=runs/nowhere: does not exist" in "\n".join(errors)
+    lines = (checkout / "logs" / STAGES[2] / f"{job}.out").read_text().splitlines()
+    (error,) = (line for line in lines if "error" in line)
+    assert "stage.init_from=runs/nowhere: does not exist" in error
+    assert any(re.search(r"warning: data\.manifest=.*: 4 shards, fewer than 2 .*3", line) for line in lines)
     assert not (checkout / "runs/refused").exists()
 
 

@@ -21,6 +21,12 @@ SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 STAGES = {
     name: ROOT / "slurm" / f"{name}.sh" for name in ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 }
+DATA = {
+    "select_metadata": "select",
+    "download_shards": "download",
+    "index_shards": "index",
+    "precompute_latents": "latents",
+}
 BATCH = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "slurm.md"]
 
@@ -34,12 +40,11 @@ def submissions() -> list[str]:
 
 def commands(script: str) -> list[tuple[Callable[[list[str]], int], list[str]]]:
     """What the jobs of a script call with the overrides that it is given."""
-    data = {"download_shards": "download", "precompute_latents": "latents"}
-    if script in data:
-        return [(data_pipeline_main, [data[script]])]
+    if script in DATA:
+        return [(data_pipeline_main, [DATA[script]])]
     if script == "evaluate":
         return [(vdtrain_main, ["evaluate"])]
-    return [(vdtrain_main, ["train", f"stage={stage}"]) for stage in STAGES if script in (stage, "curriculum")]
+    return [(vdtrain_main, ["train", f"stage={stage}"]) for stage in STAGES if script in (stage, "curriculum", "all")]
 
 
 def test_the_stages_differ_in_name_and_size_alone() -> None:
@@ -99,7 +104,8 @@ def test_submissions_in_the_documents_are_ones_that_work(command: str, capsys: p
     words = shlex.split(command)
     (script,) = [word for word in words if word.endswith(".sh")]
     assert (ROOT / script).is_file()
-    overrides = words[words.index(script) + 1 :]
+    # What slurm/all.sh takes for itself and for sbatch.
+    overrides = [word for word in words[words.index(script) + 1 :] if not re.match(r"from=|(\w+:)?-", word)]
     for main, command in commands(Path(script).stem):
         assert main([*command, *overrides, "--cfg", "job"]) == 0, capsys.readouterr().err
 

@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.training.read_back import read_trainer_state, read_weights
 from tests.training.toy import (
+    SCALES,
     ZERO,
     RunOnRanks,
     Toy,
     difference,
     flip_byte,
+    full_rows,
     full_weights,
     gather,
     same_bits,
@@ -33,7 +36,9 @@ from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
+from vdtrain.engine.deepspeed import SHARDED
 from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
 
 Report = Callable[[dict[str, Any]], None]
@@ -153,6 +158,8 @@ def two_ranks(folder: Path, report: Report) -> None:
     found["disk_full"] = save_on_a_full_disk(folder)
     found["state_of_tensors"] = save_a_state_that_is_no_json(folder)
     found["others"] = load_into_others(folder)
+    found["thawed"] = {precision: freeze_and_thaw(folder, precision) for precision in PRECISIONS}
+    found["left_out"] = {str(stage): left_out_or_at_rate_zero(stage) for stage in ZERO}
     found["pruned"] = save_many(folder)
     found["killed"] = is_killed_while_saving(folder, lambda: report(found))
     report(found)
@@ -200,16 +207,75 @@ def save_a_state_that_is_no_json(folder: Path) -> dict[str, Any]:
 
 
 def load_into_others(folder: Path) -> dict[str, str]:
-    run, checkpoint = build(1, trained=(*TRAINED, "context.text")), latest(folder / "full")
+    checkpoint = latest(folder / "full")
     assert checkpoint is not None
-    stage = failure(lambda: load(checkpoint, run.engine, run.ema))
-    run.engine.close()
     module = Toy()
     del module.context_layers["text"]
     engine = Engine(module, toy_groups(module, TRAINED), settings())
     model = failure(lambda: load(checkpoint, engine, None))
     engine.close()
-    return {"stage": stage, "model": model}
+    return {"model": model}
+
+
+def freeze_and_thaw(folder: Path, precision: str) -> dict[str, Any]:
+    """Two steps with all of TRAINED, two with data.image frozen, two with it and context.text trained at last."""
+    store, frozen = CheckpointStore(folder / f"thaw-{precision}", keep=9), tuple(set(TRAINED) - {"data.image"})
+    first = build(1, precision)
+    first.train(0, 2)
+    second = build(SHARDED, precision, seed=7, trained=frozen)
+    checkpoint = Checkpoint.open(save(store, first, {}, 2))
+    load(checkpoint, second.engine, second.ema)
+    found = {"second": same_bits(everything(first.engine), everything(second.engine))}
+    second.train(2, 2)
+    names = set(second.engine._module.state_dict())
+    held = {name for part in second.engine.partitions() for name in (slot.name for slot in part.layout.slots)}
+    path = save(store, second, {}, 4)
+    weights, average = read_weights(path), read_weights(path, "ema")
+    kept = {name for name in weights if name.startswith("data_layers.image")}
+    found |= {
+        "frozen_bits": same_bits(
+            {name: weights[name] for name in kept}, {name: first.model_weights()[name] for name in kept}
+        ),
+        "average_bits": same_bits({name: weights[name] for name in kept}, {name: average[name] for name in kept}),
+        "complete": names == set(weights),
+        "no_state": not held & kept,
+    }
+    third = build(2, precision, seed=8, trained=(*TRAINED, "context.text"))
+    load(Checkpoint.open(path), third.engine, third.ema)
+    moments = {**full_rows(third.engine, FIRST_MOMENT), **full_rows(third.engine, SECOND_MOMENT)}
+    fresh = [name for name, moment in moments.items() if not moment.any()]
+    found |= {"third": same_bits(everything(third.engine), weights), "fresh": sorted(fresh)}
+    found |= {"steps": third.engine.group_steps, "ema": same_bits(third.ema_weights(), average)}
+    third.train(4, 1)
+    again = build(0, precision, seed=9, trained=(*TRAINED, "context.text"))
+    load(Checkpoint.open(save(store, third, {}, 5)), again.engine, again.ema)
+    found["again"] = again.engine.group_steps
+    for run in (first, second, third, again):
+        run.engine.close()
+    return found
+
+
+def left_out_or_at_rate_zero(stage: int | str) -> bool:
+    """Whether freezing a group gives the other groups the bits of a run that moves the group by nothing."""
+    ends = []
+    for trained, scales in ((TRAINED, {**SCALES, "data.image": 0.0}), (TRAINED[:1] + TRAINED[2:], SCALES)):
+        module = Toy()
+        chosen = settings(zero_stage=stage, gradient_scales=scales, gradient_clip=0.0)
+        engine = Engine(module, toy_groups(module, trained), chosen)
+        for step in range(3):
+            train_step(engine, step, TRAINED_FLOWS)
+        ends.append({"moments": full_rows(engine, FIRST_MOMENT), "weights": everything(engine)})
+        engine.close()
+    at_zero, left_out = ends
+    moments = {name: at_zero["moments"][name] for name in left_out["moments"]}
+    return same_bits(at_zero["weights"], left_out["weights"]) and same_bits(moments, left_out["moments"])
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    """All weights, on every process: the trained ones in full and the others as rank 0 keeps them."""
+    others: list[Any] = [engine.carried_over]
+    dist.broadcast_object_list(others, src=0)
+    return {**full_weights(engine), **others[0]}
 
 
 def save_many(folder: Path) -> list[str]:
@@ -352,11 +418,30 @@ def test_a_state_that_is_no_json_is_refused(two: list[dict[str, Any]]) -> None:
         assert rank["state_of_tensors"]["latest"] is None
 
 
-def test_another_stage_and_another_model_are_refused(two: list[dict[str, Any]]) -> None:
+def test_another_model_is_refused(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert "context.text" in rank["others"]["stage"]
-        assert "stage.init_from" in rank["others"]["stage"]
-        assert "context_layers.text.weight is not trained here" in rank["others"]["model"]
+        assert "stage.init_from" in rank["others"]["model"]
+        assert "context_layers.text.weight is in only one of checkpoint and model" in rank["others"]["model"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_frozen_group_keeps_its_bits_and_one_that_is_trained_again_starts_with_no_state(
+    two: list[dict[str, Any]], precision: str
+) -> None:
+    for rank in two:
+        found = rank["thawed"][precision]
+        ways = ("second", "frozen_bits", "average_bits", "complete", "no_state", "third", "ema")
+        assert {way: found[way] for way in ways} == dict.fromkeys(ways, True)
+        new = ("context_layers.text.weight", "data_layers.image.bias", "data_layers.image.weight")
+        assert found["fresh"] == list(new)
+        old = {"global": 4, "data.text": 4, "context.image": 4}
+        assert found["steps"] == {**old, "data.image": 0, "context.text": 0}
+        assert found["again"] == {group: count + 1 for group, count in found["steps"].items()}
+
+
+def test_freezing_a_group_changes_no_bit_of_the_others(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["left_out"] == {str(stage): True for stage in ZERO}
 
 
 def test_old_checkpoints_are_pruned(two: list[dict[str, Any]]) -> None:

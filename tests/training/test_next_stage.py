@@ -106,3 +106,10 @@ def test_after_the_last_stage_one_samples(tiny_runs: TinyRuns, capsys: pytest.Ca
     # A stage of images alone has no captions to sample from.
     words = words_after(["stage=stage3_four_flow", *tiny_runs.overrides, "stage.flows=[image-to-image]"], {})
     assert words == ["vdtrain", "status", str(tiny_runs.run(3))]
+
+
+def test_a_model_with_classes_of_ones_own_is_sampled_with_trust_in_them() -> None:
+    target = "model.modalities.image.vae._target_=mine.vaes.ImageVAE"
+    words = words_after(["stage=stage3_four_flow", "model=tiny", target], {})
+    assert words[:2] == ["vdtrain", "sample"]
+    assert words[-1] == "trust=[mine.vaes]"

@@ -18,6 +18,7 @@ from tests.training.toy import (
     RunOnRanks,
     Toy,
     ToyFlow,
+    device,
     difference,
     full_rows,
     full_weights,
@@ -29,9 +30,10 @@ from tests.training.toy import (
     toy_groups,
     train_step,
 )
-from vdtrain.engine.engine import Engine
+from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT
 from vdtrain.run import distributed
+from vdtrain.training.agreement import StepSync
 
 MODES = ("learning_rate", "gradient")
 
@@ -47,11 +49,14 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
 
 def against_reference(stage: int | str, mode: str) -> dict[str, Any]:
     flows_of_steps = [*CHANGING_FLOWS, *CHANGING_FLOWS]
-    plain = Toy()
-    norms, _ = reference(plain, flows_of_steps, mode)
-    module = Toy()
+    plain, meters = Toy(), list[dict[str, list[float]]]()
+    norms, _ = reference(plain, flows_of_steps, mode, meters=meters)
+    module, unmeasured = Toy(), Toy()
     engine = Engine(module, toy_groups(module), settings(zero_stage=stage, gradient_scale_mode=mode))
-    reports = [train_step(engine, step, flows)[1] for step, flows in enumerate(flows_of_steps)]
+    reports = [train_step(engine, step, flows, measure=True)[1] for step, flows in enumerate(flows_of_steps)]
+    other = Engine(unmeasured, toy_groups(unmeasured), settings(zero_stage=stage, gradient_scale_mode=mode))
+    for step, flows in enumerate(flows_of_steps):
+        train_step(other, step, flows)
     found_norms = [float(report.gradient_norm) for report in reports]
     expected = dict(plain.named_parameters())
     results = {
@@ -60,9 +65,33 @@ def against_reference(stage: int | str, mode: str) -> dict[str, Any]:
         "moved": difference(dict(Toy().named_parameters()), expected),
         "norms": max(abs(found - norm) / norm for found, norm in zip(found_norms, norms, strict=True)),
         "steps": engine.optimizer_steps,
+        "measuring_changes_nothing": same_bits(full_weights(engine), full_weights(other)),
+        **measured(engine, reports, meters),
     }
     engine.close()
+    other.close()
     return results
+
+
+def measured(engine: Engine, reports: list[StepReport], meters: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """The meters of the layer groups as every process receives them, beside those of plain PyTorch."""
+    sync = StepSync(["all"], device(), engine.groups)
+    errors: dict[str, list[float]] = {"group_norms": [], "update_ratios": [], "squares": []}
+    seen = []
+    for step, (report, expected) in enumerate(zip(reports, meters, strict=True)):
+        sync.submit(step, {"all": report.gradient_norm}, report, 0, seconds=1.0 + distributed.rank())
+        outcome = sync.collect()
+        assert outcome is not None
+        assert outcome.gradient_norms.keys() == outcome.update_ratios.keys() == expected.keys()
+        for group, (norm, ratio) in expected.items():
+            # Groups that the step left out have no gradient.
+            errors["group_norms"].append(abs(outcome.gradient_norms[group] - norm) / (norm or 1.0))
+            errors["update_ratios"].append(abs(outcome.update_ratios[group] - ratio) / ratio)
+        total = sum(norm**2 for norm in outcome.gradient_norms.values()) ** 0.5
+        errors["squares"].append(abs(total - outcome.gradient_norm) / total)
+        seen.append([outcome.gradient_norms, outcome.update_ratios, outcome.seconds])
+    same = all(each == seen for each in distributed.gather_json(seen))
+    return {name: max(each) for name, each in errors.items()} | {"same_on_all": same, "seconds": seen[-1][-1]}
 
 
 def bf16_steps(stage: int | str) -> dict[str, Any]:
@@ -135,6 +164,20 @@ def test_equals_plain_pytorch(results: list[dict[str, Any]], stage: int | str, m
         assert found["module"] < 1e-6
         assert found["norms"] < 1e-5
         assert found["steps"] == 2 * len(CHANGING_FLOWS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stage", ZERO)
+def test_meters_of_groups_equal_plain_pytorch(results: list[dict[str, Any]], stage: int | str, mode: str) -> None:
+    """A weight of order 1 is rounded to 6e-8, and an update here is of order 1e-3: the plain ratio errs by 6e-5."""
+    for rank in results:
+        found = rank[f"reference-{stage}-{mode}"]
+        assert found["group_norms"] < 1e-5
+        assert found["update_ratios"] < 1e-4
+        assert found["squares"] < 1e-12
+        assert found["same_on_all"]
+        assert found["seconds"] == [1.0 + number for number in range(len(results))]
+        assert found["measuring_changes_nothing"]
 
 
 @pytest.mark.parametrize("stage", ZERO)

@@ -291,6 +291,7 @@ def seen_from_another_machine(run_dir: Path) -> str | None:
     return subprocess.run(words, capture_output=True, text=True, timeout=240, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_two_writers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second start, a preflight and another machine beside a run: a line each. One that was killed is succeeded."""
     write_pairs(tmp_path / "data")

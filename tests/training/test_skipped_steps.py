@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.pairs import write_pairs
+from tests.settings import TINY, phases
+from tests.training.forks import Case, run_cases
 from tests.training.toy import (
     FLOWS,
     ZERO,
@@ -27,12 +30,15 @@ from tests.training.toy import (
     toy_groups,
     train_step,
 )
+from vdtrain.data.stream import PairStream
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters
-from vdtrain.training.trainer import BadSteps, StepOutcome, StepSync
+from vdtrain.run.tracking import read_metrics
+from vdtrain.training.agreement import BadSteps, StepOutcome, StepSync
+from vdtrain.training.trouble import NAMED_CHARACTERS, Tried
 
 PRECISIONS = ("fp32", "bf16")
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
@@ -164,7 +170,7 @@ def taken_up(stage: int | str, precision: str, folder: Path) -> dict[str, Any]:
     def read(group: str, kind: str, start: int, stop: int) -> Tensor:
         return torch.cat([saved[f"{kind}/{slot.name}"].reshape(-1) for slot in layouts[group].slots])[start:stop]
 
-    engine.load_partitions(read, int(saved["steps"]))
+    engine.load_partitions(read, dict.fromkeys(layouts, int(saved["steps"])))
     loaded = same_bits(state(engine, module), saved)
     done = harmed_step(engine, module, HARMS[0])
     kept = same_bits(state(engine, module), saved)
@@ -245,3 +251,40 @@ def test_a_step_left_out_does_not_hide_the_figures_of_the_others() -> None:
     summary = interval.summary()
     assert summary["loss"] == {"image-to-text": 0.5, "text-to-text": 0.5}
     assert summary["gradient_norm"] == 1.0
+
+
+def test_a_batch_that_is_skipped_names_the_samples_of_the_rank_whose_loss_was_not_finite(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path / "data", shards=2, count=10)
+    words = ["stage=stage1_single_flow", *TINY, "stage.init_from=null", "stage.global_batch_size=8", phases(8, (32, 4))]
+    words += ["hardware.micro_batch_size={32:2,64:2}", f"data.manifest={manifest}", f"run_dir={tmp_path}/run"]
+    poison = ["+data.stream.rank_of_poison=1", "+data.stream.batch=1", "+data.stream.row=3"]
+    words += ["data.stream._target_=tests.training.trouble.PoisonStream", *poison, "checkpoint.every_steps=4"]
+    (ending,) = run_cases(tmp_path / "cases", [Case(2, words)])
+    assert ending.statuses == [0, 0], ending
+    stream = PairStream(manifest, seed=0, resolution=32, global_batch_size=8)
+    samples = stream.names(1)[6:]
+    stream.close()
+    (line,) = [line for line in ending.logs[1].splitlines() if line.startswith("warning: ")]
+    assert line.startswith(
+        "warning: step 2 is skipped: the loss of image-to-image is not finite on process 1, for a micro-batch, of "
+        "these 2 samples: "
+    )
+    # Those of the second micro-batch.
+    assert line.endswith(f": {', '.join(samples)}")
+    assert "warning: step" not in ending.logs[0]
+    assert read_metrics(tmp_path / "run")[-1]["skipped"] == 1
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_the_line_on_a_skipped_batch_has_a_bound(unknown: bool) -> None:
+    bad = torch.tensor(torch.inf)
+    tried = Tried(
+        [] if unknown else [f"a/{number:09d}" for number in range(10_000)],
+        torch.arange(10_000),
+        [{"one": bad, "two": torch.tensor(1.0)}],
+    )
+    line = tried.poisoned()
+    assert line.startswith("the loss of one is not finite on process 0, for a micro-batch, of these 10000 samples: ")
+    assert len(line) < NAMED_CHARACTERS + 200
+    assert line.endswith("...")
+    assert Tried([], torch.arange(2), [{"one": torch.tensor(0.0)}] * 2).poisoned() == ""

@@ -285,7 +285,7 @@ def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
     ("flow", "inputs", "expected"),
     [
         ("text-to-image", "[a red circle,a blue star]", ["0000.png", "0001.png"]),
-        ("image-to-text", "[{image},{image}]", ["captions.txt"]),
+        ("image-to-text", "[{image},{image}]", ["captions.json", "captions.txt"]),
     ],
 )
 def test_a_trained_checkpoint_samples(

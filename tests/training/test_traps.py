@@ -37,7 +37,7 @@ from vdtrain.engine.deepspeed import SHARDED, deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
-from vdtrain.training.trainer import StepSync
+from vdtrain.training.agreement import StepSync
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "communication.py"
 # Each step leaves out layers of the one before.

@@ -110,6 +110,8 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
         f"stage.global_batch_size={ROWS}",
         "hardware.micro_batch_size={32:2,64:2}",
         "objective.context_dropout=0.5",
+        # Every step measures what only steps with a record do.
+        "log_every_steps=1",
         f"runs_dir={tmp_path}",
     )
     document = compose("train", overrides)

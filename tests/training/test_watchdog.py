@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ TROUBLES = {
     "sleeps": {"rank": 1, "what": "sleep", "when": "batch", "number": 2},
     "holds_the_lock": {"rank": 1, "what": "hold", "when": "batch", "number": 2},
     "is_killed": {"rank": 1, "what": "SIGKILL", "when": "batch", "number": 2},
+    "wakes_late": {"rank": 1, "what": "pause", "when": "batch", "number": 2, "seconds": 2 * LIMIT},
+    "wakes_soon": {"rank": 1, "what": "pause", "when": "batch", "number": 2, "seconds": 8},
     "cannot_read": {"rank": 1, "what": "stream_error", "when": "batch", "number": 2},
     # The save of step 2 is over when that of step 4 begins, and that of step 4 when that of step 6 does.
     "fills_for_a_while": {"rank": 1, "what": "full_disk", "when": "batch", "number": 3, "until": 8},
@@ -76,7 +79,8 @@ def test_a_rank_that_sleeps_ends_the_job_with_a_record_of_every_rank(endings: di
     assert "_befall" in record(folder, "sleeps", 1)
     assert "step 3, waiting for data" in record(folder, "sleeps", 1)
     waiting = record(folder, "sleeps", 0)
-    assert "engine" in waiting
+    assert "all_agree" in waiting
+    assert "step 3, waiting for data" in waiting
     assert "gloo:" in waiting
     assert (folder / "sleeps" / "dumps" / "collectives-rank-0").stat().st_size > 0
     (line,) = errors(endings["sleeps"], 1)
@@ -85,6 +89,8 @@ def test_a_rank_that_sleeps_ends_the_job_with_a_record_of_every_rank(endings: di
 
 def test_a_rank_that_hangs_with_pythons_lock_ends_too(endings: dict[str, Ending], folder: Path) -> None:
     assert 0 not in endings["holds_the_lock"].statuses
+    (line,) = errors(endings["holds_the_lock"], 1)
+    assert line.endswith("holds Python's lock; its stacks:")
     assert "_befall" in endings["holds_the_lock"].logs[1]
     assert "engine" in record(folder, "holds_the_lock", 0)
 
@@ -99,11 +105,33 @@ def test_a_rank_that_is_killed_ends_the_job(endings: dict[str, Ending], folder: 
     assert "Traceback" in record(folder, "is_killed", 0)
 
 
+def test_a_rank_that_was_stopped_and_wakes_late_says_so(endings: dict[str, Ending]) -> None:
+    ending = endings["wakes_late"]
+    assert ending.statuses == [EXIT_STATUS, 1], ending
+    (line,) = errors(ending, 0)
+    assert "; process 1 did not run; see " in line
+    (warning,) = re.findall("^warning: process 1 did not run for .*", ending.logs[1], re.MULTILINE)
+    assert warning.endswith("(SIGSTOP, Ctrl-Z), or its machine was suspended or moved")
+    (line,) = errors(ending, 1)
+    assert re.fullmatch(
+        "error: process 1: did not run for 2[0-9] s and lost the others; run the same command again", line
+    )
+
+
+def test_a_rank_that_was_stopped_for_less_than_the_limit_goes_on(endings: dict[str, Ending]) -> None:
+    assert endings["wakes_soon"].statuses == [0, 0]
+    assert "warning: process 1 did not run for " in endings["wakes_soon"].logs[1]
+
+
 def test_data_that_cannot_be_read_is_one_line(endings: dict[str, Ending], folder: Path) -> None:
     ending = endings["cannot_read"]
     assert ending.statuses == [1, 1]
-    assert errors(ending, 1) == ["error: process 1: shard 7: is not there; bring it back"]
-    assert len(errors(ending, 0)) == 1
+    (line,) = errors(ending, 0)
+    assert line == (
+        "error: process 1: shard 7: is not there; bring it back; step 2 is saved, and the same command continues"
+    )
+    assert errors(ending, 1) == []
+    assert (folder / "cannot_read" / "checkpoints" / "latest").read_text() == "step-000000002\n"
     assert "Traceback" not in "".join(ending.logs)
     assert "StreamError" in record(folder, "cannot_read", 1)
 
@@ -111,7 +139,7 @@ def test_data_that_cannot_be_read_is_one_line(endings: dict[str, Ending], folder
 def test_data_that_one_rank_cannot_open_is_one_line_of_all(endings: dict[str, Ending]) -> None:
     ending = endings["cannot_open"]
     assert ending.statuses == [1, 1]
-    assert errors(ending, 0) == ["error: shard 7: is not there; bring it back"]
+    assert errors(ending, 0) == ["error: process 1: shard 7: is not there; bring it back"]
     assert errors(ending, 1) == []
 
 
@@ -182,13 +210,14 @@ def test_a_hang_with_pythons_lock_right_at_the_start_ends_too(tmp_path: Path) ->
         "import ctypes, pathlib, sys\n"
         "from vdtrain.run.watchdog import Watchdog\n"
         "Watchdog(2.0, pathlib.Path(sys.argv[1]), rank=0)\n"
-        "ctypes.PyDLL(None).sleep(3600)\n"
+        "while True:\n"  # a signal ends the sleep
+        "    ctypes.PyDLL(None).sleep(3600)\n"
     )
     ending = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert ending.returncode != 0
-    assert "Timeout" in ending.stderr
+    assert "stood still for 2 s and holds Python's lock" in ending.stderr
 
 
 def test_one_action_may_take_longer_than_a_step(tmp_path: Path) -> None:
@@ -205,3 +234,23 @@ def test_one_action_may_take_longer_than_a_step(tmp_path: Path) -> None:
     ending = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (ending.returncode, ending.stdout) == (EXIT_STATUS, "compiled\n")
     assert "longer than watchdog_seconds=1, at: compiling" in ending.stderr
+
+
+def test_a_stall_is_told_before_the_limit_and_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    heard = threading.Event()
+
+    def hear(line: str) -> None:
+        told.append(line)
+        heard.set()
+
+    watchdog = Watchdog(LIMIT, tmp_path, rank=0)
+    try:
+        watchdog.on_stall = hear
+        watchdog.heartbeat("step 7, waiting for data")
+        assert heard.wait(LIMIT)
+        watchdog.heartbeat("step 8")
+    finally:
+        watchdog.close()
+    (line,) = told
+    assert re.fullmatch(rf"no step for \d+ s, at: step 7, waiting for data; the run ends after {LIMIT} s", line)

@@ -103,7 +103,9 @@ def micro_batches(step: int, count: int, dtype: torch.dtype = torch.float32) -> 
     return [list(parts) for parts in zip(*(tensor.chunk(count) for tensor in mine), strict=True)]
 
 
-def train_step(engine: Engine, step: int, flows: Sequence[ToyFlow], count: int = 2) -> tuple[float, StepReport]:
+def train_step(
+    engine: Engine, step: int, flows: Sequence[ToyFlow], count: int = 2, measure: bool = False
+) -> tuple[float, StepReport]:
     """One step; its loss over the whole batch, the same on every process, and the engine's report."""
     total = torch.zeros((), dtype=torch.float64)
     for index, parts in enumerate(micro_batches(step, count, engine.compute_dtype)):
@@ -111,13 +113,21 @@ def train_step(engine: Engine, step: int, flows: Sequence[ToyFlow], count: int =
         engine.backward(loss, last=index == count - 1)
         total += loss.detach().double().cpu()
     dist.all_reduce(total)
-    return float(total) / distributed.world_size(), engine.step(LEARNING_RATE)
+    return float(total) / distributed.world_size(), engine.step(LEARNING_RATE, measure)
 
 
 def reference(
-    module: Toy, flows_of_steps: Sequence[Sequence[ToyFlow]], mode: str = "learning_rate", clip: float = CLIP
+    module: Toy,
+    flows_of_steps: Sequence[Sequence[ToyFlow]],
+    mode: str = "learning_rate",
+    clip: float = CLIP,
+    meters: list[dict[str, list[float]]] | None = None,
 ) -> tuple[list[float], torch.optim.AdamW]:
-    """Train on whole batches with plain PyTorch; gradient norms before clipping, and the optimiser."""
+    """Train on whole batches with plain PyTorch; gradient norms before clipping, and the optimiser.
+
+    Args:
+        meters: receives for every step, by group, the gradient norm and the norm of the update over the weights'.
+    """
     scales = {group: SCALES.get(group, 1.0) for group in toy_groups(module)}
     by_rate = mode == "learning_rate"
     optimizer = torch.optim.AdamW(
@@ -139,9 +149,21 @@ def reference(
             for parameter in parameters.values():
                 assert parameter.grad is not None
                 parameter.grad.mul_(1.0 if by_rate else scales[group])
+        found = {group: [norm_of([each.grad for each in own.values()])] for group, own in toy_groups(module).items()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip or float("inf"))))
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         optimizer.step()
+        for group, own in toy_groups(module).items():
+            update = norm_of([each.double() - before[name].double() for name, each in own.items()])
+            found[group].append(update / norm_of(list(own.values())))
+        if meters is not None:
+            meters.append(found)
     return norms, optimizer
+
+
+def norm_of(tensors: Sequence[Tensor | None]) -> float:
+    """2-norm of all elements, in float64."""
+    return float(torch.cat([each.detach().double().flatten() for each in tensors if each is not None]).norm())
 
 
 def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, Tensor]:

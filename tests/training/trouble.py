@@ -7,10 +7,14 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vdtrain.checkpoint import store as checkpoints
 from vdtrain.data.batch import Batch
@@ -27,10 +31,11 @@ def prepare(trouble: dict[str, Any]) -> None:
     """Let `trouble` befall its rank.
 
     Args:
-        trouble: rank; what: a signal's name, or sleep, hold (sleep with Python's lock), stream_error or full_disk (with
+        trouble: rank; what: a signal's name, or sleep, hold (sleep with Python's lock), pause (stopped
+            for `seconds`), stream_error or full_disk (with
             room again after `until` batches); when: open (of a stream), batch (before its delivery), write (in the
             middle of a file) or publish (between the renames); number: how many of these pass before. Or when: place;
-            number: of a batch in its phase.
+            number: of a batch in its phase; what may then be nan, in the batch's images.
     """
     if int(os.environ["RANK"]) == trouble["rank"]:
         plan.update(trouble)
@@ -56,6 +61,9 @@ def _befall(what: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, resource.RLIM_INFINITY))
     elif what == "stream_error":
         raise StreamError("shard 7: is not there; bring it back")
+    elif what == "pause":
+        subprocess.Popen(["sh", "-c", f"sleep {plan['seconds']}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         os.kill(os.getpid(), getattr(signal, what))
 
@@ -97,7 +105,11 @@ class DrillStream(PairStream):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             positions = batch.positions.numpy()
             if plan.get("when") == "place" and positions[0] // self.global_batch_size == plan["number"]:
-                _befall(plan["what"])
+                if plan["what"] == "nan":
+                    images = batch.samples["image"].float() * torch.nan
+                    batch = replace(batch, samples={**batch.samples, "image": images})
+                else:
+                    _befall(plan["what"])
             places = self.order.locate(positions)
             each = zip(places.shard.tolist(), places.sample.tolist(), strict=True)
             rows = [f"{shard}/{self._samples(shard)[1][sample]}" for shard, sample in each]
@@ -105,3 +117,23 @@ class DrillStream(PairStream):
             with self.diary.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             yield batch
+
+
+class PoisonStream(PairStream):
+    """Gives one sample of a batch moments that are not finite.
+
+    Args:
+        rank_of_poison, batch, row: of the sample, from 0.
+    """
+
+    def __init__(self, manifest: Path, *, rank_of_poison: int, batch: int, row: int, **arguments: Any) -> None:
+        super().__init__(manifest, **arguments)
+        self.place = rank_of_poison, batch, row
+
+    def __iter__(self) -> Iterator[Batch]:
+        rank, poisoned, row = self.place
+        for number, batch in enumerate(super().__iter__()):
+            moments = torch.zeros(self.local_batch_size, 8, self.resolution // 8, self.resolution // 8)
+            if (self.rank, number) == (rank, poisoned):
+                moments[row] = torch.nan
+            yield replace(batch, moments={"image": moments})

@@ -17,10 +17,19 @@ KEY = "k" * 40
 
 @dataclass
 class Run:
-    """A run as the server has it: config by name, history by line, how often it was opened, whether it ended."""
+    """A run as the server has it: config by name, history by line, how often it was opened, whether it ended.
+
+    Attributes:
+        names: what the client called it: displayName, groupName, tags, notes, jobType.
+        alerts: title and text of each.
+        files: names of those that the client sent.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
+    alerts: list[tuple[str, str]] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
     summary: str = "{}"
     opened: int = 0
     ended: bool = False
@@ -90,6 +99,7 @@ class Answer(BaseHTTPRequestHandler):
                 "RunResumeStatus": self._resume_status,
                 "UpsertBucket": self._upsert,
                 "CreateRunFiles": self._create_files,
+                "NotifyScriptableRunAlert": self._alert,
             }
             answer = known.get(asked.get("operationName"), self._unknown)
             self._say(*answer(asked.get("variables") or {}))
@@ -118,6 +128,10 @@ class Answer(BaseHTTPRequestHandler):
 
     def _unknown(self, variables: dict[str, Any]) -> tuple[dict[str, Any], int]:
         return {"data": {}}, 200
+
+    def _alert(self, variables: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        self.server.runs[variables["runName"]].alerts.append((variables["title"], variables["text"]))
+        return {"data": {"notifyScriptableRunAlert": {"success": True}}}, 200
 
     def _viewer(self, variables: dict[str, Any]) -> tuple[dict[str, Any], int]:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {"edges": []}}
@@ -157,6 +171,9 @@ class Answer(BaseHTTPRequestHandler):
             run.opened, run.ended = run.opened + 1, False
         if variables.get("config"):
             run.config = json.loads(variables["config"])
+        for key in ("displayName", "groupName", "tags", "notes", "jobType"):
+            if variables.get(key):
+                run.names[key] = variables[key]
         project = {"id": "1", "name": variables["project"], "entity": {"id": "1", "name": ENTITY}}
         bucket = {"id": name, "name": name, "displayName": variables.get("displayName") or name, "description": ""}
         bucket |= {"config": json.dumps(run.config), "sweepName": None, "project": project}
@@ -164,6 +181,7 @@ class Answer(BaseHTTPRequestHandler):
         return {"data": {"upsertBucket": {"bucket": bucket, "inserted": inserted}}}, 200
 
     def _create_files(self, variables: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        self.server.runs[variables["run"]].files |= set(variables["files"])
         files = [{"name": name, "uploadUrl": f"{self.server.address}/upload/{name}"} for name in variables["files"]]
         return {"data": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}}, 200
 

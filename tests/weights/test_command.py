@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from tests.weights.small import MODEL, same, weights
+from tests.weights.small import CARRIED, MODEL, same, weights, write_run
 from vdtrain.checkpoint import format as form
 from vdtrain.cli import main
-from vdtrain.config.compose import compose
+from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.config.fields import look_up
-from vdtrain.config.schema import WeightsConfig
-from vdtrain.engine.partitions import EMA, MASTER, GroupLayout
 from vdtrain.models.diffuser import layer_group
 from vdtrain.training.start import open_weights
 from vdtrain.weights.exports import PRECISIONS
@@ -27,42 +24,10 @@ from vdtrain.weights.hub import ADDRESS, COMMIT
 from vdtrain.weights.imports import ADDRESSES, FOLDERS, SOURCES
 from vdtrain.weights.versatile_diffusion import to_released
 
-CARRIED = "context.text"
-
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes with one checkpoint: `weights()`, averaged `weights(seed=1)`, one group not trained."""
-    run = tmp_path_factory.mktemp("run")
-    folder = run / "checkpoints" / "step-000000007"
-    folder.mkdir(parents=True)
-    groups: dict[str, dict[str, torch.nn.Parameter]] = {}
-    for name, tensor in weights().items():
-        groups.setdefault(layer_group(name), {})[name] = torch.nn.Parameter(tensor)
-    carried = {name: parameter.detach() for name, parameter in groups.pop(CARRIED).items()}
-    layouts = tuple(GroupLayout.of(group, parameters) for group, parameters in groups.items())
-    records = {form.CARRIED_OVER_FILE: form.write_tensors(folder / form.CARRIED_OVER_FILE, carried)}
-    for rank in range(2):
-        pieces = {}
-        for kind, source in ((MASTER, weights()), (EMA, weights(seed=1))):
-            for layout in layouts:
-                row = torch.cat([source[slot.name].reshape(-1) for slot in layout.slots])
-                pieces[f"{layout.group}/{kind}"] = row[slice(*layout.partition(rank, 2))]
-        name = form.shard_name(rank, 2)
-        records[name] = form.write_tensors(folder / name, pieces)
-    document = OmegaConf.to_container(compose("train", ["model=tiny"]), resolve=False)
-    form.Index(
-        step=7,
-        world_size=2,
-        zero_stage=1,
-        precision="fp32",
-        optimizer_steps=7,
-        ema_updates=7,
-        trainer={"config": document, "state": {}},
-        groups=layouts,
-        files=records,
-    ).write(folder)
-    return run
+    return write_run(tmp_path_factory.mktemp("run"))
 
 
 def averaged() -> dict[str, torch.Tensor]:
@@ -105,8 +70,8 @@ def test_a_damaged_checkpoint_gives_nothing(run_folder: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "choose import or export"),
-        ("improt clip x", "weights improt: choose import or export"),
+        ("", "choose import, export or push"),
+        ("improt clip x", "weights improt: choose import, export or push"),
         ("import", "import : no such source; choose from versatile_diffusion"),
         ("import clpi x", "import clpi: no such source"),
         ("import safetensors", "import safetensors: takes one path, got 0"),

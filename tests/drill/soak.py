@@ -1,0 +1,78 @@
+"""A long run whose processes must not grow: memory, open files and threads of each, as steps go by."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+from tests.drill.results import row
+from tests.drill.runs import BATCH, STAGES, Stage, Whole
+from tests.drill.starts import RANKS
+from tests.settings import phases
+
+EVERY = 1000
+# Steps before a process counts as settled.
+SETTLED = 2000
+MEGABYTE = 1e6
+# Of memory, in 1,000 steps.
+GROWTH_MEGABYTES = 1.0
+
+
+def measure(pids: list[int]) -> list[dict[str, float]]:
+    """Memory that a process shares with nobody, in MB, and its open files and threads."""
+    found = []
+    for process in map(psutil.Process, pids):
+        memory = process.memory_full_info().uss / MEGABYTE
+        found.append({"MB": round(memory, 2), "files": process.num_fds(), "threads": process.num_threads()})
+    return found
+
+
+def growth(series: list[list[float]]) -> float:
+    """MB in 1,000 steps of [step, MB] points, by least squares."""
+    steps = [step / 1000 for step, _ in series]
+    middle, mean = sum(steps) / len(steps), sum(value for _, value in series) / len(series)
+    spread = sum((step - middle) ** 2 for step in steps)
+    return sum((step - middle) * (value - mean) for step, (_, value) in zip(steps, series, strict=True)) / spread
+
+
+def rows(whole: Whole, steps: int) -> Iterator[dict[str, Any]]:
+    """Train stage 3 for so many steps by real interpreters; the row of the table, every 1,000 of them anew."""
+    place = whole.place / "soak"
+    shutil.rmtree(place, ignore_errors=True)
+    settings = [phases(BATCH, (32, steps)), f"checkpoint.every_steps={EVERY // 4}", "log_every_steps=50"]
+    stage = Stage(whole.place, place, len(STAGES) - 1, whole.run, settings)
+    stage.words = [word for word in stage.words if "tests.training.trouble" not in word]
+    start = stage.start(fresh=True)
+    points: list[tuple[int, list[dict[str, float]]]] = []
+    while start.running():
+        time.sleep(0.2)
+        if (step := stage.step()) >= EVERY * (len(points) + 1) and len(start.ranks) == RANKS:
+            try:
+                points.append((step, measure(start.ranks)))
+            except psutil.Error:
+                continue
+            yield _row(points, [], steps)
+    wrong = ["a traceback"] if start.traced() else []
+    if stage.step() != steps:
+        wrong.append(f"it ended at step {stage.step()}: {start.text()[-500:]}")
+    yield _row(points, wrong, steps)
+    if not wrong:
+        shutil.rmtree(place)
+
+
+def _row(points: list[tuple[int, list[dict[str, float]]]], wrong: list[str], steps: int) -> dict[str, Any]:
+    settled = [point for point in points if point[0] >= min(SETTLED, steps // 3)]
+    told, held = [], len(settled) > 1 and not wrong
+    for rank in range(RANKS if len(settled) > 1 else 0):
+        grown = growth([[step, each[rank]["MB"]] for step, each in settled])
+        kinds = {what: {each[rank][what] for _, each in settled} for what in ("files", "threads")}
+        held = held and grown <= GROWTH_MEGABYTES and all(len(kind) == 1 for kind in kinds.values())
+        counts = ", ".join(f"{min(kind)} to {max(kind)} {what}" for what, kind in kinds.items())
+        told.append(f"rank {rank}: {settled[-1][1][rank]['MB']:.0f} MB, {grown:+.2f} MB in 1,000 steps, {counts}")
+    done = points[-1][0] if points else 0
+    made = row("soak", done, "; ".join([*told, *wrong]), held)
+    return made | {"points": points}
