@@ -1,19 +1,28 @@
 # `make help` lists the targets. uv keeps the environment in .venv as uv.lock says.
 UV := $(or $(shell command -v uv),.tools/bin/uv)
-SCRIPTS := $(wildcard benchmarks/*.sh examples/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
+SCRIPTS := $(wildcard benchmarks/*.sh examples/*.sh examples/first_hour/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 SYNC := $(UV) sync --locked --quiet --inexact --all-extras
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: demo rehearsal test test-slow lint shellcheck golden frozen help
+.PHONY: install demo drill rehearsal test test-slow lint shellcheck golden counts frozen help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
+install: .venv/.complete  ## everything that the commands need, in .venv
+
 demo: .venv/.complete  ## the whole curriculum in miniature (DEMO_LENGTH=long for an hour's training)
 	@$(RUN) bash examples/demo.sh
+	@echo
+	@echo 'Next, in this shell: source .venv/bin/activate     (or put `uv run` before each command)'
+	@echo 'Then for example:    vdtrain sample demo/runs-$(or $(DEMO_LENGTH),short)/stage3_four_flow "a red circle" resolution=64'
+	@echo '                     xdg-open demo/runs-$(or $(DEMO_LENGTH),short)/report.html'
 
 rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than an hour (docs/rehearsal.md)
 	@$(RUN) python benchmarks/rehearsal.py
+
+drill: .venv/.distributed  ## kills, faults, odd inputs and a long run: hours (docs/reliability.md)
+	@$(RUN) python -m tests.drill --record
 
 # Two processes, each of which takes whole modules (tests/order.py); JOBS=0 runs all tests in one.
 JOBS := 2
@@ -39,6 +48,9 @@ shellcheck: .venv/.complete  ## shell scripts alone
 
 golden: .venv/.complete  ## record the golden losses again (tests/golden_losses/README.md)
 	@$(RUN) python -m tests.golden_losses.record
+
+counts: .venv/.complete  ## count the operations and bytes of the stages at full size again (vdtrain/planning/counts.json)
+	@$(RUN) python -m tools.counts
 
 frozen: .venv/.complete  ## train the tiny preset's frozen parts again (vdtrain/assets/tiny)
 	@$(RUN) python -m miniature.frozen

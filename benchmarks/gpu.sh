@@ -60,7 +60,7 @@ JOIN
 bench() {
     local name="$1" limit="$2"
     shift 2
-    part "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" output="$work/json/$name.json"
+    part "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" output="$work/json/$name.json" overwrite=true
 }
 
 eager=(hardware.compile=none hardware.channels_last=false)

@@ -20,8 +20,8 @@ import diffusers
 import torch
 from timing import seconds_of
 
+from vdtrain.config.command_schema import LatentsConfig
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import LatentsConfig
 from vdtrain.models.frozen import FrozenParts, build_frozen
 
 RESULTS = Path(__file__).parent / "results"

@@ -37,10 +37,12 @@ RUNS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("vdtrain", "vdtrain", 1, {}),
     ("vdtrain", "vdtrain", 2, {}),
     ("vdtrain, BERT ids too", "vdtrain", 2, {"bert": True}),
-    ("WebDataset, same decoder", "webdataset", 0, {}),
-    ("WebDataset, same decoder", "webdataset", 2, {}),
-    ("Streaming, same decoder", "streaming", 0, {}),
-    ("Streaming, same decoder", "streaming", 2, {}),
+    ("WebDataset, expert", "webdataset", 0, {}),
+    ("WebDataset, expert", "webdataset", 2, {}),
+    ("indexed reader of forty lines", "indexed", 0, {}),
+    ("indexed reader of forty lines", "indexed", 2, {}),
+    ("Streaming, expert", "streaming", 0, {}),
+    ("Streaming, expert", "streaming", 2, {}),
     ("open_clip style", "open_clip", 0, {"batches": 6, "warm": 1}),
     ("open_clip style", "open_clip", 2, {"batches": 8, "warm": 3}),
 ]
@@ -127,7 +129,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         own = [row for row in table if row["contestant"] == name and workers in (None, row["workers"])]
         return max((row[kind]["median"] for row in own), default=0.0)
 
-    others = ["WebDataset, same decoder", "Streaming, same decoder", "open_clip style"]
+    others = ["WebDataset, expert", "indexed reader of forty lines", "Streaming, expert", "open_clip style"]
     return {
         "table": table,
         "ratios": {

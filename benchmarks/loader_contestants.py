@@ -9,6 +9,7 @@ the rest: what only one contestant needs is imported by that one alone.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vdtrain.data.decode import decode
+from vdtrain.data.decode import decode_into
 
 LENGTH = 77
 CENTRE = (0.5, 0.5)
@@ -30,21 +31,36 @@ CENTRE = (0.5, 0.5)
 OPEN_CLIP_BUFFER, BUFFER = 5000, 1000
 
 
-def fast_tokenizer(folder: Path) -> Callable[[str], torch.Tensor]:
-    """CLIP's ids of one caption, int64 [77], by the `tokenizers` library."""
-    from tokenizers import Tokenizer
+class Collate:
+    """Encoded pairs to a batch: images uint8 [b, R, R, 3], decoded into their place, and CLIP's ids int64 [b, 77].
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = tokenizer.get_vocab_size() - 1
+    In a worker process the images are decoded into shared memory, so that nobody copies them on the way out.
+    """
 
-    def ids(caption: str) -> torch.Tensor:
-        row = torch.full((LENGTH,), end, dtype=torch.int64)
-        row[0] = end - 1
-        kept = tokenizer.encode(caption, add_special_tokens=False).ids[: LENGTH - 2]
-        row[1 : 1 + len(kept)] = torch.tensor(kept)
-        return row
+    def __init__(self, folder: Path, resolution: int) -> None:
+        self.file, self.resolution = str(folder / "tokenizer.json"), resolution
+        self.tokenizer: Any = None
 
-    return ids
+    def __call__(self, pairs: list[tuple[bytes, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.tokenizer is None:  # made in the worker: a tokenizer does not survive a fork
+            from tokenizers import Tokenizer
+
+            self.tokenizer = Tokenizer.from_file(self.file)
+            self.end = self.tokenizer.get_vocab_size() - 1
+        shape = (len(pairs), self.resolution, self.resolution, 3)
+        images = torch.empty(0, dtype=torch.uint8)
+        if torch.utils.data.get_worker_info() is not None:
+            images = images.new(images.untyped_storage()._new_shared(math.prod(shape)))
+        images.resize_(shape)
+        for place, (data, _) in zip(images.numpy(), pairs, strict=True):
+            decode_into(place, data, CENTRE)
+        rows = np.full((len(pairs), LENGTH), self.end, np.int64)
+        rows[:, 0] = self.end - 1
+        captions = self.tokenizer.encode_batch_fast([caption for _, caption in pairs], add_special_tokens=False)
+        for row, caption in zip(rows, captions, strict=True):
+            ids = caption.ids[: LENGTH - 2]
+            row[1 : 1 + len(ids)] = ids
+        return images, torch.from_numpy(rows)
 
 
 def vdtrain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
@@ -70,21 +86,61 @@ def vdtrain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
     return iter(Prefetcher(stream, prepare))
 
 
-def webdataset_plain(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
-    """WebDataset with the trainer's decoder and the fast tokenizer."""
-    tokenize = fast_tokenizer(folder)
-    resolution = task["resolution"]
-
-    def image(data: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(decode(data, resolution, CENTRE)))
-
-    def text(data: bytes) -> torch.Tensor:
-        return tokenize(data.decode())
-
+def webdataset_expert(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
+    """WebDataset as an expert writes it: no JSON is read, bytes are shuffled, batches are decoded into their place."""
     import webdataset as wds
 
-    steps = [wds.to_tuple("jpg", "txt"), wds.map_tuple(image, text)]
-    return _webdataset(folder, task, BUFFER, steps)
+    def pair(sample: dict[str, bytes]) -> tuple[bytes, str]:
+        return sample["jpg"], sample["txt"].decode()
+
+    steps = [wds.map(pair), wds.batched(task["batch"], collation_fn=Collate(folder, task["resolution"]), partial=False)]
+    return _webdataset(folder, task, BUFFER, steps, lambda name: not name.endswith(".json"))
+
+
+class IndexedPairs(torch.utils.data.Dataset[Any]):
+    """A map-style data set over tar files: offsets found once, a batch's bytes read at them."""
+
+    def __init__(self, shards: list[Path]) -> None:
+        import tarfile
+
+        self.paths, self.files, self.places, self.captions = shards, {}, [], []
+        for number, path in enumerate(shards):
+            with tarfile.open(path) as tar:
+                members = {member.name: member for member in tar}
+                for name in sorted(name for name in members if name.endswith(".jpg")):
+                    self.places.append((number, members[name].offset_data, members[name].size))
+                    text = tar.extractfile(members[name.replace(".jpg", ".txt")])
+                    self.captions.append(text.read().decode())  # type: ignore[union-attr]
+
+    files: dict[int, int]
+    places: list[tuple[int, int, int]]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[bytes, str]]:
+        if not self.files:  # opened in the worker
+            self.files = {number: os.open(path, os.O_RDONLY) for number, path in enumerate(self.paths)}
+        places = [self.places[index] for index in indices]
+        data = [os.pread(self.files[shard], size, offset) for shard, offset, size in places]
+        return list(zip(data, [self.captions[index] for index in indices], strict=True))
+
+
+def indexed(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
+    """PyTorch's loader over an indexed reader of forty lines."""
+    dataset = IndexedPairs(sorted((folder / "shards").glob("*.tar")))
+    workers, count = task["workers"], (task["warm"] + task["batches"] + 16) * task["batch"]
+    # One epoch holds all that is read, so that no worker waits for another epoch.
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=count)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=task["batch"],
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=Collate(folder, task["resolution"]),
+    )
+    return iter(loader)
 
 
 def open_clip_style(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
@@ -105,21 +161,23 @@ def open_clip_style(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
         wds.rename(image="jpg;png;jpeg;webp", text="txt"),
         wds.map_dict(image=transform, text=text),
         wds.to_tuple("image", "text"),
+        wds.batched(task["batch"], partial=False),
     ]
     return _webdataset(folder, task, OPEN_CLIP_BUFFER, steps)
 
 
-def _webdataset(folder: Path, task: dict[str, Any], buffer: int, steps: list[Any]) -> Iterator[Any]:
+def _webdataset(
+    folder: Path, task: dict[str, Any], buffer: int, steps: list[Any], files: Callable[[str], bool] | None = None
+) -> Iterator[Any]:
     import webdataset as wds
 
     shards = sorted(map(str, (folder / "shards").glob("*.tar")))
     # Shards are drawn anew without end, and buffers are full from the start: the rate is that of a long run.
     pipeline = wds.DataPipeline(
         wds.ResampledShards(shards, deterministic=True),
-        wds.tarfile_to_samples(),
+        wds.tarfile_to_samples(select_files=files),
         wds.shuffle(buffer, initial=buffer),
         *steps,
-        wds.batched(task["batch"], partial=False),
     )
     loader = wds.WebLoader(
         pipeline, batch_size=None, shuffle=False, num_workers=task["workers"], persistent_workers=task["workers"] > 0
@@ -128,18 +186,14 @@ def _webdataset(folder: Path, task: dict[str, Any], buffer: int, steps: list[Any
 
 
 def streaming(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
-    """MosaicML Streaming over the same images in its format, with the trainer's decoder and the fast tokenizer."""
+    """MosaicML Streaming over the same images in its format; batches are decoded into their place."""
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
-    tokenize = fast_tokenizer(folder)
-    resolution = task["resolution"]
-
     class Pairs(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, at: int) -> Any:
+        def __getitem__(self, at: int) -> tuple[bytes, str]:
             sample = super().__getitem__(at)
-            image = np.ascontiguousarray(decode(sample["jpg"], resolution, CENTRE))
-            return torch.from_numpy(image), tokenize(sample["caption"])
+            return sample["jpg"], sample["caption"]
 
     dataset = Pairs(
         local=str(folder / "mds"),
@@ -149,7 +203,8 @@ def streaming(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
         epoch_size=(task["warm"] + task["batches"] + 16) * task["batch"],
     )
     workers = task["workers"]
-    return iter(DataLoader(dataset, batch_size=task["batch"], num_workers=workers, persistent_workers=workers > 0))
+    collate = Collate(folder, task["resolution"])
+    return iter(DataLoader(dataset, batch_size=task["batch"], num_workers=workers, collate_fn=collate))
 
 
 def decode_only(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
@@ -187,7 +242,8 @@ def decode_only(folder: Path, task: dict[str, Any]) -> Iterator[Any]:
 
 CONTESTANTS: dict[str, Callable[[Path, dict[str, Any]], Iterator[Any]]] = {
     "vdtrain": vdtrain,
-    "webdataset": webdataset_plain,
+    "webdataset": webdataset_expert,
+    "indexed": indexed,
     "open_clip": open_clip_style,
     "streaming": streaming,
     "limit": decode_only,

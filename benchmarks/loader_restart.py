@@ -36,7 +36,6 @@ def write_manifests(folder: Path) -> list[Path]:
     table = real.take(pa.array(np.arange(SAMPLES) % len(real)))
     own = {
         "uid": [generator.bytes(16).hex() for _ in range(SAMPLES)],
-        "key": [f"{number:09d}" for number in range(SAMPLES)],
         "caption": [caption(generator, words) for _ in range(SAMPLES)],
     }
     for name, values in own.items():
@@ -45,7 +44,7 @@ def write_manifests(folder: Path) -> list[Path]:
     shard = {
         "source": "photographs",
         "bytes": int(described.bytes[0]),
-        "modified_ns": 0,
+        "modified_ns": int(described.modified[0]),
         "sha256": described.hashes[0],
         "broken": "{}",
         "decoded": False,

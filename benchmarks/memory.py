@@ -28,8 +28,7 @@ from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded
-from vdtrain.planning.dry_run import DryRun
-from vdtrain.planning.memory import tensor_bytes
+from vdtrain.planning.dry_run import DryRun, tensor_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 DEFAULTS = ("stage=stage3_four_flow", "hardware=h100")

@@ -29,9 +29,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from miniature.shapes import vocabulary
+from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.instantiate import instantiate
-from vdtrain.config.schema import ModelConfig, WeightsConfig
+from vdtrain.config.schema import ModelConfig
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.clip import build_clip

@@ -241,7 +241,7 @@ class Ours(Contestant):
     def step(self) -> dict[str, float]:
         samples = self.trainer.objective.prepare(self.samples)
         batch = Batch(samples, torch.arange(self.config.stage.global_batch_size))
-        losses, _ = self.trainer.step(batch, self.config.stage.phases[0], StepClock(CPU))
+        losses = self.trainer.step(batch, self.config.stage.phases[0], StepClock(CPU)).losses
         return {name: float(loss) for name, loss in losses.items()}
 
     def close(self) -> None:

@@ -24,8 +24,8 @@ import torch
 from published_weights import diffuser
 from watched import GB, Watched
 
+from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import WeightsConfig
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors

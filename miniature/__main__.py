@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from miniature.image_set import serve, write_image_set
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import HELP
+from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.data_schema import DataConfig, ShapesConfig
-from vdtrain.config.schema import DataPipelineConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
 
