@@ -5,13 +5,15 @@
 #   bash benchmarks/gpu.sh                    # then, on the machine with the GPU
 #   DEVICE=cpu bash benchmarks/gpu.sh         # the same parts at tiny size, to try the script
 #
+# PARTS names the parts to run, by default all; LIMIT is the seconds for all of them. Settings in MORE go to every bench.
 # OUT, by default benchmarks/results/gpu, receives gpu.json with every figure and gpu.log with every line. Each part is
 # a process with a time limit, and is printed as it ends; one that fails stops no other. The script succeeds if all do.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 device="${DEVICE:-cuda}" python="${PYTHON:-python3}" out="${OUT:-benchmarks/results/gpu}"
-wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds=530
+wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-} "
+read -ra more <<<"${MORE:-}"
 # How many times its limit a part may take: a CPU may be busy with other things.
 patience=1
 if [ "$device" != cuda ]; then patience=10; fi
@@ -34,6 +36,7 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}"
 part() {
     local name="$1" limit=$(($2 * patience)) began="$SECONDS" left=$((seconds * patience - SECONDS)) status
     shift 2
+    if [ "$parts" != "  " ] && [[ "$parts" != *" $name "* ]]; then return; fi
     if [ "$left" -lt "$limit" ]; then limit="$left"; fi
     if [ "$limit" -lt 5 ]; then
         status="no time left"
@@ -47,7 +50,7 @@ part() {
         tail -n "${LINES_SHOWN:-45}" "$work/log"
     } 2>/dev/null
     { echo "== $name: $status: $*"; cat "$work/log"; } >>"$out/gpu.log" 2>/dev/null
-    rm -f "$work/log"
+    rm -f "$work/log" "$work/json/"*.trace.json
     "$python" - "$work/json" "$out/gpu.json" <<'JOIN'
 import json, sys
 from pathlib import Path
@@ -60,7 +63,8 @@ JOIN
 bench() {
     local name="$1" limit="$2"
     shift 2
-    part "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" output="$work/json/$name.json" overwrite=true
+    part "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" "${more[@]}" profile=true \
+        output="$work/json/$name.json" overwrite=true
 }
 
 eager=(hardware.compile=none hardware.channels_last=false)
@@ -87,6 +91,7 @@ bench compiled 130 "${four[@]}" "${compiled[@]}" resolution="$low"
 part resume 40 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
 part losses 60 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
     --output "$work/json/losses.json"
+part commands 90 "${check[@]}" commands "${on[@]}" "${eager[@]}" --output "$work/json/commands.json"
 bench cached 50 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
 bench text_to_image 60 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
 bench compiled_high 90 "${four[@]}" "${compiled[@]}" resolution="$high"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vdtrain.config.compose import ConfigError
@@ -52,6 +54,22 @@ from vdtrain.training.trainer import Trainer
 GB = 1e9
 # Frames of the stack of a wait that are kept, from the innermost of this package outwards.
 FRAMES = 4
+# Rows of the table of kernels that are kept and that are printed, and the length of their names.
+ROWS, SHOWN_ROWS, NAME = 60, 25, 160
+# The first pattern that occurs in a kernel's name decides.
+KERNEL_KINDS = (
+    ("triton", r"^triton_"),
+    ("attention", r"flash|fmha|sdpa|attention"),
+    ("collective", r"nccl"),
+    ("convolution", r"conv|fprop|dgrad|wgrad|winograd|implicit_gemm"),
+    ("matrix product", r"gemm|nvjet|cutlass|splitkreduce|gemv"),
+    ("layout", r"nchwtonhwc|nhwctonchw|transpose|catarray"),
+    ("optimiser", r"adam|multi_tensor"),
+    ("normalisation", r"norm|rowwisemoments"),
+    ("copy or fill", r"memcpy|memset|copy|fill"),
+    ("random numbers", r"distribution|philox|random"),
+    ("elementwise", r"elementwise|reduce_kernel"),
+)
 
 
 class Result:
@@ -360,3 +378,33 @@ def _profiled(steps: _Steps, result: Result, output: Path) -> None:
     if steps.trainer.place.rank == 0:
         recorded.export_chrome_trace(str(trace))
     result.add("trace", str(trace), str(trace))
+    _kernels(recorded, result)
+
+
+def _kernels(recorded: profile, result: Result) -> None:
+    """Sum up a step's kernels by kind, and list those that take most time."""
+    rows = [
+        {"name": row.key[:NAME], "calls": row.count, "ms": row.self_device_time_total / 1e3}
+        for row in recorded.key_averages()
+        if row.device_type == DeviceType.CUDA and row.self_device_time_total
+    ]
+    if not rows:
+        result.add("kernels", None, "not known on a CPU")
+        return
+    rows.sort(key=lambda row: row["ms"], reverse=True)
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = kinds.setdefault(kernel_kind(row["name"]), {"calls": 0, "ms": 0.0})
+        kind["calls"] += row["calls"]
+        kind["ms"] += row["ms"]
+    text = ", ".join(f"{kind} {found['ms']:,.1f} ({found['calls']:,})" for kind, found in kinds.items())
+    busy = sum(row["ms"] for row in rows)
+    value = {"busy_ms": busy, "calls": sum(row["calls"] for row in rows), "kinds": kinds, "rows": rows[:ROWS]}
+    result.add("kernels", value, f"{busy:,.1f} ms in {value['calls']:,} calls: {text}")
+    for row in rows[:SHOWN_ROWS]:
+        result.say("", f"{row['ms']:8.2f} ms {row['calls']:6,} x {row['name'][:90]}")
+
+
+def kernel_kind(name: str) -> str:
+    """What a GPU kernel does, by its name."""
+    return next((kind for kind, pattern in KERNEL_KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
