@@ -60,7 +60,7 @@ def settings_of(folder: Path, name: str, words: Sequence[str]) -> list[str]:
         "tracking=none",
         f"stage.phases=[{{resolution:{RESOLUTION},samples:{STEPS * BATCH}}}]",
         f"stage.global_batch_size={BATCH}",
-        f"hardware.micro_batch_size={{{RESOLUTION}:{BATCH}}}",
+        f"+hardware.micro_batch_size={{{RESOLUTION}:{BATCH}}}",
         "stage.init_from=null",
         "optimizer.warmup_samples=0",
         "log_every_steps=1",

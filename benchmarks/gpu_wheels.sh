@@ -13,7 +13,7 @@ folder="${1:-benchmarks/gpu_wheels}"
 python="${PYTHON:-python3}"
 packages=(
     annotated-types antlr4-python3-runtime braceexpand deepspeed diffusers ftfy hjson hydra-core importlib-metadata
-    omegaconf open-clip-torch pydantic pydantic-core simplejpeg wcwidth webdataset
+    lazy-importer omegaconf open-clip-torch pydantic pydantic-core simplejpeg typing-inspection wcwidth webdataset
 )
 platforms=()
 for glibc in _2_28 _2_27 _2_17 2014; do

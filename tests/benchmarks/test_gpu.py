@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh on a CPU, in an environment as on the machine that it is for: PyTorch 2.11, and our sixteen wheels.
+"""benchmarks/gpu.sh on a CPU, in an environment as on the machine that it is for: PyTorch 2.11, and our wheels.
 
 Python 3.12, PyTorch 2.11 and what that machine has are installed first, and `vdtrain train` runs there: what it needs
 beside them, `gpu_wheels.sh` has gathered. Some minutes, and 600 MB to fetch the first time.
@@ -25,7 +25,7 @@ THERE = (
     *("pillow", "rich", "requests", "regex", "einops", "msgpack", "ninja", "py-cpuinfo", "psutil", "setuptools"),
     *("typing-extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "pyyaml", "tqdm", "packaging"),
 )
-WHEELS = 16
+WHEELS = 18
 
 
 def uv() -> str:
