@@ -11,6 +11,7 @@ live as long as the engine, so that the allocator cannot reuse their memory earl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.partitions import GroupLayout, cut
 from vdtrain.run import distributed
+
+# Each group's buffer begins at a multiple of so many elements: 128 bytes in bf16. Matrix products on a GPU read weights
+# that are not at a multiple of 16 bytes with older kernels, at half the rate (benchmarks/results/gpu.json).
+ALIGNED_ELEMENTS = 64
 
 
 class FlatStrategy:
@@ -45,18 +50,18 @@ class FlatStrategy:
         _check_same_start(module)
         self._world_size = distributed.world_size()
         sizes = [layout.partition_size(self._world_size) * self._world_size for layout in layouts]
-        whole = torch.zeros(sum(sizes), device=next(module.parameters()).device)
-        for layout, buffer in zip(layouts, whole.split(sizes), strict=True):
+        whole = torch.zeros(sum(map(_aligned, sizes)), device=next(module.parameters()).device)
+        for layout, buffer in zip(layouts, _buffers(whole, sizes), strict=True):
             buffer[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
         module.to(settings.compute_dtype)
-        self._weights = list(whole.to(settings.compute_dtype).split(sizes))
-        self.masters = [self._held(buffer) for buffer in whole.split(sizes)]
+        self._weights = _buffers(whole.to(settings.compute_dtype), sizes)
+        self.masters = [self._held(buffer) for buffer in _buffers(whole, sizes)]
         # In float32 the masters are the module's weights.
         self._separate = settings.compute_dtype != torch.float32
         if sharded and self._separate:
             self.masters = [master.clone() for master in self.masters]
         self._gradient = torch.zeros_like(whole)
-        self._gradients = list(self._gradient.split(sizes))
+        self._gradients = _buffers(self._gradient, sizes)
         self._parameters = [len(groups[layout.group]) for layout in layouts]
         # In a step's last backward: how many parameters of each group still have no gradient.
         self._missing: list[int] | None = None
@@ -144,6 +149,16 @@ class FlatStrategy:
         else:
             work = dist.all_reduce(whole, async_op=True)
         self._reductions.append(work)
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+
+
+def _buffers(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The groups' buffers in one, each from an aligned element on."""
+    padded = whole.split([_aligned(size) for size in sizes])
+    return [buffer[:size] for buffer, size in zip(padded, sizes, strict=True)]
 
 
 def _wait(works: list[dist.Work | None]) -> None:
