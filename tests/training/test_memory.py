@@ -209,6 +209,14 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(capsys: pytest.Captu
         assert part in table
 
 
+def test_a_batch_of_one_micro_batch_has_its_largest(capsys: pytest.CaptureFixture[str]) -> None:
+    """The search measures twice the micro-batch, which is more than the batch."""
+    settings = [*TINY, "gpus=1", "stage.phases=[{resolution:32,samples:64}]", "stage.flows=[image-to-image]"]
+    sizes = ["stage.global_batch_size=2", "hardware.micro_batch_size={32:2}", "hardware.memory_gb=16"]
+    made = json.loads(run(capsys, *settings, *sizes, "format=json"))
+    assert made["phases"][0]["largest_micro_batch"] == 2
+
+
 @pytest.mark.slow
 def test_full_size_is_planned_without_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["stage=stage3_four_flow", "hardware=h100", "gpus=8", "format=json"]

@@ -141,7 +141,8 @@ class DryRun:
         return self._measured[resolution, micro_batch]
 
     def _measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
-        batch = self.config.stage.global_batch_size
+        # The search for the largest micro-batch also looks beyond the batch.
+        batch = max(self.config.stage.global_batch_size, micro_batch)
         rng = StepRandom("dry run", 0, batch, slice(0, micro_batch), torch.device("cpu"))
         count = OperatorCount()
 

@@ -227,11 +227,12 @@ def _measure(trainer: Trainer, config: BenchConfig, result: Result, memory_befor
             torch.cuda.reset_peak_memory_stats(device)
         parts = _timed(steps, config, result)
         peak = memory_gb(device) - memory_before
-        flops = _counted(steps, config, result, parts)
-        _rates(trainer, config, result, parts, flops)
         _waits(steps, result)
         if config.profile and config.output is not None:
             _profiled(steps, result, Path(config.output))
+        # Last: from a step that is counted on, compiled code runs eagerly.
+        flops = _counted(steps, config, result, parts)
+        _rates(trainer, config, result, parts, flops)
         if trainer.place.rank == 0:
             # Without the search for the largest micro-batch.
             hardware = replace(config.hardware, memory_gb=None)
