@@ -2,17 +2,19 @@
 # What one GPU shows of the trainer, in at most nine minutes, with PyTorch 2.11 or newer, and no network:
 #
 #   bash benchmarks/gpu_wheels.sh             # first, where there is a network: the packages that are missing there
-#   bash benchmarks/gpu.sh                    # then, on the machine with the GPU
-#   DEVICE=cpu bash benchmarks/gpu.sh         # the same parts at tiny size, to try the script
+#   bash benchmarks/gpu.sh                    # then, on the machine with the GPU: the first parts
+#   PARTS="probes compiled_high text_to_image_high" bash benchmarks/gpu.sh    # the others, in a second call
+#   DEVICE=cpu PARTS=all bash benchmarks/gpu.sh    # all parts at tiny size, to try the script
 #
-# PARTS names the parts to run, by default all; LIMIT is the seconds for all of them. Settings in MORE go to every bench.
-# OUT, by default benchmarks/results/gpu, receives gpu.json with every figure and gpu.log with every line. Each part is
-# a process with a time limit, and is printed as it ends; one that fails stops no other. The script succeeds if all do.
+# LIMIT is the seconds for all parts of a call. Settings in MORE go to every bench. OUT, by default
+# benchmarks/results/gpu, receives gpu.json with every figure and gpu.log with every line. Each part is a process with a
+# time limit, and is printed as it ends; one that fails stops no other. The script succeeds if all do.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 device="${DEVICE:-cuda}" python="${PYTHON:-python3}" out="${OUT:-benchmarks/results/gpu}"
-wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-} "
+first="eager compiled resume losses commands text_to_image_eager text_to_image_high_eager cached text_to_image"
+wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-$first} "
 read -ra more <<<"${MORE:-}"
 # How many times its limit a part may take: a CPU may be busy with other things.
 patience=1
@@ -32,38 +34,58 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # What one part compiled, the next one finds.
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}"
 
-# part NAME SECONDS COMMAND...: run a part within its limit and that of the script, and keep its JSON.
-part() {
-    local name="$1" limit=$(($2 * patience)) began="$SECONDS" left=$((seconds * patience - SECONDS)) status
+# start NAME SECONDS COMMAND...: begin a part, within its limit and that of the script.
+declare -A process began command
+start() {
+    local name="$1" limit=$(($2 * patience)) left=$((seconds * patience - SECONDS))
     shift 2
-    if [ "$parts" != "  " ] && [[ "$parts" != *" $name "* ]]; then return; fi
+    if [ "$parts" != " all " ] && [[ "$parts" != *" $name "* ]]; then return; fi
     if [ "$left" -lt "$limit" ]; then limit="$left"; fi
+    began[$name]="$SECONDS" command[$name]="$*"
     if [ "$limit" -lt 5 ]; then
-        status="no time left"
+        (echo "no time left"; exit 124) >"$work/$name.log" &
     else
-        timeout --kill-after=5 "$limit" "$@" >"$work/log" 2>&1
-        status="exit $?"
+        timeout --kill-after=5 "$limit" "$@" >"$work/$name.log" 2>&1 &
     fi
+    process[$name]=$!
+}
+
+# finish NAME: wait for a part that was begun, print its last lines, and keep its JSON.
+finish() {
+    local name="$1" status
+    if [ -z "${process[$name]:-}" ]; then return; fi
+    wait "${process[$name]}"
+    status="exit $?"
+    unset "process[$name]"
     [ "$status" = "exit 0" ] || failed+=("$name ($status)")
-    {
-        echo "== $name: $status, $((SECONDS - began)) s"
-        tail -n "${LINES_SHOWN:-45}" "$work/log"
-    } 2>/dev/null
-    { echo "== $name: $status: $*"; cat "$work/log"; } >>"$out/gpu.log" 2>/dev/null
-    rm -f "$work/log" "$work/json/"*.trace.json
+    echo "== $name: $status, $((SECONDS - began[$name])) s"
+    tail -n "${LINES_SHOWN:-45}" "$work/$name.log"
+    { echo "== $name: $status: ${command[$name]}"; cat "$work/$name.log"; } >>"$out/gpu.log"
+    rm -f "$work/json/$name.trace.json"
     "$python" - "$work/json" "$out/gpu.json" <<'JOIN'
 import json, sys
 from pathlib import Path
-parts = {path.stem: json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob("*.json"))}
+files = [path for path in sorted(Path(sys.argv[1]).glob("*.json")) if not path.name.endswith(".trace.json")]
+parts = {}
+for path in files:
+    try:
+        parts[path.stem] = json.loads(path.read_text())
+    except ValueError:  # a part that still runs is writing it
+        continue
 Path(sys.argv[2]).write_text(json.dumps(parts, indent=2) + "\n")
 JOIN
 }
 
-# bench NAME SECONDS SETTING...
+part() {
+    start "$@"
+    finish "$1"
+}
+
+# bench HOW NAME SECONDS SETTING...: HOW is part or start.
 bench() {
-    local name="$1" limit="$2"
-    shift 2
-    part "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" "${more[@]}" profile=true \
+    local how="$1" name="$2" limit="$3"
+    shift 3
+    "$how" "$name" "$limit" "$python" -m vdtrain bench "${size[@]}" "$@" "${more[@]}" profile=true \
         output="$work/json/$name.json" overwrite=true
 }
 
@@ -74,10 +96,14 @@ if [ "$device" = cuda ]; then
 print("h200" if torch.cuda.get_device_properties(0).total_memory > 100e9 else "h100")')" || exit
     size=(hardware="$preset" micro_batches=1 warmup_steps=2 timed_steps=8)
     low=256 high=512 small=() wide=(--wide)
+    # Twice the pairs of a four-flow micro-batch: its two flows to images share a batch, and so the compiled code.
+    if [ "$preset" = h200 ]; then double=("hardware.micro_batch_size={256:128}") behind=start; else
+        double=("hardware.micro_batch_size={256:64}") behind=part
+    fi
     compiled=(hardware.compile=blocks hardware.channels_last=true)
 else
     size=(hardware=cpu model=tiny micro_batches=1 warmup_steps=1 timed_steps=2 "hardware.micro_batch_size={32:4,64:2}")
-    low=32 high=64 small=(--small) wide=()
+    low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}") behind=start
     # A compiler for the CPU takes minutes.
     compiled=(hardware.compile=none hardware.channels_last=true)
 fi
@@ -85,17 +111,24 @@ four=(stage=stage3_four_flow) text_to_image=(stage=stage2_dual_flow "stage.flows
 check=("$python" benchmarks/gpu_checks.py)
 if [ "$device" = cuda ]; then on=(hardware="$preset"); else on=(hardware=cpu); fi
 
-part probes 60 "$python" benchmarks/gpu_probes.py --device "$device" "${small[@]}" --output "$work/json/probes.json"
-bench eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
-bench compiled 130 "${four[@]}" "${compiled[@]}" resolution="$low"
-part resume 40 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
-part losses 60 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
-    --output "$work/json/losses.json"
+bench part eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
+# Compiling takes one core some minutes, and the GPU little time. Where the memory suffices, other parts run beside it;
+# they end before its steps are timed.
+bench "$behind" compiled 420 "${four[@]}" "${compiled[@]}" resolution="$low"
+part resume 60 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
 part commands 90 "${check[@]}" commands "${on[@]}" "${eager[@]}" --output "$work/json/commands.json"
-bench cached 50 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
-bench text_to_image 60 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
-bench compiled_high 90 "${four[@]}" "${compiled[@]}" resolution="$high"
-bench text_to_image_high 60 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" data.latents=cached
+for how in low high; do
+    if [ "$how" = low ]; then name=text_to_image_eager; else name=text_to_image_high_eager; fi
+    bench part "$name" 60 "${text_to_image[@]}" "${eager[@]}" resolution="${!how}" data.latents=cached
+done
+part losses 120 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
+    --output "$work/json/losses.json"
+finish compiled
+bench part cached 70 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
+bench part text_to_image 100 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached "${double[@]}"
+part probes 60 "$python" benchmarks/gpu_probes.py --device "$device" "${small[@]}" --output "$work/json/probes.json"
+bench part compiled_high 420 "${four[@]}" "${compiled[@]}" resolution="$high"
+bench part text_to_image_high 200 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" data.latents=cached
 
 echo "== $SECONDS s; results in $out: gpu.json, gpu.log"
 if [ "${#failed[@]}" -gt 0 ]; then
