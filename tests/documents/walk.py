@@ -80,7 +80,7 @@ ELSEWHERE = {
     "test_the_whole_road_with_the_tiny_model",
     r"make drill|python -m tests\.drill.*": "tests/drill/test_drill.py::test_twenty_random_kills_lose_nothing",
     r"python benchmarks/train_step\.py( .*)?": "tests/benchmarks/test_train_step.py::test_contestants_do_the_same_work",
-    r"(DEVICE=cpu )?bash benchmarks/gpu(_wheels)?\.sh": "tests/benchmarks/test_gpu.py::test_all_parts",
+    r"(DEVICE=cpu PARTS=all )?bash benchmarks/gpu(_wheels)?\.sh": "tests/benchmarks/test_gpu.py::test_all_parts",
     r"slurm/all\.sh.*|sbatch slurm/(select_metadata|index_shards)\.sh": "tests/slurm/test_chain.py::"
     "test_a_chain_leads_from_metadata_to_a_picture",
     r"(sbatch .*)?slurm/(curriculum|stage\d_\w+)\.sh.*": CURRICULUM,
