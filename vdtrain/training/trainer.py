@@ -32,7 +32,7 @@ from vdtrain.errors import ConfigError, one_line
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.models.frozen import each_tensor, pairs_of
-from vdtrain.planning.dry_run import DryRun
+from vdtrain.planning.counts import counts
 from vdtrain.run import distributed
 from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
@@ -312,7 +312,8 @@ class Trainer:
         """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler.
 
         Returns:
-            A step's floating-point operations by a dry run; None if it fails, and on ranks that log nothing.
+            A step's floating-point operations, by the stored counts or a dry run; None if that fails, and on ranks
+            that log nothing.
         """
         if batch.rows:
             raise ConfigError(
@@ -331,7 +332,7 @@ class Trainer:
             flops = None
             if self.place.rank == 0:
                 try:
-                    flops = count * DryRun(self.config).measure(phase.resolution, local // count).flops
+                    flops = count * counts(self.config).measure(phase.resolution, local // count).flops
                 except Exception as error:  # layers of one's own may not run without values; training must go on
                     self.reporter.warn(f"no TFLOP/s are logged, because a dry run failed: {one_line(error)}")
             distributed.barrier()
