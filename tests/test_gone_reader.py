@@ -61,11 +61,11 @@ def test_a_reader_that_is_gone_ends_a_command_without_a_word(tmp_path: Path, com
 
 @pytest.mark.slow
 def test_training_whose_log_nobody_reads_ends_in_order(tmp_path: Path, origin: Path) -> None:
-    small = ["stage.global_batch_size=2", "hardware.micro_batch_size={32:1,64:1}", phases(2, (32, 8)), "log_every_steps=1"]
+    small = ["stage.global_batch_size=2", "hardware.micro_batch_size={32:1,64:1}", "log_every_steps=1"]
     words = [word.replace("FOLDER", str(origin)) for word in TRAIN]
     reader, writer = os.pipe()
     os.close(reader)
-    more = ["stage=stage1_single_flow", *words, *small, "run_dir=run"]
+    more = ["stage=stage1_single_flow", *words, *small, phases(2, (32, 8)), "run_dir=run"]
     done = start("vdtrain train", tmp_path, True, more, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert b"Traceback" not in done.stderr
