@@ -200,7 +200,7 @@ class Reporter:
         self.add(record, f"{datetime.now():%H:%M:%S} | {log_line(record)}{self._left(record)}")
 
     def _left(self, record: Mapping[str, Any]) -> str:
-        """The end of a line: how long the phase still takes, at the pace of its newest lines, or the stage has taken."""
+        """The end of a line: how long the phase still takes, at the pace of its lines, or how long the stage took."""
         if self._records and self._records[-1]["phase"] != record["phase"]:
             self._records.clear()
         self._records.append(record)
