@@ -17,6 +17,7 @@ from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.data_schema import DataConfig, ShapesConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
+from vdtrain.run.reader import quietly
 
 USAGE = """\
 Usage: python -m miniature COMMAND data=shapes [SETTING=VALUE ...]
@@ -94,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

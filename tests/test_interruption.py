@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.settings import phases
-from tests.world import TRAIN, WRITERS
+from tests.world import TRAIN, WRITERS, last_words
 
 SMALL = ["stage.global_batch_size=2", "hardware.micro_batch_size={32:1,64:1}", phases(2, (32, 100_000))]
 RUN = ["stage=stage1_single_flow", *TRAIN, *SMALL, "run_dir=OUT/run"]
@@ -81,7 +81,7 @@ def check(place: Path, name: str, number: signal.Signals, after: float, times: i
     # An evaluation that has begun asks its scheduler to start it again.
     asks = [os.EX_TEMPFAIL] * (name == "evaluate" and number == signal.SIGTERM)
     assert process.returncode in (128 + number, *asks), case
-    lines = [line for line in said.splitlines() if not line.startswith(("warning: ", "note: "))]
+    lines = last_words(said)
     assert len(lines) == 1, case
     advice = "(; (run it again to continue|the same command continues))?"
     assert re.fullmatch(f"stopped by {NAMES[number]}{advice}", lines[0]), case

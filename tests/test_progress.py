@@ -69,7 +69,7 @@ def test_items_are_counted(clock: list[float], capsys: pytest.CaptureFixture[str
         clock[0] += 40
     assert capsys.readouterr().err.splitlines() == [
         "draw: 1 of 2 images, 0.025 images/s, 0:00:40 left",
-        "draw: 2 of 2 images, 0.025 images/s, 0:00:00 left",
+        "draw: 2 of 2 images, 0.025 images/s, in 0:01:20",
         "draw: 1 letters, 0.025 letters/s",
         "draw: 2 letters, 0.025 letters/s",
     ]

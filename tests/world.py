@@ -90,9 +90,14 @@ def make_origin(folder: Path) -> Path:
     return folder
 
 
+def last_words(said: str) -> list[str]:
+    """The lines on standard error that tell how a command ended, without those on what it takes and does."""
+    return [line for line in said.splitlines() if not line.startswith(("warning: ", "note: ", "takes: "))]
+
+
 def one_line(said: str) -> str:
     """The error that a command said, of which there is exactly one, in exactly one line."""
-    lines = [line for line in said.splitlines() if not line.startswith(("warning: ", "note: ", "takes: "))]
+    lines = last_words(said)
     assert len(lines) == 1, said
     assert re.match(r"error: |not requeued: ", lines[0]), said
     assert "Traceback" not in lines[0]

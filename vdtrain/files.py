@@ -191,6 +191,10 @@ def _replace(path: Path, draft: Path) -> None:
         _settle(path, replaced)
 
 
+# The setting of most commands that lets a file be replaced.
+OVERWRITE = "overwrite"
+
+
 @contextmanager
 def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
     """`atomic_write` of what a setting names.
@@ -218,16 +222,20 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
         raise ConfigError(f"{place}: {_said(found, path)}") from error
 
 
-def refuse_existing(path: Path, place: str, overwrite: bool) -> None:
-    """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there."""
+def refuse_existing(path: Path, place: str, overwrite: bool, setting: str = OVERWRITE) -> None:
+    """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there.
+
+    Args:
+        setting: that lets it be replaced.
+    """
     check_output(path.parent, place)
     _check_names(place, path, draft_of(path, os.getpid()))
-    _refuse_existing(path, place, overwrite)
+    _refuse_existing(path, place, overwrite, setting)
 
 
-def _refuse_existing(path: Path, place: str, overwrite: bool) -> None:
+def _refuse_existing(path: Path, place: str, overwrite: bool, setting: str = OVERWRITE) -> None:
     if path.exists() and not overwrite:
-        raise ConfigError(f"{place}: {path} exists already; overwrite=true replaces it")
+        raise ConfigError(f"{place}: {path} exists already; {setting}=true replaces it")
 
 
 def _check_names(place: str, *paths: Path) -> None:

@@ -77,13 +77,19 @@ class Progress:
             print(f"{self.title}: {self.line()}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """Count, rate, time left and note."""
-        rate = (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        """Count, rate, time left, or taken in the end, and note."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = (self.done - self._first) / seconds
         speed = f"{rate:,.{0 if rate >= 10 else 1 if rate >= 1 else 3}f} {self.unit}/s"
         note = f"; {self.note}" if self.note else ""
         if self.total is None:
             return f"{self.done:,.0f} {self.unit}, {speed}{note}"
-        left = f"{timedelta(seconds=round((self.total - self.done) / rate))} left" if rate > 0 else "unknown time left"
+        if rate > 0 and self.done >= self.total:
+            left = f"in {timedelta(seconds=round(seconds))}"
+        else:
+            left = (
+                f"{timedelta(seconds=round((self.total - self.done) / rate))} left" if rate > 0 else "unknown time left"
+            )
         return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {speed}, {left}{note}"
 
 

@@ -18,7 +18,7 @@ from data_pipeline.index.repeated_images import REPEATED_IMAGE, repeated_images
 from data_pipeline.inspect.contact_sheet import draw_pairs, read_pairs, write_contact_sheet
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.manifest import Manifest, read_shards
-from vdtrain.files import check_output
+from vdtrain.files import refuse_existing
 from vdtrain.progress import track
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024)
@@ -32,12 +32,12 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     """Print statistics of a manifest, and draw some of its pairs.
 
     Raises:
-        ConfigError: a setting cannot work, or the contact sheet cannot be written.
+        ConfigError: a setting cannot work, or the contact sheet cannot be written, or stands there already.
         ManifestError: the folder holds no manifest, or a damaged one.
     """
     output = Path(config.output) if config.output is not None else folder.parent / "inspect.png"
     if config.images:
-        check_output(output.parent, f"data.inspect.output={output}")
+        refuse_existing(output, f"data.inspect.output={output}", config.overwrite, "data.inspect.overwrite")
     manifest = Manifest(folder)
     generator = np.random.default_rng(config.seed)
     print(f"{folder}\n")

@@ -34,7 +34,7 @@ PS4='$ '
 set -x
 python -m data_pipeline pack photos $size
 python -m data_pipeline index data=own data.shards=data/own/packed
-python -m data_pipeline inspect data/own/manifest
+python -m data_pipeline inspect data/own/manifest data.inspect.overwrite=true
 { set +x; } 2>/dev/null
 
 # The reader has the released weights, or imports them from the hub. Here a model of two steps stands for them.

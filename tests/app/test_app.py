@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from PIL import Image, ImageDraw
 from tests.browser import Page, chromium
 from tests.evaluation.test_evaluate import write_checkpoint
 from tests.world import one_line
+from vdtrain.app.desk import Desk, Report, StoppedError
 from vdtrain.app.server import is_loopback
 from vdtrain.cli import main
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import load_model, settled
+from vdtrain.config.compose import SCHEMAS, compose, to_object
+from vdtrain.config.overrides import Override
 from vdtrain.flows import all_flows
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -268,6 +274,9 @@ def test_what_is_no_image_is_one_line_and_a_sampling_can_be_stopped(served: Serv
     served.page.write(f"{place} textarea", "a red circle")
     served.page.write("input[aria-label='number input for Results']", "16")
     served.page.write("input[aria-label='number input for Steps']", "200")
+    # However slow the browser of a busy machine is, it sees the sampling before that ends: it takes minutes.
+    for side in ("Width", "Height"):
+        served.page.write(f"input[aria-label='{side}']", "256")
     served.page.press("Tab")
     served.page.click(f"{place} .make")
     served.page.until(lambda: served.page.run("/[1-9][0-9]*\\/200/.test(document.body.innerText)"))
@@ -275,10 +284,87 @@ def test_what_is_no_image_is_one_line_and_a_sampling_can_be_stopped(served: Serv
     served.page.until(lambda: served.said(place) == "stopped")
     # The sampling ends with its present step.
     served.page.until(lambda: served.results() == before)
+    for side in ("Width", "Height"):
+        served.page.write(f"input[aria-label='{side}']", "32")
     served.page.write("input[aria-label='number input for Results']", "1")
     served.page.write("input[aria-label='number input for Steps']", "2")
     served.page.press("Tab")
     served.make(place)
+    # A request that has ended keeps its results, and the page does not say that it was stopped.
+    made = served.results()
+    served.page.click(f"{place} .stop")
+    said = "nothing was being sampled; a request that waited is taken back"
+    served.page.until(lambda: served.said(place) == said)
+    assert served.results() == made != before
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    folder = tmp_path_factory.mktemp("desk")
+    write_checkpoint(folder / "model", all_flows(["image", "text"]))
+    settings = {"checkpoint": str(folder / "model"), "output_dir": str(folder / "results"), "threads": 1}
+    words = [Override(key, "", key, None, given=value) for key, value in settings.items()]
+    config = to_object(compose("app", words), SCHEMAS["app"])
+    found = describe(config)
+    config = settled(config, found.model)
+    return Desk(config, found, load_model(config, found))
+
+
+def a_circle(folder: Path) -> list[dict[str, Any]]:
+    return [{"flow": "text-to-image", "inputs": ["a red circle"], "height": 32, "width": 32, "steps": 2}]
+
+
+def test_a_stop_holds_while_the_last_step_is_made(desk: Desk) -> None:
+    """The page says "stopped" then too, so nothing may be left of the result."""
+
+    def stop_at_the_end(done: int, steps: int, part: int, parts: int) -> None:
+        if done == steps - 1:
+            assert desk.stop("a person")
+
+    results = Path(desk.config.output_dir)
+    with pytest.raises(StoppedError):
+        desk.make("a person", "sample", a_circle, stop_at_the_end)
+    assert list(results.glob("*")) == []
+    assert not desk.stop("a person")
+    assert desk.make("a person", "sample", a_circle, lambda *_: None).images
+    assert len(list(results.glob("*"))) == 1
+
+
+def test_a_stop_holds_for_what_waits_for_its_turn(desk: Desk) -> None:
+    """A request waits while the last step of one that was stopped is made, of the same person or of another."""
+    before, ends = set(Path(desk.config.output_dir).glob("*")), dict[str, BaseException | None]()
+    working, goes_on = threading.Event(), threading.Event()
+
+    def request(name: str, person: str, report: Report) -> threading.Thread:
+        def run() -> None:
+            try:
+                desk.make(person, "sample", a_circle, report)
+                ends[name] = None
+            except BaseException as error:
+                ends[name] = error
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def wait(*_: int) -> None:
+        working.set()
+        assert goes_on.wait(60)
+
+    first = request("first", "a person", wait)
+    assert working.wait(60)
+    threads = [first, *(request(name, name, lambda *_: None) for name in ("another", "third"))]
+    end = time.monotonic() + 60
+    # The request stands in the list before it has its turn.
+    while not desk.stop("another"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    goes_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert (ends["first"], ends["third"]) == (None, None)
+    assert isinstance(ends["another"], StoppedError)
+    assert len(set(Path(desk.config.output_dir).glob("*")) - before) == 2
 
 
 def test_mistakes_on_the_command_line_are_one_line(

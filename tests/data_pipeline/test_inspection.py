@@ -128,6 +128,26 @@ def test_captions_of_every_kind_are_wrapped(tmp_path: Path, caption: str) -> Non
     write_contact_sheet(tmp_path / "sheet.png", [Pair(None, caption, caption)], 100)
 
 
+@pytest.mark.parametrize("output", [None, "mine.png"])
+def test_a_sheet_that_stands_there_is_replaced_only_by_a_setting(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str | None
+) -> None:
+    sheet = manifest.parent / "inspect.png" if output is None else tmp_path / output
+    words = ["inspect", str(manifest), "data=shapes", *([] if output is None else [f"data.inspect.output={sheet}"])]
+    sheet.write_text("not to be lost")
+    assert main(words) == 2
+    said = capsys.readouterr()
+    remedy = "data.inspect.overwrite=true"
+    assert said.err == f"error: data.inspect.output={sheet}: {sheet} exists already; {remedy} replaces it\n"
+    # It is said before any work, and a command that draws no sheet does not ask.
+    assert said.out == ""
+    assert main([*words, "data.inspect.images=0"]) == 0
+    assert sheet.read_text() == "not to be lost"
+    assert main([*words, remedy]) == 0
+    with Image.open(sheet) as drawn:
+        assert drawn.format == "PNG"
+
+
 def test_of_many_shards_some_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_pairs(tmp_path, shards=5, count=4)
     settings = ["data=shapes", "data.inspect.shards=2", "data.inspect.images=0"]

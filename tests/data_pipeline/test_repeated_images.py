@@ -89,7 +89,8 @@ def test_the_commands_count_name_and_leave_out(
     after = Manifest(manifest)
     assert (len(after), after.counts(64).tolist(), after.counts(65).tolist()) == (19, [7, 5, 7], [0, 0, 0])
     assert after.identity != before.identity
-    assert main(["inspect", str(manifest), "data=own", "data.inspect.pixels=64", "data.inspect.images=30"]) == 0
+    again = "data.inspect.overwrite=true"
+    assert main(["inspect", str(manifest), "data=own", "data.inspect.pixels=64", "data.inspect.images=30", again]) == 0
     printed = capsys.readouterr().out
     assert "left out: 11 repeated image" in printed
     assert "contact sheet of 19 pairs" in printed

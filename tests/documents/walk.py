@@ -56,6 +56,8 @@ STAND_INS = (
     StandIn(r"\bsteps=25\b", "steps=2"),
     StandIn(r"\b(ranks|gpus)=\d+", r"\1=2"),
     StandIn(r"\bprocesses=32\b", "processes=2"),
+    # Several pages draw the sheet of one manifest.
+    StandIn(r"^(python -m data_pipeline inspect\b[^#]*?)(?= *(#.*)?$)", r"\1 data.inspect.overwrite=true"),
     # A file system of the site's; an end that is a Ctrl-C.
     StandIn(r"(?<![\w.])/scratch/", "scratch/"),
     StandIn(r"^tail -f ", "tail "),

@@ -286,6 +286,17 @@ def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str])
     assert metrics(folder, "fid")["flows"]["text-to-image"]["fid"] > first + 1000
 
 
+def test_flows_that_make_no_images_need_no_weights_for_fid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(InceptionFeatures(None).network.state_dict(), folder / "others.pth")
+    given = ["samples=2", "part_samples=2"]
+    for number, weights in enumerate(("null", f"{folder}/others.pth")):
+        words = [*given, f"fid.weights={weights}"]
+        assert evaluate(settings(folder, f"text-{number}", "flows=[text-to-text]", *words)) == 0
+        assert "fid.weights" not in capsys.readouterr().err
+    assert evaluate(settings(folder, "images", "flows=[text-to-text,text-to-image]", *given)) == 0
+    assert "fid.weights: null, so FID is skipped" in capsys.readouterr().err
+
+
 def test_a_modality_without_figures_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conf = f"hydra.searchpath=[{ROOT}/tests/third_modality/conf]"
     flows = [Flow("sound", "text"), Flow("image", "sound")]

@@ -41,6 +41,33 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+def test_a_mistake_of_one_process_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    """The last process alone finds no manifest, as on a node that lacks a disk. No launcher ends the first."""
+    manifest = write_pairs(tmp_path / "data", shards=2, count=8)
+    common = ["-m", "vdtrain", "train", *MINIATURE, f"run_dir={tmp_path}/run", phases(2, (32, 4))]
+    last = [*common, f"stage.init_from={tmp_path}/gone"]
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    ending = run_ranks(
+        [[*common, f"data.manifest={manifest}"], [*last, f"data.manifest={manifest}"]], logs, 200, python=sys.executable
+    )
+    assert ending.statuses == [1, 2], ending
+    (line,) = errors(ending, 0)
+    said = f"process 1 will not come: stage.init_from={tmp_path}/gone"
+    assert line.startswith(f"error: process 0: {said}") or line.startswith(f"error: {said}"), ending
+    assert "Traceback" not in "".join(ending.logs)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_keeps_none_waiting(tmp_path: Path) -> None:
+    words = ["-m", "vdtrain", "train", *MINIATURE, f"run_dir={tmp_path}/run", f"stage.init_from={tmp_path}/gone"]
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    ending = run_ranks([words, words], logs, 200, python=sys.executable)
+    assert ending.statuses == [2, 2], ending
+    assert len(errors(ending, 0)) == 1, ending
+    assert errors(ending, 1) == [], ending
+
+
 # A launcher as torchrun or slurmstepd is one: it gives its ranks variables that it does not have.
 LAUNCHER = """
 import os, signal, subprocess, sys

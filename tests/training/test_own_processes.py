@@ -112,6 +112,8 @@ def test_signals_reach_all_processes_and_the_same_command_goes_on(begin: type[St
     assert re.search(r"\nparameters: [\d,]+ trained, 0 carried along unchanged, [\d,]+ in frozen encoders", run.said)
     times = re.findall(rf"(?m)^(\d\d:\d\d:\d\d) \| step {steps + 1} \| .* \| (\d+) s left$", run.said)
     assert len(times) == 1, run.said
+    # Nothing is left after the last step.
+    assert re.search(rf"(?m)\| step {steps + 2} \| .* \| \d+ s since the start$", run.said), run.said
     assert [event.world_size for event in read_events(tmp_path / "run")] == [2] * 4
     assert re.search(r"is complete; next: vdtrain train stage=stage2_dual_flow .*gpus=2", run.said)
     assert not re.search(r"(?i)torch\.distributed|elastic", run.said)

@@ -68,12 +68,37 @@ class Desk:
     def __init__(self, config: AppConfig, checkpoint: Described, model: VersatileDiffusion) -> None:
         self.config, self.checkpoint, self.model = config, checkpoint, model
         self._turn, self._numbers = threading.Lock(), itertools.count(1)
-        self._stops: dict[str, threading.Event] = {}
+        # What stops each request that waits for its turn or is made, by person.
+        self._stops: dict[str, set[threading.Event]] = {}
+        self._changing = threading.Lock()
 
-    def stop(self, person: str) -> None:
-        """End the sampling of a person at its next step."""
-        if person in self._stops:
-            self._stops[person].set()
+    def stop(self, person: str) -> bool:
+        """End what is made for a person, or waits for its turn, at its next step. Nothing of it is kept.
+
+        Returns:
+            Whether there was anything: a request that has ended keeps its results.
+        """
+        with self._changing:
+            found = self._stops.get(person, set())
+            for each in found:
+                each.set()
+            return bool(found)
+
+    def _begin(self, person: str) -> threading.Event:
+        """What stops a request, from now until `_end`."""
+        stop = threading.Event()
+        with self._changing:
+            self._stops.setdefault(person, set()).add(stop)
+        return stop
+
+    def _end(self, person: str, stop: threading.Event) -> bool:
+        """Let a request be stopped no more; whether it was."""
+        with self._changing:
+            found = self._stops.get(person, set())
+            found.discard(stop)
+            if not found:
+                self._stops.pop(person, None)
+            return stop.is_set()
 
     def make(self, person: str, command: str, parts: Callable[[Path], Sequence[Settings]], report: Report) -> Result:
         """Run a command: sample, blend or edit.
@@ -86,21 +111,26 @@ class Desk:
             ConfigError: a setting or an input is wrong.
             StoppedError: `stop` was called.
         """
-        with self._turn:
-            self._stops[person] = stop = threading.Event()
-            folder = Path(self.config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers):03d}"
-            result = Result([], [], [], [], [])
-            try:
-                runs = parts(folder)
-                for number, settings in enumerate(runs):
-                    place = folder / f"{number:02d}" if len(runs) > 1 else folder
-                    self._run(command, settings, place, _watched(stop, report, number, len(runs)), result)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            finally:
-                del self._stops[person]
-            return result
+        stop = self._begin(person)
+        try:
+            with self._turn:
+                folder = Path(self.config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers):03d}"
+                result = Result([], [], [], [], [])
+                try:
+                    _check(stop)
+                    runs = parts(folder)
+                    for number, settings in enumerate(runs):
+                        place = folder / f"{number:02d}" if len(runs) > 1 else folder
+                        self._run(command, settings, place, _watched(stop, report, number, len(runs)), result)
+                    # The page has said "stopped", even if that was after the last step.
+                    if self._end(person, stop):
+                        raise StoppedError
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+                return result
+        finally:
+            self._end(person, stop)
 
     def _run(self, command: str, settings: Settings, folder: Path, progress: Progress, result: Result) -> None:
         fixed = {name: value for name in FIXED if (value := getattr(self.config, name)) is not None}
@@ -147,15 +177,20 @@ class _Sampler(Sampler):
         return 0
 
 
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise StoppedError
+
+
 def _watched(stop: threading.Event, report: Report, part: int, parts: int) -> Progress:
     """Reports sampling steps, and ends them when `stop` is set."""
 
     def progress(turns: Sequence[int]) -> Iterable[int]:
         for number, turn in enumerate(turns):
-            if stop.is_set():
-                raise StoppedError
+            _check(stop)
             report(number, len(turns), part, parts)
             yield turn
+        _check(stop)
 
     return progress
 

@@ -210,8 +210,9 @@ class Page:
 
     def _stop(self, request: gr.Request) -> str:
         # The button that was stopped shows nothing more.
-        self._left(request)
-        return lines("stopped")
+        if self.desk.stop(str(request.session_hash)):
+            return lines("stopped")
+        return lines("nothing was being sampled; a request that waited is taken back")
 
     def _left(self, request: gr.Request) -> None:
         self.desk.stop(str(request.session_hash))

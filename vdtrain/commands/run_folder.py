@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from vdtrain.config.command import run_command
 from vdtrain.config.schema import TrainConfig
 from vdtrain.errors import ConfigError
+from vdtrain.run.reader import quietly
 
 USAGE = """\
 Usage: python -m vdtrain.commands.run_folder [GROUP=OPTION ...] [SETTING=VALUE ...]
@@ -41,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

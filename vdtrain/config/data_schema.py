@@ -170,6 +170,7 @@ class InspectConfig:
     pixels: int = setting("side of each image on the contact sheet", least=32)
     seed: int = setting("seed of the random draws")
     output: FilePath | None = setting("file of the contact sheet; null for inspect.png beside the manifest")
+    overwrite: bool = setting("replace an existing file", False)
 
 
 @dataclass

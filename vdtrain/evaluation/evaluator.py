@@ -128,11 +128,12 @@ class Evaluator:
     def remarks(self) -> list[str]:
         """Warnings for the user, before the long work."""
         samples, lines = self.parts.samples, []
-        if self.inception is None:
+        images = any(each.flow.output == "image" for each in self.variants)
+        if images and self.inception is None:
             lines.append(f"fid.weights: null, so FID is skipped; {WAYS}")
-        elif not self.settings["fid.weights"].startswith(PUBLISHED):
+        elif images and not self.settings["fid.weights"].startswith(PUBLISHED):
             lines.append("fid.weights: not the published file; this FID cannot be compared with published ones")
-        if samples < FEW_SAMPLES and any(each.flow.output == "image" for each in self.variants):
+        if images and samples < FEW_SAMPLES:
             lines.append(
                 f"samples={samples}: with fewer than {FEW_SAMPLES:,} samples Fréchet distances are too large; "
                 "only compare evaluations with the same number of samples"

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -32,6 +31,11 @@ ANSWER_SECONDS = 5.0
 GRACE_SECONDS = 3.0
 # Exit status of a process that has lost another one.
 LOST_STATUS = 1
+
+
+# What a process that will not come says to those that wait for it.
+MISTAKE = "vdtrain/mistake"
+FIRST_TURN_SECONDS = 0.02
 
 
 class JoinError(RuntimeError):
@@ -58,14 +62,18 @@ class Company:
         self.store = _store(rank, world_size, timedelta(seconds=seconds))
         keys = [f"vdtrain/come/{each}" for each in range(world_size)]
         self.store.set(keys[rank], json.dumps(this_process()))
-        try:
-            self.store.wait(keys, timedelta(seconds=seconds))
-        except dist.DistStoreError as error:
-            absent = [each for each, key in enumerate(keys) if not self.store.check([key])]
-            raise JoinError(
-                f"{named(absent)} did not come within {seconds:g} s; see why in the log there, then start all of them "
-                "again"
-            ) from error
+        end, turn = time.monotonic() + seconds, FIRST_TURN_SECONDS
+        while not self.store.check(keys):
+            if self.store.check([MISTAKE]):
+                raise JoinError(self.store.get(MISTAKE).decode(errors="replace"))
+            if time.monotonic() >= end:
+                absent = [each for each, key in enumerate(keys) if not self.store.check([key])]
+                raise JoinError(
+                    f"{named(absent)} did not come within {seconds:g} s; see why in the log there, then start all of "
+                    "them again"
+                )
+            time.sleep(turn)
+            turn = min(2 * turn, LOOK_SECONDS)
         # Of the watchdog's thread.
         self._teller = self.store.clone()
         self.peers: list[list[Any]] = [json.loads(self.store.get(key)) for key in keys]
@@ -186,6 +194,12 @@ def _store(rank: int, world_size: int, limit: timedelta) -> Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # PyTorch's own wait for the others would not name them.
     return TCPStore(host, port, world_size, rank == 0, limit, wait_for_workers=False, multi_tenant=True)
+
+
+def tell_mistake(rank: int, world_size: int, text: str, seconds: float) -> None:
+    """Tell the processes that wait for this one that it will not come. Their store must be there."""
+    with contextlib.suppress(RuntimeError):
+        _store(rank, world_size, timedelta(seconds=seconds)).set(MISTAKE, f"process {rank} will not come: {text}")
 
 
 def this_process() -> list[Any]:

@@ -33,6 +33,8 @@ TIMEOUT_SECONDS = 1800.0
 # Machine, process number and start of every process, by rank; see `vdtrain.run.lock`.
 _peers: list[list[Any]] = []
 _company: Company | None = None
+# Whether the processes of this run have come together, once.
+_has_joined = False
 # Time limit of every collective; None until `start`.
 _timeout: timedelta | None = None
 # For messages beside training. They may have to wait for a process that reads a checkpoint; the watchdogs know whether
@@ -69,7 +71,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
         ValueError: the launcher's variables are incomplete, or this process has no GPU.
         JoinError: another process did not come.
     """
-    global _company, _control, _timeout
+    global _company, _control, _timeout, _has_joined
     launch = launch_variables()
     rank, local_rank, world_size = int(launch["RANK"]), int(launch["LOCAL_RANK"]), int(launch["WORLD_SIZE"])
     place = RankInfo(rank, local_rank, world_size, local_device(device, local_rank))
@@ -94,6 +96,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
     else:
         seconds = min(JOIN_SECONDS, timeout_seconds)
         _company = Company(rank, world_size, seconds)
+        _has_joined = True
         _peers[:] = _company.peers
         with company(seconds):
             dist.init_process_group(
@@ -108,6 +111,11 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
 def company(seconds: float | None = None) -> contextlib.AbstractContextManager[None]:
     """Watch for lost processes; see `Company.kept`."""
     return contextlib.nullcontext() if _company is None else _company.kept(seconds)
+
+
+def has_joined() -> bool:
+    """Whether the processes of this run have come together, now or before."""
+    return _has_joined
 
 
 def watch(watchdog: Watchdog) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
@@ -40,6 +44,9 @@ NUMBERS = {
 }
 # The settings of a command's own processes.
 PROCESSES = tuple(each.name for each in fields(ProcessesConfig))
+# How long a process tries to reach process 0, whose first imports take a while: there, or on this machine, where it is
+# seen to live. And how often.
+TELL_SECONDS, TELL_HERE_SECONDS, TELL_TURN_SECONDS = 60.0, 300.0, 0.25
 OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -128,7 +135,16 @@ def run_command_on_ranks(
             print(f"error: {error}", file=sys.stderr)
         return 2
 
+    mistakes: list[str] = []
+
     def on_rank(config: Schema, raw_config: DictConfig) -> int:
+        try:
+            return work(config, raw_config)
+        except ConfigError as error:
+            mistakes.append(str(error))
+            raise
+
+    def work(config: Schema, raw_config: DictConfig) -> int:
         device = config.hardware.device if hasattr(config, "hardware") else getattr(config, "device", "")
         if elastic.starts_ranks(config):
             prepare(config, elastic.world_size(config))
@@ -153,7 +169,57 @@ def run_command_on_ranks(
             sys.stdout.flush()
             os._exit(LOST_STATUS)
 
-    return run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain, parts)
+    status = run_command(usage, config_name, schema, on_rank, argv, launch["RANK"] == "0", plain, parts)
+    if status == ConfigError.status and launch["RANK"] != "0":
+        _tell_mistake(launch, *mistakes)
+    return status
+
+
+def _tell_mistake(launch: Mapping[str, str], text: str = "a mistake in its settings; try the command there") -> None:
+    """End the wait of the other processes for this one, which may be the only one with a mistake, as of a node's files.
+
+    If all have the same mistake, there is nobody to tell: process 0 says it, and has no store.
+    """
+    distributed: Any = sys.modules.get("vdtrain.run.distributed")
+    if distributed is not None and distributed.has_joined():
+        return
+    place = launch["MASTER_ADDR"], int(launch["MASTER_PORT"])
+    here = _is_local(place[0])
+    end = time.monotonic() + (TELL_HERE_SECONDS if here else TELL_SECONDS)
+    while not _answers(place):
+        if time.monotonic() >= end or (here and not _first_is_here(launch)):
+            return
+        time.sleep(TELL_TURN_SECONDS)
+    os.environ.update(launch)
+    from vdtrain.run.company import tell_mistake
+
+    tell_mistake(int(launch["RANK"]), int(launch["WORLD_SIZE"]), text, TELL_SECONDS)
+
+
+def _answers(place: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(place, timeout=TELL_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def _is_local(host: str) -> bool:
+    own = socket.gethostname()
+    return host in ("127.0.0.1", "localhost", "::1", own, own.partition(".")[0])
+
+
+def _first_is_here(launch: Mapping[str, str]) -> bool:
+    """Whether process 0 of this run is on this machine."""
+    marks = {"RANK": "0", "MASTER_PORT": launch["MASTER_PORT"]}
+    if "RANK" not in os.environ:
+        marks = {"SLURM_PROCID": "0", **{name: os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")}}
+    wanted = {f"{name}={value}".encode() for name, value in marks.items()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                return True
+    return False
 
 
 def _slurm_launch() -> dict[str, str]:

@@ -162,6 +162,7 @@ class Reporter:
         self._config = config
         # Of the present phase.
         self._records: deque[Mapping[str, Any]] = deque(maxlen=PACE_LINES)
+        self._began = time.monotonic()
         self.console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
         if rank != 0:
             return
@@ -199,7 +200,7 @@ class Reporter:
         self.add(record, f"{datetime.now():%H:%M:%S} | {log_line(record)}{self._left(record)}")
 
     def _left(self, record: Mapping[str, Any]) -> str:
-        """The end of a line: how long the phase still takes, at the pace of its newest lines."""
+        """The end of a line: how long the phase still takes, at the pace of its lines, or how long the stage took."""
         if self._records and self._records[-1]["phase"] != record["phase"]:
             self._records.clear()
         self._records.append(record)
@@ -209,7 +210,10 @@ class Reporter:
         rate = pace(self._records)
         if not rate:
             return ""
-        of_phase = "" if number == len(phases) - 1 else f" in phase {number + 1} of {len(phases)}"
+        last = number == len(phases) - 1
+        if last and record["samples"] >= end:
+            return f" | {age(time.monotonic() - self._began)} since the start"
+        of_phase = "" if last else f" in phase {number + 1} of {len(phases)}"
         return f" | {age((end - record['samples']) / rate)} left{of_phase}"
 
     def add(self, record: Mapping[str, Any], line: str) -> None:

@@ -22,6 +22,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unreadable, unwritable
 from vdtrain.files import append_line, opened, sync
 from vdtrain.run.launch import number
+from vdtrain.run.reader import quietly
 
 RECORD_FILE = "restarts.jsonl"
 START, REQUEUE = "start", "requeue"
@@ -216,4 +217,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))
