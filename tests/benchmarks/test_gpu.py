@@ -80,7 +80,8 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
     assert len(found) == WHEELS
     assert sum(each.stat().st_size for each in found) < 16e6
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    settings = {"DEVICE": "cpu", "PARTS": "all", "PYTHON": str(machine), "WHEELS": str(wheels), "OUT": str(tmp_path / "out")}
+    settings = {"DEVICE": "cpu", "PARTS": "all"}
+    settings |= {"PYTHON": str(machine), "WHEELS": str(wheels), "OUT": str(tmp_path / "out")}
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
         env={**environment, **settings},

@@ -46,7 +46,7 @@ NUMBERS = {
 PROCESSES = tuple(each.name for each in fields(ProcessesConfig))
 # How long a process tries to reach process 0, whose first imports take a while: there, or on this machine, where it is
 # seen to live. And how often.
-TELL_SECONDS, TELL_HERE_SECONDS, TELL_TURN_SECONDS = 60.0, 300.0, 0.25
+TELL_SECONDS, TELL_HERE_SECONDS, TELL_TURN_SECONDS = 20.0, 300.0, 0.25
 OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vdtrain.config.compose import ConfigError
