@@ -19,6 +19,7 @@ from vdtrain.config.schema import RatesConfig, TrainConfig
 from vdtrain.planning.memory import PhaseMemory, StagePlan, plan_stage
 from vdtrain.planning.speed import step_time
 from vdtrain.run.speed import BACKWARD, EXCHANGE, INSIDE, OPTIMISER, OperatorCount, StepClock
+from vdtrain.training.bench import kernel_kind
 
 STAGE = ("stage=stage3_four_flow", *TINY)
 SMALL = ("hardware.micro_batch_size={32:4,64:4}", "warmup_steps=1", "timed_steps=3")
@@ -133,6 +134,28 @@ def phase_of(
     parameters = {"global": 10**8, "data.image": 3 * 10**8, "data.text": 6 * 10**8}
     plan = StagePlan("by hand", gpus, None, parameters, 0, 64, standing, [phase], 0, 0, [])
     return config, plan, phase
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_poi_fused_cat_gelu_gelu_backward_mul_split_view_2", "triton"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64", "attention"),
+        ("fmha_cutlassB_bf16_aligned_128x64_k65536_sm80(PyTorchMemEffAttention::AttentionBackwardKernel", "attention"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collective"),
+        ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize256x128x64", "convolution"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_64x3_tn_align2>", "matrix product"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix product"),
+        ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "layout"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorList", "optimiser"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::BFloat16>", "normalisation"),
+        ("Memcpy DtoD (Device -> Device)", "copy or fill"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add", "elementwise"),
+        ("void cudnn::fusion::compute_dot_do_o<true>(void const*", "other"),
+    ],
+)
+def test_what_kernels_of_an_h200_do(name: str, kind: str) -> None:
+    assert kernel_kind(name) == kind
 
 
 def test_a_step_follows_from_operations_and_bytes() -> None:

@@ -43,6 +43,7 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
         results[f"foreign-{stage}"] = foreign_weights(stage)
         results[f"twice-{stage}"] = one_module_in_two_engines(stage)
         results[f"converted-{stage}"] = converted_afterwards(stage)
+        results[f"aligned-{stage}"] = first_addresses(stage)
     results["timeouts"] = timeouts()
     for stage in (0, SHARDED):
         results[f"order-{stage}"] = order_of_reductions(stage)
@@ -69,6 +70,22 @@ def carried_passengers(stage: int | str) -> dict[str, Any]:
         "exact": all(torch.equal(carried_over[name], fresh[name].cpu()) for name in carried_over),
         "no_gradient": all(p.requires_grad == (name in trained) for name, p in module.named_parameters()),
         "groups": [partition.layout.group for partition in engine.partitions()],
+    }
+    engine.close()
+    return results
+
+
+def first_addresses(stage: int | str) -> dict[str, Any]:
+    """Of each group's first weights, to 16 bytes. A bias of odd size ends the first group."""
+    module = Toy()
+    groups = toy_groups(module)
+    first = next(iter(groups))
+    module.register_parameter("odd", nn.Parameter(torch.zeros(3)))
+    groups[first] = {**groups[first], "odd": module.odd}
+    engine = Engine(module, groups, settings(zero_stage=stage, precision="bf16"))
+    results = {
+        "odd": sum(parameter.numel() for parameter in groups[first].values()) % 8,
+        "offsets": [next(iter(parameters.values())).data_ptr() % 16 for parameters in groups.values()],
     }
     engine.close()
     return results
