@@ -15,6 +15,9 @@ from tests.drill.starts import RANKS, Start
 from tests.settings import phases
 
 EVERY = 1000
+# Between two looks at the processes. Of those within EVERY steps the least of each figure counts: a batch, a save or a
+# read in flight adds to it for a moment.
+LOOK_SECONDS = 1.0
 # Steps before a process counts as settled.
 SETTLED = 2000
 MEGABYTE = 1e6
@@ -49,13 +52,23 @@ def rows(whole: Whole, steps: int) -> Iterator[dict[str, Any]]:
     words = [word for word in stage.words if "tests.training.trouble" not in word]
     start = Start(words, place / "soak.log", fresh=True)
     points: list[tuple[int, list[dict[str, float]]]] = []
+    least: list[dict[str, float]] = []
     while start.running():
-        time.sleep(0.2)
-        if (step := stage.step()) >= EVERY * (len(points) + 1) and len(start.ranks) == RANKS:
-            try:
-                points.append((step, measure(start.ranks)))
-            except psutil.Error:
-                continue
+        time.sleep(LOOK_SECONDS)
+        step = stage.step()
+        if not step or len(start.ranks) != RANKS:
+            continue
+        try:
+            found = measure(start.ranks)
+        except psutil.Error:
+            continue
+        least = [
+            {what: min(one[what], other[what]) for what in one}
+            for one, other in zip(least or found, found, strict=True)
+        ]
+        if step >= EVERY * (len(points) + 1):
+            points.append((step, least))
+            least = []
             yield _row(points, [], steps)
     wrong = ["a traceback"] if start.traced() else []
     if stage.step() != steps:
