@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from examples.audio.draw import Tone
-from examples.audio.sound import AudioVAE, pitch, spectrogram
+from examples.audio.sound import SPREAD, AudioVAE, pitch, spectrogram
 
 SOUNDS, BATCH, STEPS, RATE = 600, 32, 600, 2e-3
 # Of the divergence from the unit normal distribution; the other part of the loss is the error of the spectrogram.
@@ -40,10 +40,10 @@ def train(path: Path, steps: int = STEPS) -> None:
         if step % 100 == 0 or step == steps:
             print(f"step {step} | error {error:.4f} | divergence {divergence:.2f}", flush=True)
     with torch.no_grad():
-        vae.spread.copy_(vae.posterior(sounds)[0].std())
+        vae.spread.copy_(vae.posterior(sounds)[0].std() / SPREAD)
         some = sounds[:50]
         heard = (pitch(vae.decode(vae.encode(some))) - pitch(some)).abs().mean()
-    print(f"latents divided by {vae.spread:.3f}; sounds come back {heard:.2f} semitones off")
+    print(f"latents divided by {vae.spread:.3f}, to a spread of {SPREAD}; sounds come back {heard:.2f} semitones off")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(vae.state_dict(), path)
     print(path)

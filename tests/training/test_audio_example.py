@@ -33,7 +33,15 @@ SMALL: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "python -m examples.audio.draw": (draw.main, ["--scale", "0.1"]),
     "python -m examples.audio.train_vae": (train_vae.main, ["--steps", "20"]),
     "python -m data_pipeline": (data_pipeline, []),
-    "vdtrain train": (train, ["stage.phases=[{resolution:32,samples:48}]", "log_every_steps=1", "tracking=none"]),
+    "vdtrain train": (
+        train,
+        [
+            "stage.phases=[{resolution:32,samples:48}]",
+            "stage.global_batch_size=16",
+            "log_every_steps=1",
+            "tracking=none",
+        ],
+    ),
     "vdtrain sample": (sample, ["steps=2"]),
     "vdtrain evaluate": (evaluate, ["samples=4", "steps=2"]),
 }
