@@ -138,8 +138,8 @@ def test_a_killed_process_is_one_line(begin: type[Started]) -> None:
 def test_an_error_of_the_processes_is_one_line(begin: type[Started]) -> None:
     run = begin("gpus=2", LONG, "stage.init_from=nowhere")  # type: ignore[call-arg, arg-type]
     assert run.end() == 2
-    (line,) = run.said.splitlines()
-    assert line.startswith("error: stage.init_from=nowhere: does not exist")
+    assert run.said.count("\n") == 1, run.said
+    assert run.said.startswith("error: stage.init_from=nowhere: does not exist")
 
 
 def test_two_nodes_meet(begin: type[Started], tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def run_command(
         ending.check()
         if is_main:
             print(f"error: {printable(str(error))}", file=sys.stderr)
+        ending.told = error.status
         return error.status
     except (RuntimeError, MemoryError) as error:
         if (problem := memory_problem(error, made)) is None:

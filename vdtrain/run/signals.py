@@ -43,6 +43,7 @@ class _Ending:
         saves: whether a stopped run saves.
         received: the newest signal with a handler; 0 before.
         passes_on: what this process does with its signals if it does not act on them itself.
+        told: the status of an error that the command has printed; None before. No line follows it.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class _Ending:
         self.saves = False
         self.received = 0
         self.passes_on: Callable[[int], None] | None = None
+        self.told: int | None = None
         self._leaving = threading.Lock()
         self._deferred = 0
 
@@ -76,6 +78,9 @@ class _Ending:
     def leave(self, number: int, frame: FrameType | None = None, status: int | None = None) -> NoReturn:
         """Say that the command was stopped, and end this process without any further step."""
         self._leaving.acquire()
+        if self.told is not None:
+            # A launcher ends the others as soon as one has failed.
+            os._exit(self.told)
         line = f"stopped: {self.cause}" if self.cause else f"stopped by {_name(number)}"
         line += f"; {self.advice}" if self.advice else ""
         if _is_first(on_node=bool(self.cause)):
@@ -143,6 +148,7 @@ def begin() -> None:
     even if the main thread waits in a library that handles no signals.
     """
     redact_output()
+    ending.told = None
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -159,6 +165,7 @@ def ended(status: int) -> int:
     """The status of a command whose work is over. A signal ends the process at once from now on."""
     if ending.number:
         _leave()
+    ending.told = status or None
     for number in STATUSES:
         if signal.getsignal(number) == ending.interrupt:
             signal.signal(number, ending.leave)
