@@ -24,6 +24,7 @@ THERE = (
     *("transformers==5.17.0", "tokenizers==0.23.2", "huggingface_hub==1.33.0", "safetensors", "numpy", "pyarrow"),
     *("pillow", "rich", "requests", "regex", "einops", "msgpack", "ninja", "py-cpuinfo", "psutil", "setuptools"),
     *("typing-extensions", "filelock", "sympy", "networkx", "jinja2", "fsspec", "pyyaml", "tqdm", "packaging"),
+    "matplotlib",
 )
 WHEELS = 18
 

@@ -1,7 +1,7 @@
 """Operations and bytes of micro-batches that were counted before: those of the stages at full size, beside this file.
 
 A dry run at full size takes a minute. Operations grow by a straight line with the micro-batch, so four sizes give all
-others. The bytes that are kept do so to a thousandth, and the peak of a small micro-batch to 2 %. `make counts` counts
+others. The bytes that are kept do so to a hundredth, and the peak of a small micro-batch to 5 %. `make counts` counts
 again, and tests/training/test_plan.py compares.
 """
 
