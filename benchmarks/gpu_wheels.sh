@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu_wheels.sh [FOLDER]      # by default benchmarks/gpu_wheels, which git ignores
 #
 # They are for CPython 3.12 on Linux x86-64, with the versions and checksums of uv.lock. That machine must itself have
-# torch, torchvision, transformers, tokenizers, safetensors, pyarrow, numpy, pillow, matplotlib, einops, timm, msgpack, ninja,
-# py-cpuinfo, psutil, rich and what these need.
+# torch, torchvision, transformers, tokenizers, safetensors, pyarrow, numpy, pillow, matplotlib, einops, timm, msgpack,
+# ninja, py-cpuinfo, psutil, rich and what these need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
