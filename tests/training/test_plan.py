@@ -50,8 +50,8 @@ def recounted(words: list[str], resolution: int, micro_batch: int) -> None:
         counted.encoding_flops,
         counted.encoding,
     )
-    # A few kernels keep more of some sizes than of others, and the peak of a small micro-batch is elsewhere. Checkpointed
-    # blocks of 4 pairs keep 0.7 % more, and their peak is 4.5 % lower.
+    # A few kernels keep more of some sizes than of others, and the peak of a small micro-batch is elsewhere.
+    # Checkpointed blocks of 4 pairs keep 0.7 % more, and their peak is 4.5 % lower.
     assert given.kept == pytest.approx(counted.kept, rel=0.01)
     assert given.peak == pytest.approx(counted.peak, rel=0.05)
     assert (stored.frozen_bytes, stored.frozen_parameters) == (dry_run.frozen_bytes, dry_run.frozen_parameters)
