@@ -59,6 +59,8 @@ def test_one_process_is_measured(single: Path) -> None:
     assert result["memory"].keys() == {"peak_gb", "planned_gb"}
     assert json.loads(Path(result["trace"]).read_text())["traceEvents"]
     assert Path(result["trace"]).parent == single.parent
+    # Only a GPU has kernels.
+    assert result["kernels"] is None
 
 
 def test_a_plan_from_its_rates_takes_as_long(single: Path, capsys: pytest.CaptureFixture[str]) -> None:

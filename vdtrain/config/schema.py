@@ -122,7 +122,9 @@ class HardwareConfig:
         choices=("deepspeed", "sharded"),
     )
     micro_batch_size: dict[int, int] = setting("pairs per process and forward pass, by resolution", least=1)
-    attention: str = setting("implementation of attention", choices=("sdpa", "xformers"))
+    attention: str = setting(
+        "implementation of attention; few queries read tokens by plain products with both", choices=("sdpa", "xformers")
+    )
     activation_checkpointing: str = setting(
         "layers that the backward pass recomputes: none, context layers or all blocks",
         choices=("none", "context", "blocks"),

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vdtrain.config.compose import ConfigError
@@ -388,7 +387,7 @@ def _kernels(recorded: profile, result: Result) -> None:
     rows = [
         {"name": row.key[:NAME], "calls": row.count, "ms": row.self_device_time_total / 1e3}
         for row in recorded.key_averages()
-        if row.device_type == DeviceType.CUDA and row.self_device_time_total
+        if row.device_type.name == "CUDA" and row.self_device_time_total
     ]
     if not rows:
         result.add("kernels", None, "not known on a CPU")
