@@ -51,9 +51,8 @@ def recounted(words: list[str], resolution: int, micro_batch: int) -> None:
         counted.encoding,
     )
     # A few kernels keep more of some sizes than of others, and the peak of a small micro-batch is elsewhere.
-    # Checkpointed blocks of 4 pairs keep 0.7 % more, and their peak is 4.5 % lower.
-    assert given.kept == pytest.approx(counted.kept, rel=0.01)
-    assert given.peak == pytest.approx(counted.peak, rel=0.05)
+    assert given.kept == pytest.approx(counted.kept, rel=0.002)
+    assert given.peak == pytest.approx(counted.peak, rel=0.01)
     assert (stored.frozen_bytes, stored.frozen_parameters) == (dry_run.frozen_bytes, dry_run.frozen_parameters)
     assert set(stored.unmeasured) == dry_run.unmeasured == set()
 
@@ -72,7 +71,6 @@ def test_every_stage_was_counted() -> None:
 
 
 def test_a_count_is_that_of_a_dry_run() -> None:
-    """Between two sizes that were counted."""
     recounted(CASES[0], 256, 8)
 
 
@@ -80,7 +78,8 @@ def test_a_count_is_that_of_a_dry_run() -> None:
 @pytest.mark.parametrize("words", CASES, ids=" ".join)
 @pytest.mark.parametrize("resolution", [256, 512])
 def test_every_count_is_that_of_a_dry_run(words: list[str], resolution: int) -> None:
-    recounted(words, resolution, 4)
+    """Between two sizes that were counted."""
+    recounted(words, resolution, 8)
 
 
 @pytest.mark.parametrize("hardware", GPUS)
