@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.settings import own_time
 from vdtrain.config.compose import ConfigError
 from vdtrain.files import FileRecord, LockedError, atomic_write, damage, draft_of, locked, written_whole
 
@@ -89,7 +90,7 @@ def test_a_lock_is_waited_for_if_only_children_of_a_dead_holder_have_it(
     descriptor = hold(place, f"{2**22 + 1} on {os.uname().nodename}")
     with pytest.raises(LockedError), locked(place, wait_seconds=0.2):
         pytest.fail("two hold the lock")
-    monkeypatch.setattr("vdtrain.files.time.sleep", lambda seconds: os.close(descriptor))
+    monkeypatch.setattr("vdtrain.files.time", own_time(sleep=lambda seconds: os.close(descriptor)))
     with locked(place, wait_seconds=60) as held:
         assert place.read_text() == f"{os.getpid()} on {os.uname().nodename}"
         # A process that the holder starts takes the lock as well, and keeps others out.

@@ -6,17 +6,17 @@ import os
 import pty
 import subprocess
 import sys
-import time
 
 import pytest
 
+from tests.settings import own_time
 from vdtrain.progress import Progress, track
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("vdtrain.progress.time", own_time(monotonic=lambda: now[0]))
     return now
 
 

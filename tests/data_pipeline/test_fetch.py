@@ -17,6 +17,7 @@ import pytest
 from data_pipeline.download.fetch import ACCEPT, Limits, RefusedError, fetch, fetch_row, opt_out, retry_after
 from data_pipeline.failures import reason
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
+from tests.settings import own_time
 
 LIMITS = Limits(
     timeout=0.5,
@@ -188,7 +189,7 @@ def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> N
 def test_a_server_says_when_to_come_back(server: HostileServer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Not at all after a day, which /later/tomorrow above wants."""
     pauses: list[float] = []
-    monkeypatch.setattr("data_pipeline.download.fetch.time.sleep", pauses.append)
+    monkeypatch.setattr("data_pipeline.download.fetch.time", own_time(sleep=pauses.append))
     _, image, error = fetch_row((0, f"{server.base}/later/{name}"), LIMITS)
     assert (image is not None, error) == (True, None)
     (pause,) = pauses
