@@ -333,7 +333,7 @@ class BenchConfig(TrainConfig):
         "micro-batches of a step, each of hardware.micro_batch_size; null for as many as the stage's batch needs",
         least=1,
     )
-    profile: bool = setting("write a Chrome trace of one step beside the output")
+    profile: bool = setting("write a Chrome trace of one step beside the output, and sum up its GPU kernels")
     output: FilePath | None = setting("JSON file of the result; null only prints")
     overwrite: bool = setting("replace an existing file", False)
 
