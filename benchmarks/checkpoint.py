@@ -29,7 +29,7 @@ import torch
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.checkpoint.store import CheckpointStore
 from vdtrain.engine.engine import ShardEMA
-from vdtrain.engine.partitions import GroupLayout, ParameterSlot, Partition
+from vdtrain.engine.flat import GroupLayout, ParameterSlot, Partition
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")

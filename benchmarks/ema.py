@@ -21,7 +21,7 @@ from timing import seconds_of
 from torch import Tensor
 
 from vdtrain.engine.engine import ShardEMA
-from vdtrain.engine.partitions import GroupLayout, ParameterSlot, Partition
+from vdtrain.engine.flat import GroupLayout, ParameterSlot, Partition
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = ("global", "data.image", "context.image", "context.text")

@@ -24,9 +24,9 @@ from vdtrain.config.validation import stage_flows
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import Encoded
 from vdtrain.planning.dry_run import DryRun, tensor_bytes
 

@@ -128,7 +128,7 @@ def _index(data: DataConfig) -> None:
 
 
 def _inspect(data: DataConfig) -> None:
-    from data_pipeline.inspect.inspection import inspect
+    from data_pipeline.inspection import inspect
     from vdtrain.data.manifest import ManifestError
 
     try:

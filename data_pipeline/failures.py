@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.select.url_policy import (
+from data_pipeline.select.urls import (
     LOOPBACK,
     MALFORMED,
     PRIVATE_ADDRESS,

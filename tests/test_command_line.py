@@ -27,7 +27,12 @@ from vdtrain.cli import COMMANDS, main
 from vdtrain.config.command_line import plain_path, shell
 from vdtrain.config.compose import SCHEMAS, compose, groups
 from vdtrain.config.fields import Mark, keys, look_up
-from vdtrain.config.overrides import QUOTED, escaped, unquoted, word_for
+from vdtrain.config.overrides import (
+    QUOTED,
+    escaped,
+    unquoted,
+    word_for,
+)
 from vdtrain.errors import printable
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 

@@ -23,7 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from tests.world import DATA, IMAGES, SAMPLER, TRAIN, World
-from vdtrain.extras import EXTRAS
+from vdtrain.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -22,7 +22,7 @@ from vdtrain.commands.blend import main as blend
 from vdtrain.commands.edit import main as edit
 from vdtrain.config.compose import ConfigError
 from vdtrain.pipeline import VersatileDiffusion
-from vdtrain.weights.shipped import SHIPPED, located
+from vdtrain.weights.folder import SHIPPED, located
 
 QUICK = ["steps=25", "guidance_scale=3", "seed=3", "threads=1"]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"

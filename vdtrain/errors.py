@@ -1,4 +1,4 @@
-"""The error for a user's mistake, and one line with a remedy for every error of the operating system."""
+"""One line with a remedy for every error: a user's mistake, the operating system's, or a missing extra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,40 @@ import resource
 import shlex
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+# Package -> the extra that has it (pyproject.toml).
+EXTRAS = {
+    "fastapi": "app",
+    "gcsfs": "stores",
+    "gradio": "app",
+    "img2dataset": "data",
+    "matplotlib": "evaluation",
+    "nltk": "evaluation",
+    "pillow_heif": "data",
+    "pyspark": "distributed",
+    "ray": "distributed",
+    "s3fs": "stores",
+    "sacrebleu": "evaluation",
+    "scipy": "evaluation",
+    "tensorboardX": "tracking",
+    "uvicorn": "app",
+    "wandb": "tracking",
+    "webdataset": "data",
+    "xformers": "xformers",
+}
+
+
+def install(*packages: str) -> str:
+    """The command that installs the extras of `packages`, marked as a command of a message."""
+    extras = ",".join(sorted({EXTRAS[package] for package in packages}))
+    return f"`pip install 'vdtrain[{extras}]'`"
+
+
+def missing(package: str) -> str | None:
+    """A line that names the extra of a package; None if the package is installed. Imports nothing."""
+    return None if find_spec(package) else f"{package} is not installed; run {install(package)}"
 
 
 class ConfigError(ValueError):

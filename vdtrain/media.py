@@ -15,8 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vdtrain.data.decode import IMAGE_ERRORS, decode_whole, rgb
-from vdtrain.data.image_format import FORMATS, HEAD_BYTES, DecodeError, image_format
+from vdtrain.data.decode import FORMATS, HEAD_BYTES, IMAGE_ERRORS, DecodeError, decode_whole, image_format, rgb
 from vdtrain.errors import ConfigError, one_line, unreadable
 from vdtrain.files import atomic_write, open_regular
 from vdtrain.grid import Pictures

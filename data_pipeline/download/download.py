@@ -23,7 +23,7 @@ from data_pipeline.select.selection import read_selection
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 from vdtrain.config.fields import check_values
-from vdtrain.extras import install
+from vdtrain.errors import install
 from vdtrain.progress import Progress
 
 __all__ = ["DownloadError", "download"]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.index.repeated_images import rows_of
+from data_pipeline.index.repeated import rows_of
 from data_pipeline.index.shard_reading import ShardScan
 from vdtrain.data.manifest import (
     MEMBERS,

@@ -19,8 +19,7 @@ import pyarrow as pa
 
 from data_pipeline.index.builder import ManifestBuilder, Task
 from data_pipeline.index.find import OWN, Found, Source, find
-from data_pipeline.index.repeated import repeated_uids
-from data_pipeline.index.repeated_images import REPEATED_IMAGE, repeated_images
+from data_pipeline.index.repeated import REPEATED_IMAGE, repeated_images, repeated_uids
 from data_pipeline.index.samples import Endings
 from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
 from data_pipeline.workers import LOCK_SECONDS, workers

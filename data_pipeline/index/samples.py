@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vdtrain.data.decode import DecodeError, decode, image_size, stored_orientation
-from vdtrain.data.image_format import TURNED, image_format
+from vdtrain.data.decode import TURNED, DecodeError, decode, image_format, image_size, stored_orientation
 from vdtrain.data.manifest import content_hash
 from vdtrain.data.members import (
     IMAGES,

@@ -24,8 +24,7 @@ from data_pipeline.pack.tables import coco_document, coco_entries, coco_folder, 
 from data_pipeline.workers import LOCK_SECONDS, workers
 from vdtrain.config.command_line import shell
 from vdtrain.config.data_schema import DataConfig, PackConfig
-from vdtrain.errors import ConfigError, NothingError
-from vdtrain.extras import missing
+from vdtrain.errors import ConfigError, NothingError, missing
 from vdtrain.files import LockedError, locked, written_whole
 from vdtrain.progress import Progress, track
 

@@ -15,7 +15,7 @@ from vdtrain.config.data_schema import PackConfig
 from vdtrain.data.decode import IMAGE_ERRORS, rgb, upright
 from vdtrain.data.jpeg import decode_jpeg
 from vdtrain.data.members import BrokenSampleError, read_text
-from vdtrain.extras import missing
+from vdtrain.errors import missing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 ORIENTATION = 0x0112

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.select.addresses import addresses
 from data_pipeline.select.metadata_files import PARQUET, block_list_files
 from data_pipeline.select.sources import URL, schema_of
+from data_pipeline.select.urls import addresses
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import BlockListConfig, SourceConfig
 from vdtrain.errors import not_utf8, one_line, unreadable

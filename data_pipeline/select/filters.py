@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.select.addresses import addresses
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
-from data_pipeline.select.url_policy import url_problems
+from data_pipeline.select.urls import addresses, url_problems
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import FilterConfig
-from vdtrain.data.captions import UNCLEAN, clean_caption
+from vdtrain.data.members import UNCLEAN, clean_caption
 
 DUPLICATE_URL = "duplicate URL"
 DUPLICATE_IMAGE = "duplicate image"

@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.select.block_lists import read_block_lists
-from data_pipeline.select.duplicates import find_first_rows
 from data_pipeline.select.filters import DUPLICATE_IMAGE, DUPLICATE_URL, check_filters
-from data_pipeline.select.parts import Part, write_part
-from data_pipeline.select.scan import RowCounts, Scan, scan
-from data_pipeline.select.scratch import Scratch
+from data_pipeline.select.scan import Part, RowCounts, Scan, Scratch, find_first_rows, scan, write_part
 from data_pipeline.select.selection import (
     Selection,
     begin_selections,

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.select.metadata_files import block_list_files, metadata_files
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
-from vdtrain.config.foreign import recorded
+from vdtrain.config.instantiate import recorded
 from vdtrain.errors import unreadable
 from vdtrain.files import INCOMPLETE, read_json, written_whole
 

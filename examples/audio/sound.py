@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.evaluation.figures import MODALITY_FIGURES, ModalityFigures
+from vdtrain.evaluation.scores import MODALITY_FIGURES, ModalityFigures
 from vdtrain.media import MODALITY_IO, ModalityIO
 from vdtrain.models.frozen_weights import load_weights
 

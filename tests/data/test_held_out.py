@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.pairs import write_pairs
-from vdtrain.data.held_out import Split, is_held_out, pair_name
 from vdtrain.data.manifest import Manifest, ManifestError
+from vdtrain.data.order import Split, is_held_out, pair_name
 from vdtrain.data.shards import StreamError
 from vdtrain.data.stream import PairStream
 from vdtrain.data.webdataset_stream import WebDatasetStream

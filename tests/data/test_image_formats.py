@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from vdtrain.data import decode as decoding
-from vdtrain.data.decode import DecodeError, decode, decode_whole, image_size, stored_orientation
-from vdtrain.data.image_format import image_format
+from vdtrain.data.decode import DecodeError, decode, decode_whole, image_format, image_size, stored_orientation
 
 ROWS, COLUMNS = np.mgrid[0:48, 0:64]
 COLOURS = np.stack([ROWS * 5, COLUMNS * 4, (ROWS + COLUMNS) * 2], -1).astype(np.uint8)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from tests.pairs import write_pairs
-from vdtrain.data.batch import Batch
+from vdtrain.data.batch import Batch, Mirror, names_a_side
 from vdtrain.data.loading import Prefetcher
-from vdtrain.data.mirror import Mirror, names_a_side
 from vdtrain.data.stream import PairStream
 
 SIDED = [

@@ -15,10 +15,9 @@ import torch
 from PIL import Image
 
 from data_pipeline.index.index import index
-from vdtrain.data.batch import Batch
-from vdtrain.data.held_out import Split
+from vdtrain.data.batch import Batch, Mirror
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.mirror import Mirror
+from vdtrain.data.order import Split
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.errors import ConfigError
 

@@ -7,8 +7,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from data_pipeline.select.addresses import address, addresses
-from data_pipeline.select.url_policy import url_problem
+from data_pipeline.select.urls import address, addresses, url_problem
 from tests.data_pipeline.test_url_policy import FETCHED, HOSTILE
 
 SAME = [

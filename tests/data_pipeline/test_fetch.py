@@ -132,7 +132,7 @@ def test_a_cookie_goes_to_no_other_host(server: HostileServer, monkeypatch: pyte
 
 
 def test_another_interpreter_needs_no_brotli(monkeypatch: pytest.MonkeyPatch, server: HostileServer) -> None:
-    monkeypatch.setattr("data_pipeline.download.encodings.HAS_BROTLI", False)
+    monkeypatch.setattr("data_pipeline.download.fetch.HAS_BROTLI", False)
     assert fetch_row((0, server.base + "/encoded/br"), LIMITS)[2] == "unknown content encoding"
     code = "import sys; sys.modules['brotli'] = None\n"
     code += "from data_pipeline.download.fetch import ACCEPT_ENCODING; print(ACCEPT_ENCODING)"

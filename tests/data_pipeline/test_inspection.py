@@ -13,7 +13,7 @@ from PIL import Image, ImageFont
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
-from data_pipeline.inspect.contact_sheet import MARGIN, Pair, draw_pairs, write_contact_sheet
+from data_pipeline.inspection import MARGIN, Pair, draw_pairs, write_contact_sheet
 from tests.pairs import write_pairs, write_shard
 from vdtrain.data.manifest import Manifest
 from vdtrain.grid import ELLIPSIS, wrap

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
-from data_pipeline.index.repeated_images import repeated_images
+from data_pipeline.index.repeated import repeated_images
 from tests.pairs import write_shard
 from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
 from vdtrain.data.stream import PairStream

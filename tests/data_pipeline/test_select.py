@@ -22,16 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.select import duplicates
+from data_pipeline.select import scan
 from data_pipeline.select.select import select
 from data_pipeline.select.selection import UNFINISHED_FILE, read_selection
-from data_pipeline.select.url_policy import url_problem
+from data_pipeline.select.urls import url_problem
 from miniature.__main__ import main as miniature
 from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.data_schema import DataConfig, SourceConfig
-from vdtrain.data.captions import clean_caption
 from vdtrain.data.manifest import pair_uid
+from vdtrain.data.members import clean_caption
 from vdtrain.files import locked
 
 OFF = [
@@ -368,7 +368,7 @@ def write_sources(folder: Path) -> tuple[DataConfig, list[tuple[str, list[dict[s
 
 
 def test_against_plain_python_over_files_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.select.duplicates.BATCH_ROWS", 100)
+    monkeypatch.setattr("data_pipeline.select.scan.BATCH_ROWS", 100)
     data, tables = write_sources(tmp_path)
     select(data, batch_rows=37)
     expected = oracle(tables)
@@ -395,7 +395,7 @@ def test_the_parts_do_not_depend_on_processes_or_batches(tmp_path: Path) -> None
 
 
 def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.select.parts.GROUP_ROWS", 16)
+    monkeypatch.setattr("data_pipeline.select.scan.GROUP_ROWS", 16)
     write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100)], group=9)
     data = own(tmp_path, "data.select.rows_per_part=50")
     for batch_rows in (7, 1000):
@@ -407,7 +407,7 @@ def test_row_groups_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest
 
 
 def test_duplicates_are_found_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.select.duplicates.MEGABYTES_PER_PROCESS", 30)
+    monkeypatch.setattr("data_pipeline.select.scan.MEGABYTES_PER_PROCESS", 30)
     count = 800_000
     numbers = pa.array([number % (count - 1000) for number in range(count)]).cast(pa.string())
     urls = pc.binary_join_element_wise("https://example.org/", numbers, "")
@@ -497,10 +497,10 @@ def test_stopped_by_the_keyboard(tmp_path: Path) -> None:
 def test_stopped_by_the_keyboard_while_duplicates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own" / "a.parquet", [pair(0)])
     endless = "SELECT row, image FROM ({}), range(1_000_000_000_000) AS numbers WHERE numbers.range < 0"
-    monkeypatch.setitem(duplicates.BY_URL, "keep", endless)
+    monkeypatch.setitem(scan.BY_URL, "keep", endless)
     stop = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
     monkeypatch.setattr("data_pipeline.select.select.find_first_rows", lambda *given: stop.start() or find(*given))
-    find = duplicates.find_first_rows
+    find = scan.find_first_rows
     with pytest.raises(KeyboardInterrupt):
         select(own(tmp_path))
     assert not (tmp_path / "selected" / ".scratch").exists()
@@ -508,7 +508,7 @@ def test_stopped_by_the_keyboard_while_duplicates_are_found(tmp_path: Path, monk
 
 def test_too_little_room_for_the_duplicates_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own" / "a.parquet", [pair(number) for number in range(100_000)])
-    monkeypatch.setattr("data_pipeline.select.duplicates.MEGABYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("data_pipeline.select.scan.MEGABYTES_PER_PROCESS", 1)
     with pytest.raises(
         ConfigError, match=r"^data\.select\.scratch=.*: DuckDB cannot find the duplicates .*\); make room"
     ):

@@ -7,7 +7,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from data_pipeline.select.url_policy import (
+from data_pipeline.select.urls import (
     LOOPBACK,
     MALFORMED,
     PRIVATE_ADDRESS,

@@ -19,7 +19,7 @@ COVERED = {
     "vdtrain/run/connections.py": 7,
     "vdtrain/run/company.py": 2,
     "vdtrain/run/restarts.py": 3,
-    "vdtrain/extras.py": 1,
+    "vdtrain/errors.py": 1,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.evaluation.frechet import Statistics, frechet_distance, read_reference, write_reference
+from vdtrain.evaluation.distances import Statistics, frechet_distance, read_reference, write_reference
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -31,8 +31,8 @@ from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.evaluation.captions import bleu, caption_figures, cider, distinct, words
+from vdtrain.evaluation.distances import kernel_distance, precision_recall
 from vdtrain.evaluation.inception import InceptionFeatures
-from vdtrain.evaluation.neighbours import kernel_distance, precision_recall
 from vdtrain.evaluation.scores import ClipScorer, Mean, clip_scores
 from vdtrain.models.frozen_weights import ASSETS
 from vdtrain.models.tokenizers import END, START

@@ -31,7 +31,7 @@ from data_pipeline.index.shard_reading import ShardError, read_shard
 from vdtrain.checkpoint.folder import CHECKPOINTS, INDEX_FILE, CheckpointError, index_checksum, latest_by_sizes
 from vdtrain.checkpoint.format import Index
 from vdtrain.commands.plan import main as plan
-from vdtrain.config.foreign import check_parts, read_yaml, recorded_model, resolved
+from vdtrain.config.instantiate import check_parts, read_yaml, recorded_model, resolved
 from vdtrain.data.decode import DecodeError, decode
 from vdtrain.data.latents import LatentDescription, LatentFile, LatentFolder, write_latents
 from vdtrain.data.manifest import (

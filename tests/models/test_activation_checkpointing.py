@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
+from vdtrain.models.execution import checkpoint_activations
 
 MODALITIES = ["image", "text"]
 LATENT_SHAPES = {"image": (4, 8, 8), "text": (64,)}

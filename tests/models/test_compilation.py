@@ -19,8 +19,7 @@ from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.models.activation_checkpointing import blocks, checkpoint_activations
-from vdtrain.models.compilation import compile_training
+from vdtrain.models.execution import blocks, checkpoint_activations, compile_training
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.run.tracking import read_metrics
 

@@ -7,11 +7,9 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import LoraConfig, TrainConfig
 from vdtrain.errors import ConfigError
 from vdtrain.flows import active_groups, all_flows
-from vdtrain.models.activation_checkpointing import blocks, checkpoint_activations
-from vdtrain.models.compilation import compile_blocks
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group
-from vdtrain.models.low_rank import add_adapters, is_adapter, merged, scale_of
-from vdtrain.models.trained import trained_parameters
+from vdtrain.models.execution import blocks, checkpoint_activations, compile_blocks
+from vdtrain.models.trained import add_adapters, is_adapter, merged, scale_of, trained_parameters
 from vdtrain.weights.tensor_files import LazyTensors
 
 FLOWS = all_flows(["image", "text"])

@@ -38,7 +38,7 @@ from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shar
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.engine.deepspeed import SHARDED
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
+from vdtrain.engine.flat import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
 
 Report = Callable[[dict[str, Any]], None]

@@ -81,7 +81,7 @@ def test_a_process_that_has_ended_is_named(own: list[object], monkeypatch: pytes
 
 def test_where_all_run_or_nobody_knows_no_end_is_claimed(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     error = lost()
-    monkeypatch.setattr("vdtrain.run.connections.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("vdtrain.run.company.GRACE_SECONDS", 0.2)
     monkeypatch.setattr(distributed, "_peers", [own, [machine(), os.getppid(), process_start(os.getppid())]])
     assert "another process (all of them run)" in str(connection_problem(error))
     monkeypatch.setattr(distributed, "_peers", [own, [["node2", "", ""], *own[1:]]])

@@ -22,10 +22,10 @@ from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS, SHARDED
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.partitions import GroupLayout
+from vdtrain.engine.flat import GroupLayout
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
+from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import build_frozen
 from vdtrain.planning.dry_run import DryRun, LiveMemory
 from vdtrain.planning.memory import checkpoint_bytes, standing_memory, update_bytes

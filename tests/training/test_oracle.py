@@ -31,7 +31,7 @@ from tests.training.toy import (
     train_step,
 )
 from vdtrain.engine.engine import Engine, StepReport
-from vdtrain.engine.partitions import FIRST_MOMENT
+from vdtrain.engine.flat import FIRST_MOMENT
 from vdtrain.run import distributed
 from vdtrain.training.agreement import StepSync
 

@@ -15,7 +15,7 @@ from vdtrain.config.compose import compose, options, to_object
 from vdtrain.config.schema import PlanConfig
 from vdtrain.planning.counts import FILE, counts, key
 from vdtrain.planning.dry_run import DryRun
-from vdtrain.planning.rates import is_named
+from vdtrain.planning.speed import is_named
 
 GPUS = [name for name in options("hardware") if name != "cpu"]
 

@@ -32,13 +32,12 @@ from tests.training.toy import (
 )
 from vdtrain.data.stream import PairStream
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
-from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from vdtrain.engine.flat import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.reporting import Meters
 from vdtrain.run.tracking import read_metrics
-from vdtrain.training.agreement import BadSteps, StepOutcome, StepSync
-from vdtrain.training.trouble import NAMED_CHARACTERS, Tried
+from vdtrain.training.agreement import NAMED_CHARACTERS, BadSteps, StepOutcome, StepSync, Tried
 
 PRECISIONS = ("fp32", "bf16")
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)

@@ -11,7 +11,12 @@ import pytest
 from tests.programs import program
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.run.reporting import log_line
-from vdtrain.run.tracking import METRICS_FILE, Tracker, last_metrics, read_metrics
+from vdtrain.run.tracking import (
+    METRICS_FILE,
+    Tracker,
+    last_metrics,
+    read_metrics,
+)
 
 # A run whose W&B process gets the SIGTERM that Slurm sends to all processes of a job.
 WITHOUT_WANDB = """

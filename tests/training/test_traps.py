@@ -35,7 +35,7 @@ from tests.training.toy import (
 from vdtrain.engine import strategies as engine_zero
 from vdtrain.engine.deepspeed import SHARDED, deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport
-from vdtrain.engine.partitions import FIRST_MOMENT, SECOND_MOMENT
+from vdtrain.engine.flat import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.training.agreement import StepSync
 

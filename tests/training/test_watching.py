@@ -26,13 +26,13 @@ from vdtrain.checkpoint.format import Index
 from vdtrain.commands.train import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.data.held_out import Split
+from vdtrain.data.order import Split
 from vdtrain.data.stream import PairStream
 from vdtrain.run import distributed
 from vdtrain.run.tracking import METRICS_FILE, read_lines, read_metrics
 from vdtrain.training.build import build_trainer
-from vdtrain.training.moments import Clock, Moments
 from vdtrain.training.start import resolve_start
+from vdtrain.training.watching import Clock, Moments
 
 BATCH, LOW, HIGH, EVERY = 4, 5, 3, 8
 # Training samples of the looks: the start, every second step, the ends of both phases.

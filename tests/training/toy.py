@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vdtrain.engine.deepspeed import DEEPSPEED, SHARDED
 from vdtrain.engine.engine import Engine, EngineSettings, StepReport
-from vdtrain.engine.partitions import FIRST_MOMENT, MASTER, GroupLayout
+from vdtrain.engine.flat import FIRST_MOMENT, MASTER, GroupLayout
 from vdtrain.run import distributed
 
 MODALITIES = ("image", "text")

@@ -13,7 +13,7 @@ from torch import Tensor
 from vdtrain.checkpoint import format as form
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
-from vdtrain.engine.partitions import EMA, MASTER, GroupLayout
+from vdtrain.engine.flat import EMA, MASTER, GroupLayout
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.layer_plan import make_plan

@@ -20,7 +20,7 @@ from tests.pairs import write_pairs
 from tests.weights.small import CARRIED, MODEL, recorded, weights, write_run
 from vdtrain.cli import main
 from vdtrain.config.compose import ConfigError, compose, config_folder, to_object
-from vdtrain.config.foreign import PARTS, read_yaml, resolved
+from vdtrain.config.instantiate import PARTS, read_yaml, resolved
 from vdtrain.config.schema import TrainConfig
 from vdtrain.files import FileRecord
 from vdtrain.models.diffuser import layer_group

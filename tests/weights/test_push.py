@@ -19,7 +19,7 @@ from tests.programs import program
 from tests.weights.hub_writes import TOKEN, WritableHub
 from tests.weights.small import recorded, write_run
 from vdtrain.cli import main
-from vdtrain.weights.origin import origin_of
+from vdtrain.weights.model_card import origin_of
 
 COMMIT = "c0ffee" * 6 + "beef"
 FIGURES = {"fid": 12.345, "clip_score": {"mean": 27.123, "standard_error": 0.045}}
@@ -234,7 +234,7 @@ def test_what_is_no_export_is_refused_before_anything_is_sent(
 
 
 def test_paths_of_this_machine_are_told(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vdtrain.weights.push import local_paths
+    from vdtrain.weights.hub import local_paths
 
     assert local_paths(exported) == []
     (tmp_path / "model.yaml").write_text("vae:\n  weights: /home/me/vae.safetensors\n")

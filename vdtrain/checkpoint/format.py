@@ -39,7 +39,7 @@ from vdtrain.checkpoint.folder import (
     index_checksum,
     read_index,
 )
-from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, ParameterSlot
+from vdtrain.engine.flat import EMA, MASTER, GroupLayout, ParameterSlot
 from vdtrain.errors import one_line
 from vdtrain.files import FileRecord, write_text
 from vdtrain.models.frozen_weights import is_finite

@@ -35,12 +35,12 @@ from vdtrain.checkpoint.folder import (
 )
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, SliceReader, shard_name, write_tensors
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.partitions import EMA, MASTER, GroupLayout, cut
+from vdtrain.engine.flat import EMA, MASTER, GroupLayout, cut
 from vdtrain.errors import ConfigError, one_line, system_error, unwritable
 from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, sync, write_text
 from vdtrain.run import distributed
 from vdtrain.run.pulse import moved
-from vdtrain.run.records import note_saved
+from vdtrain.run.summary import note_saved
 
 
 class HostMemory:

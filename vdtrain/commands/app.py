@@ -13,8 +13,7 @@ from omegaconf import DictConfig
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
 from vdtrain.config.command_schema import AppConfig
-from vdtrain.errors import ConfigError
-from vdtrain.extras import missing
+from vdtrain.errors import ConfigError, missing
 
 USAGE = """\
 Usage: vdtrain app CHECKPOINT [SETTING=VALUE ...]

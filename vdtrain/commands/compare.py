@@ -17,8 +17,7 @@ from omegaconf import DictConfig
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
 from vdtrain.config.command_schema import CompareConfig
-from vdtrain.errors import ConfigError
-from vdtrain.extras import missing
+from vdtrain.errors import ConfigError, missing
 from vdtrain.files import refuse_existing, write_text, written_whole
 
 USAGE = """\
@@ -62,7 +61,7 @@ def compare(config: CompareConfig, raw_config: DictConfig) -> int:
         print(said, file=sys.stderr)
         print(output)
         return 0
-    from vdtrain.report.votes import print_results, read_votes, results
+    from vdtrain.report.comparison import print_results, read_votes, results
 
     raters = read_votes([Path(each) for each in config.votes], comparison)
     found = results(comparison, raters)

@@ -51,8 +51,7 @@ def plan(config: PlanConfig, raw_config: DictConfig) -> int:
     """Print the plan of a stage; exit status 0, even if it does not fit."""
     check_settings(config, config.gpus)
     # Heavy imports come after the checks, so that a mistake is reported at once.
-    from vdtrain.planning.bill import Bill
-    from vdtrain.planning.tables import show_stage
+    from vdtrain.planning.tables import Bill, show_stage
 
     bill = Bill.of(config)
     if config.format == "json":
@@ -79,8 +78,7 @@ def plan_curriculum(words: Sequence[str], config: PlanConfig, raw_config: DictCo
             check_settings(each, each.gpus)
         except ConfigError as error:
             raise ConfigError(f"{each.stage.name}: {error}") from error
-    from vdtrain.planning.bill import Bill, sums
-    from vdtrain.planning.tables import show_curriculum
+    from vdtrain.planning.tables import Bill, show_curriculum, sums
 
     bills = [Bill.of(each) for each in stages]
     if config.format == "json":

@@ -1,33 +1,160 @@
-"""What the commands that sample share: checks before the model is loaded, reading, loading, and writing the results."""
+"""What the commands that sample share: checks before the model is loaded, reading, loading, and writing the results.
+
+A checkpoint is described by its records; no weights are read for that. An input that looks like something else than
+what the flow takes is a question on a terminal, else an error.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vdtrain.commands.checkpoint import Described, describe
-from vdtrain.commands.questions import IMAGE, TEXT, confirm, looks_like_caption, looks_like_file
+from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.store import Verification
 from vdtrain.config.command_schema import AUTO, BlendConfig, EditConfig, SampleConfig, SamplerConfig, SamplingConfig
 from vdtrain.config.fields import shown
+from vdtrain.config.instantiate import check_parts, import_parts
 from vdtrain.config.schema import ModelConfig
+from vdtrain.config.suggestions import meant
 from vdtrain.config.validation import check_sampling, missing_weights
 from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.errors import ConfigError, unwritable
+from vdtrain.errors import ConfigError, printable, unwritable
 from vdtrain.files import check_output
 from vdtrain.flows import Flow
 from vdtrain.media import MODALITY_IO, ModalityIO, next_number
+from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.progress import track
 from vdtrain.redaction import redacted
+from vdtrain.training.start import check_state, model_of, resolve_weights
+from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
+from vdtrain.weights.folder import located, open_weights_folder
+from vdtrain.weights.tensor_files import LazyTensors
+
+IMAGE, TEXT = "image", "text"
+FILE_NAME = re.compile(r".*\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jxl|svg|txt|wav|flac|mp3)", re.IGNORECASE)
+
+
+def looks_like_file(text: str) -> bool:
+    """Whether a caption could be meant as a file."""
+    try:
+        return FILE_NAME.fullmatch(text.strip()) is not None or os.path.isfile(os.path.expanduser(text))
+    except (OSError, ValueError):
+        return False
+
+
+def looks_like_caption(text: str) -> bool:
+    """Whether the name of a file that does not exist could be meant as a caption."""
+    return " " in text.strip() and "/" not in text and not looks_like_file(text)
+
+
+def confirm(place: str, found: str, question: str, remedy: str) -> None:
+    """Ask on a terminal whether something is meant.
+
+    Args:
+        place: the setting and its value.
+        found: what is odd about it.
+        question: for a terminal; a "y" goes on.
+        remedy: for the error, without a terminal or after another answer.
+
+    Raises:
+        ConfigError: it is not meant, or nobody can be asked.
+    """
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"{printable(f'{place}: {found}')}. {question} [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ConfigError(f"{place}: {found}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint or a weights folder.
+
+    Attributes:
+        record: the file with its names, sizes and checksums.
+        state: the trainer's state of a checkpoint; empty for a weights folder.
+    """
+
+    record: Path
+    model: ModelConfig
+    tensors: LazyTensors
+    state: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.record.parent
+
+    @cached_property
+    def groups(self) -> set[str]:
+        """Its layer groups."""
+        return {layer_group(name) for name in self.tensors}
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.shape.numel() for entry in self.tensors.entries.values())
+
+    def flow(self, name: str, setting: str = "flow") -> Flow:
+        """A flow by name.
+
+        Raises:
+            ConfigError: the name is not a flow's, or there are no layers for it.
+        """
+        try:
+            flow = Flow.parse(name)
+        except ValueError as error:
+            raise ConfigError(f"{setting}={name}: {error}") from error
+        for modality, group in ((flow.output, f"data.{flow.output}"), (flow.context, f"context.{flow.context}")):
+            if group not in self.groups:
+                later = "; sample from a later stage" if modality in self.model.modalities else ""
+                known = meant(modality, self.model.modalities)
+                raise ConfigError(f"{setting}={name}: this checkpoint has no layers for {modality!r}{later}{known}")
+        return flow
+
+
+def check_checkpoint(config: SamplerConfig) -> None:
+    """Raise a ConfigError for a checkpoint that is not there."""
+    if not located(config.checkpoint).exists():
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: does not exist; give a run, checkpoint or weights folder as the first "
+            "plain argument, or as checkpoint="
+        )
+
+
+def describe(config: SamplerConfig) -> Described:
+    """What `checkpoint` names, by its records and the sizes of its files.
+
+    Raises:
+        ConfigError: it holds nothing complete, or names a class that is not trusted.
+    """
+    check_checkpoint(config)
+    try:
+        source = resolve_weights("checkpoint", config.checkpoint, Verification.SIZES)
+        if isinstance(source, Path):
+            tensors, record, state = open_weights_folder(source, hashed=False), source / WEIGHTS_FILE, {}
+        else:
+            check_state(source)
+            tensors, record = source.unchecked_weights(config.weights), source.path / INDEX_FILE
+            state = dict(source.state)
+        model = model_of(source, "checkpoint")
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
+    check_parts(model, config.trust, f"checkpoint={config.checkpoint}")
+    # They register how the files of their modalities are read, and their figures.
+    import_parts(model)
+    return Described(record, model, tensors, state)
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")

@@ -151,8 +151,7 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     import torch
 
     from vdtrain.training.start import open_weights
-    from vdtrain.weights.model_card import card
-    from vdtrain.weights.origin import origin_of
+    from vdtrain.weights.model_card import card, origin_of
     from vdtrain.weights.tensor_files import LazyTensors
 
     model, weights = open_weights("checkpoint", config.checkpoint, config.weights, config.trust)
@@ -168,7 +167,7 @@ def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
 
 def push_weights(export: str, config: WeightsConfig) -> int:
     """Send an export to the hub; returns the exit status."""
-    from vdtrain.weights.push import push
+    from vdtrain.weights.hub import push
 
     return push(export, config)
 

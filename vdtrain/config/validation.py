@@ -14,8 +14,7 @@ from vdtrain.config.fields import check_values, shown, value_problems
 from vdtrain.config.instantiate import find_target, takes
 from vdtrain.config.schema import CONSTANT, LINEAR, ModelConfig, PhaseConfig, TrainConfig
 from vdtrain.config.suggestions import meant
-from vdtrain.errors import ConfigError, one_line
-from vdtrain.extras import missing
+from vdtrain.errors import ConfigError, missing, one_line
 from vdtrain.flows import Flow, active_groups
 
 
@@ -266,7 +265,7 @@ def _watch_problems(config: TrainConfig) -> Iterator[str]:
     if config.validation.every and config.validation.scored:
         from vdtrain.evaluation.scores import check_clip
         from vdtrain.models.frozen_weights import locate
-        from vdtrain.training.scoring import OWN_CLIP
+        from vdtrain.training.validation import OWN_CLIP
 
         clip = problem_of(lambda: check_clip(OWN_CLIP, config.model))
         yield from (f"validation.scored={config.validation.scored}: {line}" for line in clip)

@@ -16,7 +16,7 @@ from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.instantiate import find_target, instantiate, takes
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.batch import Batch, BatchStream
-from vdtrain.data.held_out import Split
+from vdtrain.data.order import Split
 from vdtrain.data.patience import Patience, patience_of
 from vdtrain.errors import ConfigError, described, one_line
 

@@ -23,8 +23,7 @@ from fsspec.registry import known_implementations
 from vdtrain.data.followed import is_link_local
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.patience import Patience, StreamError
-from vdtrain.errors import one_line
-from vdtrain.extras import EXTRAS, install
+from vdtrain.errors import EXTRAS, install, one_line
 from vdtrain.redaction import without_secrets
 
 WEB = ("http://", "https://")

@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from vdtrain.config.instantiate import instantiate
 from vdtrain.data.batch import Batch, BatchMemory
 from vdtrain.data.decode import DecodeError, decode_into
-from vdtrain.data.held_out import Split
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import ManifestError, ShardRows, downloaded
-from vdtrain.data.order import Integers, Order, Places, uniform
+from vdtrain.data.order import Integers, Order, Places, Split, uniform
 from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
 from vdtrain.data.shards import ShardReader
 from vdtrain.data.stores import TIMEOUT_SECONDS
@@ -90,7 +89,7 @@ class PairStream:
         timeout: seconds for one read of a remote shard.
         patience: seconds for which a read is repeated whose error may pass.
         latents: folder of cached moments (`python -m data_pipeline latents`), delivered with each batch.
-        split: which side of the split into held-out pairs and the others takes part (`vdtrain.data.held_out`).
+        split: which side of the split into held-out pairs and the others takes part (`vdtrain.data.order`).
         members: by modality beside images and captions, what reads its files: a `_target_` with its arguments, which
             make a function of a file's bytes. It returns a tensor of one shape, or any other sample.
         need: with `members`, modalities that every sample must have; the others are left out.

@@ -23,12 +23,11 @@ from vdtrain.config.fields import About
 from vdtrain.data.addresses import Command, expanded, open_tar
 from vdtrain.data.batch import Batch, BatchMemory
 from vdtrain.data.decode import DecodeError, decode_into, image_size
-from vdtrain.data.held_out import Split
+from vdtrain.data.order import Split
 from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
 from vdtrain.data.stream import BAD_ALLOWANCE, CENTRE, LOGGED, _Loading
 from vdtrain.data.tar_samples import CutError, Sample, samples
-from vdtrain.errors import ConfigError, one_line, passes, unreadable
-from vdtrain.extras import missing
+from vdtrain.errors import ConfigError, missing, one_line, passes, unreadable
 from vdtrain.redaction import without_secrets
 
 PROMISES = (
@@ -56,7 +55,7 @@ class WebDatasetStream:
         bad_share: the stream stops if a larger share of samples cannot be decoded. Another sample replaces each. Also
             the share of tars that may be cut or unreadable, beyond ten.
         timeout: seconds without a byte from a server.
-        split: which side of the split into held-out pairs and the others is yielded (`vdtrain.data.held_out`).
+        split: which side of the split into held-out pairs and the others is yielded (`vdtrain.data.order`).
         patience: seconds for which a read is repeated whose error may pass. If other reads succeed meanwhile, its tar
             is passed over.
 

@@ -29,8 +29,7 @@ from vdtrain.engine.deepspeed import (
     EngineSettings,
     strategy_kind,
 )
-from vdtrain.engine.flat import FlatStrategy
-from vdtrain.engine.partitions import EMA, BufferReader, GroupLayout, Partition
+from vdtrain.engine.flat import EMA, BufferReader, FlatStrategy, GroupLayout, Partition
 from vdtrain.engine.strategies import ZeroStrategy
 from vdtrain.errors import one_line
 from vdtrain.run import distributed

@@ -1,7 +1,8 @@
 """Flat buffers of weights and gradients: replicas under ZeRO 0 and in a single process, or partitioned masters.
 
-Every process has the whole weights and gradients of each layer group in one buffer each. Partitioned ("sharded", ZeRO
-1), a step moves the least bytes possible: one reduce-scatter of the gradients, one all-gather of the weights.
+Every process has the whole weights and gradients of each layer group in one buffer each. The group's parameters lie end
+to end in it, with one partition per process. Partitioned ("sharded", ZeRO 1), a step moves the least bytes possible:
+one reduce-scatter of the gradients, one all-gather of the weights.
 
 No collective makes the host or the compute stream wait before its result is needed. Gradients are reduced during
 backward, weights are gathered while the next step encodes. NCCL runs its collectives on a stream of its own, which
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +22,89 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vdtrain.engine.deepspeed import EngineSettings
-from vdtrain.engine.partitions import GroupLayout, cut
 from vdtrain.run import distributed
+
+# DeepSpeed pads each buffer so that all partitions have the same even number of elements.
+ALIGNMENT = 2
+
+# What a process holds of each layer group, as flat float32 buffers; "ema" only if EMA is enabled.
+MASTER, FIRST_MOMENT, SECOND_MOMENT, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
+
+# Reads elements [start, stop) of a group's buffer: (group, kind, start, stop) -> float32 [stop - start].
+BufferReader = Callable[[str, str, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """A parameter's position in its layer group's buffer; `offset` in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The buffer of a layer group. Only its partitions depend on the number of processes."""
+
+    group: str
+    slots: tuple[ParameterSlot, ...]
+
+    @classmethod
+    def of(cls, group: str, parameters: Mapping[str, nn.Parameter]) -> GroupLayout:
+        slots, offset = [], 0
+        for name, parameter in parameters.items():
+            slots.append(ParameterSlot(name, tuple(parameter.shape), offset))
+            offset += parameter.numel()
+        return cls(group, tuple(slots))
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer, padding excluded."""
+        return sum(slot.numel for slot in self.slots)
+
+    def partition_size(self, world_size: int) -> int:
+        """Elements of each process's partition, padding included."""
+        return math.ceil(self.numel / (ALIGNMENT * world_size)) * ALIGNMENT
+
+    def partition(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Bounds [start, stop) of a process's partition without padding; the last ones may be short or empty."""
+        size = self.partition_size(world_size)
+        return min(rank * size, self.numel), min((rank + 1) * size, self.numel)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """This process's partition of a layer group: views of the optimiser's memory, float32 [stop - start]."""
+
+    layout: GroupLayout
+    start: int
+    stop: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return {MASTER: self.master, FIRST_MOMENT: self.exp_avg, SECOND_MOMENT: self.exp_avg_sq}
+
+
+@torch.no_grad()
+def cut(parameters: Mapping[str, Tensor], layout: GroupLayout, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a group's buffer, copied from its parameters: float32, on their device."""
+    device = parameters[layout.slots[0].name].device
+    buffer = torch.empty(stop - start, dtype=torch.float32, device=device)
+    for slot in layout.slots:
+        first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)
+        if first < last:
+            flat = parameters[slot.name].detach().reshape(-1)
+            buffer[first - start : last - start] = flat[first - slot.offset : last - slot.offset]
+    return buffer
+
 
 # Each group's buffer begins at a multiple of so many elements: 128 bytes in bf16. Matrix products on a GPU read weights
 # that are not at a multiple of 16 bytes with older kernels, at half the rate (benchmarks/results/gpu.json).

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vdtrain.engine.deepspeed import DEEPSPEED_VERSION, EngineSettings, deepspeed_configuration, import_deepspeed
-from vdtrain.engine.partitions import GroupLayout, cut
+from vdtrain.engine.flat import GroupLayout, cut
 from vdtrain.run import distributed
 
 # Where DeepSpeed keeps this process's flat float32 weights: ZeRO 1 and 2 under the first name; its bf16 optimiser

@@ -13,12 +13,21 @@ from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.fields import shown
 from vdtrain.config.validation import check_indexed
+from vdtrain.errors import missing
 from vdtrain.evaluation.captions import caption_figures
-from vdtrain.evaluation.figures import MODALITY_FIGURES, OWN
-from vdtrain.evaluation.frechet import Statistics, read_reference, write_reference
+from vdtrain.evaluation.distances import Statistics, read_reference, write_reference
 from vdtrain.evaluation.inception import PUBLISHED, WAYS, WIDTH, InceptionFeatures, find_weights
 from vdtrain.evaluation.pairs import Pairs, PictureFolder, RealSamples
-from vdtrain.evaluation.parts import CONTEXT, NAME, PAIRS, REAL, REFERENCES, Part, PartContents, Parts
+from vdtrain.evaluation.parts import (
+    CONTEXT,
+    NAME,
+    PAIRS,
+    REAL,
+    REFERENCES,
+    Part,
+    PartContents,
+    Parts,
+)
 from vdtrain.evaluation.report import (
     curve_of,
     log_to_wandb,
@@ -31,6 +40,8 @@ from vdtrain.evaluation.report import (
 from vdtrain.evaluation.scores import (
     CLIP,
     INCEPTION,
+    MODALITY_FIGURES,
+    OWN,
     ClipScorer,
     Mean,
     Network,
@@ -43,7 +54,6 @@ from vdtrain.evaluation.scores import (
     networks,
 )
 from vdtrain.evaluation.subjects import Subject, Variant, subject_of
-from vdtrain.extras import missing
 from vdtrain.files import FileRecord, check_output
 from vdtrain.progress import Progress
 

@@ -17,9 +17,9 @@ from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
 from vdtrain.data.batch import BatchStream
-from vdtrain.data.held_out import Split
 from vdtrain.data.loading import check_split, data_problem
 from vdtrain.data.manifest import ManifestError
+from vdtrain.data.order import Split
 from vdtrain.data.patience import patience_of
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.evaluation.named import Names, read_texts, stem

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.data.decode import IMAGE_ERRORS, decode, stored_orientation
-from vdtrain.data.image_format import FORMATS, DecodeError
+from vdtrain.data.decode import FORMATS, IMAGE_ERRORS, DecodeError, decode, stored_orientation
 from vdtrain.errors import one_line, unreadable
 from vdtrain.evaluation.named import PICTURES
 

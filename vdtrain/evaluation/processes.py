@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vdtrain.commands.checkpoint import describe
-from vdtrain.commands.sampler import settled
+from vdtrain.commands.sampler import describe, settled
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.evaluation.evaluator import Evaluator

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vdtrain.config.schema import TrackingConfig
-from vdtrain.evaluation.figures import MODALITY_FIGURES
+from vdtrain.evaluation.scores import MODALITY_FIGURES
 from vdtrain.evaluation.subjects import Variant
 from vdtrain.files import write_text, written_whole
 from vdtrain.run.surroundings import versions

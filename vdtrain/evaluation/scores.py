@@ -1,14 +1,14 @@
 """The metrics of each modality, and how they are computed from features.
 
 A *feature* is one network's output for samples of one modality: "clip" for images and captions, in one space, and
-"inception" for images. A modality that is not in these tables has the metrics that it registers, with the feature
-"own" (`vdtrain.evaluation.figures`).
+"inception" for images. The module of another modality registers its metrics in `MODALITY_FIGURES`, with the feature
+"own". An evaluation imports that module because a checkpoint's model names its classes, and only if `trust` admits it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -19,14 +19,34 @@ from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
 from vdtrain.config.schema import ModelConfig
-from vdtrain.evaluation.figures import MODALITY_FIGURES, OWN
-from vdtrain.evaluation.frechet import Statistics, frechet_distance
+from vdtrain.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
 from vdtrain.evaluation.inception import InceptionFeatures
-from vdtrain.evaluation.neighbours import kernel_distance, precision_recall
 from vdtrain.evaluation.parts import CONTEXT
 from vdtrain.flows import Flow
 from vdtrain.models.clip import ClipImageContext, ClipTextContext
 from vdtrain.models.frozen_weights import freeze, locate, shared_loading
+
+# The feature that a modality's own figures are computed from.
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class ModalityFigures:
+    """How samples of a modality are measured.
+
+    Attributes:
+        features: samples [n] -> float [n, D], what the figures need of each sample. They are kept on the disk.
+        figures: features [N, D] of generated samples, and of the real ones of the same pairs -> figures by name.
+        columns: by figure, its title in the table and the format of its number, such as ("pitch error", ".2f").
+    """
+
+    features: Callable[[Any], Tensor]
+    figures: Callable[[Tensor, Tensor], Mapping[str, float]]
+    columns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+MODALITY_FIGURES: dict[str, ModalityFigures] = {}
+
 
 # Hessel et al. multiply the cosine by 2.5; most later papers multiply it by 100.
 SCALE = 100.0

@@ -24,8 +24,8 @@ from vdtrain.data.latents import MODALITY
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import checkpoint_activations
 from vdtrain.models.diffuser import Diffuser, DiffuserInput
+from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
 from vdtrain.models.trained import trained_parameters

@@ -13,7 +13,7 @@ from typing import Any
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, trained_groups
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
-from vdtrain.engine.partitions import GroupLayout
+from vdtrain.engine.flat import GroupLayout
 from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.planning.counts import Counts, counts
 from vdtrain.planning.dry_run import MicroBatchMemory, meta_diffuser

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.checkpoint.folder import CHECKPOINTS
-from vdtrain.config.foreign import differences
+from vdtrain.config.instantiate import differences
 from vdtrain.errors import ConfigError
 from vdtrain.run.summary import RunSummary, find_runs, is_run, read_config, summarise
 from vdtrain.run.tracking import read_lines

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from vdtrain.config.foreign import leaves
+from vdtrain.config.instantiate import leaves
 from vdtrain.errors import ConfigError, unreadable
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.redaction import redacted

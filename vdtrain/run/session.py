@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.checkpoint.store import Verification
+from vdtrain.config.command import memory_problem
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.foreign import differences
-from vdtrain.config.memory import memory_problem
+from vdtrain.config.instantiate import differences
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import micro_batches
 from vdtrain.data.manifest import ManifestError
@@ -36,11 +36,11 @@ from vdtrain.run.signals import StopSignal, ending
 from vdtrain.run.summary import CONFIG_FILE, next_command, read_config
 from vdtrain.run.surroundings import environment, processor
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
+from vdtrain.training.agreement import DataError
 from vdtrain.training.build import build_trainer
 from vdtrain.training.continuation import stage_steps
 from vdtrain.training.start import Start, check_frozen, resolve_start
 from vdtrain.training.trainer import Trainer
-from vdtrain.training.trouble import DataError
 
 FAILED = 1
 # EX_TEMPFAIL: the launcher should restart the run. After Ctrl-C, a person decides.

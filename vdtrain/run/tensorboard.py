@@ -17,8 +17,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from vdtrain.errors import one_line
-from vdtrain.extras import missing
+from vdtrain.errors import missing, one_line
 from vdtrain.run.figures import Line, flat
 
 FOLDER = "tensorboard"

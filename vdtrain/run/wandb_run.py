@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.config.schema import TrackingConfig
-from vdtrain.extras import missing
+from vdtrain.errors import missing
 from vdtrain.files import atomic_write
 from vdtrain.redaction import redacted, redacted_arguments
 from vdtrain.run.figures import Line, flat

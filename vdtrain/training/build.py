@@ -23,10 +23,9 @@ from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
-from vdtrain.models.activation_checkpointing import checkpoint_activations
-from vdtrain.models.compilation import compile_training
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, allocated, layer_group
+from vdtrain.models.execution import checkpoint_activations, compile_training
 from vdtrain.models.frozen import build_frozen
 from vdtrain.models.trained import trained_parameters
 from vdtrain.redaction import redacted

@@ -18,8 +18,7 @@ from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import phase_steps, problems, reads_index, warmup_samples
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.errors import one_line, output_problem, unreadable
-from vdtrain.extras import missing
+from vdtrain.errors import missing, one_line, output_problem, unreadable
 from vdtrain.redaction import without_secrets
 from vdtrain.run.lock import RunLock
 from vdtrain.run.wandb_run import wandb_problem
@@ -182,7 +181,7 @@ def checkpoint_size(config: TrainConfig, start: Start) -> int:
     """
     import torch
 
-    from vdtrain.engine.partitions import GroupLayout
+    from vdtrain.engine.flat import GroupLayout
     from vdtrain.models.diffuser import Diffuser
     from vdtrain.models.trained import trained_parameters
     from vdtrain.planning.dry_run import tensor_bytes

@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.foreign import leaves, recorded, resolved
+from vdtrain.config.instantiate import leaves, recorded, resolved
 from vdtrain.config.schema import CONSTANT, ModelConfig, StageConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
 from vdtrain.files import FileRecord
@@ -113,7 +113,7 @@ def trained_stage(content: Mapping[str, Any]) -> StageConfig:
 
 
 def recorded_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in a checkpoint's trainer state, with its references followed; see `vdtrain.config.foreign`.
+    """The configuration in a checkpoint's trainer state, with its references followed; see `config.instantiate`.
 
     Raises:
         CheckpointError: it is damaged.

@@ -14,12 +14,12 @@ from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, UnreadableEr
 from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, patiently, verify
 from vdtrain.config.compose import ConfigError
-from vdtrain.config.foreign import check_parts, recorded, recorded_model
+from vdtrain.config.instantiate import check_parts, recorded, recorded_model
 from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
 from vdtrain.errors import one_line
-from vdtrain.models.low_rank import is_adapter, merged, scale_of
+from vdtrain.models.trained import is_adapter, merged, scale_of
 from vdtrain.run import distributed
-from vdtrain.run.records import lost_checkpoints
+from vdtrain.run.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
     STATE,
@@ -34,9 +34,8 @@ from vdtrain.training.continuation import (
     trained_stage,
 )
 from vdtrain.training.state import TrainState
-from vdtrain.weights.folder import is_weights_folder, open_weights_folder, weights_folder_model
+from vdtrain.weights.folder import is_weights_folder, located, open_weights_folder, weights_folder_model
 from vdtrain.weights.layouts import import_first, import_of, is_published
-from vdtrain.weights.shipped import located
 from vdtrain.weights.tensor_files import LazyTensors
 
 # What a setting may name.

@@ -21,10 +21,9 @@ from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.config.schema import PhaseConfig, TrainConfig
 from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, stage_flows
-from vdtrain.data.batch import Batch, BatchStream
+from vdtrain.data.batch import Batch, BatchStream, Mirror
 from vdtrain.data.loading import Prefetcher, open_stream
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.mirror import Mirror
 from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import Denoiser, Objective, QuarterLosses, StepRandom
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
@@ -38,10 +37,9 @@ from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
 from vdtrain.run.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.run.watchdog import Watchdog
-from vdtrain.training.agreement import BadSteps, StepSync
+from vdtrain.training.agreement import BadSteps, DataError, StepSync, Tried, agreed
 from vdtrain.training.continuation import STATE, stage_steps
 from vdtrain.training.state import TrainState
-from vdtrain.training.trouble import DataError, Tried, agreed
 from vdtrain.training.watching import Watching
 
 # A process whose next batch is not there looks so often for a signal, and gives up at this share of the limit.

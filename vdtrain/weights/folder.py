@@ -6,6 +6,8 @@ weights/versatile_diffusion/
     model.yaml                         the model's configuration
     weights.json                       size and SHA-256 of each of these files
     README.md                          the model card, of an export
+
+`checkpoint=tiny` names the folder of the trained model that the package brings.
 """
 
 from __future__ import annotations
@@ -20,16 +22,33 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vdtrain.config.foreign import read_yaml, recorded_model
+from vdtrain.checkpoint.folder import CHECKPOINTS, is_checkpoint
+from vdtrain.config.instantiate import read_yaml, recorded_model
 from vdtrain.config.schema import ModelConfig
 from vdtrain.errors import described, one_line, system_error
 from vdtrain.files import SHAPE_ERRORS, FileRecord, damage, read_json, sync, write_text, written_whole
 from vdtrain.models.diffuser import layer_group
-from vdtrain.models.frozen_weights import WeightsError
+from vdtrain.models.frozen_weights import ASSETS, WeightsError
 from vdtrain.progress import track
 from vdtrain.weights.checks import check_diffuser
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 from vdtrain.weights.versatile_diffusion import from_released, to_released
+
+# By name, the weights folder. `examples/ship_miniature.py` makes it.
+SHIPPED = {"tiny": ASSETS / "tiny" / "trained"}
+RECORD = "weights.json"
+
+
+def located(value: str) -> Path:
+    """The folder that a setting for a checkpoint names.
+
+    A name in `SHIPPED` is the package's own model, unless that path holds a checkpoint.
+    """
+    path = Path(value).expanduser()
+    if value not in SHIPPED or (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir() or is_checkpoint(path):
+        return path
+    return SHIPPED[value]
+
 
 FORMAT = 1
 STEM = "model"

@@ -1,4 +1,0 @@
-"""Statistics and a contact sheet of a manifest.
-
-Start at `inspection.py`.
-"""
