@@ -17,12 +17,14 @@ from data_pipeline.index.repeated import rows_of
 from data_pipeline.index.shard_reading import ShardScan
 from vdtrain.data.manifest import (
     MEMBERS,
+    READ_ERRORS,
     SAMPLES_FILES,
     SHARD_SCHEMA,
     SHARDS_FILE,
     Manifest,
     SamplesWriter,
     counted_sides,
+    noted,
     shortest_sides,
     write_shards,
 )
@@ -80,7 +82,7 @@ class ManifestBuilder:
     ) -> None:
         self.manifest, self.shards, self._tasks = manifest, before, tasks
         self._settings = {CAPTION: caption, MEMBERS: json.dumps(endings, sort_keys=True) if endings else None}
-        same = not len(before) or all(_noted(manifest, name) == value for name, value in self._settings.items())
+        same = not len(before) or all(noted(manifest, name) == value for name, value in self._settings.items())
         wanted = {task.name: task for task in tasks}
         columns = ["path", "source", "bytes", "modified_ns", "decoded", "samples_file"]
         files = before["samples_file"].unique().to_pylist()
@@ -183,15 +185,9 @@ class ManifestBuilder:
                 file.unlink()
 
 
-def _noted(manifest: Path, setting: str) -> str | None:
-    """A setting that a manifest was made with."""
-    metadata = pq.read_schema(manifest / SHARDS_FILE).metadata or {}
-    return metadata[setting.encode()].decode() if setting.encode() in metadata else None
-
-
 def _columns(file: Path) -> list[str]:
     """The columns of a file of samples; empty if it is incomplete."""
     try:
         return list(pq.read_schema(file).names)
-    except (OSError, pa.ArrowException):
+    except READ_ERRORS:
         return []

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from data_pipeline.select.metadata_files import CONVERT, metadata_files, partition
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import SourceConfig
+from vdtrain.data.manifest import READ_ERRORS
 from vdtrain.errors import one_line, system_error, unreadable
 
 URL = "url"
@@ -25,7 +26,6 @@ STATUS = "metadata_status"
 # Before a name of ours that img2dataset would take, too.
 PREFIX = "metadata_"
 READ_BYTES = 1 << 20
-READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 PARQUET_MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 _is = pa.types
 TEXTS = (_is.is_string, _is.is_large_string, _is.is_string_view, _is.is_binary, _is.is_large_binary, _is.is_binary_view)

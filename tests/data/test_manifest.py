@@ -170,6 +170,25 @@ def test_what_is_missing_or_damaged_names_the_remedy(tmp_path: Path) -> None:
             reading(tmp_path)
 
 
+@pytest.mark.parametrize("file", [SHARDS_FILE, "samples-00000.parquet"])
+def test_names_of_columns_that_are_not_utf8_are_one_line(tmp_path: Path, file: str) -> None:
+    """pyarrow raises a UnicodeDecodeError, which is not one of its own errors."""
+    write(tmp_path)
+    damaged = tmp_path / file
+    damaged.write_bytes(damaged.read_bytes().replace(b"sha256", b"sha25\xbb").replace(b"caption", b"captio\xbb"))
+    with pytest.raises(ManifestError, match=rf"^data\.manifest=.*: {file} .*move the folder .* away") as told:
+        Manifest(tmp_path).rows(0)
+    assert "\n" not in str(told.value)
+
+
+def test_a_noted_setting_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path)
+    shards = pq.read_table(tmp_path / SHARDS_FILE).replace_schema_metadata({"data.index.members": b"\xbb"})
+    pq.write_table(shards, tmp_path / SHARDS_FILE)
+    with pytest.raises(ManifestError, match=r"shards\.parquet is damaged .*; move the folder"):
+        _ = Manifest(tmp_path).modalities
+
+
 def test_a_manifest_of_another_layout_is_refused_in_one_line(tmp_path: Path) -> None:
     write(tmp_path)
     pq.write_table(read_shards(tmp_path).drop_columns(["sides", "decoded"]), tmp_path / SHARDS_FILE)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", type=int, default=20, metavar="N", help="one of N starts is by torchrun; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of the random kills")
     parser.add_argument("--tries", type=int, help="of each fault")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="of names of faults to try")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of names of faults and fuzz targets")
     parser.add_argument("--minutes", type=float, default=10, help="of odd inputs, for each target")
     parser.add_argument("--steps", type=int, default=20_000, help="of the soak")
     parser.add_argument("--folder", type=Path, default=Path("drill"), help="for data and runs")
@@ -77,7 +77,7 @@ def _hold(parts: Sequence[str], given: argparse.Namespace, results: Results) -> 
     rows: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "store": lambda: store.rows(given.folder / "store"),
         "faults": lambda: faults.rows(undisturbed, given.seed, given.tries, given.only) if undisturbed else (),
-        "fuzz": lambda: others.fuzz(given.minutes, given.folder),
+        "fuzz": lambda: others.fuzz(given.minutes, given.folder, given.only),
         "soak": lambda: soak.rows(undisturbed, given.steps) if undisturbed else (),
         "audit": lambda: [others.audit(given.folder)],
     }

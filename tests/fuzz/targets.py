@@ -233,6 +233,7 @@ def read_manifest(content: bytes) -> None:
         read_shards(folder)
         manifest = Manifest(folder)
         manifest.counts(16)
+        _ = manifest.modalities
         for shard in range(len(manifest.paths)):
             rows = manifest.rows(shard)
             for offset, size in zip(rows.offset.tolist(), rows.size.tolist(), strict=True):

@@ -59,6 +59,8 @@ def content_hash(image: bytes) -> int:
 HASHED_BYTES = 1024
 SHARDS_FILE = "shards.parquet"
 SAMPLES_FILES = "samples-*.parquet"
+# Of pyarrow as it reads a damaged file: names of columns may no longer be UTF-8.
+READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)
 INDEX = "`python -m data_pipeline index` with the same settings of data"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
@@ -209,8 +211,10 @@ class Manifest:
     @property
     def modalities(self) -> list[str]:
         """The modalities beside images and captions whose files were indexed."""
-        noted = (pq.read_schema(self.folder / SHARDS_FILE).metadata or {}).get(MEMBERS.encode(), b"{}")
-        return sorted(set(json.loads(noted).values()))
+        try:
+            return sorted(set(json.loads(noted(self.folder, MEMBERS) or "{}").values()))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise _damaged(error, self.folder) from error
 
     @property
     def identity(self) -> str:
@@ -284,7 +288,7 @@ class Manifest:
                 raise pa.ArrowInvalid(f"no column {min(absent)}")
             table = _fitting(table, STORED_SCHEMA)
             self._check_places(table, shard)
-        except (OSError, pa.ArrowException) as error:
+        except READ_ERRORS as error:
             raise ManifestError(
                 f"data.manifest={self.folder}: {name} {_unreadable(error, self.folder / name)}"
             ) from error
@@ -394,6 +398,21 @@ def read_shards(folder: Path) -> pa.Table:
     return _checked(_read_shard_columns(folder, SHARD_SCHEMA.names), folder)
 
 
+def noted(folder: Path, setting: str) -> str | None:
+    """A setting that a manifest was made with; None if the manifest does not name it.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+    """
+    try:
+        value = (pq.read_schema(folder / SHARDS_FILE).metadata or {}).get(setting.encode())
+    except READ_ERRORS as error:
+        raise ManifestError(
+            f"data.manifest={folder}: {SHARDS_FILE} {_unreadable(error, folder / SHARDS_FILE)}"
+        ) from error
+    return None if value is None else value.decode(errors="replace")
+
+
 def write_shards(folder: Path, shards: pa.Table) -> None:
     """Replace the manifest's list of shards atomically."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -418,7 +437,7 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
         if folder.is_dir() or not folder.is_symlink():
             raise ManifestError(f"{place} is not there; make it with {INDEX}, or give another folder") from error
         raise ManifestError(f"{place} {_unreadable(error, folder)}") from error
-    except (OSError, pa.ArrowException) as error:
+    except READ_ERRORS as error:
         if folder.is_file():
             raise ManifestError(
                 f"data.manifest={folder}: is a file; give the folder that holds {SHARDS_FILE}"
@@ -456,9 +475,7 @@ def _checked(shards: pa.Table, folder: Path) -> pa.Table:
             if not all(isinstance(count, int) for count in json.loads(text).values()):
                 raise pa.ArrowInvalid("broken has no counts")
     except (pa.ArrowException, ValueError, AttributeError, RecursionError) as error:
-        raise ManifestError(
-            f"data.manifest={folder}: {SHARDS_FILE} is damaged ({one_line(error)[:SHOWN]}); {_anew(folder)}"
-        ) from error
+        raise _damaged(error, folder) from error
     return table
 
 
@@ -471,6 +488,11 @@ def _fitting(table: pa.Table, schema: pa.Schema) -> pa.Table:
     # Among others, whether text is UTF-8.
     fitting.validate(full=True)
     return fitting
+
+
+def _damaged(error: Exception, folder: Path) -> ManifestError:
+    told = f"{SHARDS_FILE} is damaged ({one_line(error)[:SHOWN]}); {_anew(folder)}"
+    return ManifestError(f"data.manifest={folder}: {told}")
 
 
 def _unreadable(error: Exception, path: Path) -> str:
