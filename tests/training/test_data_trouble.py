@@ -156,6 +156,7 @@ def server(folder: Path, port: int = 0) -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_waited_for_and_one_that_stays_away_stops_all_ranks(world: World) -> None:
     def serve() -> None:
         for number, requests in enumerate((8, 8)):

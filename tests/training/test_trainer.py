@@ -82,7 +82,7 @@ def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
 
 def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     four_flow_steps(folder)
-    report({"stages": curriculum(folder), "ends": stopped_and_resumed(folder)})
+    report({"stages": curriculum(folder)})
 
 
 def four_flow_steps(folder: Path) -> None:
@@ -169,7 +169,7 @@ def resumed_on_other_shards(folder: Path) -> list[list[str]]:
     return warnings
 
 
-def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
+def stopped_and_resumed(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """A run of two phases, once without a break and once stopped twice by a signal that only the last rank receives."""
     overrides = ["stage.init_from=null", phases(4, 3), "checkpoint.every_steps=100"]
     assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/whole", *overrides).run()
@@ -188,7 +188,7 @@ def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
         trainer.step = stopping  # type: ignore[method-assign]
         complete = trainer.run()
         ends.append((trainer.state.step, complete))
-    return ends
+    report({"ends": ends})
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +269,10 @@ def test_losses_are_unbroken_from_stage_to_stage(runs: dict[str, Any]) -> None:
     assert stages[0]["end"] != stages[1]["end"][: len(stages[0]["end"])]
 
 
-def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
-    ends = runs["ends"]
+@pytest.mark.slow
+def test_stopped_runs_go_on_exactly(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    """Whose last rank alone is told; test_resume has the ranks of a run that is started again."""
+    ends = run_on_ranks(stopped_and_resumed, 2, folder, timeout=600.0)[0]["ends"]
     assert [complete for _, complete in ends] == [False, False, True]
     assert ends[0][0] < ends[1][0] < ends[2][0] == 7
     assert losses(folder, "broken") == losses(folder, "whole")
