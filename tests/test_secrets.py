@@ -82,7 +82,7 @@ class Place:
             env={**os.environ, **ENVIRONMENT, **own, **environment},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=570,
             check=False,
         )
         self.printed += done.stdout + done.stderr
