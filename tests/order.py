@@ -20,10 +20,10 @@ SHARED = ("cluster: Cluster", "tiny_runs: TinyRuns", "world: World")
 FIRST = (
     SHARED[0],
     "tests/documents/test_commands.py",
+    "tests/drill/test_drill.py",
     "tests/training/test_resume.py",
     "tests/training/test_wandb.py",
     "tests/data_pipeline/test_download.py",
-    "tests/training/test_run_lock.py",
     "tests/training/test_trainer.py",
     "tests/training/test_watchdog.py",
     SHARED[1],

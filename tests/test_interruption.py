@@ -92,12 +92,12 @@ def check(place: Path, name: str, number: signal.Signals, after: float, times: i
     [
         # While the modules of the command are imported, and PyTorch.
         ("plan", signal.SIGTERM, 0.4, 1),
-        ("train", signal.SIGINT, 1.0, 1),
+        pytest.param("train", signal.SIGINT, 1.0, 1, marks=pytest.mark.slow),
         ("sample", signal.SIGINT, 1.5, 2),
         ("processes", signal.SIGINT, 6.0, 1),
         # With worker processes that start.
         ("index", signal.SIGINT, 2.5, 1),
-        ("index", signal.SIGTERM, 2.0, 2),
+        pytest.param("index", signal.SIGTERM, 2.0, 2, marks=pytest.mark.slow),
     ],
 )
 def test_an_interruption_is_one_line(place: Path, name: str, number: signal.Signals, after: float, times: int) -> None:

@@ -74,7 +74,7 @@ PREPARE = {
 }
 
 
-@pytest.mark.parametrize("kind", PREPARE)
+@pytest.mark.parametrize("kind", ["folder", pytest.param("tars", marks=pytest.mark.slow)])
 def test_from_own_data_to_an_export(kind: str, released: Path, tmp_path: Path) -> None:
     write, commands = PREPARE[kind]
     write(tmp_path / "photos")

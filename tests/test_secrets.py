@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.evaluation.test_evaluate import write_checkpoint
 from tests.pairs import write_pairs
+from tests.programs import program
 from tests.ranges import Ranges
 from tests.settings import TINY, phases
 from vdtrain.flows import all_flows
@@ -72,26 +73,29 @@ class Place:
     def address(self, path: str, password: str = "plantedpw", query: str = "X-Amz-Signature=plantedsig") -> str:
         return f"http://{USER}:{password}@127.0.0.1:{self.server.server_address[1]}/{path}?{query}"
 
-    def type(self, *words: str, **environment: str) -> tuple[int, str]:
+    def type(self, *words: str, python: str | None = None, **environment: str) -> tuple[int, str]:
         module = [] if words[0] == "-c" else ["-m"]
         own = {"HOME": str(self.folder / "home"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *module, *words],
+            [python or program("python"), *module, *words],
             cwd=self.folder,
             env={**os.environ, **ENVIRONMENT, **own, **environment},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=570,
             check=False,
         )
         self.printed += done.stdout + done.stderr
         return done.returncode, done.stdout + done.stderr
 
-    def train(self, run: str, steps: int, *words: str, **environment: str) -> tuple[int, str]:
+    def train(
+        self, run: str, steps: int, *words: str, python: str | None = None, **environment: str
+    ) -> tuple[int, str]:
         return self.type(
             *["vdtrain", "train", *TINY, f"stage.global_batch_size={BATCH}"],
             *[f"hardware.micro_batch_size={{32:{BATCH}}}", phases(BATCH, (32, steps)), "optimizer.warmup_samples=0"],
             *["log_every_steps=1", f"run_dir={self.folder}/written/{run}", *words],
+            python=python,
             **environment,
         )
 
@@ -199,7 +203,8 @@ def test_credentials_from_a_netrc_file_and_from_the_environment(place: Place) ->
     address = f"http://127.0.0.1:{place.server.server_address[1]}"
     names: dict[str, Any] = {"FSSPEC_CONFIG_DIR": str(place.folder / "fsspec"), "NO_PROXY": ""}
     manifest = [f"data.manifest={place.folder}/data/manifest", f"data.stream.shard_root={address}/manifest"]
-    status, said = place.train("netrc", 2, *manifest, "tracking=none", **names)
+    # fsspec reads its folder of settings when it is imported.
+    status, said = place.train("netrc", 2, *manifest, "tracking=none", python=sys.executable, **names)
     assert status == 0, said
     assert any(sent == f"{USER}:plantednetrc" for _, sent in place.server.sent)
     assert place.found() == []

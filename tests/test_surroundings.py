@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -96,7 +97,12 @@ def test_ids_that_are_no_numbers_are_said_before_work(
         assert status == 2
         assert line.startswith(f"error: launcher: {name}={value}: not a number from ")
         assert quoted(line) == [f"unset {name}"]
-        monkeypatch.delenv(name)
+
+
+def test_without_these_ids_the_commands_run(world: World) -> None:
+    """As the remedy of each has it."""
+    assert not {name for variables in ENVIRONMENTS for name in variables} & os.environ.keys()
+    for words in VERBS_ON_RANKS:
         assert world.type(*words, "--cfg", "job")[0] == 0
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.drill", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--kills", type=int, default=200, help="random kills, at least")
+    parser.add_argument("--runs", type=int, default=0, metavar="N", help="that share them; 0: each draws how many")
     parser.add_argument("--fresh", type=int, default=20, metavar="N", help="one of N starts is by torchrun; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of the random kills")
     parser.add_argument("--tries", type=int, help="of each fault")
@@ -69,7 +71,9 @@ def _hold(parts: Sequence[str], given: argparse.Namespace, results: Results) -> 
     undisturbed = whole(given.folder) if {"kills", "faults", "soak"} & set(parts) else None
     while undisturbed and "kills" in parts and (left := given.kills - results.kills()) > 0:
         number = len(results.read()["runs"])
-        run = kills.run(number, given.seed, min(left, KILLS_IN_A_RUN), undisturbed, given.fresh)
+        shared = given.runs > number
+        most = math.ceil(left / (given.runs - number)) if shared else min(left, KILLS_IN_A_RUN)
+        run = kills.run(number, given.seed, most, undisturbed, given.fresh, shared)
         results.add_run(run.record())
         print(f"run {number}: {len(run.kills)} kills, {run.starts} starts, equal: {run.equal}", flush=True)
         for fault in run.faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -61,11 +62,12 @@ class Run:
         return asdict(self)
 
 
-def run(number: int, seed: int, most: int, whole: Whole, fresh_every: int) -> Run:
+def run(number: int, seed: int, most: int, whole: Whole, fresh_every: int, all_of_them: bool = False) -> Run:
     """Hold a run with at most `most` kills; its folder stays if it was at fault.
 
     Args:
         fresh_every: of so many starts, one is of interpreters; 0: no one is.
+        all_of_them: the stages share `most` kills, rather than draw how many each has.
     """
     generator = random.Random(f"{seed}/{number}")
     kinds = _kinds(generator)
@@ -74,7 +76,8 @@ def run(number: int, seed: int, most: int, whole: Whole, fresh_every: int) -> Ru
     shutil.rmtree(place, ignore_errors=True)
     for index in range(len(STAGES)):
         stage = Stage(whole.place, place, index)
-        left = min(most - len(found.kills), generator.choice((2, 3, 4, 5)))
+        left = most - len(found.kills)
+        left = math.ceil(left / (len(STAGES) - index)) if all_of_them else min(left, generator.choice((2, 3, 4, 5)))
         before: tuple[Kill, float] | None = None
         for _ in range(left + MISSES):
             fresh = bool(fresh_every) and generator.randrange(fresh_every) == 0

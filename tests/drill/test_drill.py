@@ -25,7 +25,7 @@ def drill(python: str, folder: Path, *words: str) -> tuple[subprocess.CompletedP
 
 
 def test_twenty_random_kills_lose_nothing(tmp_path: Path) -> None:
-    done, path = drill(program("python"), tmp_path, "kills", "--kills", "20", "--fresh", "0")
+    done, path = drill(program("python"), tmp_path, "kills", "--kills", "20", "--runs", "2", "--fresh", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert len(kills(result)) == 20

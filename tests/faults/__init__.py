@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).with_name("shim.c")
+VARIABLE = "VDTRAIN_FAULTS"
 
 
 def variables(folder: Path, *rules: str) -> dict[str, str]:
@@ -20,10 +21,18 @@ def variables(folder: Path, *rules: str) -> dict[str, str]:
     Args:
         folder: for the compiled library.
     """
+    library = compiled(folder)
+    if library is None:
+        pytest.skip("no C compiler, so disks that fail are not tried here")
+    return {"LD_PRELOAD": str(library), VARIABLE: ";".join(rules)}
+
+
+def compiled(folder: Path) -> Path | None:
+    """The library, made in a folder where it is not there yet; None where there is no C compiler."""
     library = folder / "faults.so"
     if not library.exists():
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
-            pytest.skip("no C compiler, so disks that fail are not tried here")
+            return None
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, SOURCE, "-ldl"], check=True)
-    return {"LD_PRELOAD": str(library), "VDTRAIN_FAULTS": ";".join(rules)}
+    return library

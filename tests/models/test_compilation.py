@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from tests.cases import with_slow
 from tests.models.test_activation_checkpointing import MODALITIES, make_diffuser, step
 from tests.settings import phases
-from tests.tiny_runs import BATCH, TinyRuns
+from tests.tiny_runs import BATCH, STAGES, TinyRuns
 from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
 from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.commands.train import main as train
@@ -110,22 +111,23 @@ def test_an_unknown_mode_is_refused() -> None:
         compile_training(make_diffuser(), FrozenParts({}), "layers")
 
 
-def losses(tiny_runs: TinyRuns, run: Path, *settings: str) -> list[dict[str, float]]:
-    """The losses of a command that trains all four flows for a step at each resolution."""
+def losses(tiny_runs: TinyRuns, run: Path, *settings: str, stage: str = STAGES[2]) -> list[dict[str, float]]:
+    """The losses of a command that trains a stage's flows, all four by default, for a step at each resolution."""
     size = phases(BATCH, (32, 1), (64, 1))
-    own = ["stage=stage3_four_flow", *tiny_runs.overrides, size, "stage.init_from=null", f"run_dir={run}", *settings]
+    own = [f"stage={stage}", *tiny_runs.overrides, size, "stage.init_from=null", f"run_dir={run}", *settings]
     assert train(own) == 0
     return [record["loss"] for record in read_metrics(run)]
 
 
+@pytest.mark.parametrize("stage", with_slow({stage: stage for stage in STAGES[::2]}, STAGES[:1]))
 def test_the_warm_up_changes_nothing(
-    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     """With a compiler that changes no operator, every loss has the same bits."""
     compile_plainly = functools.partial(compile_training, backend="eager")
     monkeypatch.setattr("vdtrain.training.build.compile_training", compile_plainly)
-    plain = losses(tiny_runs, tmp_path / "plain")
-    assert losses(tiny_runs, tmp_path / "compiled", "hardware.compile=blocks") == plain
+    plain = losses(tiny_runs, tmp_path / "plain", stage=stage)
+    assert losses(tiny_runs, tmp_path / "compiled", "hardware.compile=blocks", stage=stage) == plain
     printed = capsys.readouterr().out
     assert all(f"compiled for {pixels} pixels in" in printed for pixels in (32, 64))
 
@@ -139,6 +141,7 @@ def test_a_compiled_stage_has_the_plain_ones_losses(tiny_runs: TinyRuns, tmp_pat
         assert other == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_goes_on_to_the_bit(
     tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def test_new_adapters_change_nothing() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, outputs(model), strict=True))
 
 
-@pytest.mark.parametrize("form", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("form", ["plain", "checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_the_merged_model_is_the_trained_one_to_the_bit(form: str) -> None:
     model, lora = drawn(), LoraConfig(rank=4, alpha=6.0)
     if form == "checkpointed":

@@ -70,11 +70,16 @@ def server(python: str, address: Path, root: Path, environment: Mapping[str, str
 @contextlib.contextmanager
 def session() -> Iterator[None]:
     """The programs of a test session, for all of its processes."""
+    from tests.faults import compiled  # it needs pytest, which the process behind the programs does without
+
     # The path of a socket is short.
     with tempfile.TemporaryDirectory(prefix="programs-", dir="/tmp") as place:
         folder = Path(place)
         install(folder, folder / SOCKET)
-        with server(sys.executable, folder / SOCKET, ROOT, os.environ):
+        # So that the rules of a call can befall its fork (`tests/faults`); without any, the library passes all on.
+        library = compiled(folder)
+        preload = {} if library is None else {"LD_PRELOAD": str(library)}
+        with server(sys.executable, folder / SOCKET, ROOT, {**os.environ, **preload}):
             os.environ[FOLDER_VARIABLE] = place
             yield
             del os.environ[FOLDER_VARIABLE]

@@ -74,6 +74,7 @@ OWN = (
     "vdtrain.weights.imports",
 )
 OWN_PACKAGES = ("vdtrain", "data_pipeline", "miniature")
+FAULTS = "VDTRAIN_FAULTS"
 HUB, HUB_VARIABLES = "huggingface_hub", "HF_"
 NAMESPACES = {"net": 0x40000000, "uts": 0x04000000, "mnt": 0x00020000, "pid": 0x20000000}
 LIMITS = tuple(value for name, value in vars(resource).items() if name.startswith("RLIMIT_"))
@@ -217,6 +218,8 @@ class Server:
         sys.path[:] = [*(os.path.abspath(path) for path in paths if path), *sys.path[1:]]
         if _of_hub(call.variables) != _of_hub(self.variables):
             _forget(HUB)
+        if FAULTS in call.variables and hasattr(library := ctypes.CDLL(None), "read_faults"):
+            library.read_faults()
         if "PYTHONFAULTHANDLER" in call.variables:
             faulthandler.enable()
 

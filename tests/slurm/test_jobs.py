@@ -1,7 +1,7 @@
-"""The repository's batch scripts, submitted to a real cluster of two nodes: about five minutes on two cores.
+"""The repository's batch scripts, submitted to a real cluster of two nodes.
 
-The curriculum runs undisturbed. Then its stage 3 runs again, is preempted by a job of higher priority, loses a node
-amid a step, and ends with the losses of the curriculum's own.
+The curriculum runs in a chain of jobs. With `make test-slow`, stage 3 runs undisturbed, and again: it is then preempted
+by a job of higher priority, loses a node amid a step, and ends with the same losses.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from pathlib import Path
 import pytest
 
 from tests.documents.commands import of_page
+from tests.evaluation.test_evaluate import write_checkpoint
 from tests.pairs import write_pairs
 from tests.programs import program as program_of_tests
 from tests.settings import TINY, phases
 from tests.slurm.cluster import Cluster
+from vdtrain.flows import all_flows
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 SIZE = ["--nodes=2", "--gpus-per-node=1"]
+# Of a job that is disturbed; of those that are not.
 STEPS, HOLD = 14, 4
+BRIEF = [phases(4, (32, 4)), "+data.stream.attempts={}"]
 SETTINGS = [
     *TINY,
     "stage.global_batch_size=4",
@@ -53,17 +57,21 @@ class Runs:
     """What the jobs left.
 
     Attributes:
-        jobs: numbers by name: the stages, and "disturbed".
-        restarts: of each.
+        jobs: numbers by name: the stages, or "undisturbed" and "disturbed", which are of the last one.
     """
 
     folder: Path
     jobs: dict[str, str]
-    restarts: dict[str, int]
 
     def output(self, name: str) -> str:
-        stage = STAGES[2] if name == "disturbed" else name
+        stage = name if name in STAGES else STAGES[2]
         return (self.folder / "logs" / stage / f"{self.jobs[name]}.out").read_text()
+
+    def check(self, ends: dict[str, dict[str, str]]) -> Runs:
+        """These, of which every job ended well."""
+        for name, end in ends.items():
+            assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), f"{name}: {end}\n{self.output(name)}"
+        return self
 
     def losses(self, run: str) -> list[dict[str, object]]:
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
@@ -102,17 +110,40 @@ def submit_curriculum(cluster: Cluster, checkout: Path, *words: str) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
-    """The chained curriculum and the disturbed job, from submission to end."""
-    gate = checkout / "gate"
-    jobs = submit_curriculum(cluster, checkout, *settings, "+data.stream.attempts={}")
+def curriculum(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
+    """The chained curriculum, from submission to end."""
+    jobs = submit_curriculum(cluster, checkout, *settings, *BRIEF)
     assert tuple(jobs) == STAGES
     for stage, before in zip(STAGES[1:], STAGES, strict=False):
         assert cluster.job(jobs[stage])["Dependency"].startswith(f"afterok:{jobs[before]}(")
-    ends = {stage: cluster.wait(job) for stage, job in jobs.items()}
+    return Runs(checkout, jobs).check({stage: cluster.wait(job) for stage, job in jobs.items()})
 
-    again = [f"run_dir={quoted(DISTURBED)}", f"+data.stream.attempts={{{STAGES[2]}:2}}", "--partition=low"]
-    disturbed = submit(cluster, checkout, "stage3_four_flow.sh", *SIZE, *settings, *again)
+
+def test_the_curriculum_runs_to_its_end(curriculum: Runs) -> None:
+    for stage, before in zip(STAGES, (None, *STAGES), strict=False):
+        steps = [record["step"] for record in curriculum.losses(f"runs/{stage}")]
+        assert steps == list(range(1, 5))
+        assert (f"starts from runs/{before}/checkpoints/" in curriculum.output(stage)) == (before is not None)
+    assert f"attempt 1: 2 ranks on n[1-2], run folder runs/{STAGES[0]}" in curriculum.output(STAGES[0])
+
+
+def test_a_finished_stage_says_what_comes_next(curriculum: Runs) -> None:
+    said = curriculum.output(STAGES[0])
+    assert re.search(r"^.*sbatch .*slurm/stage2_dual_flow\.sh", said, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def twice(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
+    """Stage 3 undisturbed and disturbed, from submission to end."""
+    gate = checkout / "gate"
+
+    def stage3(run: str, attempts: int) -> str:
+        own = [f"run_dir={quoted(run)}", f"+data.stream.attempts={{{STAGES[2]}:{attempts}}}", "stage.init_from=null"]
+        return submit(cluster, checkout, f"{STAGES[2]}.sh", *SIZE, "--partition=low", *settings, *own)
+
+    undisturbed = stage3("runs/undisturbed", 0)
+    ends = {"undisturbed": cluster.wait(undisturbed)}
+    disturbed = stage3(DISTURBED, 2)
     for rank in range(2):
         cluster.wait_for_file(gate / f"{STAGES[2]}-0-{rank}", disturbed)
     urgent = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
@@ -124,36 +155,22 @@ def runs(cluster: Cluster, checkout: Path, settings: list[str]) -> Runs:
     cluster.wait(disturbed, ("PENDING",))
     cluster.boot("n2")
     ends["disturbed"] = cluster.wait(disturbed, restarts=2)
-    found = Runs(checkout, {**jobs, "disturbed": disturbed}, {name: int(end["Restarts"]) for name, end in ends.items()})
-    for name, end in ends.items():
-        assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), f"{name}: {end}\n{found.output(name)}"
-    return found
+    assert ends["disturbed"]["Restarts"] == "2"
+    return Runs(checkout, {"undisturbed": undisturbed, "disturbed": disturbed}).check(ends)
 
 
-def test_the_curriculum_runs_to_its_end(runs: Runs) -> None:
-    for stage, before in zip(STAGES, (None, *STAGES), strict=False):
-        steps = [record["step"] for record in runs.losses(f"runs/{stage}")]
-        assert steps == list(range(1, STEPS + 1))
-        assert (f"starts from runs/{before}/checkpoints/" in runs.output(stage)) == (before is not None)
-    assert f"attempt 1: 2 ranks on n[1-2], run folder runs/{STAGES[0]}" in runs.output(STAGES[0])
-
-
-def test_a_finished_stage_says_what_comes_next(runs: Runs) -> None:
-    assert re.search(r"^.*sbatch .*slurm/stage2_dual_flow\.sh", runs.output(STAGES[0]), flags=re.MULTILINE)
-
-
-def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undisturbed_one(runs: Runs) -> None:
-    assert runs.restarts["disturbed"] == 2
-    output = runs.output("disturbed")
+@pytest.mark.slow
+def test_a_preempted_job_that_loses_a_node_too_ends_with_the_losses_of_an_undisturbed_one(twice: Runs) -> None:
+    output = twice.output("disturbed")
     begun = rf"continues from {re.escape(DISTURBED)}/checkpoints/step-(\d+)"
     starts = [int(step) for step in re.findall(begun, output)]
     assert HOLD <= starts[0] <= HOLD + 2
     # Saved every two steps; the newest save may have been under way.
     assert starts[0] < starts[1] <= starts[0] + HOLD
     assert re.findall(r"attempt (\d): 2 ranks", output) == ["1", "2", "3"]
-    losses = runs.losses(DISTURBED)
+    losses = twice.losses(DISTURBED)
     assert len(losses) == STEPS
-    assert losses == runs.losses(f"runs/{STAGES[2]}")
+    assert losses == twice.losses("runs/undisturbed")
 
 
 @pytest.mark.slow
@@ -190,21 +207,25 @@ def test_of_two_tasks_of_an_array_with_one_run_folder_one_trains(cluster: Cluste
     assert [json.loads(record)["step"] for record in records] == list(range(1, STEPS + 1))
 
 
-def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(runs: Runs) -> None:
-    logs = runs.folder / "logs" / STAGES[2] / runs.jobs["disturbed"]
+@pytest.mark.slow
+def test_every_rank_has_a_log_of_its_own_and_rank_0_speaks_in_the_jobs(twice: Runs) -> None:
+    logs = twice.folder / "logs" / STAGES[2] / twice.jobs["disturbed"]
     assert sorted(path.name for path in logs.iterdir()) == ["attempt-1", "attempt-2", "attempt-3"]
     for attempt in logs.iterdir():
         assert sorted(path.name for path in attempt.iterdir()) == ["rank-0.out", "rank-1.out"]
-    assert (logs / "attempt-3" / "rank-0.out").read_text() in runs.output("disturbed")
+    assert (logs / "attempt-3" / "rank-0.out").read_text() in twice.output("disturbed")
 
 
-def test_latents_and_measures_are_made_on_every_node(cluster: Cluster, checkout: Path, runs: Runs) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("settings")
+def test_latents_and_measures_are_made_on_every_node(cluster: Cluster, checkout: Path) -> None:
     data = ["data=shapes", f"data.manifest={checkout}/pairs/manifest"]
+    write_checkpoint(checkout / "model", all_flows(["image", "text"]))
     cache = ["data.latent_cache.resolutions=[32]", "data.latent_cache.folder=latents"]
     latents = submit(cluster, checkout, "precompute_latents.sh", *SIZE, "model=tiny", "hardware=cpu", *data, *cache)
     few = ["samples=4", "batch_size=2", "resolution=32", "steps=2", "flows=[image-to-text]", "device=cpu"]
-    trained = [f"checkpoint=runs/{STAGES[2]}", "output_dir=measured"]
-    measures = submit(cluster, checkout, "evaluate.sh", *SIZE, *trained, *data, *few)
+    own = ["checkpoint=model", "output_dir=measured"]
+    measures = submit(cluster, checkout, "evaluate.sh", *SIZE, *own, *data, *few)
     for name, job in (("precompute_latents", latents), ("evaluate", measures)):
         output = checkout / "logs" / name / f"{job}.out"
         assert cluster.wait(job)["ExitCode"] == "0:0", output.read_text()
@@ -273,6 +294,7 @@ def test_a_job_out_of_the_queues_hands_saves_and_stays_ended(
     assert (checkout / "runs" / "stopped" / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.slow
 def test_an_array_downloads_every_part_once(cluster: Cluster, checkout: Path) -> None:
     settings = ["data=shapes", "data.root=drawn", "data.shapes.images=60"]
     for command in (["miniature", "draw"], ["data_pipeline", "select"]):

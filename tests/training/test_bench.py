@@ -81,6 +81,7 @@ def test_a_plan_from_its_rates_takes_as_long(single: Path, capsys: pytest.Captur
     assert all(row in shown for row in ("TFLOP a step", "ms of exchange", "of which exposed", "days", "GPU hours"))
 
 
+@pytest.mark.slow
 def test_two_processes_exchange(tmp_path: Path) -> None:
     words = ["-m", "vdtrain", "bench", *STAGE, *SMALL, "micro_batches=1", "data.latents=cached"]
     words += [f"output={tmp_path}/two.json"]

@@ -189,22 +189,40 @@ def test_the_same_path_with_other_contents_is_refused_by_preflight(
     [
         ("stage.samples_scale=0.5", f"stage.samples_scale=0.5: was 1.0; run_dir=RUN has trained all {LOW} steps"),
         ("stage.phases.0.samples=24", f"stage.phases.0.samples=24: was {LOW * BATCH}; run_dir=RUN"),
-        (f"stage.phases.1.samples={BATCH}", f"stage.phases.1.samples={BATCH}: was {HIGH * BATCH}; run_dir=RUN"),
-        ("stage.phases.1.resolution=32", "stage.phases.1.resolution=32: run_dir=RUN has trained"),
+        pytest.param(
+            f"stage.phases.1.samples={BATCH}",
+            f"stage.phases.1.samples={BATCH}: was {HIGH * BATCH}; run_dir=RUN",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "stage.phases.1.resolution=32",
+            "stage.phases.1.resolution=32: run_dir=RUN has trained",
+            marks=pytest.mark.slow,
+        ),
         # One in front, one between, one less.
         (phases((64, 1), (32, LOW), (64, HIGH)), "stage.phases.0.resolution=64: run_dir=RUN has trained"),
-        (phases((32, LOW), (32, 1), (64, HIGH)), "stage.phases.1.resolution=32: run_dir=RUN has trained"),
+        pytest.param(
+            phases((32, LOW), (32, 1), (64, HIGH)),
+            "stage.phases.1.resolution=32: run_dir=RUN has trained",
+            marks=pytest.mark.slow,
+        ),
         (phases((32, LOW)), "stage.phases: has 1 phases, but run_dir=RUN has trained 2"),
-        ("model.schedule.beta_end=0.02", "model.schedule.beta_end=0.02: run_dir=RUN has 0.012"),
+        pytest.param(
+            "model.schedule.beta_end=0.02",
+            "model.schedule.beta_end=0.02: run_dir=RUN has 0.012",
+            marks=pytest.mark.slow,
+        ),
         ("model.schedule=paper", "model.schedule.beta_start=8.5e-05: run_dir=RUN has 0.00085"),
         ("stage.flows=[text-to-image]", "stage.flows=[text-to-image]: run_dir=RUN has [image-to-image]"),
-        ("model.schedule.steps=500", "model.schedule.steps=500: run_dir=RUN has 1000"),
-        ("model.diffuser.heads=2", "model.diffuser.heads=2: run_dir=RUN has 4"),
+        pytest.param(
+            "model.schedule.steps=500", "model.schedule.steps=500: run_dir=RUN has 1000", marks=pytest.mark.slow
+        ),
+        pytest.param("model.diffuser.heads=2", "model.diffuser.heads=2: run_dir=RUN has 4", marks=pytest.mark.slow),
         (
             "+model.modalities.image.vae.latent_scale=0.5",
             "model.modalities.image.vae.latent_scale=0.5: run_dir=RUN has unset",
         ),
-        ("stage.name=another", f"stage.name=another: run_dir=RUN has {STAGES[0]}"),
+        pytest.param("stage.name=another", f"stage.name=another: run_dir=RUN has {STAGES[0]}", marks=pytest.mark.slow),
         ("seed=1", "seed=1: run_dir=RUN has 0"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import with_slow
 from tests.tiny_runs import STAGES, STEPS, TinyRuns
 from tests.world import MAINS
 from vdtrain.checkpoint.folder import CHECKPOINTS, FORMAT, INDEX_FILE, LATEST_FILE, candidates, index_checksum
@@ -114,7 +115,10 @@ HARMS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
+QUICK_HARMS = ("empty", "deep", "pipe", "file elsewhere", "a million processes", "trainer is text")
+
+
+@pytest.mark.parametrize("harm", with_slow(HARMS, QUICK_HARMS))
 def test_a_damaged_index_is_passed_over_and_if_all_are_nothing_begins_anew(
     tiny_runs: TinyRuns, run: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], object], caplog: Any
 ) -> None:
@@ -193,7 +197,7 @@ LATEST_HARMS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", LATEST_HARMS.values(), ids=LATEST_HARMS.keys())
+@pytest.mark.parametrize("harm", with_slow(LATEST_HARMS, ("path", "pipe", "gone")))
 def test_a_damaged_pointer_leaves_the_newest(
     tiny_runs: TinyRuns, run: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], object]
 ) -> None:
@@ -239,7 +243,15 @@ def test_damaged_records_hide_nothing_else(
     assert status == 0 or errors.startswith("error: ")
     assert status or f"step {STEPS}," in said
     assert typed(words["requeue"], capsys)[0] == 3
-    assert typed(words["train"], capsys)[0] == 0
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, RECORD_FILE, SAVED_FILE])
+@pytest.mark.parametrize("harm", with_slow(RECORD_HARMS, ("deep", "pipe")))
+def test_a_complete_run_is_complete_beside_damaged_records(
+    tiny_runs: TinyRuns, run: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], object]
+) -> None:
+    harm(run / name)
+    assert typed(commands(tiny_runs, run)["train"], capsys)[0] == 0
 
 
 def test_an_unfinished_run_goes_on_beside_damaged_figures(

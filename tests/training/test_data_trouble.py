@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,10 +58,10 @@ class World:
         return [*MINIATURE, *own, f"+data.stream.diary={self.folder}/{run}-{start}", *more]
 
     def train(self, run: str, *rules: str) -> Ending:
-        """Two ranks of real interpreters, which preload the faulty disk."""
+        """Two ranks with the faulty disk."""
         command = ["-m", "vdtrain", "train", *self.words(run, "first")]
         logs = [self.folder / f"{run}-{rank}.log" for rank in range(2)]
-        return run_ranks([command] * 2, logs, 300, faults.variables(self.folder, *rules), sys.executable)
+        return run_ranks([command] * 2, logs, 300, faults.variables(self.folder, *rules))
 
     def stopped(self, run: str) -> int:
         """The step at which a run stopped and saved."""
@@ -157,6 +156,7 @@ def server(folder: Path, port: int = 0) -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_waited_for_and_one_that_stays_away_stops_all_ranks(world: World) -> None:
     def serve() -> None:
         for number, requests in enumerate((8, 8)):

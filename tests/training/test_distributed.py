@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.programs import program
 from vdtrain.run import distributed, launch
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -124,7 +123,7 @@ def test_what_srun_sets_for_mpi_is_no_other_launcher(environment: pytest.MonkeyP
 
 
 def test_mpirun_without_torchruns_variables_is_one_line(environment: pytest.MonkeyPatch) -> None:
-    command = [str(Path(sys.executable).with_name("vdtrain")), "train", "model=tiny", "data=shapes", "hardware=cpu"]
+    command = [program("vdtrain"), "train", "model=tiny", "data=shapes", "hardware=cpu"]
     started = [
         subprocess.Popen(
             command,

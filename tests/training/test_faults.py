@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,12 @@ def words(folder: Path, run: str) -> list[str]:
 
 
 def train(folder: Path, run: str, *rules: str, extra: tuple[str, ...] = ()) -> Ending:
-    """Two ranks of real interpreters, which preload the faulty disk, on a copy of the run."""
+    """Two ranks with the faulty disk, on a copy of the run."""
     if not (folder / run).exists():
         shutil.copytree(folder / "run", folder / run)
     command = ["-m", "vdtrain", "train", *words(folder, run), phases(2, (32, 4)), *extra]
     logs = [folder / f"{run}-{rank}.log" for rank in range(2)]
-    return run_ranks([command] * 2, logs, 500, faults.variables(folder, *rules), sys.executable)
+    return run_ranks([command] * 2, logs, 500, faults.variables(folder, *rules))
 
 
 def state(run: Path) -> dict[str, bytes]:
@@ -106,15 +106,24 @@ def test_a_disk_that_errs_for_a_moment_and_crawls_is_waited_for(folder: Path) ->
     assert json.loads((folder / "slow" / "saved.json").read_text())["step"] == int(newest.name[5:])
 
 
-@pytest.mark.parametrize(
-    ("name", "rule", "place"),
-    [
-        ("save", "sync .incomplete/rank hang rank=1", "checkpoint"),
-        ("load", f"read /{NEWEST}/rank hang rank=1", "looking for the checkpoint to start from"),
-    ],
-)
-def test_a_disk_that_hangs_ends_the_job(folder: Path, name: str, rule: str, place: str) -> None:
-    ending = train(folder, name, rule)
+# Where a disk hangs: the rule, and what the run was doing.
+HANGS = {
+    "save": ("sync .incomplete/rank hang rank=1", "checkpoint"),
+    "load": (f"read /{NEWEST}/rank hang rank=1", "looking for the checkpoint to start from"),
+}
+
+
+@pytest.fixture(scope="module")
+def hung(folder: Path) -> dict[str, Ending]:
+    """Runs on disks that hang, at once: they only wait."""
+    with ThreadPoolExecutor(len(HANGS)) as pool:
+        endings = pool.map(lambda name: train(folder, name, HANGS[name][0]), HANGS)
+        return dict(zip(HANGS, endings, strict=True))
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_disk_that_hangs_ends_the_job(folder: Path, hung: dict[str, Ending], name: str) -> None:
+    ending, place = hung[name], HANGS[name][1]
     assert EXIT_STATUS in ending.statuses, ending
     assert 0 not in ending.statuses
     assert any(f"longer than watchdog_seconds={LIMIT}" in line and place in line for line in errors(ending)), ending

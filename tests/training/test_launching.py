@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cases import with_slow
 from tests.pairs import write_pairs
 from tests.programs import free_port, run_ranks
 from tests.settings import phases
@@ -141,24 +142,24 @@ def befall(plan: dict[str, str]) -> None:
 TRAIN = ["vdtrain", "train", *MINIATURE, "data.manifest=FOLDER/data/manifest", "run_dir=FOLDER/run"]
 
 
-@pytest.mark.parametrize(
-    ("plan", "line"),
-    [
-        (
-            {"at": "torch.distributed:init_process_group", "what": "dies"},
-            "lost process 1 while the groups formed; see its log, then run the same command again",
-        ),
-        (
-            # gloo may notice it first.
-            {"at": "vdtrain.run.session:build_trainer", "what": "dies"},
-            "lost .*process 1.*; see its log, then run the same command again",
-        ),
-        (
-            {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "4"},
-            "process 1 did not come within 4 s; see why in the log there, then start all of them again",
-        ),
-    ],
-)
+LOST = {
+    "while groups form": (
+        {"at": "torch.distributed:init_process_group", "what": "dies"},
+        "lost process 1 while the groups formed; see its log, then run the same command again",
+    ),
+    # gloo may notice it first.
+    "while it builds": (
+        {"at": "vdtrain.run.session:build_trainer", "what": "dies"},
+        "lost .*process 1.*; see its log, then run the same command again",
+    ),
+    "does not come": (
+        {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "4"},
+        "process 1 did not come within 4 s; see why in the log there, then start all of them again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("plan", "line"), with_slow(LOST, ["while groups form"]))
 def test_a_process_that_is_lost_at_the_start_ends_the_others(tmp_path: Path, plan: dict[str, str], line: str) -> None:
     write_pairs(tmp_path / "data", count=10)
     words = [word.replace("FOLDER", str(tmp_path)) for word in TRAIN]
@@ -170,7 +171,7 @@ def test_a_process_that_is_lost_at_the_start_ends_the_others(tmp_path: Path, pla
     assert "Traceback" not in ending.logs[0]
 
 
-@pytest.mark.parametrize("name", ["torchrun", "vdtrain"])
+@pytest.mark.parametrize("name", ["vdtrain", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ranks_of_a_killed_launcher_save_and_end(tmp_path: Path, name: str) -> None:
     write_pairs(tmp_path / "data", count=10)
     words = [word.replace("FOLDER", str(tmp_path)) for word in TRAIN]

@@ -149,7 +149,7 @@ def collector(total: Tensor) -> Callable[[Tensor], None]:
     return add
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return run_on_ranks(cases, request.param, tmp_path_factory.mktemp("oracle"))
 

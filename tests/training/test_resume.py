@@ -2,6 +2,8 @@
 
 Whole runs of the three stages stand beside runs that are stopped and taken up again by the same command: on the same
 ranks they agree to the last bit, on others to float32 rounding, and every sample is trained on once an epoch.
+
+`make test` stops stage 1, and lets stage 3 change its ranks a little; `make test-slow` does the rest.
 """
 
 from __future__ import annotations
@@ -65,16 +67,71 @@ WAYS = [
 ]
 # The first of which every stop comes before the end of its run.
 SEED = 572
+Trouble = dict[str, str | int] | None
+Changes = tuple[tuple[int, int, int], ...]
 # A run on changing ranks: ranks, ZeRO stage, and the batch at which it is stopped; 0 goes on to the end.
 ELASTIC = ((1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 1, 1), (1, 2, 0))
+BRIEF = ((1, 1, 2), (2, 2, 1), (1, 1, 0))
+STOPPED = [STAGES[0], *(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES[1:])]
+# Stages, and how they change their ranks.
+CHANGES = [
+    pytest.param(STAGES[2], BRIEF, id="a few"),
+    *(pytest.param(stage, ELASTIC, id=stage, marks=pytest.mark.slow) for stage in STAGES),
+]
 
 
 @dataclass
 class Drill:
-    """What the cases left: folders by name of the run, and the endings of its starts."""
+    """Runs in a folder, each trained when a test first asks for it.
+
+    Attributes:
+        endings: of the starts of a run, by its name.
+    """
 
     folder: Path
     endings: dict[str, list[Ending]] = field(default_factory=dict)
+
+    def whole(self, stage: str) -> str:
+        """A run of a stage that nothing disturbs, from the one before; its name."""
+        return self._run(f"whole-{stage}", [(2, self._settings(stage), None)])
+
+    def broken(self, stage: str) -> str:
+        """The same that is stopped in several ways; its name."""
+        stops: list[Trouble] = [befalls for _, befalls in stops_by_stage(SEED)[STAGES.index(stage)]]
+        return self._run(f"broken-{stage}", [(2, self._settings(stage), trouble) for trouble in (*stops, None)])
+
+    def alone(self, stage: str) -> str:
+        """A run on one rank; its name."""
+        return self._run(f"alone-{stage}", [(1, self._settings_of_changes(stage), None)])
+
+    def elastic(self, stage: str, changes: Changes) -> str:
+        """The same on changing ranks; its name."""
+        starts = []
+        for ranks, zero_stage, steps in changes:
+            stop: Trouble = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
+            exchange = "deepspeed" if ranks == 2 else "sharded"
+            zero = [f"hardware.zero_stage={zero_stage}", f"hardware.exchange={exchange}"]
+            starts.append((ranks, [*self._settings_of_changes(stage), *zero], stop))
+        return self._run(f"elastic-{len(changes)}-{stage}", starts)
+
+    def _settings(self, stage: str) -> list[str]:
+        number = STAGES.index(stage)
+        start = f"{self.folder}/{self.whole(STAGES[number - 1])}" if number else "null"
+        return [f"stage={stage}", f"stage.init_from={start}"]
+
+    def _settings_of_changes(self, stage: str) -> list[str]:
+        same = ["stage.init_from=null", "optimizer.learning_rate_scale=1", "hardware.micro_batch_size={32:1,64:1}"]
+        return [f"stage={stage}", *same]
+
+    def _run(self, name: str, starts: list[tuple[int, list[str], Trouble]]) -> str:
+        if name not in self.endings:
+            own = [f"data.manifest={self.folder}/data/manifest", f"run_dir={self.folder}/{name}"]
+            cases = [
+                Case(ranks, [*MINIATURE, *own, f"+data.stream.diary={self.folder}/{name}-{number}", *words], trouble)
+                for number, (ranks, words, trouble) in enumerate(starts)
+            ]
+            self.endings[name] = run_cases(self.folder / f"{name}-cases", cases)
+        return name
 
     def final(self, run: str) -> Path:
         checkpoints = self.folder / run / "checkpoints"
@@ -122,39 +179,9 @@ def stops_by_stage(seed: int) -> list[list[tuple[tuple[str, str], dict[str, str 
 
 @pytest.fixture(scope="module")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
-    """All runs, in one start of the interpreter for each rank."""
     folder = tmp_path_factory.mktemp("resume")
     write_pairs(folder / "data", count=SAMPLES // 2)
-    drill = Drill(folder)
-    cases: list[Case] = []
-    names: list[str] = []
-
-    def add(run: str, ranks: int, *overrides: str, trouble: dict[str, str | int] | None = None) -> None:
-        own = [f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{run}"]
-        own += [f"+data.stream.diary={folder}/{run}-{names.count(run)}"]
-        names.append(run)
-        cases.append(Case(ranks, [*MINIATURE, *own, *overrides], trouble))
-
-    for stage, stops in zip(STAGES, stops_by_stage(SEED), strict=True):
-        before = STAGES.index(stage)
-        start = "null" if before == 0 else f"{folder}/whole-{STAGES[before - 1]}"
-        settings = [f"stage={stage}", f"stage.init_from={start}"]
-        add(f"whole-{stage}", 2, *settings)
-        for _, befalls in stops:
-            add(f"broken-{stage}", 2, *settings, trouble=befalls)
-        add(f"broken-{stage}", 2, *settings)
-    for stage in STAGES:
-        elastic = [f"stage={stage}", "stage.init_from=null", "optimizer.learning_rate_scale=1"]
-        elastic += ["hardware.micro_batch_size={32:1,64:1}"]
-        add(f"alone-{stage}", 1, *elastic)
-        for ranks, zero_stage, steps in ELASTIC:
-            stop = {"rank": 0, "what": "SIGTERM", "when": "batch", "number": steps} if steps else None
-            exchange = "deepspeed" if ranks == 2 else "sharded"
-            zero = [f"hardware.zero_stage={zero_stage}", f"hardware.exchange={exchange}"]
-            add(f"elastic-{stage}", ranks, *elastic, *zero, trouble=stop)
-    for name, ending in zip(names, run_cases(folder / "cases", cases), strict=True):
-        drill.endings.setdefault(name, []).append(ending)
-    return drill
+    return Drill(folder)
 
 
 def rows(checkpoint: Path) -> dict[str, Tensor]:
@@ -184,24 +211,24 @@ def diary(drill: Drill, run: str, start: int, ranks: int) -> list[list[dict[str,
     return [list(batch) for batch in zip(*by_rank, strict=False)]
 
 
-def test_every_way_to_stop_befell_a_run(drill: Drill) -> None:
-    for stage, stops in zip(STAGES, stops_by_stage(SEED), strict=True):
-        *stopped, last = drill.endings[f"broken-{stage}"]
-        for (way, _), ending in zip(stops, stopped, strict=True):
-            assert f"drill: {way[0]}" in "".join(ending.logs), (stage, way, ending)
-            expected = {"SIGKILL": [-9, 1], "SIGINT": [130, 130]}.get(way[0], [75, 75])
-            assert sorted(ending.statuses) == sorted(expected), (stage, way, ending)
-            assert "Traceback" not in "".join(ending.logs)
-        assert last.statuses == [0, 0], last
-        assert drill.endings[f"whole-{stage}"][0].statuses == [0, 0]
+@pytest.mark.parametrize("stage", STOPPED)
+def test_every_way_to_stop_befell_a_run(drill: Drill, stage: str) -> None:
+    *stopped, last = drill.endings[drill.broken(stage)]
+    for (way, _), ending in zip(stops_by_stage(SEED)[STAGES.index(stage)], stopped, strict=True):
+        assert f"drill: {way[0]}" in "".join(ending.logs), (stage, way, ending)
+        expected = {"SIGKILL": [-9, 1], "SIGINT": [130, 130]}.get(way[0], [75, 75])
+        assert sorted(ending.statuses) == sorted(expected), (stage, way, ending)
+        assert "Traceback" not in "".join(ending.logs)
+    assert last.statuses == [0, 0], last
+    assert drill.endings[drill.whole(stage)][0].statuses == [0, 0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STOPPED)
 def test_a_stopped_run_ends_as_the_whole_one_to_the_last_bit(drill: Drill, stage: str) -> None:
-    whole, broken = drill.final(f"whole-{stage}"), drill.final(f"broken-{stage}")
+    whole, broken = drill.final(drill.whole(stage)), drill.final(drill.broken(stage))
     assert whole.name == broken.name == f"step-{STEPS:09d}"
-    assert figures(drill, f"broken-{stage}") == figures(drill, f"whole-{stage}")
-    assert [step for step, *_ in figures(drill, f"whole-{stage}")] == list(range(1, STEPS + 1))
+    assert figures(drill, drill.broken(stage)) == figures(drill, drill.whole(stage))
+    assert [step for step, *_ in figures(drill, drill.whole(stage))] == list(range(1, STEPS + 1))
     for rank in range(2):
         name = f"rank-{rank:05d}-of-00002.safetensors"
         expected, found = load_file(whole / name), load_file(broken / name)
@@ -216,39 +243,44 @@ def test_a_stopped_run_ends_as_the_whole_one_to_the_last_bit(drill: Drill, stage
     )
 
 
+@pytest.mark.slow
 def test_stages_follow_one_another(drill: Drill) -> None:
     """The comparison above would hold for stages that all start from nothing, or that change nothing."""
-    before, after = rows(drill.final(f"whole-{STAGES[0]}")), rows(drill.final(f"whole-{STAGES[1]}"))
+    before, after = (rows(drill.final(drill.whole(stage))) for stage in STAGES[:2])
     assert not torch.equal(before["global/master"], after["global/master"])
     assert after.keys() > before.keys()
-    log = drill.endings[f"whole-{STAGES[1]}"][0].logs[0]
+    log = drill.endings[drill.whole(STAGES[1])][0].logs[0]
     assert re.search(rf"starts from .*whole-{STAGES[0]}/checkpoints/step-{STEPS:09d}", log)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill, stage: str) -> None:
-    *stopped, last = drill.endings[f"elastic-{stage}"]
-    assert [ending.statuses for ending in stopped] == [[75] * ranks for ranks, _, _ in ELASTIC[:-1]]
+@pytest.mark.parametrize(("stage", "changes"), CHANGES)
+def test_ranks_and_zero_stages_may_change_on_the_way(drill: Drill, stage: str, changes: Changes) -> None:
+    runs = drill.alone(stage), drill.elastic(stage, changes)
+    *stopped, last = drill.endings[runs[1]]
+    assert [ending.statuses for ending in stopped] == [[75] * ranks for ranks, _, _ in changes[:-1]]
     assert last.statuses == [0]
-    alone, elastic = figures(drill, f"alone-{stage}"), figures(drill, f"elastic-{stage}")
+    alone, elastic = (figures(drill, run) for run in runs)
     assert [each[0] for each in elastic] == list(range(1, STEPS + 1))
     for expected, found in zip(alone, elastic, strict=True):
         assert found[1] == expected[1]
         assert found[2] == pytest.approx(expected[2], rel=ROUNDING)
-    one, other = rows(drill.final(f"alone-{stage}")), rows(drill.final(f"elastic-{stage}"))
+    one, other = (rows(drill.final(run)) for run in runs)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         error = (other[name] - tensor).norm() / tensor.norm()
         assert error < ROUNDING, (name, error)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_sample_is_trained_on_once_an_epoch_across_a_change_of_ranks(drill: Drill, stage: str) -> None:
-    logs = [ending.logs[0] for ending in drill.endings[f"elastic-{stage}"]]
+@pytest.mark.parametrize(("stage", "changes"), CHANGES)
+def test_every_sample_is_trained_on_once_an_epoch_across_a_change_of_ranks(
+    drill: Drill, stage: str, changes: Changes
+) -> None:
+    run = drill.elastic(stage, changes)
+    logs = [ending.logs[0] for ending in drill.endings[run]]
     begun = [int(step) for log in logs for step in re.findall(r"continues from .*/step-(\d+)", log)]
     trained: dict[int, list[dict[str, Any]]] = {}
-    for start, ((ranks, _, _), first, end) in enumerate(zip(ELASTIC, (0, *begun), (*begun, STEPS), strict=True)):
-        for batch in diary(drill, f"elastic-{stage}", start, ranks):
+    for start, ((ranks, _, _), first, end) in enumerate(zip(changes, (0, *begun), (*begun, STEPS), strict=True)):
+        for batch in diary(drill, run, start, ranks):
             positions = [position for part in batch for position in part["positions"]]
             phase, place = batch[0]["seed"], positions[0] // BATCH
             # The batch after the last one is made ready too, and not trained on.

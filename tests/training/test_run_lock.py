@@ -161,7 +161,9 @@ def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("text", ["", '{"machine": ["n', "[]", '{"pid": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", '{"machine": ["n', *(pytest.param(text, marks=pytest.mark.slow) for text in ("[]", '{"pid": 1}'))]
+)
 def test_a_lock_that_cannot_be_read_holds_as_one_of_nobody_knows_whom(tmp_path: Path, text: str) -> None:
     """It may have been created a moment ago."""
     (tmp_path / LOCK_FILE).write_text(text)

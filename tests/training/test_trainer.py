@@ -33,6 +33,7 @@ from vdtrain.training.trainer import Trainer
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 WAYS = {"sharded": "exchange=sharded", "deepspeed": "exchange=deepspeed", "zero2": "zero_stage=2"}
+QUICK_WAYS, SLOW_WAYS = ("sharded", "deepspeed"), ("zero2",)
 BATCH, STEPS = 8, 3
 # Sums of float32 in another order differ by some 1e-7, on any processor: of a group's gradient, 4e-7 was the most seen.
 GRADIENT_BOUND = 1e-6
@@ -75,21 +76,26 @@ def losses(folder: Path, run: str) -> list[dict[str, float]]:
 
 def on_one_rank(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """Starting a process costs seconds, so that one run serves several tests."""
-    four_flow_steps(folder)
+    four_flow_steps(folder, QUICK_WAYS)
     carried_along(folder)
     report({"warnings": resumed_on_other_shards(folder)})
 
 
 def on_two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
-    four_flow_steps(folder)
-    report({"stages": curriculum(folder), "ends": stopped_and_resumed(folder)})
+    four_flow_steps(folder, QUICK_WAYS)
+    report({"stages": curriculum(folder)})
 
 
-def four_flow_steps(folder: Path) -> None:
-    """Three four-flow steps from random weights under every ZeRO; two micro-batches a step on two ranks."""
-    for way, setting in WAYS.items():
+def in_other_ways(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    four_flow_steps(folder, SLOW_WAYS)
+    report({})
+
+
+def four_flow_steps(folder: Path, ways: Sequence[str]) -> None:
+    """Three four-flow steps from random weights under these ways; two micro-batches a step on two ranks."""
+    for way in ways:
         name = f"four-{distributed.world_size()}-{way}"
-        overrides = [f"hardware.{setting}", "stage.init_from=null", phases(STEPS, 0)]
+        overrides = [f"hardware.{WAYS[way]}", "stage.init_from=null", phases(STEPS, 0)]
         # Adam divides a gradient by its size, and with it the gradient's rounding, which differs between processors.
         # An epsilon far above every gradient takes that division out.
         overrides += ["optimizer.epsilon=1", "optimizer.learning_rate_scale=1e5"]
@@ -169,7 +175,7 @@ def resumed_on_other_shards(folder: Path) -> list[list[str]]:
     return warnings
 
 
-def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
+def stopped_and_resumed(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """A run of two phases, once without a break and once stopped twice by a signal that only the last rank receives."""
     overrides = ["stage.init_from=null", phases(4, 3), "checkpoint.every_steps=100"]
     assert make_trainer(folder, STAGES[2], f"run_dir={folder}/runs/whole", *overrides).run()
@@ -188,7 +194,7 @@ def stopped_and_resumed(folder: Path) -> list[tuple[int, bool]]:
         trainer.step = stopping  # type: ignore[method-assign]
         complete = trainer.run()
         ends.append((trainer.state.step, complete))
-    return ends
+    report({"ends": ends})
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +214,25 @@ def runs(run_on_ranks: Callable[..., Any], folder: Path) -> dict[str, Any]:
     return {**alone, **run_on_ranks(on_two_ranks, 2, folder, timeout=600.0)[0]}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.fixture(scope="module")
+def other_runs(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    for ranks in (1, 2):
+        run_on_ranks(in_other_ways, ranks, folder, timeout=600.0)
+
+
+@pytest.mark.parametrize("way", QUICK_WAYS)
 def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder: Path, way: str) -> None:
+    compare_ranks(folder, way)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_runs")
+@pytest.mark.parametrize("way", SLOW_WAYS)
+def test_a_step_on_two_ranks_equals_the_step_on_one_in_other_ways(folder: Path, way: str) -> None:
+    compare_ranks(folder, way)
+
+
+def compare_ranks(folder: Path, way: str) -> None:
     names = [f"four-{ranks}-{way}" for ranks in (1, 2)]
     for step in range(STEPS):
         one, two = (load_file(folder / name / f"{step}.safetensors") for name in names)
@@ -221,9 +244,9 @@ def test_a_step_on_two_ranks_equals_the_step_on_one(runs: dict[str, Any], folder
     for group, (error, size) in norms_by_group(*moved).items():
         assert size > 0
         assert error <= MOVEMENT_BOUND * size, group
-    runs = [losses(folder, name) for name in names]
-    assert len(runs[0]) == len(runs[1]) == STEPS
-    for first, second in zip(*runs, strict=True):
+    logged = [losses(folder, name) for name in names]
+    assert len(logged[0]) == len(logged[1]) == STEPS
+    for first, second in zip(*logged, strict=True):
         assert first == pytest.approx(second, rel=GRADIENT_BOUND)
 
 
@@ -269,8 +292,10 @@ def test_losses_are_unbroken_from_stage_to_stage(runs: dict[str, Any]) -> None:
     assert stages[0]["end"] != stages[1]["end"][: len(stages[0]["end"])]
 
 
-def test_stopped_runs_go_on_exactly(runs: dict[str, Any], folder: Path) -> None:
-    ends = runs["ends"]
+@pytest.mark.slow
+def test_stopped_runs_go_on_exactly(run_on_ranks: Callable[..., Any], folder: Path) -> None:
+    """Whose last rank alone is told; test_resume has the ranks of a run that is started again."""
+    ends = run_on_ranks(stopped_and_resumed, 2, folder, timeout=600.0)[0]["ends"]
     assert [complete for _, complete in ends] == [False, False, True]
     assert ends[0][0] < ends[1][0] < ends[2][0] == 7
     assert losses(folder, "broken") == losses(folder, "whole")

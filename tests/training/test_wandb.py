@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.cases import with_slow
 from tests.pairs import write_pairs
 from tests.programs import program
 from tests.settings import phases
@@ -217,19 +218,19 @@ def _broken_setting(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
 
 
-@pytest.mark.parametrize(
-    ("prepare", "reason"),
-    [
-        pytest.param(_mood("denied"), "returned error 401", id="denied"),
-        pytest.param(_mood("broken"), "500", id="broken"),
-        pytest.param(_no_key, "no API key for http://127.0.0.1:", id="no key"),
-        pytest.param(_no_server, "connection refused", id="no server"),
-        pytest.param(_no_package, "wandb is not installed; run `pip install 'vdtrain[tracking]'`", id="no package"),
-        pytest.param(_folder_for_id, "Is a directory", id="folder for the id"),
-        pytest.param(_full_disk, "No space left on device", id="full disk"),
-        pytest.param(_broken_setting, "init_timeout", id="broken setting"),
-    ],
-)
+CAUSES = {
+    "denied": (_mood("denied"), "returned error 401"),
+    "broken": (_mood("broken"), "500"),
+    "no key": (_no_key, "no API key for http://127.0.0.1:"),
+    "no server": (_no_server, "connection refused"),
+    "no package": (_no_package, "wandb is not installed; run `pip install 'vdtrain[tracking]'`"),
+    "folder for the id": (_folder_for_id, "Is a directory"),
+    "full disk": (_full_disk, "No space left on device"),
+    "broken setting": (_broken_setting, "init_timeout"),
+}
+
+
+@pytest.mark.parametrize(("prepare", "reason"), with_slow(CAUSES, ("denied", "no server", "no package", "full disk")))
 def test_a_start_without_wandb_is_one_line(
     here: Path,
     server: WandbServer,
@@ -248,7 +249,10 @@ def test_a_start_without_wandb_is_one_line(
     assert [entry["step"] for entry in read_metrics(here)] == [1, 2]
 
 
-@pytest.mark.parametrize("content", ["", "\n", "a/b#c", "ä" * 8, "\0" * 8, "two words"])
+NO_IDS = {text: text for text in ("", "\n", "a/b#c", "ä" * 8, "\0" * 8, "two words")}
+
+
+@pytest.mark.parametrize("content", with_slow(NO_IDS, ("", "a/b#c")))
 def test_an_id_file_that_holds_no_id(here: Path, server: WandbServer, content: str) -> None:
     """The run goes on as another, which gets all figures."""
     assert started(here, "disabled", 0, 1, 2) == []
@@ -315,6 +319,7 @@ def test_nobody_is_asked_for_a_key(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Enter your choice" not in said
 
 
+@pytest.mark.slow
 def test_offline_folders_are_sent_as_one_run(here: Path, server: WandbServer) -> None:
     """By the command that `vdtrain status` and preflight give, after two starts of which one repeats a step."""
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,17 +53,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Runs that stand still, or end with others that do: each waits for its limit.
+WAITING = ("sleeps", "holds_the_lock", "wakes_late", "wakes_soon")
+
+
 @pytest.fixture(scope="module")
 def endings(folder: Path) -> dict[str, Ending]:
-    cases = []
+    """Runs that wait do so beside those after them; only one begins at a time."""
+    cases = {}
     for name, trouble in TROUBLES.items():
         own = [f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{name}", f"watchdog_seconds={LIMIT}"]
-        cases.append(Case(2, [*MINIATURE, *own, f"+data.stream.diary={folder}/{name}-diary"], trouble))
-    names = [*TROUBLES, "fills, again", "next stage"]
-    cases.append(Case(2, cases[list(TROUBLES).index("fills")].arguments))
+        cases[name] = Case(2, [*MINIATURE, *own, f"+data.stream.diary={folder}/{name}-diary"], trouble)
     after = [f"run_dir={folder}/next", f"stage.init_from={folder}/is_stopped", "stage=stage2_dual_flow"]
-    cases.append(Case(1, [*cases[0].arguments, *after]))
-    return dict(zip(names, run_cases(folder / "cases", cases), strict=True))
+    later = {name: case for name, case in cases.items() if name not in WAITING}
+    later["fills, again"] = Case(2, cases["fills"].arguments)
+    later["next stage"] = Case(1, [*cases["is_stopped"].arguments, *after])
+    with ThreadPoolExecutor(len(WAITING)) as pool:
+        waiting: dict[str, Future[list[Ending]]] = {}
+        for name in WAITING:
+            waiting[name] = pool.submit(run_cases, folder / f"{name}-cases", [cases[name]])
+            log, said = folder / f"{name}-cases" / "0-1.log", f"drill: {TROUBLES[name]['what']}"
+            while not waiting[name].done() and not (log.exists() and said in log.read_text()):
+                time.sleep(0.05)
+        found = dict(zip(later, run_cases(folder / "cases", [*later.values()]), strict=True))
+        return found | {name: run.result()[0] for name, run in waiting.items()}
 
 
 def record(folder: Path, name: str, rank: int) -> str:
@@ -213,9 +228,8 @@ def test_a_hang_with_pythons_lock_right_at_the_start_ends_too(tmp_path: Path) ->
         "while True:\n"  # a signal ends the sleep
         "    ctypes.PyDLL(None).sleep(3600)\n"
     )
-    ending = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    words = [program("python"), "-c", code, str(tmp_path)]
+    ending = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert ending.returncode != 0
     assert "stood still for 2 s and holds Python's lock" in ending.stderr
 

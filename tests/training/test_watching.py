@@ -1,7 +1,7 @@
 """Samples and validation while training: what they show, that they change no bit of it, and that none is lost.
 
-One start of two processes trains with looks and without them under every strategy. Another set of starts is killed and
-stopped on its way.
+One start of two processes trains with looks and without them, for `make test-slow` under every strategy. Another set
+of starts is killed and stopped on its way.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.cases import with_slow
 from tests.pairs import write_pairs
 from tests.programs import program
 from tests.settings import TINY, phases
-from tests.training.forks import Case, Ending, run_cases
+from tests.training.forks import Case, run_cases
 from vdtrain.checkpoint.format import Index
 from vdtrain.commands.train import main
 from vdtrain.config.compose import compose, to_object
@@ -62,12 +63,11 @@ WATCHED = [
     "validation.time_share=null",
     f"validation.pairs={PAIRS}",
 ]
-WAYS: dict[str, list[str]] = {
-    "deepspeed": [],
+WAYS: dict[str, list[str]] = {"deepspeed": []}
+# For `make test-slow`.
+MORE_WAYS = {
     "replicated": ["hardware.zero_stage=0"],
     "sharded_bf16": ["hardware.exchange=sharded", "hardware.precision=bf16"],
-}
-MORE_WAYS = {
     "zero2": ["hardware.zero_stage=2"],
     "sharded": ["hardware.exchange=sharded"],
     "deepspeed_bf16": ["hardware.precision=bf16"],
@@ -237,21 +237,20 @@ STOPS: list[dict[str, str | int]] = [
     {"what": "SIGTERM", "when": "batch", "number": 4, "rank": 0},
     {"what": "SIGKILL", "when": "write", "number": 1, "rank": 0},
 ]
+SEVERAL = {"a kill": STOPS[:1], "kills and stops": STOPS}
 
 
-@pytest.fixture(scope="module")
-def stopped(runs: tuple[Path, dict[str, Any]]) -> tuple[Path, list[Ending]]:
-    folder = runs[0]
-    words = [*MINIATURE, *WATCHED, f"data.manifest={folder}/data/manifest", f"run_dir={folder}/stopped"]
-    words += ["data.stream._target_=tests.training.trouble.DrillStream", f"+data.stream.diary={folder}/diary"]
-    cases = [Case(2, words, trouble) for trouble in (*STOPS, None)]
-    return folder, run_cases(folder / "cases", cases)
-
-
-def test_after_kills_and_stops_no_look_is_missing_and_none_comes_twice(stopped: tuple[Path, list[Ending]]) -> None:
-    folder, endings = stopped
-    assert [sorted(ending.statuses) for ending in endings] == [[-9, 1], [75, 75], [-9, 1], [0, 0]], endings
-    whole, broken = folder / "watched-deepspeed", folder / "stopped"
+@pytest.mark.parametrize("stops", with_slow(SEVERAL, ["a kill"]))
+def test_after_kills_and_stops_no_look_is_missing_and_none_comes_twice(
+    runs: tuple[Path, dict[str, Any]], stops: list[dict[str, str | int]]
+) -> None:
+    folder, name = runs[0], f"stopped-{len(stops)}"
+    words = [*MINIATURE, *WATCHED, f"data.manifest={folder}/data/manifest", f"run_dir={folder}/{name}"]
+    words += ["data.stream._target_=tests.training.trouble.DrillStream", f"+data.stream.diary={folder}/{name}-diary"]
+    endings = run_cases(folder / f"{name}-cases", [Case(2, words, trouble) for trouble in (*stops, None)])
+    expected_statuses = [[-9, 1] if stop["what"] == "SIGKILL" else [75, 75] for stop in stops]
+    assert [sorted(ending.statuses) for ending in endings] == [*expected_statuses, [0, 0]], endings
+    whole, broken = folder / "watched-deepspeed", folder / name
     assert told(broken) == told(whole)
     assert figures(broken) == figures(whole)
     for file in sorted((whole / "samples").glob("*/*.png")):
