@@ -217,23 +217,37 @@ def stop_after_writing(_: None) -> None:
     Parts.write = write_and_stop  # type: ignore[method-assign]
 
 
-def stand_still(what: str) -> None:
-    """Let the second process stand still when it has made its first part: asleep, or stopped and killed in the end."""
+def stop_until_end_of(first: Path) -> None:
+    """Stop this process, and kill it when the one whose number a file has is gone."""
+    gone = f"while kill -0 {first.read_text()} 2>/dev/null; do sleep 0.2; done"
+    subprocess.Popen(["sh", "-c", f"{gone}; kill -KILL {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stand_still(given: tuple[str, str]) -> None:
+    """Let the second process stand still when it has made its first part: asleep, or stopped until the first ends.
+
+    Args:
+        given: how, and a file for the number of the first process.
+    """
+    what, file = given[0], Path(given[1])
 
     def hang(self: Parts, *given: Any) -> None:
         if what == "stopped":
-            subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_until_end_of(file)
         time.sleep(3600)
 
     if os.environ["RANK"] == "1":
         Parts.write = hang  # type: ignore[method-assign]
+    else:
+        file.write_text(str(os.getpid()))
 
 
 @pytest.mark.parametrize("what", ["asleep", "stopped"])
 def test_a_process_that_stands_still_ends_the_others(folder: Path, whole: dict[str, Any], what: str) -> None:
     given = settings(folder, what, "flows=[text-to-text]", "watchdog_seconds=8")
-    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", json.dumps(what), "vdtrain", "evaluate", *given]
+    how = json.dumps([what, f"{folder}/{what}.pid"])
+    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", how, "vdtrain", "evaluate", *given]
     ending = run_ranks([words] * 2, [folder / f"{what}-{rank}.log" for rank in range(2)], 300)
     # The process that waits sees the other one end, or ends by its own watchdog at the same moment.
     expected = [(1, 124), (124,)] if what == "asleep" else [(124,), (-9,)]
