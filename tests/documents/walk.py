@@ -113,7 +113,7 @@ ELSEWHERE = {
     "test_the_page_shows_the_example_as_it_is",
 }
 
-# Two walks share the commands. `make test` has the pages that a user reads first, and of every other kind of command one.
+# Two walks share the commands. `make test` has the pages that a user reads first, and one command of every other kind.
 # `make test-slow` has what repeats those kinds in other words, and what computes for long.
 SLOW_PAGES = ("docs/benchmarks.md", "docs/budget.md", "docs/evaluation.md", "docs/log.md", "examples/gallery.sh")
 SLOW = (
@@ -134,7 +134,12 @@ SLOW = (
     r"vdtrain sample runs/finetune_four_flow samples/0000\.png flow=image-to-image .*",
 )
 # A help repeats what pages show, but for these examples.
-QUICK_EXAMPLES = (r"vdtrain train .*--cfg job", r"vdtrain status", r"vdtrain sample .* -- .*", r"vdtrain blend .*=text .*")
+QUICK_EXAMPLES = (
+    r"vdtrain train .*--cfg job",
+    r"vdtrain status",
+    r"vdtrain sample .* -- .*",
+    r"vdtrain blend .*=text .*",
+)
 # What commands of both walks go on from: data, weights, runs.
 BOTH = (
     r"hf download .*",
@@ -416,7 +421,7 @@ class Walk:
         Args:
             command: the first of the page in this walk.
         """
-        page, weights = command.page, self.root / "weights"
+        page = command.page
         shutil.rmtree(self.root / "evaluation", ignore_errors=True)
         if page == "docs/data.md":
             # README says that these are imported first; docs/weights.md, whose commands they are, does it again.
