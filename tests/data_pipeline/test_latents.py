@@ -199,7 +199,8 @@ def stand_still(given: tuple[str, str]) -> None:
         file.write_text(str(os.getpid()))
 
 
-@pytest.mark.parametrize("what", ["asleep", "stopped"])
+# An evaluation shows the other one in `make test`.
+@pytest.mark.parametrize("what", [pytest.param("asleep", marks=pytest.mark.slow), "stopped"])
 def test_a_process_that_stands_still_ends_the_others(data: Path, endings: dict[str, Ending], what: str) -> None:
     """As in training. A process that waits sees the other one end, or ends by its own watchdog at that moment."""
     given = overrides(data, data / what, "watchdog_seconds=10")

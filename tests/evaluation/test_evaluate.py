@@ -243,7 +243,8 @@ def stand_still(given: tuple[str, str]) -> None:
         file.write_text(str(os.getpid()))
 
 
-@pytest.mark.parametrize("what", ["asleep", "stopped"])
+# The encoding of latents shows the other one in `make test`.
+@pytest.mark.parametrize("what", ["asleep", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_process_that_stands_still_ends_the_others(folder: Path, whole: dict[str, Any], what: str) -> None:
     given = settings(folder, what, "flows=[text-to-text]", "watchdog_seconds=8")
     how = json.dumps([what, f"{folder}/{what}.pid"])
