@@ -279,11 +279,17 @@ def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole:
     assert second == ""
 
 
-def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def inception(folder: Path) -> Path:
+    """Inception with random weights."""
     torch.manual_seed(0)
     torch.save(InceptionFeatures(None).network.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def test_fid_and_its_reference(folder: Path, inception: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = folder / "reference.npz"
-    given = ["flows=[text-to-image]", "samples=3", "part_samples=3", f"fid.weights={folder}/inception.pth"]
+    given = ["flows=[text-to-image]", "samples=3", "part_samples=3", f"fid.weights={inception}"]
     assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
     output = capsys.readouterr()
     assert "fid.weights: not the published file" in output.err
@@ -301,10 +307,11 @@ def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str])
     assert metrics(folder, "fid")["flows"]["text-to-image"]["fid"] > first + 1000
 
 
-def test_flows_that_make_no_images_need_no_weights_for_fid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(InceptionFeatures(None).network.state_dict(), folder / "others.pth")
+def test_flows_that_make_no_images_need_no_weights_for_fid(
+    folder: Path, inception: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["samples=2", "part_samples=2"]
-    for number, weights in enumerate(("null", f"{folder}/others.pth")):
+    for number, weights in enumerate(("null", inception)):
         words = [*given, f"fid.weights={weights}"]
         assert evaluate(settings(folder, f"text-{number}", "flows=[text-to-text]", *words)) == 0
         assert "fid.weights" not in capsys.readouterr().err
