@@ -27,6 +27,7 @@ FIRST = (
     "tests/training/test_trainer.py",
     "tests/training/test_watchdog.py",
     SHARED[1],
+    SHARED[2],
 )
 
 

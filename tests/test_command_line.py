@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -422,23 +424,15 @@ PIECES = st.sampled_from([*SIGNS.split(), " ", "\n", "\x1b[31m", "\x00"])
 TEXTS = st.one_of(st.lists(PIECES, max_size=6).map("".join), st.text(max_size=12))
 
 
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), st.just("="), TEXTS).map(
-                "".join
-            ),
-            TEXTS,
-        ),
-        max_size=3,
-    ),
-    st.sampled_from(["sample", "status", "blend", "edit"]),
-)
-@settings(max_examples=150, deadline=None)
-def test_whatever_is_typed_no_text_of_hydras_is_shown(words: list[str], command: str) -> None:
-    import contextlib
-    import io
+@pytest.mark.parametrize("tries", [50, pytest.param(150, marks=pytest.mark.slow)])
+def test_whatever_is_typed_no_text_of_hydras_is_shown(tries: int) -> None:
+    key = st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), st.just("="), TEXTS)
+    words = st.lists(st.one_of(key.map("".join), TEXTS), max_size=3)
+    commands = st.sampled_from(["sample", "status", "blend", "edit"])
+    settings(max_examples=tries, deadline=None)(given(words, commands)(no_text_of_hydras_is_shown))()
 
+
+def no_text_of_hydras_is_shown(words: list[str], command: str) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([command, "--cfg", "job", "--resolve", *words])

@@ -14,24 +14,27 @@ from tests.settings import phases
 from tests.world import TRAIN
 
 GONE = 141
+# Each prints in a way of its own, or is a program of its own; the others repeat them.
 COMMANDS = [
     "vdtrain",
     "vdtrain --help",
     "vdtrain --version",
     "vdtrain nonsense",
-    "vdtrain sample --help",
-    "vdtrain sample gone",
     "vdtrain plan --cfg job",
-    "vdtrain train --help",
     "vdtrain data",
     "vdtrain data index --help",
+    "miniature --help",
+    "vdtrain.commands.run_folder",
+    "vdtrain.run.restarts --help",
+]
+OTHERS = [
+    "vdtrain sample --help",
+    "vdtrain sample gone",
+    "vdtrain train --help",
     "data_pipeline --help",
     "data_pipeline inspect --help",
     "data_pipeline latents --help",
-    "miniature --help",
     "miniature draw --help",
-    "vdtrain.commands.run_folder",
-    "vdtrain.run.restarts --help",
 ]
 
 
@@ -44,7 +47,7 @@ def start(
     return subprocess.run(words, cwd=folder, env=environment, timeout=120, check=False, **streams)  # type: ignore[call-overload,no-any-return]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_a_reader_that_is_gone_ends_a_command_without_a_word(tmp_path: Path, command: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)

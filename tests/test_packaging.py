@@ -152,6 +152,7 @@ def typed(programs: Path, folder: Path, *words: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_a_machine_without_extras_trains_and_samples(lean: Path, world: World) -> None:
     sizes = ["stage.global_batch_size=4", "hardware.micro_batch_size={32:4}"]
     run = ["stage.phases=[{resolution:32,samples:4}]", "tracking=offline", "run_dir=run"]
@@ -165,6 +166,7 @@ def test_a_machine_without_extras_trains_and_samples(lean: Path, world: World) -
     assert (world / "samples/0000.png").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_its_extra_is_one_line_before_work(lean: Path, world: World) -> None:
     done = typed(lean, world.folder, "vdtrain", "evaluate", *SAMPLER, *DATA, "samples=2", "tracking=none")
     assert (done.returncode, done.stdout) == (2, "")
@@ -180,6 +182,7 @@ def test_votes_without_their_extra_are_one_line(lean: Path, world: World) -> Non
     assert done.stderr == "error: votes: scipy is not installed; run `pip install 'vdtrain[evaluation]'`\n"
 
 
+@pytest.mark.slow
 def test_preflight_names_the_extras_that_a_stage_needs(lean: Path, world: World) -> None:
     words = [*TRAIN, "tracking=offline", "hardware.device=cuda", "hardware.attention=xformers"]
     done = typed(lean, world.folder, "vdtrain", "preflight", *words)
@@ -195,7 +198,10 @@ def test_preflight_names_the_extras_that_a_stage_needs(lean: Path, world: World)
 
 @pytest.mark.parametrize(
     ("distributor", "lacking", "extras"),
-    [("multiprocessing", "img2dataset", "data"), ("ray", "img2dataset ray", "data,distributed")],
+    [
+        ("multiprocessing", "img2dataset", "data"),
+        pytest.param("ray", "img2dataset ray", "data,distributed", marks=pytest.mark.slow),
+    ],
 )
 def test_a_download_without_its_extra_is_one_line(
     lean: Path, world: World, distributor: str, lacking: str, extras: str

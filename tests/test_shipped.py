@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from miniature.detector import caption_attributes, detect
+from tests.programs import program
 from tests.tiny_runs import ROOT
 from vdtrain.commands.blend import main as blend
 from vdtrain.commands.edit import main as edit
@@ -34,16 +35,16 @@ def shown(file: Path) -> tuple[str | None, str | None]:
         return detect(np.asarray(image.convert("RGB")))
 
 
-def typed(folder: Path, *words: str) -> str:
-    """What a command of a shell prints in a folder."""
-    program = Path(sys.executable).parent / "vdtrain"
-    done = subprocess.run([str(program), *words], cwd=folder, capture_output=True, text=True, timeout=300)
+def typed(folder: Path, program: str, *words: str) -> str:
+    """What a program of a shell prints in a folder."""
+    done = subprocess.run([program, *words], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_a_picture_right_after_cloning(tmp_path: Path) -> None:
-    assert "samples/0000.png" in typed(tmp_path, "sample", "tiny", "a red circle")
+    installed = str(Path(sys.executable).parent / "vdtrain")
+    assert "samples/0000.png" in typed(tmp_path, installed, "sample", "tiny", "a red circle")
     assert shown(tmp_path / "samples/0000.png") == ("red", "circle")
     with Image.open(tmp_path / "samples/0000.png") as image:
         assert image.size == (64, 64)
@@ -51,7 +52,7 @@ def test_a_picture_right_after_cloning(tmp_path: Path) -> None:
 
 def test_a_caption_of_an_image_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()  # a folder of that name, which holds no checkpoint
-    said = typed(tmp_path, "sample", "tiny", "asset:images/star.png", "flow=image-to-text", *QUICK)
+    said = typed(tmp_path, program("vdtrain"), "sample", "tiny", "asset:images/star.png", "flow=image-to-text", *QUICK)
     (made,) = (tmp_path / "samples/captions.txt").read_text().splitlines()
     assert made in said
     assert caption_attributes(made) == ("blue", "star")
@@ -85,6 +86,7 @@ def test_the_shipped_files_are_small_and_whole() -> None:
     assert VersatileDiffusion.from_checkpoint("tiny").config.resolution == 64
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     stored, fresh = nbformat.read(NOTEBOOK, 4), nbformat.read(NOTEBOOK, 4)

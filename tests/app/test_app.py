@@ -10,7 +10,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from tests.browser import Page, chromium
 from tests.evaluation.test_evaluate import write_checkpoint
+from tests.programs import program
 from tests.world import one_line
 from vdtrain.app.desk import Desk, Report, StoppedError
 from vdtrain.app.server import is_loopback
@@ -124,7 +124,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with socket.create_server(("127.0.0.1", 0)) as outside, chromium(folder / "chromium") as page:
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         surroundings = os.environ | dict.fromkeys(PROXIES, proxy) | {"no_proxy": "127.0.0.1,localhost"}
-        words = [sys.executable, "-m", "vdtrain", "app", "model", *SETTINGS, "port=0"]
+        words = [program("vdtrain"), "app", "model", *SETTINGS, "port=0"]
         process = subprocess.Popen(
             words, cwd=folder, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

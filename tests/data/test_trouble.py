@@ -38,17 +38,15 @@ def digest(folder: Path, latents: bool = False, **settings: object) -> str:
     return found.hexdigest()
 
 
-def in_process(folder: Path, call: str, *rules: str) -> tuple[str, list[str]]:
-    """What a process with a faulty disk finds, and what it says."""
-    words = [
-        sys.executable,
-        "-c",
-        f"from tests.data.test_trouble import *; print(digest(Path({str(folder)!r}), {call}))",
-    ]
+def in_process(folder: Path, calls: list[str], *rules: str) -> tuple[list[str], list[str]]:
+    """What a process with a faulty disk finds, one stream after another, and what it says."""
+    found = ", ".join(f"digest(Path({str(folder)!r}), {call})" for call in calls)
+    words = [sys.executable, "-c", f"from tests.data.test_trouble import *; print({found})"]
     environment = {**os.environ, **faults.variables(folder, *rules)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1], [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    return done.stdout.split()[-len(calls) :], lines
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def test_every_file_of_the_data_may_fail_for_a_moment(folder: Path) -> None:
         "read /shards/000002.tar short",
         "read -000000- short",
     ]
-    found, said = in_process(folder, "latents=True, workers=1", *rules)
+    (found,), said = in_process(folder, ["latents=True, workers=1"], *rules)
     assert found == digest(folder, latents=True)
     tried = [line for line in said if line.endswith("; trying again for 60 s")]
     for name in ("shards.parquet", rows, "latents.json", "-000001-", "-000002-", "000000.tar", "000001.tar"):
@@ -89,15 +87,15 @@ def test_a_cache_that_fails_costs_time_and_no_run(folder: Path) -> None:
     with Server(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         root = f"{server.address}/manifest"
-        cache = f"cache={{'folder': {str(folder / 'cache')!r}, 'gigabytes': 1}}, shard_root={root!r}"
-        expected = digest(folder)
-        for rule, reason in (
-            (f"write /cache/ errno={errno.ENOSPC} after=1", "cannot be written (No space left on device); make room"),
-            (f"stat /cache/ errno={errno.EIO}", "(Input/output error, the disk is failing)"),
-        ):
-            found, said = in_process(folder, cache, rule)
-            assert found == expected
-            (line,) = said
+        rules = {
+            "full": (f"write /full/ errno={errno.ENOSPC} after=1", "written (No space left on device); make room"),
+            "failing": (f"stat /failing/ errno={errno.EIO}", "(Input/output error, the disk is failing)"),
+        }
+        calls = [f"cache={{'folder': {str(folder / name)!r}, 'gigabytes': 1}}, shard_root={root!r}" for name in rules]
+        found, said = in_process(folder, calls, *(rule for rule, _ in rules.values()))
+        assert found == [digest(folder)] * 2
+        for (name, (_, reason)), line in zip(rules.items(), said, strict=True):
+            assert str(folder / name) in line
             assert reason in line
             assert line.endswith("; meanwhile samples are read by ranges")
         server.shutdown()

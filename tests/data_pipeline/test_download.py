@@ -34,6 +34,7 @@ from data_pipeline.download.plan import Part
 from data_pipeline.select.selection import Selection, part_file, write_selection
 from data_pipeline.shards import finished
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg
+from tests.programs import program
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 
@@ -48,7 +49,7 @@ CONFIG = DownloadConfig(
     max_aspect_ratio=3.0,
     max_image_pixels=1_000_000,
     max_bytes=1_000_000,
-    timeout=4,
+    timeout=3,
     retries=1,
     user_agent="Mozilla/5.0",
     min_success_share=0.3,
@@ -64,7 +65,7 @@ REFUSED = {
     "/to-private": "redirect to private address",
     "/to-metadata": "redirect to private address",
     "/silent": "timed out",
-    "/drip": "slower than 12 seconds",
+    "/drip": "slower than 9 seconds",
     "/junk": "body above 1,000,000 bytes",
     "/endless": "body above 1,000,000 bytes",
     "/bomb.png": "CV_IO_MAX_IMAGE_PIXELS",
@@ -137,6 +138,12 @@ def stored(config: SourceConfig) -> dict[str, tuple[bytes, str, dict[str, Any]]]
                 key, about = name.removesuffix(".json"), json.loads(content)
                 found[about["url"]] = (members[key + ".jpg"], members[key + ".txt"].decode(), about)
     return found
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let img2dataset and its workers be forks, which OpenCV's limits and the search for processes do not reach."""
+    monkeypatch.setattr(sys, "executable", program("python"))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +222,7 @@ ODD = (
 
 
 def test_odd_addresses_from_a_table_to_shards(
-    server: HostileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: HostileServer, forked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they are published, through both commands: every picture arrives, under the URL that was published."""
     base = server.base.replace("http", "HTTP")
@@ -306,7 +313,7 @@ def test_a_run_that_stands_still_is_started_again(
     assert not running(tmp_path)
 
 
-def test_a_server_that_is_away(server: HostileServer, tmp_path: Path) -> None:
+def test_a_server_that_is_away(server: HostileServer, forked: None, tmp_path: Path) -> None:
     config = source(tmp_path, [f"{server.base}/good/{number}.jpg" for number in range(5)])
     server.away.set()
     with pytest.raises(DownloadError, match=r"0 of 5 images \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):

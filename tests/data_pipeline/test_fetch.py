@@ -30,12 +30,19 @@ LIMITS = Limits(
 )
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts follow each other without the second between them."""
+    monkeypatch.setattr("data_pipeline.download.fetch.PAUSE", 0.05)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[HostileServer]:
     with hostile_server() as running:
         yield running
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -175,6 +182,7 @@ def test_a_name_is_refused_for_any_private_address_behind_it(
         fetch(f"http://bad.example:{port}/good/0.jpg", LIMITS)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> None:
     server.requests.clear()
     _, image, error = fetch_row((0, server.base + "/flaky.jpg"), LIMITS)

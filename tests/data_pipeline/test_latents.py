@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.latents.encoding import STALE_SECONDS
 from tests.data.test_remote_shards import Server
+from tests.evaluation.test_evaluate import stop_until_end_of
 from tests.pairs import overwrite, write_shard
 from tests.programs import Ending as RanksEnding
 from tests.programs import run_ranks
@@ -174,30 +174,38 @@ def test_the_share_of_a_killed_process_is_made_by_the_next_run(data: Path, endin
     assert contents(data / "half") == contents(data / "alone")
 
 
-def stand_still(what: str) -> None:
-    """Let the second process stand still in its second batch: asleep, or stopped and killed in the end."""
+def stand_still(given: tuple[str, str]) -> None:
+    """Let the second process stand still in its second batch: asleep, or stopped until the first one has ended.
+
+    Args:
+        given: how, and a file for the number of the first process.
+    """
     from vdtrain.models.image_vae import ImageVAE
 
+    what, file = given[0], Path(given[1])
     encode, seen = ImageVAE.moments, []
 
     def hang(self: Any, images: Any) -> Any:
         seen.append(1)
         if len(seen) == 2 and what == "stopped":
-            subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {os.getpid()}"])
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_until_end_of(file)
         if len(seen) == 2:
             time.sleep(3600)
         return encode(self, images)
 
     if os.environ["RANK"] == "1":
         ImageVAE.moments = hang  # type: ignore[method-assign]
+    else:
+        file.write_text(str(os.getpid()))
 
 
-@pytest.mark.parametrize("what", ["asleep", "stopped"])
+# An evaluation shows the other one in `make test`.
+@pytest.mark.parametrize("what", [pytest.param("asleep", marks=pytest.mark.slow), "stopped"])
 def test_a_process_that_stands_still_ends_the_others(data: Path, endings: dict[str, Ending], what: str) -> None:
     """As in training. A process that waits sees the other one end, or ends by its own watchdog at that moment."""
     given = overrides(data, data / what, "watchdog_seconds=10")
-    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", json.dumps(what), "data_pipeline", "latents"]
+    how = json.dumps([what, f"{data}/{what}.pid"])
+    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", how, "data_pipeline", "latents"]
     ending = run_ranks([[*words, *given]] * 2, [data / f"{what}-{rank}.log" for rank in range(2)], 300)
     expected = [(1, 124), (124,)] if what == "asleep" else [(124,), (-9,)]
     assert all(status in each for status, each in zip(ending.statuses, expected, strict=True)), ending

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.documents.walk import (
     needs,
     out_of_reach,
     runs_here,
+    slow,
 )
 from vdtrain.cli import COMMANDS as CLI_COMMANDS
 
@@ -94,7 +96,11 @@ def known(command: Command) -> list[str]:
     return [form for form in (*GETS, *SAYS) if re.fullmatch(form, command.text, re.DOTALL)]
 
 
-@pytest.mark.parametrize("command", HERE, ids=name)
+def walked(command: Command) -> Any:
+    return pytest.param(command, marks=pytest.mark.slow if slow(command) else [], id=name(command))
+
+
+@pytest.mark.parametrize("command", map(walked, HERE))
 def test_a_command_does_what_it_is_there_for(command: Command, walk: Walk) -> None:
     assert known(command), f"{command}\nsay in GETS or SAYS of tests/documents/walk.py what the user gets"
     outcome = walk.outcome(command)

@@ -113,6 +113,47 @@ ELSEWHERE = {
     "test_the_page_shows_the_example_as_it_is",
 }
 
+# Two walks share the commands. `make test` has the pages that a user reads first, and one command of every other kind.
+# `make test-slow` has what repeats those kinds in other words, and what computes for long.
+SLOW_PAGES = ("docs/benchmarks.md", "docs/budget.md", "docs/evaluation.md", "docs/log.md", "examples/gallery.sh")
+SLOW = (
+    r"make demo DEMO_LENGTH=long",
+    r"python -m data_pipeline download data\.download\.processes=.*",
+    r"python -m data_pipeline select data=mine 'hydra\.searchpath=\[my/conf\]'",
+    r"python -m data_pipeline pack pairs\.csv .*",
+    r"python -m data_pipeline inspect data/manifest.*",
+    r"python benchmarks/latents\.py",
+    # Each is a dry run of its stages, whose sizes are others than those that were counted before.
+    r"vdtrain plan (curriculum|stage=finetune_four_flow) .*",
+    r"vdtrain preflight stage=finetune_four_flow .*",
+    r"vdtrain evaluate runs/stage3_four_flow data\.manifest=data/coco/manifest",
+    r"vdtrain weights export diffusers .*",
+    r"vdtrain weights import \w+ downloads/.*",
+    r"vdtrain train stage=finetune_four_flow .*run_dir=runs/mine",
+    r"python -m data_pipeline latents data=own .*",
+    r"vdtrain sample runs/finetune_four_flow samples/0000\.png flow=image-to-image .*",
+)
+# A help repeats what pages show, but for these examples.
+QUICK_EXAMPLES = (
+    r"vdtrain train .*--cfg job",
+    r"vdtrain status",
+    r"vdtrain sample .* -- .*",
+    r"vdtrain blend .*=text .*",
+)
+# What commands of both walks go on from: data, weights, runs.
+BOTH = (
+    r"hf download .*",
+    r"python -m data_pipeline select data\.select\.processes=.*",
+    r"python -m data_pipeline download",
+    r"python -m data_pipeline pack (photos|coco/annotations/\S+ data\.root=data/coco)",
+    r"python -m data_pipeline index data=own data\.(shards=data/own/packed|root=data/coco .*)",
+    r"python -m data_pipeline index data\.index\.processes=32",
+    r"vdtrain train stage=stage\d_\w+ hardware=h100 gpus=8",
+    r"vdtrain sample runs/stage3_four_flow \"a lighthouse at dusk, in oil\"",
+    r"vdtrain weights import versatile_diffusion",
+    r"vdtrain train stage=finetune_four_flow data=own hardware=h100 gpus=8",
+)
+
 # What a mark may say a command needs -> the form that such a command has. It is not run.
 OUT_OF_REACH = {
     "the internet": r"https?://|\buv (venv|pip|lock)\b|^pip install|^(docker|apptainer) ",
@@ -260,6 +301,17 @@ def runs_here(command: Command) -> bool:
     return elsewhere(command) is None and out_of_reach(command) is None
 
 
+def of_form(command: Command, forms: Sequence[str]) -> bool:
+    return any(re.fullmatch(form, command.text, re.DOTALL) for form in forms)
+
+
+def slow(command: Command) -> bool:
+    """Whether `make test-slow` tells how it ended, and not `make test`."""
+    if command.page in SLOW_PAGES or of_form(command, SLOW):
+        return True
+    return not command.page.endswith(".md") and not of_form(command, QUICK_EXAMPLES)
+
+
 def commands() -> list[Command]:
     """All of them once, in the order in which they are walked."""
     shown = [*(command for page in ORDER for command in of_page(page) if not command.mention), *SCRIPTS, *of_helps()]
@@ -295,7 +347,6 @@ class Walk:
         write_downloads(self.root / "downloads")
         for file in (self.root / "downloads").iterdir():
             (self.root / file.name).hardlink_to(file)
-        write_judges(folder / "judges")
         write_data(self.root, folder / "images", web.port)
         write_metadata(folder / "hub", folder / "images")
         (self.root / "my/conf/data").mkdir(parents=True)
@@ -324,11 +375,12 @@ class Walk:
         self._kept: list[str] = []
 
     def outcome(self, command: Command) -> Outcome:
-        """How it ended; those before it are run first."""
+        """How it ended; those before it in its walk are run first."""
         for earlier in self._all:
             if command.text in self._done:
                 break
-            if runs_here(earlier) and earlier.text not in self._done:
+            along = slow(earlier) == slow(command) or of_form(earlier, BOTH)
+            if along and runs_here(earlier) and earlier.text not in self._done:
                 self._done[earlier.text] = self._run(earlier)
         return self._done[command.text]
 
@@ -336,8 +388,9 @@ class Walk:
         # Examples of a help are alternatives.
         if command.page != self._page or not command.page.endswith(".md"):
             self._page, self._kept = command.page, []
-            self.prepare(command.page)
+            self.prepare(command)
         text = with_stand_ins(command)
+        self._bring_judges(text)
         words = setting_words(text)
         files = expected_files(command, words)
         if re.match(r"vdtrain (sample|blend|edit|weights) ", text):
@@ -362,9 +415,13 @@ class Walk:
             missing = (*missing, f"in what it prints: {said}")
         return Outcome(done.returncode, done.stdout + done.stderr, missing, time.monotonic() - began)
 
-    def prepare(self, page: str) -> None:
-        """What the reader of a page has, and what an earlier page left that this one makes anew."""
-        weights = self.root / "weights"
+    def prepare(self, command: Command) -> None:
+        """What the reader of a page has, and what an earlier page left that this one makes anew.
+
+        Args:
+            command: the first of the page in this walk.
+        """
+        page = command.page
         shutil.rmtree(self.root / "evaluation", ignore_errors=True)
         if page == "docs/data.md":
             # README says that these are imported first; docs/weights.md, whose commands they are, does it again.
@@ -375,13 +432,19 @@ class Walk:
             self._type([command.text for command in of_page(page) if "data_pipeline index" in command.text])
         if page == "docs/settings.md":
             shutil.copytree(self.root / "runs" / "stage1_single_flow", self.root / "runs" / "lr=1e-4", symlinks=True)
-        if page == "docs/weights.md":
+        if page == "docs/weights.md" and not of_form(command, BOTH):
             for made in ("weights", "runs/stage1_single_flow", "runs/stage3_four_flow"):
                 shutil.rmtree(self.root / made)
-        else:
-            for file in (self.folder / "judges").iterdir():
-                (weights / file.name).unlink(missing_ok=True)
-                (weights / file.name).hardlink_to(file)
+
+    def _bring_judges(self, text: str) -> None:
+        """Have Inception and another CLIP, half a gigabyte, where a command asks for them."""
+        if not re.search(r"weights/(inception|pt_inception|clip-vit-b-32)", text):
+            return
+        if not (judges := self.folder / "judges").exists():
+            write_judges(judges)
+        for file in judges.iterdir():
+            (self.root / "weights" / file.name).unlink(missing_ok=True)
+            (self.root / "weights" / file.name).hardlink_to(file)
 
     def _type(self, lines: Sequence[str]) -> None:
         """Run commands again that have been tested already."""

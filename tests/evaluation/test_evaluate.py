@@ -217,23 +217,38 @@ def stop_after_writing(_: None) -> None:
     Parts.write = write_and_stop  # type: ignore[method-assign]
 
 
-def stand_still(what: str) -> None:
-    """Let the second process stand still when it has made its first part: asleep, or stopped and killed in the end."""
+def stop_until_end_of(first: Path) -> None:
+    """Stop this process, and kill it when the one whose number a file has is gone."""
+    gone = f"while kill -0 {first.read_text()} 2>/dev/null; do sleep 0.2; done"
+    subprocess.Popen(["sh", "-c", f"{gone}; kill -KILL {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stand_still(given: tuple[str, str]) -> None:
+    """Let the second process stand still when it has made its first part: asleep, or stopped until the first ends.
+
+    Args:
+        given: how, and a file for the number of the first process.
+    """
+    what, file = given[0], Path(given[1])
 
     def hang(self: Parts, *given: Any) -> None:
         if what == "stopped":
-            subprocess.Popen(["sh", "-c", f"sleep 30; kill -KILL {os.getpid()}"])
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_until_end_of(file)
         time.sleep(3600)
 
     if os.environ["RANK"] == "1":
         Parts.write = hang  # type: ignore[method-assign]
+    else:
+        file.write_text(str(os.getpid()))
 
 
-@pytest.mark.parametrize("what", ["asleep", "stopped"])
+# The encoding of latents shows the other one in `make test`.
+@pytest.mark.parametrize("what", ["asleep", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_process_that_stands_still_ends_the_others(folder: Path, whole: dict[str, Any], what: str) -> None:
     given = settings(folder, what, "flows=[text-to-text]", "watchdog_seconds=8")
-    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", json.dumps(what), "vdtrain", "evaluate", *given]
+    how = json.dumps([what, f"{folder}/{what}.pid"])
+    words = ["-m", "tests.programs.after", f"{__name__}:stand_still", how, "vdtrain", "evaluate", *given]
     ending = run_ranks([words] * 2, [folder / f"{what}-{rank}.log" for rank in range(2)], 300)
     # The process that waits sees the other one end, or ends by its own watchdog at the same moment.
     expected = [(1, 124), (124,)] if what == "asleep" else [(124,), (-9,)]
@@ -264,11 +279,17 @@ def test_two_processes_that_are_stopped_make_what_one_makes(folder: Path, whole:
     assert second == ""
 
 
-def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def inception(folder: Path) -> Path:
+    """Inception with random weights."""
     torch.manual_seed(0)
     torch.save(InceptionFeatures(None).network.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def test_fid_and_its_reference(folder: Path, inception: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = folder / "reference.npz"
-    given = ["flows=[text-to-image]", "samples=3", "part_samples=3", f"fid.weights={folder}/inception.pth"]
+    given = ["flows=[text-to-image]", "samples=3", "part_samples=3", f"fid.weights={inception}"]
     assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
     output = capsys.readouterr()
     assert "fid.weights: not the published file" in output.err
@@ -286,10 +307,11 @@ def test_fid_and_its_reference(folder: Path, capsys: pytest.CaptureFixture[str])
     assert metrics(folder, "fid")["flows"]["text-to-image"]["fid"] > first + 1000
 
 
-def test_flows_that_make_no_images_need_no_weights_for_fid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(InceptionFeatures(None).network.state_dict(), folder / "others.pth")
+def test_flows_that_make_no_images_need_no_weights_for_fid(
+    folder: Path, inception: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["samples=2", "part_samples=2"]
-    for number, weights in enumerate(("null", f"{folder}/others.pth")):
+    for number, weights in enumerate(("null", inception)):
         words = [*given, f"fid.weights={weights}"]
         assert evaluate(settings(folder, f"text-{number}", "flows=[text-to-text]", *words)) == 0
         assert "fid.weights" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ GROUPS = active_groups(all_flows(MODALITIES))
 
 
 def weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    """The whole diffuser by our names, every tensor at random."""
+    """The whole diffuser by our names, every tensor at random, and the caller's own."""
+    return {name: tensor.to(dtype, copy=True) for name, tensor in drawn(seed).items()}
+
+
+@cache
+def drawn(seed: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         outline = Diffuser(MODEL, GROUPS).state_dict()
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tensor.shape, generator=generator).to(dtype) for name, tensor in outline.items()}
+    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in outline.items()}
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
