@@ -3,6 +3,8 @@ UV := $(or $(shell command -v uv),.tools/bin/uv)
 SCRIPTS := $(wildcard benchmarks/*.sh examples/*.sh examples/first_hour/*.sh slurm/*.sh tests/slurm/*.sh) .ci/run
 SYNC := $(UV) sync --locked --quiet --inexact --all-extras
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# Compiled once: without its bytecode PyTorch takes three times as long to import, in every process.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo drill rehearsal test test-slow lint shellcheck golden counts frozen help
 
