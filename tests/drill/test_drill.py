@@ -124,9 +124,10 @@ def test_results_are_kept_row_by_row_and_tell_a_failure(tmp_path: Path, capsys: 
     assert (other.kills(), len(other.read()["faults"]["faults"])) == (0, 1)
 
 
-def test_growth_is_the_rise_of_a_line() -> None:
+def test_growth_is_the_median_slope_whatever_single_points_are() -> None:
     assert growth([[1000, 50.0], [2000, 51.5], [3000, 53.0]]) == pytest.approx(1.5)
     assert growth([[1000, 50.0], [2000, 52.0], [3000, 50.0]]) == pytest.approx(0.0)
+    assert growth([[1000, 50.0], [2000, 50.5], [3000, 51.0], [4000, 51.5], [5000, 92.0]]) == pytest.approx(0.5)
 
 
 def test_packages_that_were_not_looked_up_are_not_without_holes() -> None:
