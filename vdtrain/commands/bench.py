@@ -1,12 +1,7 @@
-"""Measure the training step of a stage, without data or weights.
-
-vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1
-vdtrain bench stage=stage3_four_flow hardware=h200 resolution=512 gpus=8
-"""
+"""Measure the training step of a stage, without data or weights."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +34,8 @@ PARTS = (*PROCESSES, "resolution", "warmup_steps", "timed_steps", "micro_batches
 STEPS = 1_000_000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain bench`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain bench`; returns its exit status."""
 
     def action(config: BenchConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         if config.profile and config.output is None:
