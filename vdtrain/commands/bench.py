@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import BenchConfig, PhaseConfig
 from vdtrain.config.validation import check_settings
+from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
 from vdtrain.run.launch import PROCESSES, run_command_on_ranks
 
@@ -51,21 +51,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def prepared(config: BenchConfig, ranks: int) -> BenchConfig:
-    """The settings that are measured, which fit each other and the number of processes."""
-    config = one_phase(config, ranks)
+    """The settings that are measured: from random weights, one phase at the benchmark's resolution and batch."""
+    stage = config.stage
+    if stage.phases:
+        resolution = config.resolution or stage.phases[0].resolution
+        batch, sizes = stage.global_batch_size, config.hardware.micro_batch_size
+        if config.micro_batches is not None and resolution in sizes:
+            batch = ranks * sizes[resolution] * config.micro_batches
+        phases = [PhaseConfig(resolution, STEPS * batch)]
+        stage = replace(stage, init_from=None, global_batch_size=batch, phases=phases, samples_scale=1.0)
+        config = replace(config, stage=stage, tracking=replace(config.tracking, mode="disabled"))
     check_settings(config, ranks)
     return config
-
-
-def one_phase(config: BenchConfig, ranks: int) -> BenchConfig:
-    """The settings of a stage from random weights with one phase, at the benchmark's resolution and batch."""
-    stage = config.stage
-    if not stage.phases:
-        return config
-    resolution = config.resolution or stage.phases[0].resolution
-    batch, sizes = stage.global_batch_size, config.hardware.micro_batch_size
-    if config.micro_batches is not None and resolution in sizes:
-        batch = ranks * sizes[resolution] * config.micro_batches
-    phases = [PhaseConfig(resolution, STEPS * batch)]
-    stage = replace(stage, init_from=None, global_batch_size=batch, phases=phases, samples_scale=1.0)
-    return replace(config, stage=stage, tracking=replace(config.tracking, mode="disabled"))
