@@ -75,22 +75,20 @@ def _filled(values: Values, component: Component, what: str) -> Any:
     return value
 
 
-def _text(flow: str, example: str, outputs: list[str]) -> Form:
-    prompt = gr.Textbox(label="Prompt", lines=3, placeholder=example, autofocus=True)
-
-    def parts(values: Values, folder: Path) -> list[Settings]:
-        return [{"flow": flow, "inputs": [_filled(values, prompt, "write a text")]}]
-
-    return Form("sample", [prompt], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
+def _text(flow: str, outputs: list[str]) -> Form:
+    prompt = gr.Textbox(label="Prompt", lines=3, placeholder="a red circle on white", autofocus=True)
+    return _sample(flow, prompt, "write a text")
 
 
 def _image(flow: str, outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    return _sample(flow, image_file("Image", 300), "give an image file")
 
+
+def _sample(flow: str, given: Component, what: str) -> Form:
     def parts(values: Values, folder: Path) -> list[Settings]:
-        return [{"flow": flow, "inputs": [_filled(values, image, "give an image file")]}]
+        return [{"flow": flow, "inputs": [_filled(values, given, what)]}]
 
-    return Form("sample", [image], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
+    return Form("sample", [given], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
 
 
 def _disentanglement(outputs: list[str]) -> Form:
@@ -178,10 +176,10 @@ def _edit(outputs: list[str]) -> Form:
 
 TEXTS, IMAGES = ("text-to-image", "text-to-text"), ("image-to-image", "image-to-text")
 TABS = (
-    Tab("Text to image", "Images from words.", TEXTS[:1], partial(_text, TEXTS[0], "a red circle on white")),
+    Tab("Text to image", "Images from words.", TEXTS[:1], partial(_text, TEXTS[0])),
     Tab("Image variation", "Other images like one.", IMAGES[:1], partial(_image, IMAGES[0])),
     Tab("Image to text", "Captions of an image.", IMAGES[1:], partial(_image, IMAGES[1])),
-    Tab("Text variation", "Other words for a text.", TEXTS[1:], partial(_text, TEXTS[1], "a red circle on white")),
+    Tab("Text variation", "Other words for a text.", TEXTS[1:], partial(_text, TEXTS[1])),
     Tab("Disentanglement", "The content of an image in other styles, or its style with other content.", IMAGES[:1],
         _disentanglement),
     Tab("Dual context", "A text and an image at once.", ("text-to-", "image-to-"), partial(_blend, 1, 1)),
