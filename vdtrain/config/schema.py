@@ -207,9 +207,7 @@ class ObjectiveConfig:
         above=0,
     )
     offset_noise: float = setting(
-        "strength of a noise that shifts a whole channel of an image's latent (0.1 is usual); 0 adds none",
-        0.0,
-        least=0,
+        "strength of a noise that shifts a whole channel of an image's latent (0.1 is usual); 0 adds none", 0.0, least=0
     )
 
 

@@ -52,14 +52,7 @@ FOREIGN = {
     "wandb": "tracking",
     "workers": "processes",
 }
-VALUES = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "full": "fp32",
-    "gpu": "cuda",
-    "half": "fp16",
-}
+VALUES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "full": "fp32", "gpu": "cuda", "half": "fp16"}
 
 
 def meant(word: Any, names: Iterable[Any]) -> str:

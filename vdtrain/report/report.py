@@ -15,14 +15,7 @@ from vdtrain.config.instantiate import leaves
 from vdtrain.errors import ConfigError, unreadable
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.redaction import redacted
-from vdtrain.report.curriculum import (
-    EVALUATION_FILE,
-    Run,
-    evaluation_folders,
-    moments,
-    read_runs,
-    stage_changes,
-)
+from vdtrain.report.curriculum import EVALUATION_FILE, Run, evaluation_folders, moments, read_runs, stage_changes
 from vdtrain.report.curves import sections
 from vdtrain.report.page import IMAGE_ERRORS, IMAGE_SUFFIXES, embedded, thinned, write_page
 from vdtrain.run.summary import age
