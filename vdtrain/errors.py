@@ -82,6 +82,14 @@ SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, er
 SERVER |= {errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH}
 # Errors that another place does not fix.
 OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Causes and remedies that are the same for every path; an empty cause means the text of the operating system.
+KNOWN = {
+    errno.EDQUOT: ("", "remove files, or ask for a larger quota"),
+    errno.EFBIG: ("", "raise the limit (`ulimit -f unlimited`)"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.ENFILE: ("too many open files on this machine", "raise the limit (`sysctl fs.file-max`)"),
+    errno.ENOMEM: ("", "free memory on this machine"),
+}
 # What the operating system may no longer say a moment later.
 PASSING = DISK | SERVER | {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.ENOMEM}
 PASSING |= {errno.ECONNABORTED, errno.ECONNRESET, errno.ENETRESET}
@@ -201,14 +209,10 @@ def _explained(error: OSError, path: Path) -> tuple[str, str]:
 
 
 def _of_number(number: int, path: Path) -> tuple[str, str]:
-    """Cause and remedy; an empty cause means the text of the operating system."""
+    """Cause and remedy, as in `KNOWN`."""
     quoted = shlex.quote(str(path))
     if number == errno.ENOSPC:
         return _full(path)
-    if number == errno.EDQUOT:
-        return "", "remove files, or ask for a larger quota"
-    if number == errno.EFBIG:
-        return "", "raise the limit (`ulimit -f unlimited`)"
     if number == errno.EACCES:
         return f"permission denied to {_user()}", f"give that user access (`ls -ld {shlex.quote(str(_nearest(path)))}`)"
     if number == errno.EPERM:
@@ -225,8 +229,6 @@ def _of_number(number: int, path: Path) -> tuple[str, str]:
         return _absent(path)
     if number == errno.EISDIR:
         return f"{path} is a folder, not a file", f"move {path} away"
-    if number == errno.ENAMETOOLONG:
-        return "the name is too long", "choose a shorter name"
     if number == errno.ELOOP:
         return "its links form a circle", f"fix the links (`namei -l {quoted}`)"
     if number in DISK:
@@ -236,13 +238,9 @@ def _of_number(number: int, path: Path) -> tuple[str, str]:
     if number == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files, the limit is {soft}", f"raise the limit (`ulimit -n {hard}`)"
-    if number == errno.ENFILE:
-        return "too many open files on this machine", "raise the limit (`sysctl fs.file-max`)"
-    if number == errno.ENOMEM:
-        return "", "free memory on this machine"
     if number in (errno.EBUSY, errno.ETXTBSY):
         return "", f"end what uses it (`fuser -v {quoted}`)"
-    return "", ""
+    return KNOWN.get(number, ("", ""))
 
 
 def _full(path: Path) -> tuple[str, str]:
