@@ -81,7 +81,7 @@ def _text(flow: str, outputs: list[str]) -> Form:
 
 
 def _image(flow: str, outputs: list[str]) -> Form:
-    return _sample(flow, image_file("Image", 300), "give an image file")
+    return _sample(flow, image_file(), "give an image file")
 
 
 def _sample(flow: str, given: Component, what: str) -> Form:
@@ -92,7 +92,7 @@ def _sample(flow: str, given: Component, what: str) -> Form:
 
 
 def _disentanglement(outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    image = image_file()
     focus = gr.Slider(0, 1, value=0.0, step=0.05, label="Focus", info=FOCUS)
     all_levels = gr.Checkbox(label=f"Five images instead: focus {', '.join(f'{level:g}' for level in LEVELS)}")
 
@@ -115,7 +115,7 @@ def _blend(images: int, texts: int, outputs: list[str]) -> Form:
         name = "Image" if alone else f"Image {number}"
         with gr.Accordion(name, open=number <= 1):
             with gr.Row():
-                image = image_file("Image", 220)
+                image = image_file(220)
                 with gr.Column(min_width=160):
                     weight = _weight()
                     focus = gr.Slider(0, 1, value=0.5, step=0.05, label="Focus", info=FOCUS)
@@ -152,7 +152,7 @@ def _weight() -> Component:
 
 
 def _edit(outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    image = image_file()
     with gr.Row():
         remove = gr.Textbox(label="Remove", placeholder="a circle", min_width=120)
         add = gr.Textbox(label="Add", placeholder="a blue star", min_width=120)

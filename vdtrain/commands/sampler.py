@@ -176,7 +176,7 @@ class Sampler:
         self.size = (self.settings["height"], self.settings["width"])
         self.steps_taken, self.first = len(_solver(config, self.checkpoint.model).timesteps), 0
 
-    def flow(self, name: str, inputs: Sequence[str], setting: str = "inputs") -> Flow:
+    def flow(self, name: str, inputs: Sequence[str]) -> Flow:
         """The flow, whose inputs have been looked at: a caption for a flow from images may be meant for one from text.
 
         Raises:
@@ -187,10 +187,10 @@ class Sampler:
         odd = next((each for each in enumerate(inputs) if from_images and looks_like_caption(each[1])), None)
         other = Flow(flow.output, TEXT)
         if odd is None or os.path.exists(os.path.expanduser(odd[1])) or not set(other.groups) <= self.checkpoint.groups:
-            self.check_captions(flow.context, inputs, setting, f"flow=image-to-{flow.output}")
+            self.check_captions(flow.context, inputs, "inputs", f"flow=image-to-{flow.output}")
             return flow
         confirm(
-            f"{setting}.{odd[0]}={odd[1]}",
+            f"inputs.{odd[0]}={odd[1]}",
             f"no such file, and it looks like a caption, but flow={flow} takes image files",
             f"Is it a caption, for flow={other}?",
             f"for a caption write flow={other}",

@@ -64,7 +64,7 @@ def meant(word: Any, names: Iterable[Any]) -> str:
     return f"; did you mean {found[0]}?" if found and found[0] != str(word) else ""
 
 
-def nearest_keys(key: str, known: Collection[str], aside: Collection[str] = ()) -> list[str]:
+def nearest_keys(key: str, known: Collection[str], aside: Collection[str]) -> list[str]:
     """The dotted keys most like `key`, the best first; several if they are equally like it.
 
     Args:
