@@ -12,26 +12,17 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-# Package -> the extra that has it (pyproject.toml).
-EXTRAS = {
-    "fastapi": "app",
-    "gcsfs": "stores",
-    "gradio": "app",
-    "img2dataset": "data",
-    "matplotlib": "evaluation",
-    "nltk": "evaluation",
-    "pillow_heif": "data",
-    "pyspark": "distributed",
-    "ray": "distributed",
-    "s3fs": "stores",
-    "sacrebleu": "evaluation",
-    "scipy": "evaluation",
-    "tensorboardX": "tracking",
-    "uvicorn": "app",
-    "wandb": "tracking",
-    "webdataset": "data",
-    "xformers": "xformers",
+# The packages of each extra (pyproject.toml), and the extra of each package.
+PACKAGES = {
+    "app": ("fastapi", "gradio", "uvicorn"),
+    "data": ("img2dataset", "pillow_heif", "webdataset"),
+    "distributed": ("pyspark", "ray"),
+    "evaluation": ("matplotlib", "nltk", "sacrebleu", "scipy"),
+    "stores": ("gcsfs", "s3fs"),
+    "tracking": ("tensorboardX", "wandb"),
+    "xformers": ("xformers",),
 }
+EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
 
 def install(*packages: str) -> str:
