@@ -8,20 +8,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigIndexError,
-    ConfigKeyError,
-    GrammarParseError,
-    InterpolationKeyError,
-    InterpolationResolutionError,
-    KeyValidationError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    UnsupportedInterpolationType,
-    ValidationError,
-)
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, errors, open_dict
 
 from vdtrain.config.data_schema import PREPARATION
 from vdtrain.config.fields import Mark, SettingType, keys, look_up
@@ -87,8 +74,9 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
             OmegaConf.update(config, override.key, value, merge=True, force_add=adds)
     except SettingValueError as error:
         raise ConfigError(f"{override.shown}: {error}") from error
-    except OmegaConfBaseException as error:
-        if isinstance(error, ConfigKeyError | ConfigAttributeError) and setting.fields is None and not override.sign:
+    except errors.OmegaConfBaseException as error:
+        absent = isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError)
+        if absent and setting.fields is None and not override.sign:
             raise ConfigError(f"{override.shown}: no such entry, {_names(present)}; {ADDS}") from error
         where, what = explained(error, schema, override.key)
         inner = f"{where.rpartition('.')[2]} " if where != override.key and where.startswith(override.key) else ""
@@ -183,7 +171,7 @@ def complete(config: DictConfig, schema: type) -> None:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError("a setting refers to itself; --cfg job prints the settings with their ${...}") from error
-    except OmegaConfBaseException as error:
+    except errors.OmegaConfBaseException as error:
         key, what = explained(error, schema)
         raw = _raw(OmegaConf.to_container(config), key)
         raise ConfigError(f"{key}{f'={raw}' if isinstance(raw, str) else ''}: {what}") from error
@@ -240,18 +228,18 @@ def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, 
     # OmegaConf builds a value before it inserts it, and then names the setting relative to the value.
     key = next((each for each in (named, f"{near}.{named}", f"{near}.0.{named}") if look_up(schema, each)), named)
     setting = look_up(schema, key) or look_up(schema, near)
-    if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
+    if isinstance(error, errors.InterpolationKeyError | errors.UnsupportedInterpolationType):
         return key, f"its ${{...}} names no setting; {INTERPOLATION}"
-    if isinstance(error, GrammarParseError):
+    if isinstance(error, errors.GrammarParseError):
         return key, f"not a valid reference; {INTERPOLATION}"
-    if isinstance(error, MissingMandatoryValue):
+    if isinstance(error, errors.MissingMandatoryValue):
         return key, f"has no value; give {key}=VALUE"
-    if isinstance(error, KeyValidationError):
+    if isinstance(error, errors.KeyValidationError):
         return key, "must be a table whose names are integers"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError | ConfigIndexError):
+    if isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError | errors.ConfigIndexError):
         return key, str(unknown(key, schema)).removeprefix(f"{key}: ")
-    if isinstance(error, InterpolationResolutionError):
+    if isinstance(error, errors.InterpolationResolutionError):
         return key, f"its ${{...}} cannot be resolved; {INTERPOLATION}"
-    if isinstance(error, ValidationError) and setting is not None:
+    if isinstance(error, errors.ValidationError) and setting is not None:
         return key, f"must be {setting.example}"
     return key, f"must be {setting.example}" if setting is not None else "cannot be used; --cfg job prints all settings"
