@@ -14,7 +14,7 @@ from miniature.image_set import serve, write_image_set
 from vdtrain.config.command import run_command
 from vdtrain.config.command_line import HELP
 from vdtrain.config.command_schema import DataPipelineConfig
-from vdtrain.config.data_schema import DataConfig, ShapesConfig
+from vdtrain.config.data_schema import ShapesConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
 from vdtrain.run.reader import quietly
@@ -36,20 +36,12 @@ Usage: python -m miniature {command} data=shapes [SETTING=VALUE ...]
 """
 
 
-def _shapes(data: DataConfig) -> ShapesConfig:
-    if data.shapes is None:
-        raise ConfigError(f"data={data.name}: has no drawn images; use data=shapes")
-    return data.shapes
-
-
-def _draw(data: DataConfig) -> None:
-    shapes = _shapes(data)
+def _draw(shapes: ShapesConfig) -> None:
     check_output(Path(shapes.folder), f"data.shapes.folder={shapes.folder}")
     write_image_set(shapes)
 
 
-def _serve(data: DataConfig) -> None:
-    shapes = _shapes(data)
+def _serve(shapes: ShapesConfig) -> None:
     # `kill` stops it as Ctrl-C does: that is its normal end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -61,7 +53,7 @@ def _serve(data: DataConfig) -> None:
         ) from error
 
 
-COMMANDS: dict[str, tuple[Callable[[DataConfig], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[ShapesConfig], None], str]] = {
     "draw": (_draw, "draw the demo's images and write their metadata"),
     "serve": (_serve, "serve these images on this machine, for the download (stop with Ctrl-C)"),
 }
@@ -77,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-
     run, text = COMMANDS[command]
 
     def action(config: DataPipelineConfig, raw_config: DictConfig) -> int:
-        run(config.data)
+        if config.data.shapes is None:
+            raise ConfigError(f"data={config.data.name}: has no drawn images; use data=shapes")
+        run(config.data.shapes)
         return 0
 
     usage, parts = COMMAND_USAGE.format(command=command, text=text[0].upper() + text[1:]), ("data.root", "data.shapes")

@@ -31,40 +31,6 @@ JPEG_QUALITY = 95
 # Share of the images in the LAION table; the COYO table has the others.
 LAION_SHARE = 0.6
 
-LAION_SCHEMA: pa.Schema = pa.schema(
-    [
-        pa.field("SAMPLE_ID", pa.int64()),
-        pa.field("URL", pa.string()),
-        pa.field("TEXT", pa.string()),
-        pa.field("HEIGHT", pa.int32()),
-        pa.field("WIDTH", pa.int32()),
-        pa.field("LICENSE", pa.string()),
-        pa.field("NSFW", pa.string()),
-        pa.field("similarity", pa.float64()),
-    ]
-)
-COYO_SCHEMA: pa.Schema = pa.schema(
-    [
-        pa.field("id", pa.int64()),
-        pa.field("url", pa.string()),
-        pa.field("text", pa.string()),
-        pa.field("width", pa.int64()),
-        pa.field("height", pa.int64()),
-        pa.field("image_phash", pa.string()),
-        pa.field("text_length", pa.int64()),
-        pa.field("word_count", pa.int64()),
-        pa.field("num_tokens_bert", pa.int64()),
-        pa.field("num_tokens_gpt", pa.int64()),
-        pa.field("num_faces", pa.int64()),
-        pa.field("clip_similarity_vitb32", pa.float64()),
-        pa.field("clip_similarity_vitl14", pa.float64()),
-        pa.field("nsfw_score_opennsfw2", pa.float64()),
-        pa.field("nsfw_score_gantman", pa.float64()),
-        pa.field("watermark_score", pa.float64()),
-        pa.field("aesthetic_score_laion_v2", pa.float64()),
-    ]
-)
-
 
 def write_image_set(config: ShapesConfig) -> None:
     """Draw the set into its folder, unless a complete set with the same settings is there.
@@ -122,8 +88,8 @@ def _laion_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:
         "SAMPLE_ID": number,
         "URL": url,
         "TEXT": text,
-        "HEIGHT": pixels,
-        "WIDTH": pixels,
+        "HEIGHT": np.int32(pixels),
+        "WIDTH": np.int32(pixels),
         "LICENSE": "?",
         "NSFW": "UNLIKELY",
         "similarity": 0.35,
@@ -151,3 +117,7 @@ def _coyo_row(number: int, url: str, text: str, pixels: int) -> dict[str, Any]:
         "watermark_score": 0.01,
         "aesthetic_score_laion_v2": 5.0,
     }
+
+
+# The types of the columns are those of a row's values.
+LAION_SCHEMA, COYO_SCHEMA = (pa.Table.from_pylist([row(0, "", "", 0)]).schema for row in (_laion_row, _coyo_row))

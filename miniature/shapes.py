@@ -157,11 +157,7 @@ def outline(shape: str) -> npt.NDArray[np.float64]:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe a scene in one of `WORDINGS`: lower case, at most 14 words, always with colour and shape."""
     text = _pick(rng, WORDINGS).format(
-        shape=scene.shape,
-        colour=scene.colour,
-        size=scene.size,
-        position=scene.position,
-        background=scene.background,
+        shape=scene.shape, colour=scene.colour, size=scene.size, position=scene.position, background=scene.background
     )
     return text.replace("a orange", "an orange")
 

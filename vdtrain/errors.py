@@ -9,30 +9,20 @@ import re
 import resource
 import shlex
 import tempfile
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-# Package -> the extra that has it (pyproject.toml).
-EXTRAS = {
-    "fastapi": "app",
-    "gcsfs": "stores",
-    "gradio": "app",
-    "img2dataset": "data",
-    "matplotlib": "evaluation",
-    "nltk": "evaluation",
-    "pillow_heif": "data",
-    "pyspark": "distributed",
-    "ray": "distributed",
-    "s3fs": "stores",
-    "sacrebleu": "evaluation",
-    "scipy": "evaluation",
-    "tensorboardX": "tracking",
-    "uvicorn": "app",
-    "wandb": "tracking",
-    "webdataset": "data",
-    "xformers": "xformers",
+# The packages of each extra (pyproject.toml), and the extra of each package.
+PACKAGES = {
+    "app": ("fastapi", "gradio", "uvicorn"),
+    "data": ("img2dataset", "pillow_heif", "webdataset"),
+    "distributed": ("pyspark", "ray"),
+    "evaluation": ("matplotlib", "nltk", "sacrebleu", "scipy"),
+    "stores": ("gcsfs", "s3fs"),
+    "tracking": ("tensorboardX", "wandb"),
+    "xformers": ("xformers",),
 }
+EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
 
 def install(*packages: str) -> str:
@@ -79,52 +69,21 @@ WRAPPED = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 PROBE_BYTES = 4096
 
 DISK = {errno.EIO, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV, errno.EUCLEAN, errno.EBADMSG}
-SERVER = {
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-    errno.ECONNREFUSED,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-}
-# What the operating system may no longer say a moment later.
-PASSING = (
-    DISK
-    | SERVER
-    | {
-        errno.EAGAIN,
-        errno.EBUSY,
-        errno.ECONNABORTED,
-        errno.ECONNRESET,
-        errno.EINTR,
-        errno.ENETRESET,
-        errno.ENFILE,
-        errno.ENOMEM,
-    }
-)
+SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ESHUTDOWN}
+SERVER |= {errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH}
 # Errors that another place does not fix.
 OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """A cause and its remedy; the remedy is empty if none is known."""
-
-    cause: str
-    remedy: str
-    elsewhere: bool = True
-
-    @classmethod
-    def of(cls, error: OSError, path: Path) -> Trouble:
-        """The cause and the remedy of an error of an action on `path`."""
-        number = error.errno
-        if number is None:
-            return cls(one_line(error), "")
-        cause, remedy = _described(number, path)
-        return cls(cause or os.strerror(number), remedy, number not in OF_THE_PROCESS)
+# Causes and remedies that are the same for every path; an empty cause means the text of the operating system.
+KNOWN = {
+    errno.EDQUOT: ("", "remove files, or ask for a larger quota"),
+    errno.EFBIG: ("", "raise the limit (`ulimit -f unlimited`)"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.ENFILE: ("too many open files on this machine", "raise the limit (`sysctl fs.file-max`)"),
+    errno.ENOMEM: ("", "free memory on this machine"),
+}
+# What the operating system may no longer say a moment later.
+PASSING = DISK | SERVER | {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.ENOMEM}
+PASSING |= {errno.ECONNABORTED, errno.ECONNRESET, errno.ENETRESET}
 
 
 def unwritable(error: OSError, path: Path, another: str = "choose another place") -> str:
@@ -134,9 +93,9 @@ def unwritable(error: OSError, path: Path, another: str = "choose another place"
         path: the file or folder that was not written.
         another: the remedy if the place is the problem; empty if another place does not help.
     """
-    found = Trouble.of(error, path)
-    remedies = [remedy for remedy in (found.remedy, another if found.elsewhere else "") if remedy]
-    return f"cannot be written ({found.cause}); {', or '.join(remedies) or f'check {path}'}"
+    cause, remedy = _explained(error, path)
+    remedies = [each for each in (remedy, "" if error.errno in OF_THE_PROCESS else another) if each]
+    return f"cannot be written ({cause}); {', or '.join(remedies) or f'check {path}'}"
 
 
 def unreadable(error: OSError, path: Path, another: str = "give another file") -> str:
@@ -145,15 +104,15 @@ def unreadable(error: OSError, path: Path, another: str = "give another file") -
     Args:
         another: the remedy if none is known for the cause.
     """
-    found = Trouble.of(error, path)
-    return f"cannot be read ({found.cause}); {found.remedy or another}"
+    cause, remedy = _explained(error, path)
+    return f"cannot be read ({cause}); {remedy or another}"
 
 
 def described(error: OSError) -> str:
     """ "FILE: CAUSE; REMEDY" for an error without a message of its own."""
     path = Path(str(error.filename)) if isinstance(error.filename, str | os.PathLike) else None
-    found = Trouble.of(error, path or Path())
-    return f"{f'{path}: ' if path else ''}{found.cause}; {found.remedy or 'check that it can be read and written'}"
+    cause, remedy = _explained(error, path or Path())
+    return f"{f'{path}: ' if path else ''}{cause}; {remedy or 'check that it can be read and written'}"
 
 
 def unlockable(error: OSError, path: Path) -> str:
@@ -232,15 +191,19 @@ def output_problem(folder: Path) -> str | None:
     return None
 
 
-def _described(number: int, path: Path) -> tuple[str, str]:
-    """Cause and remedy; an empty cause means the text of the operating system."""
+def _explained(error: OSError, path: Path) -> tuple[str, str]:
+    """Cause and remedy of an error of an action on `path`; an empty remedy if none is known."""
+    if error.errno is None:
+        return one_line(error), ""
+    cause, remedy = _of_number(error.errno, path)
+    return cause or os.strerror(error.errno), remedy
+
+
+def _of_number(number: int, path: Path) -> tuple[str, str]:
+    """Cause and remedy, as in `KNOWN`."""
     quoted = shlex.quote(str(path))
     if number == errno.ENOSPC:
         return _full(path)
-    if number == errno.EDQUOT:
-        return "", "remove files, or ask for a larger quota"
-    if number == errno.EFBIG:
-        return "", "raise the limit (`ulimit -f unlimited`)"
     if number == errno.EACCES:
         return f"permission denied to {_user()}", f"give that user access (`ls -ld {shlex.quote(str(_nearest(path)))}`)"
     if number == errno.EPERM:
@@ -257,8 +220,6 @@ def _described(number: int, path: Path) -> tuple[str, str]:
         return _absent(path)
     if number == errno.EISDIR:
         return f"{path} is a folder, not a file", f"move {path} away"
-    if number == errno.ENAMETOOLONG:
-        return "the name is too long", "choose a shorter name"
     if number == errno.ELOOP:
         return "its links form a circle", f"fix the links (`namei -l {quoted}`)"
     if number in DISK:
@@ -268,13 +229,9 @@ def _described(number: int, path: Path) -> tuple[str, str]:
     if number == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files, the limit is {soft}", f"raise the limit (`ulimit -n {hard}`)"
-    if number == errno.ENFILE:
-        return "too many open files on this machine", "raise the limit (`sysctl fs.file-max`)"
-    if number == errno.ENOMEM:
-        return "", "free memory on this machine"
     if number in (errno.EBUSY, errno.ETXTBSY):
         return "", f"end what uses it (`fuser -v {quoted}`)"
-    return "", ""
+    return KNOWN.get(number, ("", ""))
 
 
 def _full(path: Path) -> tuple[str, str]:

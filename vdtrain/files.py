@@ -20,8 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from vdtrain.config.compose import ConfigError
-from vdtrain.errors import output_problem, system_error, unlockable, unreadable, unwritable
+from vdtrain.errors import ConfigError, output_problem, system_error, unlockable, unreadable, unwritable
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
@@ -191,10 +190,6 @@ def _replace(path: Path, draft: Path) -> None:
         _settle(path, replaced)
 
 
-# The setting of most commands that lets a file be replaced.
-OVERWRITE = "overwrite"
-
-
 @contextmanager
 def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
     """`atomic_write` of what a setting names.
@@ -206,11 +201,7 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
     Raises:
         ConfigError: `path` exists and may not be replaced, or cannot be written.
     """
-    replaced = path.with_name(path.name + REPLACED)
-    check_output(path.parent, place)
-    _check_names(place, path, draft_of(path, os.getpid()), replaced)
-    _settle(path, replaced)
-    _refuse_existing(path, place, overwrite)
+    refuse_existing(path, place, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as draft:
@@ -222,29 +213,25 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
         raise ConfigError(f"{place}: {_said(found, path)}") from error
 
 
-def refuse_existing(path: Path, place: str, overwrite: bool, setting: str = OVERWRITE) -> None:
+def refuse_existing(path: Path, place: str, overwrite: bool, setting: str = "overwrite") -> None:
     """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there.
+
+    A folder that an interrupted replacement moved away comes back first.
 
     Args:
         setting: that lets it be replaced.
     """
     check_output(path.parent, place)
-    _check_names(place, path, draft_of(path, os.getpid()))
-    _refuse_existing(path, place, overwrite, setting)
-
-
-def _refuse_existing(path: Path, place: str, overwrite: bool, setting: str = OVERWRITE) -> None:
+    replaced = path.with_name(path.name + REPLACED)
+    # Names that no file can have.
+    for each in (path, draft_of(path, os.getpid()), replaced):
+        try:
+            each.exists()
+        except OSError as error:
+            raise ConfigError(f"{place}: {unwritable(error, each)}") from error
+    _settle(path, replaced)
     if path.exists() and not overwrite:
         raise ConfigError(f"{place}: {path} exists already; {setting}=true replaces it")
-
-
-def _check_names(place: str, *paths: Path) -> None:
-    """Refuse names that no file can have."""
-    for path in paths:
-        try:
-            path.exists()
-        except OSError as error:
-            raise ConfigError(f"{place}: {unwritable(error, path)}") from error
 
 
 def check_output(folder: Path, place: str) -> None:

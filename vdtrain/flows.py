@@ -7,8 +7,11 @@ the global layers, the data layers of its output modality and the context layers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+from vdtrain.config.suggestions import meant
+from vdtrain.errors import ConfigError
 
 SEPARATOR = "-to-"
 GLOBAL_GROUP = "global"
@@ -44,6 +47,29 @@ class Flow:
     def groups(self) -> tuple[str, str, str]:
         """The three layer groups that this flow uses, and the only ones that it sends gradients to."""
         return GLOBAL_GROUP, f"data.{self.output}", f"context.{self.context}"
+
+
+def flow_of(setting: str, name: str, groups: Collection[str], modalities: Collection[str]) -> Flow:
+    """A flow of a trained model by name.
+
+    Args:
+        setting: that gives the name, for errors.
+        groups: layer groups that the model has.
+        modalities: of its configuration; later stages may have the layers of all of them.
+
+    Raises:
+        ConfigError: the name is not a flow's, or there are no layers for it.
+    """
+    try:
+        flow = Flow.parse(name)
+    except ValueError as error:
+        raise ConfigError(f"{setting}={name}: {error}") from error
+    for modality, group in ((flow.output, f"data.{flow.output}"), (flow.context, f"context.{flow.context}")):
+        if group not in groups:
+            later = "; sample from a later stage" if modality in modalities else ""
+            known = meant(modality, modalities)
+            raise ConfigError(f"{setting}={name}: this checkpoint has no layers for {modality!r}{later}{known}")
+    return flow
 
 
 def all_flows(modalities: Iterable[str]) -> list[Flow]:

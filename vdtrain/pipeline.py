@@ -27,7 +27,7 @@ from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalis
 from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.flows import Flow
+from vdtrain.flows import Flow, flow_of
 from vdtrain.grid import Pictures as Pictures
 from vdtrain.media import LATENTS, OUTPUT_TYPES, PICTURES, batch_of, presented, read_mask
 from vdtrain.models.diffuser import Context, Diffuser, allocated, layer_group
@@ -433,19 +433,11 @@ class VersatileDiffusion:
         return self.frozen.decode(modality, latents, generators)
 
     def flow(self, name: str) -> Flow:
-        """A flow by name.
-
-        Raises:
-            ConfigError: the name is not a flow, or the model has no layers for it.
-        """
-        try:
-            flow = Flow.parse(name)
-        except ValueError as error:
-            raise ConfigError(f"flow={name}: {error}") from error
-        for part, layers in ((flow.output, self.diffuser.data_layers), (flow.context, self.diffuser.context_layers)):
-            if part not in layers:
-                raise ConfigError(f"flow={name}: this checkpoint has no layers for {part!r}; sample from a later stage")
-        return flow
+        """A flow by name; see `flow_of`."""
+        diffuser = self.diffuser
+        groups = [f"data.{each}" for each in diffuser.data_layers]
+        groups += [f"context.{each}" for each in diffuser.context_layers]
+        return flow_of("flow", name, groups, self.config.modalities)
 
     def unconditional(self, output: str, modality: str) -> Tensor:
         """The unconditional context [1, M, D] of `modality` for generating `output`."""

@@ -93,15 +93,9 @@ class Progress:
         return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {speed}, {left}{note}"
 
 
-def track(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over items and show how many are done.
-
-    Args:
-        title: "" shows nothing.
-        total: number of items; by default their length, if they have one.
-    """
-    if total is None:
-        total = len(items) if isinstance(items, Sized) else None
+def track(items: Iterable[Item], title: str, unit: str) -> Iterator[Item]:
+    """Iterate over items and show how many are done; a title of "" shows nothing."""
+    total = len(items) if isinstance(items, Sized) else None
     with Progress(title, total, unit, silent=not title) as progress:
         for item in items:
             yield item

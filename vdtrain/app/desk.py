@@ -67,8 +67,8 @@ class Desk:
     def __init__(self, config: AppConfig, checkpoint: Described, model: VersatileDiffusion) -> None:
         self.config, self.checkpoint, self.model = config, checkpoint, model
         self._turn, self._numbers = threading.Lock(), itertools.count(1)
-        # What stops each request that waits for its turn or is made, by person.
-        self._stops: dict[str, set[threading.Event]] = {}
+        # The person of each request that waits for its turn or is made, and what stops it.
+        self._stops: list[tuple[str, threading.Event]] = []
         self._changing = threading.Lock()
 
     def stop(self, person: str) -> bool:
@@ -78,25 +78,15 @@ class Desk:
             Whether there was anything: a request that has ended keeps its results.
         """
         with self._changing:
-            found = self._stops.get(person, set())
+            found = [stop for owner, stop in self._stops if owner == person]
             for each in found:
                 each.set()
             return bool(found)
 
-    def _begin(self, person: str) -> threading.Event:
-        """What stops a request, from now until `_end`."""
-        stop = threading.Event()
-        with self._changing:
-            self._stops.setdefault(person, set()).add(stop)
-        return stop
-
-    def _end(self, person: str, stop: threading.Event) -> bool:
+    def _end(self, stop: threading.Event) -> bool:
         """Let a request be stopped no more; whether it was."""
         with self._changing:
-            found = self._stops.get(person, set())
-            found.discard(stop)
-            if not found:
-                self._stops.pop(person, None)
+            self._stops = [each for each in self._stops if each[1] is not stop]
             return stop.is_set()
 
     def make(self, person: str, command: str, parts: Callable[[Path], Sequence[Settings]], report: Report) -> Result:
@@ -110,7 +100,9 @@ class Desk:
             ConfigError: a setting or an input is wrong.
             StoppedError: `stop` was called.
         """
-        stop = self._begin(person)
+        stop = threading.Event()
+        with self._changing:
+            self._stops.append((person, stop))
         try:
             with self._turn:
                 folder = Path(self.config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{next(self._numbers):03d}"
@@ -122,14 +114,14 @@ class Desk:
                         place = folder / f"{number:02d}" if len(runs) > 1 else folder
                         self._run(command, settings, place, _watched(stop, report, number, len(runs)), result)
                     # The page has said "stopped", even if that was after the last step.
-                    if self._end(person, stop):
+                    if self._end(stop):
                         raise StoppedError
                 except BaseException:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
                 return result
         finally:
-            self._end(person, stop)
+            self._end(stop)
 
     def _run(self, command: str, settings: Settings, folder: Path, progress: Progress, result: Result) -> None:
         fixed = {name: value for name in FIXED if (value := getattr(self.config, name)) is not None}

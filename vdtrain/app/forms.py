@@ -75,26 +75,24 @@ def _filled(values: Values, component: Component, what: str) -> Any:
     return value
 
 
-def _text(flow: str, example: str, outputs: list[str]) -> Form:
-    prompt = gr.Textbox(label="Prompt", lines=3, placeholder=example, autofocus=True)
-
-    def parts(values: Values, folder: Path) -> list[Settings]:
-        return [{"flow": flow, "inputs": [_filled(values, prompt, "write a text")]}]
-
-    return Form("sample", [prompt], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
+def _text(flow: str, outputs: list[str]) -> Form:
+    prompt = gr.Textbox(label="Prompt", lines=3, placeholder="a red circle on white", autofocus=True)
+    return _sample(flow, prompt, "write a text")
 
 
 def _image(flow: str, outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    return _sample(flow, image_file(), "give an image file")
 
+
+def _sample(flow: str, given: Component, what: str) -> Form:
     def parts(values: Values, folder: Path) -> list[Settings]:
-        return [{"flow": flow, "inputs": [_filled(values, image, "give an image file")]}]
+        return [{"flow": flow, "inputs": [_filled(values, given, what)]}]
 
-    return Form("sample", [image], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
+    return Form("sample", [given], parts, (flow.rpartition("-")[2],), counted="samples_per_input")
 
 
 def _disentanglement(outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    image = image_file()
     focus = gr.Slider(0, 1, value=0.0, step=0.05, label="Focus", info=FOCUS)
     all_levels = gr.Checkbox(label=f"Five images instead: focus {', '.join(f'{level:g}' for level in LEVELS)}")
 
@@ -117,7 +115,7 @@ def _blend(images: int, texts: int, outputs: list[str]) -> Form:
         name = "Image" if alone else f"Image {number}"
         with gr.Accordion(name, open=number <= 1):
             with gr.Row():
-                image = image_file("Image", 220)
+                image = image_file(220)
                 with gr.Column(min_width=160):
                     weight = _weight()
                     focus = gr.Slider(0, 1, value=0.5, step=0.05, label="Focus", info=FOCUS)
@@ -154,7 +152,7 @@ def _weight() -> Component:
 
 
 def _edit(outputs: list[str]) -> Form:
-    image = image_file("Image", 300)
+    image = image_file()
     with gr.Row():
         remove = gr.Textbox(label="Remove", placeholder="a circle", min_width=120)
         add = gr.Textbox(label="Add", placeholder="a blue star", min_width=120)
@@ -178,10 +176,10 @@ def _edit(outputs: list[str]) -> Form:
 
 TEXTS, IMAGES = ("text-to-image", "text-to-text"), ("image-to-image", "image-to-text")
 TABS = (
-    Tab("Text to image", "Images from words.", TEXTS[:1], partial(_text, TEXTS[0], "a red circle on white")),
+    Tab("Text to image", "Images from words.", TEXTS[:1], partial(_text, TEXTS[0])),
     Tab("Image variation", "Other images like one.", IMAGES[:1], partial(_image, IMAGES[0])),
     Tab("Image to text", "Captions of an image.", IMAGES[1:], partial(_image, IMAGES[1])),
-    Tab("Text variation", "Other words for a text.", TEXTS[1:], partial(_text, TEXTS[1], "a red circle on white")),
+    Tab("Text variation", "Other words for a text.", TEXTS[1:], partial(_text, TEXTS[1])),
     Tab("Disentanglement", "The content of an image in other styles, or its style with other content.", IMAGES[:1],
         _disentanglement),
     Tab("Dual context", "A text and an image at once.", ("text-to-", "image-to-"), partial(_blend, 1, 1)),

@@ -18,28 +18,18 @@ from vdtrain.media import read_images
 PAINTED_PIXELS = 512
 
 
-def image_file(label: str, height: int) -> Component:
+def image_file(height: int = 300) -> Component:
     """A place for an image; its value is the file."""
-    image = gr.Image(
-        label=label, height=height, type="filepath", sources=["upload", "clipboard"], buttons=["fullscreen"]
-    )
+    sources: Any = ["upload", "clipboard"]
+    image = gr.Image(label="Image", height=height, type="filepath", sources=sources, buttons=["fullscreen"])
     return _unread(image, lambda payload: payload and payload.path)
 
 
 def mask_editor() -> Component:
     """A place to paint over what shall be hidden of an image; its value is the files of the paint."""
     brush = gr.Brush(default_size=40, colors=["#111827"], color_mode="fixed")
-    editor = gr.ImageEditor(
-        label="Mask",
-        show_label=False,
-        sources=[],
-        transforms=[],
-        brush=brush,
-        layers=False,
-        format="png",
-        buttons=[],
-        height=360,
-    )
+    nothing: dict[str, Any] = {"sources": [], "transforms": [], "buttons": [], "layers": False}
+    editor = gr.ImageEditor(label="Mask", show_label=False, brush=brush, format="png", height=360, **nothing)
     return _unread(editor, lambda payload: [layer.path for layer in payload.layers] if payload else [])
 
 

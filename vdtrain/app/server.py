@@ -107,12 +107,10 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"host={host}: not an address of this machine; choose 127.0.0.1 or 0.0.0.0") from error
-    except PermissionError as error:
-        raise ConfigError(f"port={port}: needs more rights; choose one above 1023") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, PermissionError):
+            raise ConfigError(f"port={port}: needs more rights; choose one above 1023") from error
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise ConfigError(f"port={port}: in use; choose another, or 0 for any that is free") from error
         raise ConfigError(f"host={host}: not an address of this machine; choose 127.0.0.1 or 0.0.0.0") from error
 

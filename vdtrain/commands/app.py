@@ -1,11 +1,7 @@
-"""Sample, blend and edit in a page in the browser.
-
-vdtrain app runs/stage3_four_flow
-"""
+"""Sample, blend and edit in a page in the browser."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
@@ -39,7 +35,6 @@ def app(config: AppConfig, raw_config: DictConfig) -> int:
     return serve(config)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain app`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain app`; returns its exit status."""
     return run_command(USAGE, "app", AppConfig, app, arguments, plain=PlainArguments(("checkpoint",)))

@@ -1,21 +1,16 @@
-"""Measure the training step of a stage, without data or weights.
-
-vdtrain bench stage=stage3_four_flow hardware=h200 micro_batches=1
-vdtrain bench stage=stage3_four_flow hardware=h200 resolution=512 gpus=8
-"""
+"""Measure the training step of a stage, without data or weights."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import BenchConfig, PhaseConfig
 from vdtrain.config.validation import check_settings
+from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
 from vdtrain.run.launch import PROCESSES, run_command_on_ranks
 
@@ -39,9 +34,8 @@ PARTS = (*PROCESSES, "resolution", "warmup_steps", "timed_steps", "micro_batches
 STEPS = 1_000_000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain bench`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain bench`; returns its exit status."""
 
     def action(config: BenchConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         if config.profile and config.output is None:
@@ -57,21 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepared(config: BenchConfig, ranks: int) -> BenchConfig:
-    """The settings that are measured, which fit each other and the number of processes."""
-    config = one_phase(config, ranks)
+    """The settings that are measured: from random weights, one phase at the benchmark's resolution and batch."""
+    stage = config.stage
+    if stage.phases:
+        resolution = config.resolution or stage.phases[0].resolution
+        batch, sizes = stage.global_batch_size, config.hardware.micro_batch_size
+        if config.micro_batches is not None and resolution in sizes:
+            batch = ranks * sizes[resolution] * config.micro_batches
+        phases = [PhaseConfig(resolution, STEPS * batch)]
+        stage = replace(stage, init_from=None, global_batch_size=batch, phases=phases, samples_scale=1.0)
+        config = replace(config, stage=stage, tracking=replace(config.tracking, mode="disabled"))
     check_settings(config, ranks)
     return config
-
-
-def one_phase(config: BenchConfig, ranks: int) -> BenchConfig:
-    """The settings of a stage from random weights with one phase, at the benchmark's resolution and batch."""
-    stage = config.stage
-    if not stage.phases:
-        return config
-    resolution = config.resolution or stage.phases[0].resolution
-    batch, sizes = stage.global_batch_size, config.hardware.micro_batch_size
-    if config.micro_batches is not None and resolution in sizes:
-        batch = ranks * sizes[resolution] * config.micro_batches
-    phases = [PhaseConfig(resolution, STEPS * batch)]
-    stage = replace(stage, init_from=None, global_batch_size=batch, phases=phases, samples_scale=1.0)
-    return replace(config, stage=stage, tracking=replace(config.tracking, mode="disabled"))

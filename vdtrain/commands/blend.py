@@ -1,11 +1,7 @@
-"""Make samples from several captions and images at once.
-
-vdtrain blend runs/stage3_four_flow "text:a red circle" image:star.png
-"""
+"""Make samples from several captions and images at once."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +44,7 @@ PLAIN_CONTEXTS = PlainArguments(("checkpoint",), rest="contexts", item=_context)
 
 
 def blend(config: BlendConfig, raw_config: DictConfig, made: Callable[..., Sampler] | None = None) -> int:
-    """Sample and write the results; returns the exit status.
-
-    Args:
-        made: makes the sampler from the two configurations.
-    """
+    """Sample and write the results; returns the exit status. `made` makes the sampler from the two configurations."""
     if not config.contexts:
         raise ConfigError("contexts: empty; give at least one caption or image, e.g. 'text:a red circle'")
     from vdtrain.commands.sampler import Sampler
@@ -105,6 +97,6 @@ def _context_input(sampler: Sampler, output: str, index: int, given: Mapping[str
     return ContextInput(modality, batch[0], float(weight), None if mask is None else read_mask(str(mask)), focus)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain blend`."""
-    return run_command(USAGE, "blend", BlendConfig, blend, sys.argv[1:] if argv is None else argv, plain=PLAIN_CONTEXTS)
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain blend`; returns its exit status."""
+    return run_command(USAGE, "blend", BlendConfig, blend, arguments, plain=PLAIN_CONTEXTS)

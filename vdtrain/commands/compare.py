@@ -1,8 +1,4 @@
-"""Let people choose, blindly, between two sets of samples, and add up their votes.
-
-vdtrain compare ours theirs
-vdtrain compare ours theirs votes=[votes-anna.json,votes-ben.json]
-"""
+"""Let people choose, blindly, between two sets of samples, and add up their votes."""
 
 from __future__ import annotations
 
@@ -77,7 +73,6 @@ def compare(config: CompareConfig, raw_config: DictConfig) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain compare`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain compare`; returns its exit status."""
     return run_command(USAGE, "compare", CompareConfig, compare, arguments, plain=PlainArguments(("a", "b")))

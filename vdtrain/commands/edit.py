@@ -1,11 +1,7 @@
-"""Edit images by words, in the latent of the text that describes each image.
-
-vdtrain edit runs/stage3_four_flow image.png remove='a circle' add='a star, red'
-"""
+"""Edit images by words, in the latent of the text that describes each image."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,11 +27,7 @@ Examples:
 
 
 def edit(config: EditConfig, raw_config: DictConfig, made: Callable[..., Sampler] | None = None) -> int:
-    """Edit and write the results; returns the exit status.
-
-    Args:
-        made: makes the sampler from the two configurations.
-    """
+    """Edit and write the results; returns the exit status. `made` makes the sampler from the two configurations."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one image file")
     if not config.remove and not config.add:
@@ -66,6 +58,6 @@ def edit(config: EditConfig, raw_config: DictConfig, made: Callable[..., Sampler
     return sampler.write(IMAGE, images)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain edit`."""
-    return run_command(USAGE, "edit", EditConfig, edit, sys.argv[1:] if argv is None else argv, plain=PLAIN_INPUTS)
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain edit`; returns its exit status."""
+    return run_command(USAGE, "edit", EditConfig, edit, arguments, plain=PLAIN_INPUTS)

@@ -1,12 +1,7 @@
-"""Measure a trained model, or images and captions of another: FID, CLIP scores, BLEU and more.
-
-vdtrain evaluate runs/stage3_four_flow data.manifest=data/coco/manifest device=cuda precision=fp16
-vdtrain evaluate runs/stage3_four_flow ... gpus=8       # one process per GPU
-"""
+"""Measure a trained model, or images and captions of another: FID, CLIP scores, BLEU and more."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
@@ -36,8 +31,8 @@ Examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain evaluate`."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain evaluate`; returns its exit status."""
 
     def action(config: EvaluateConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         # Heavy imports come last, so that a mistake on the command line is reported at once.
@@ -45,6 +40,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(config, launch)
 
-    arguments = sys.argv[1:] if argv is None else argv
     plain = PlainArguments(("checkpoint",))
     return run_command_on_ranks(USAGE, "evaluate", EvaluateConfig, action, arguments, plain)

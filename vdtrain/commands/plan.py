@@ -1,13 +1,8 @@
-"""Estimate the memory, disk space, steps, time and cost of a stage, or of a whole curriculum.
-
-vdtrain plan stage=stage3_four_flow hardware=h100 gpus=8
-vdtrain plan curriculum hardware=h200 gpus=64 price_per_gpu_hour=3
-"""
+"""Estimate the memory, disk space, steps, time and cost of a stage, or of a whole curriculum."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -88,11 +83,9 @@ def plan_curriculum(words: Sequence[str], config: PlanConfig, raw_config: DictCo
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain plan`."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain plan`; returns its exit status."""
     words = [word for word in arguments if word != CURRICULUM]
-    action = plan
-    if words != arguments:
-        action = partial(plan_curriculum, [word for word in words if not word.startswith("-")])
+    settings = [word for word in words if not word.startswith("-")]
+    action = partial(plan_curriculum, settings) if CURRICULUM in arguments else plan
     return run_command(USAGE, "plan", PlanConfig, action, words, parts=PARTS)

@@ -1,7 +1,4 @@
-"""Check the configuration and the environment before training: one process, on the machine that will train.
-
-vdtrain preflight stage=stage3_four_flow hardware=h100 ranks=8
-"""
+"""Check the configuration and the environment before training: one process, on the machine that will train."""
 
 from __future__ import annotations
 
@@ -61,7 +58,6 @@ def preflight(config: PreflightConfig, raw_config: DictConfig) -> int:
     return 2 if wrong else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain preflight`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain preflight`; returns its exit status."""
     return run_command(USAGE, "preflight", PreflightConfig, preflight, arguments, parts=("ranks",), checked=False)

@@ -1,7 +1,4 @@
-"""Make one HTML page of a run, or of a whole curriculum.
-
-vdtrain report runs/stage3_four_flow
-"""
+"""Make one HTML page of a run, or of a whole curriculum."""
 
 from __future__ import annotations
 
@@ -30,8 +27,8 @@ Examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain report`."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain report`; returns its exit status."""
 
     def action(config: ReportConfig, raw_config: DictConfig) -> int:
         if not config.run_dirs:
@@ -55,5 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(output)
         return 0
 
-    arguments = sys.argv[1:] if argv is None else argv
     return run_command(USAGE, "report", ReportConfig, action, arguments, plain=PlainArguments(rest="run_dirs"))

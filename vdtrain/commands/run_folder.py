@@ -25,8 +25,8 @@ in the settings, which is printed on standard error.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m vdtrain.commands.run_folder`."""
+def main(arguments: Sequence[str]) -> int:
+    """Print the folder; returns the exit status."""
 
     def action(config: TrainConfig, raw_config: DictConfig) -> int:
         if "\n" in config.run_dir or not config.run_dir:
@@ -36,10 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
 
-    return run_command(
-        USAGE, "train", TrainConfig, action, sys.argv[1:] if argv is None else argv, parts=("run_dir", "runs_dir")
-    )
+    return run_command(USAGE, "train", TrainConfig, action, arguments, parts=("run_dir", "runs_dir"))
 
 
 if __name__ == "__main__":
-    sys.exit(quietly(main))
+    sys.exit(quietly(lambda: main(sys.argv[1:])))

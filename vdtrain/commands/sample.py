@@ -1,11 +1,7 @@
-"""Make images and captions with a trained model.
-
-vdtrain sample runs/stage3_four_flow "a red circle, on white" "a blue star" output_dir=samples
-"""
+"""Make images and captions with a trained model."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,11 +36,7 @@ PLAIN_INPUTS = PlainArguments(("checkpoint",), rest="inputs")
 
 
 def sample(config: SampleConfig, raw_config: DictConfig, made: Callable[..., Sampler] | None = None) -> int:
-    """Sample and write the results; returns the exit status.
-
-    Args:
-        made: makes the sampler from the two configurations.
-    """
+    """Sample and write the results; returns the exit status. `made` makes the sampler from the two configurations."""
     if not config.inputs:
         raise ConfigError("inputs: empty; give at least one caption or image file")
     if config.start_from and len(config.start_from) != len(config.inputs):
@@ -83,7 +75,6 @@ def _repeated(inputs: Sequence[str], times: int) -> list[str]:
     return [given for given in inputs for _ in range(times)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain sample`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain sample`; returns its exit status."""
     return run_command(USAGE, "sample", SampleConfig, sample, arguments, plain=PLAIN_INPUTS)

@@ -25,13 +25,12 @@ from vdtrain.config.command_schema import AUTO, BlendConfig, EditConfig, SampleC
 from vdtrain.config.fields import shown
 from vdtrain.config.instantiate import check_parts, import_parts
 from vdtrain.config.schema import ModelConfig
-from vdtrain.config.suggestions import meant
 from vdtrain.config.validation import check_sampling, missing_weights
 from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError, printable, unwritable
 from vdtrain.files import check_output
-from vdtrain.flows import Flow
+from vdtrain.flows import Flow, flow_of
 from vdtrain.media import MODALITY_IO, ModalityIO, next_number
 from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import VersatileDiffusion
@@ -106,30 +105,8 @@ class Described:
         return sum(entry.shape.numel() for entry in self.tensors.entries.values())
 
     def flow(self, name: str, setting: str = "flow") -> Flow:
-        """A flow by name.
-
-        Raises:
-            ConfigError: the name is not a flow's, or there are no layers for it.
-        """
-        try:
-            flow = Flow.parse(name)
-        except ValueError as error:
-            raise ConfigError(f"{setting}={name}: {error}") from error
-        for modality, group in ((flow.output, f"data.{flow.output}"), (flow.context, f"context.{flow.context}")):
-            if group not in self.groups:
-                later = "; sample from a later stage" if modality in self.model.modalities else ""
-                known = meant(modality, self.model.modalities)
-                raise ConfigError(f"{setting}={name}: this checkpoint has no layers for {modality!r}{later}{known}")
-        return flow
-
-
-def check_checkpoint(config: SamplerConfig) -> None:
-    """Raise a ConfigError for a checkpoint that is not there."""
-    if not located(config.checkpoint).exists():
-        raise ConfigError(
-            f"checkpoint={config.checkpoint}: does not exist; give a run, checkpoint or weights folder as the first "
-            "plain argument, or as checkpoint="
-        )
+        """A flow by name; see `flow_of`."""
+        return flow_of(setting, name, self.groups, self.model.modalities)
 
 
 def describe(config: SamplerConfig) -> Described:
@@ -138,7 +115,11 @@ def describe(config: SamplerConfig) -> Described:
     Raises:
         ConfigError: it holds nothing complete, or names a class that is not trusted.
     """
-    check_checkpoint(config)
+    if not located(config.checkpoint).exists():
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: does not exist; give a run, checkpoint or weights folder as the first "
+            "plain argument, or as checkpoint="
+        )
     try:
         source = resolve_weights("checkpoint", config.checkpoint, Verification.SIZES)
         if isinstance(source, Path):
@@ -195,7 +176,7 @@ class Sampler:
         self.size = (self.settings["height"], self.settings["width"])
         self.steps_taken, self.first = len(_solver(config, self.checkpoint.model).timesteps), 0
 
-    def flow(self, name: str, inputs: Sequence[str], setting: str = "inputs") -> Flow:
+    def flow(self, name: str, inputs: Sequence[str]) -> Flow:
         """The flow, whose inputs have been looked at: a caption for a flow from images may be meant for one from text.
 
         Raises:
@@ -206,10 +187,10 @@ class Sampler:
         odd = next((each for each in enumerate(inputs) if from_images and looks_like_caption(each[1])), None)
         other = Flow(flow.output, TEXT)
         if odd is None or os.path.exists(os.path.expanduser(odd[1])) or not set(other.groups) <= self.checkpoint.groups:
-            self.check_captions(flow.context, inputs, setting, f"flow=image-to-{flow.output}")
+            self.check_captions(flow.context, inputs, "inputs", f"flow=image-to-{flow.output}")
             return flow
         confirm(
-            f"{setting}.{odd[0]}={odd[1]}",
+            f"inputs.{odd[0]}={odd[1]}",
             f"no such file, and it looks like a caption, but flow={flow} takes image files",
             f"Is it a caption, for flow={other}?",
             f"for a caption write flow={other}",

@@ -1,11 +1,7 @@
-"""Show the progress of a run from the files in its folder, without PyTorch.
-
-vdtrain status runs/stage3_four_flow
-"""
+"""Show the progress of a run from the files in its folder, without PyTorch."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,8 +123,8 @@ def _watch(folder: Path, seconds: float) -> None:
         time.sleep(seconds)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain status`."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain status`; returns its exit status."""
 
     def action(config: StatusConfig, raw_config: DictConfig) -> int:
         folder = Path(config.run_dir)
@@ -141,5 +137,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"run_dir={folder}: {unreadable(error, folder, 'give another folder')}") from error
         return 0
 
-    arguments = sys.argv[1:] if argv is None else argv
     return run_command(USAGE, "status", StatusConfig, action, arguments, plain=PlainArguments(("run_dir",)))

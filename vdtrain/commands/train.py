@@ -1,12 +1,7 @@
-"""Train one stage of the curriculum.
-
-vdtrain train stage=stage3_four_flow            # one process
-vdtrain train stage=stage3_four_flow gpus=8     # one process per GPU
-"""
+"""Train one stage of the curriculum."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
@@ -44,9 +39,8 @@ def checked(config: TrainConfig, processes: int) -> TrainConfig:
     return config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain train`."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain train`; returns its exit status."""
 
     def action(config: TrainConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         # Heavy imports come after the checks, so that a mistake is reported at once.

@@ -1,9 +1,4 @@
-"""Import published weights, export trained ones, and send an export to the Hugging Face hub.
-
-vdtrain weights import versatile_diffusion vd-four-flow-v1-0.pth
-vdtrain weights export diffusers exported runs/stage3_four_flow
-vdtrain weights push exported repo=NAMESPACE/NAME dry_run=true
-"""
+"""Import published weights, export trained ones, and send an export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -179,8 +174,8 @@ def _refuse_name(output: Path, what: str) -> None:
         raise ConfigError(f"output={output}: the result is {what}, not a file; leave out {output.suffix}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `vdtrain weights`."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `vdtrain weights`; returns its exit status."""
     asked: list[Action] = []
 
     def plain(line: CommandLine) -> list[Override]:
@@ -193,4 +188,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action(config: WeightsConfig, raw_config: DictConfig) -> int:
         return asked[0](config)
 
-    return run_command(_usage(), "weights", WeightsConfig, action, sys.argv[1:] if argv is None else argv, plain=plain)
+    return run_command(_usage(), "weights", WeightsConfig, action, arguments, plain=plain)

@@ -33,7 +33,7 @@ Options:
 """
 
 
-def help_text(usage: str, config_name: str, choices: Sequence[Override], parts: Sequence[str] = ()) -> str:
+def help_text(usage: str, config_name: str, choices: Sequence[Override], parts: Sequence[str]) -> str:
     """The usage, the groups and the settings of a command.
 
     Args:

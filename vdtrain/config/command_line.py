@@ -146,11 +146,7 @@ def plain_path(path: str) -> str:
 
 def shell(words: Sequence[str]) -> str:
     """Words as one line that bash splits into exactly these words."""
-    return " ".join(shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words)
-
-
-def _ansi_quoted(word: str) -> str:
-    return "$'" + "".join(_ansi(character) for character in word) + "'"
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{''.join(map(_ansi, word))}'" for word in words)
 
 
 def _ansi(character: str) -> str:

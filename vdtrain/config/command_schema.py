@@ -1,4 +1,7 @@
-"""The schemas of the commands beside training: what sampling, evaluation, weights, reports and data take."""
+"""The schemas of the commands beside training: what sampling, evaluation, weights, reports and data take.
+
+A command's own class has the settings of `conf/COMMAND.yaml`.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,12 @@ AUTO = "auto"
 
 @dataclass
 class StatusConfig:
-    """Root of `conf/status.yaml`."""
-
     run_dir: FilePath = setting("folder of a run, or of several runs")
     watch: float | None = setting("seconds between updates, on a terminal; null prints once", above=0)
 
 
 @dataclass
 class ReportConfig:
-    """Root of `conf/report.yaml`."""
-
     run_dirs: list[FilePath] = setting(
         "run of the last stage, or the folder of a curriculum's runs, or all its runs in their order"
     )
@@ -47,8 +46,6 @@ class ReportConfig:
 
 @dataclass
 class CompareConfig:
-    """Root of `conf/compare.yaml`."""
-
     a: FilePath | None = setting("folder of samples that `vdtrain sample` or `vdtrain evaluate` wrote")
     b: FilePath | None = setting("folder of samples from the same inputs")
     pairs: int | None = setting("most pairs of the page, drawn from those that match; null for all", least=1)
@@ -110,8 +107,6 @@ class OutputConfig:
 
 @dataclass
 class SampleConfig(SamplerConfig, OutputConfig):
-    """Root of `conf/sample.yaml`."""
-
     flow: str = setting("flow, CONTEXT-to-OUTPUT")
     inputs: list[Prompt] = setting("captions or image files, by the context of the flow")
     samples_per_input: int = setting("samples for each input", least=1)
@@ -122,8 +117,6 @@ class SampleConfig(SamplerConfig, OutputConfig):
 
 @dataclass
 class BlendConfig(SamplerConfig, OutputConfig):
-    """Root of `conf/blend.yaml`."""
-
     output: str = setting("modality of the samples: image or text")
     contexts: list[PromptTable] = setting(
         "each {text: CAPTION} or {image: FILE}, with an optional weight and, for an image, a mask file and a focus"
@@ -138,8 +131,6 @@ class BlendConfig(SamplerConfig, OutputConfig):
 
 @dataclass
 class EditConfig(SamplerConfig, OutputConfig):
-    """Root of `conf/edit.yaml`."""
-
     inputs: list[Prompt] = setting("image files")
     remove: Prompt = setting("words to take out; may be empty")
     add: Prompt = setting("words to put in; may be empty")
@@ -157,8 +148,6 @@ class AppConfig(SamplerConfig):
 
 @dataclass
 class WeightsConfig:
-    """Root of `conf/weights.yaml`."""
-
     model: ModelConfig = MISSING
     output: FilePath | None = setting("import: folder of the diffuser; null for the one shown beside the source")
     checkpoint: FilePath = setting(f"export: {CHECKPOINT}")
@@ -176,15 +165,11 @@ class WeightsConfig:
 
 @dataclass
 class DataPipelineConfig:
-    """Root of `conf/data_pipeline.yaml`."""
-
     data: DataConfig = MISSING
 
 
 @dataclass
 class LatentsConfig(ProcessesConfig):
-    """Root of `conf/latents.yaml`."""
-
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     hardware: HardwareConfig = MISSING
@@ -216,8 +201,6 @@ class ClipConfig:
 
 @dataclass
 class EvaluateConfig(SamplerConfig, ProcessesConfig):
-    """Root of `conf/evaluate.yaml`."""
-
     images: FilePath | None = setting("folder of generated images, measured in place of a checkpoint's; null for none")
     prompts: FilePath | None = setting("file of their prompts by name; null for the one in the folder")
     captions: FilePath | None = setting("file of generated captions by name, measured in place of a checkpoint's")

@@ -21,20 +21,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vdtrain.config import command_schema
 from vdtrain.config.command_line import SETTING_FORM
-from vdtrain.config.command_schema import (
-    AppConfig,
-    BlendConfig,
-    CompareConfig,
-    DataPipelineConfig,
-    EditConfig,
-    EvaluateConfig,
-    LatentsConfig,
-    ReportConfig,
-    SampleConfig,
-    StatusConfig,
-    WeightsConfig,
-)
 from vdtrain.config.overrides import Override, escaped, list_items
 from vdtrain.config.schema import BenchConfig, PlanConfig, PreflightConfig, TrainConfig
 from vdtrain.config.settings import apply, complete, explained, unknown
@@ -48,17 +36,17 @@ SCHEMAS: dict[str, type] = {
     "plan": PlanConfig,
     "bench": BenchConfig,
     "preflight": PreflightConfig,
-    "status": StatusConfig,
-    "report": ReportConfig,
-    "sample": SampleConfig,
-    "blend": BlendConfig,
-    "edit": EditConfig,
-    "app": AppConfig,
-    "evaluate": EvaluateConfig,
-    "compare": CompareConfig,
-    "weights": WeightsConfig,
-    "data_pipeline": DataPipelineConfig,
-    "latents": LatentsConfig,
+    "status": command_schema.StatusConfig,
+    "report": command_schema.ReportConfig,
+    "sample": command_schema.SampleConfig,
+    "blend": command_schema.BlendConfig,
+    "edit": command_schema.EditConfig,
+    "app": command_schema.AppConfig,
+    "evaluate": command_schema.EvaluateConfig,
+    "compare": command_schema.CompareConfig,
+    "weights": command_schema.WeightsConfig,
+    "data_pipeline": command_schema.DataPipelineConfig,
+    "latents": command_schema.LatentsConfig,
 }
 SEARCH_PATH = "hydra.searchpath"
 

@@ -230,10 +230,7 @@ class DataConfig:
         "class that yields the batches, with its arguments",
         factory=lambda: {"_target_": "vdtrain.data.stream.PairStream"},
     )
-    latents: str = setting(
-        "encode images in training, or read the cached latents",
-        choices=("inline", "cached"),
-    )
+    latents: str = setting("encode images in training, or read the cached latents", choices=("inline", "cached"))
     validation: SplitConfig = field(default_factory=SplitConfig)
     flip: bool = setting(
         "mirror an image with a chance of one half, but not one whose caption names left or right", False

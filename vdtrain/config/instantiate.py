@@ -47,7 +47,11 @@ def takes(specification: Mapping[str, Any], setting: str, argument: str) -> bool
     Raises:
         ConfigError: no such target, or an entry that is not an argument of it.
     """
-    parameters = inspect.signature(find_target(specification, setting)[0]).parameters
+    return _takes(find_target(specification, setting)[0], argument)
+
+
+def _takes(target: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(target).parameters
     return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
@@ -67,11 +71,9 @@ def find_target(specification: Mapping[str, Any], setting: str) -> tuple[Callabl
             f"{setting}._target_={name}: cannot be imported ({one_line(error)}); "
             "write package.module.Name, with its folder on PYTHONPATH"
         ) from error
-    parameters = inspect.signature(target).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [key for key in options if key not in parameters]
-    if unknown and not takes_any:
-        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {', '.join(parameters)}")
+    if unknown := [key for key in options if not _takes(target, key)]:
+        known = ", ".join(inspect.signature(target).parameters)
+        raise ConfigError(f"{setting}.{unknown[0]}: {name} takes no such argument; it takes {known}")
     return target, options
 
 

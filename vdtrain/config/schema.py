@@ -1,7 +1,8 @@
 """The schema of everything in `conf/`: one dataclass per group, merged strictly, so that an unknown key is an error.
 
-The values stand in `conf/*.yaml`. A default here is for a setting that is the same in every preset. `--help` prints
-these texts, and `fields.check_values` checks these choices and bounds.
+A command's own class has the settings of `conf/COMMAND.yaml`, and the values stand there. A default here is for a
+setting that is the same in every preset. `--help` prints these texts, and `fields.check_values` checks these choices
+and bounds.
 """
 
 from __future__ import annotations
@@ -206,9 +207,7 @@ class ObjectiveConfig:
         above=0,
     )
     offset_noise: float = setting(
-        "strength of a noise that shifts a whole channel of an image's latent (0.1 is usual); 0 adds none",
-        0.0,
-        least=0,
+        "strength of a noise that shifts a whole channel of an image's latent (0.1 is usual); 0 adds none", 0.0, least=0
     )
 
 
@@ -286,8 +285,6 @@ class ProcessesConfig:
 
 @dataclass
 class TrainConfig(ProcessesConfig):
-    """Root of `conf/train.yaml`."""
-
     stage: StageConfig = MISSING
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -310,8 +307,6 @@ class TrainConfig(ProcessesConfig):
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """Root of `conf/plan.yaml`."""
-
     gpus: int = setting("number of processes on all nodes, one per GPU", least=1)
     format: str = setting("output for people or for programs", choices=("table", "json"))
     rate: FilePath | None = setting(
@@ -324,8 +319,6 @@ class PlanConfig(TrainConfig):
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """Root of `conf/bench.yaml`."""
-
     resolution: int | None = setting("side of the images in pixels; null for the stage's first phase", least=1)
     warmup_steps: int = setting("steps before the timed ones", least=1)
     timed_steps: int = setting("steps that are timed", least=1)
@@ -340,8 +333,6 @@ class BenchConfig(TrainConfig):
 
 @dataclass
 class PreflightConfig(TrainConfig):
-    """Root of `conf/preflight.yaml`."""
-
     ranks: int | None = setting(
         "number of processes that will train; null for gpus x nnodes, else WORLD_SIZE, else SLURM_NTASKS (1 inside a "
         "step of one task), else 1"

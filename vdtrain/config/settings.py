@@ -8,20 +8,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigIndexError,
-    ConfigKeyError,
-    GrammarParseError,
-    InterpolationKeyError,
-    InterpolationResolutionError,
-    KeyValidationError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    UnsupportedInterpolationType,
-    ValidationError,
-)
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, errors, open_dict
 
 from vdtrain.config.data_schema import PREPARATION
 from vdtrain.config.fields import Mark, SettingType, keys, look_up
@@ -87,8 +74,9 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
             OmegaConf.update(config, override.key, value, merge=True, force_add=adds)
     except SettingValueError as error:
         raise ConfigError(f"{override.shown}: {error}") from error
-    except OmegaConfBaseException as error:
-        if isinstance(error, ConfigKeyError | ConfigAttributeError) and setting.fields is None and not override.sign:
+    except errors.OmegaConfBaseException as error:
+        absent = isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError)
+        if absent and setting.fields is None and not override.sign:
             raise ConfigError(f"{override.shown}: no such entry, {_names(present)}; {ADDS}") from error
         where, what = explained(error, schema, override.key)
         inner = f"{where.rpartition('.')[2]} " if where != override.key and where.startswith(override.key) else ""
@@ -173,20 +161,26 @@ def complete(config: DictConfig, schema: type) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
-    for place, path in list(_home_paths(OmegaConf.to_container(config), SettingType(schema))):
-        table: Any = config
-        for name in place[:-1]:
-            table = table[name]
-        table[place[-1]] = _at_home(path, ".".join(map(str, place)))
+    for place, path, setting in list(_walk(OmegaConf.to_container(config), SettingType(schema))):
+        if setting.mark is Mark.PATH and isinstance(path, str) and path.startswith("~"):
+            table: Any = config
+            for name in place[:-1]:
+                table = table[name]
+            table[place[-1]] = _at_home(path, _key(place))
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError("a setting refers to itself; --cfg job prints the settings with their ${...}") from error
-    except OmegaConfBaseException as error:
+    except errors.OmegaConfBaseException as error:
         key, what = explained(error, schema)
         raw = _raw(OmegaConf.to_container(config), key)
         raise ConfigError(f"{key}{f'={raw}' if isinstance(raw, str) else ''}: {what}") from error
-    _check(container, SettingType(schema), "")
+    for place, value, setting in _walk(container, SettingType(schema)):
+        # A reference may lead to something else than a list.
+        if setting.is_list and value is not None and not isinstance(value, list):
+            raise ConfigError(f"{_key(place)}={value}: must be {setting.example}")
+        if setting.mark is Mark.PATH and setting.is_text and value is not None:
+            _check_path(_key(place), value)
 
 
 def _raw(value: Any, key: str) -> Any:
@@ -195,14 +189,17 @@ def _raw(value: Any, key: str) -> Any:
     return value
 
 
-def _home_paths(raw: Any, setting: SettingType, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """The places of an unresolved configuration whose paths begin with `~`."""
-    for name, value in raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ():
-        inner = setting.entry(str(name))
-        if inner is not None and inner.mark is Mark.PATH and isinstance(value, str) and value.startswith("~"):
-            yield (*place, name), value
-        elif inner is not None:
-            yield from _home_paths(value, inner, (*place, name))
+def _walk(value: Any, setting: SettingType, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any, SettingType]]:
+    """A value and all values inside it, each with its place and its setting."""
+    yield place, value, setting
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in entries:
+        if (inner := setting.entry(str(name))) is not None:
+            yield from _walk(each, inner, (*place, name))
+
+
+def _key(place: tuple[Any, ...]) -> str:
+    return ".".join(map(str, place))
 
 
 def _at_home(path: str, place: str) -> str:
@@ -213,25 +210,8 @@ def _at_home(path: str, place: str) -> str:
     return expanded
 
 
-def _check(value: Any, setting: SettingType, key: str) -> None:
-    """Refuse a reference that is not to a list where one must be, and impossible paths."""
-    if setting.is_list and value is not None and not isinstance(value, list):
-        raise ConfigError(f"{key}={value}: must be {setting.example}")
-    if setting.mark is Mark.PATH and setting.is_text and value is not None:
-        check_path(key, value)
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, each in entries:
-        inner = setting.entry(str(name))
-        if inner is not None:
-            _check(each, inner, f"{key}.{name}" if key else str(name))
-
-
-def check_path(key: str, path: str) -> None:
-    """Refuse an impossible path.
-
-    Raises:
-        ConfigError: it is empty or too long.
-    """
+def _check_path(key: str, path: str) -> None:
+    """Refuse an empty path, and one that is too long."""
     if not path.strip():
         raise ConfigError(f"{key}={path}: empty; give a file or folder (. is this one)")
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in path.split("/")):
@@ -248,18 +228,18 @@ def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, 
     # OmegaConf builds a value before it inserts it, and then names the setting relative to the value.
     key = next((each for each in (named, f"{near}.{named}", f"{near}.0.{named}") if look_up(schema, each)), named)
     setting = look_up(schema, key) or look_up(schema, near)
-    if isinstance(error, InterpolationKeyError | UnsupportedInterpolationType):
+    if isinstance(error, errors.InterpolationKeyError | errors.UnsupportedInterpolationType):
         return key, f"its ${{...}} names no setting; {INTERPOLATION}"
-    if isinstance(error, GrammarParseError):
+    if isinstance(error, errors.GrammarParseError):
         return key, f"not a valid reference; {INTERPOLATION}"
-    if isinstance(error, MissingMandatoryValue):
+    if isinstance(error, errors.MissingMandatoryValue):
         return key, f"has no value; give {key}=VALUE"
-    if isinstance(error, KeyValidationError):
+    if isinstance(error, errors.KeyValidationError):
         return key, "must be a table whose names are integers"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError | ConfigIndexError):
+    if isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError | errors.ConfigIndexError):
         return key, str(unknown(key, schema)).removeprefix(f"{key}: ")
-    if isinstance(error, InterpolationResolutionError):
+    if isinstance(error, errors.InterpolationResolutionError):
         return key, f"its ${{...}} cannot be resolved; {INTERPOLATION}"
-    if isinstance(error, ValidationError) and setting is not None:
+    if isinstance(error, errors.ValidationError) and setting is not None:
         return key, f"must be {setting.example}"
     return key, f"must be {setting.example}" if setting is not None else "cannot be used; --cfg job prints all settings"

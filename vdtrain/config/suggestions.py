@@ -8,58 +8,36 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 MOST, LEAST_LIKENESS, LEAST_PART = 3, 0.72, 3
-# Words of other programs, in our words.
-FOREIGN = {
-    "accumulation": "micro_batch_size",
-    "amp": "precision",
-    "batch": "batch_size",
-    "batch_size": "stage.global_batch_size",
-    "bs": "batch_size",
-    "bsz": "batch_size",
-    "cfg": "guidance_scale",
-    "ckpt": "checkpoint",
-    "dataset": "data",
-    "dest": "output",
-    "dir": "output_dir",
-    "dtype": "precision",
-    "epochs": "stage.phases",
-    "gradient_accumulation_steps": "micro_batch_size",
-    "gradient_checkpointing": "activation_checkpointing",
-    "grad_checkpointing": "activation_checkpointing",
-    "image": "inputs",
-    "image_size": "resolution",
-    "images": "inputs",
-    "logger": "tracking",
-    "lr": "learning_rate",
-    "lr_scheduler": "optimizer.schedule",
-    "max_steps": "stage.samples_scale",
-    "mixed_precision": "precision",
-    "num_images": "samples",
-    "num_inference_steps": "steps",
-    "num_workers": "workers",
-    "out": "output",
-    "output": "output_dir",
-    "output_dir": "run_dir",
-    "prompt": "inputs",
-    "prompts": "inputs",
-    "sampler": "solver",
-    "save_every": "checkpoint.every_steps",
-    "save_steps": "checkpoint.every_steps",
-    "scheduler": "solver",
-    "size": "resolution",
-    "strength": "fidelity",
-    "train_batch_size": "batch_size",
-    "wandb": "tracking",
-    "workers": "processes",
+# Words of other programs for ours.
+OURS = {
+    "activation_checkpointing": ("gradient_checkpointing", "grad_checkpointing"),
+    "batch_size": ("batch", "bs", "bsz", "train_batch_size"),
+    "checkpoint": ("ckpt",),
+    "checkpoint.every_steps": ("save_every", "save_steps"),
+    "data": ("dataset",),
+    "fidelity": ("strength",),
+    "guidance_scale": ("cfg",),
+    "inputs": ("image", "images", "prompt", "prompts"),
+    "learning_rate": ("lr",),
+    "micro_batch_size": ("accumulation", "gradient_accumulation_steps"),
+    "optimizer.schedule": ("lr_scheduler",),
+    "output": ("dest", "out"),
+    "output_dir": ("dir", "output"),
+    "precision": ("amp", "dtype", "mixed_precision"),
+    "processes": ("workers",),
+    "resolution": ("image_size", "size"),
+    "run_dir": ("output_dir",),
+    "samples": ("num_images",),
+    "solver": ("sampler", "scheduler"),
+    "stage.global_batch_size": ("batch_size",),
+    "stage.phases": ("epochs",),
+    "stage.samples_scale": ("max_steps",),
+    "steps": ("num_inference_steps",),
+    "tracking": ("logger", "wandb"),
+    "workers": ("num_workers",),
 }
-VALUES = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "full": "fp32",
-    "gpu": "cuda",
-    "half": "fp16",
-}
+FOREIGN = {foreign: own for own, words in OURS.items() for foreign in words}
+VALUES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "full": "fp32", "gpu": "cuda", "half": "fp16"}
 
 
 def meant(word: Any, names: Iterable[Any]) -> str:
@@ -71,7 +49,7 @@ def meant(word: Any, names: Iterable[Any]) -> str:
     return f"; did you mean {found[0]}?" if found and found[0] != str(word) else ""
 
 
-def nearest_keys(key: str, known: Collection[str], aside: Collection[str] = ()) -> list[str]:
+def nearest_keys(key: str, known: Collection[str], aside: Collection[str]) -> list[str]:
     """The dotted keys most like `key`, the best first; several if they are equally like it.
 
     Args:

@@ -178,27 +178,19 @@ def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
 
 
 def check(config: TrainConfig, world_size: int) -> None:
-    """Refuse a configuration that cannot work, or that names missing files.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy, in one line.
-    """
+    """Raise a ConfigError for the first of `problems`."""
     for line in problems(config, world_size):
         raise ConfigError(line)
 
 
 def check_settings(config: TrainConfig, world_size: int) -> None:
-    """Refuse settings that cannot work; files are not looked at.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy, in one line.
-    """
+    """Raise a ConfigError for the first of `setting_problems`."""
     for line in setting_problems(config, world_size):
         raise ConfigError(line)
 
 
 def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
-    """A line on everything that `check` refuses."""
+    """A line on each setting that cannot work and each missing file: the setting, its value and the remedy."""
     yield from setting_problems(config, world_size)
     if config.hardware.attention == "xformers" and (line := missing("xformers")) is not None:
         yield f"hardware.attention=xformers: {line}, or choose sdpa"
@@ -283,7 +275,7 @@ def _index_command(data: DataConfig) -> str:
 
 
 def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
-    """A line on everything that `check_settings` refuses."""
+    """A line on each setting that cannot work; files are not looked at."""
     yield from value_problems(config)
     stage = config.stage
     flows = list(problem_of(lambda: stage_flows(config)))

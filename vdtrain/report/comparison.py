@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
+from vdtrain.data.decode import IMAGE_ERRORS
 from vdtrain.errors import ConfigError, one_line, unreadable
 from vdtrain.files import SHAPE_ERRORS, FileRecord, read_json, read_record
 from vdtrain.media import CAPTIONS_FILE, FIRST, NUMBERED_CAPTIONS
-from vdtrain.report.page import IMAGE_ERRORS, IMAGE_SUFFIXES, embedded, write_page
+from vdtrain.report.page import IMAGE_SUFFIXES, embedded, write_page
 
 FORMAT = "vdtrain votes 1"
 FLOW = re.compile(r"[a-z]+-to-[a-z]+")

@@ -6,7 +6,7 @@ import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,6 @@ WORDS = {
 }
 
 
-@dataclass
-class Series:
-    """One number over a run: its values by the samples of the whole curriculum."""
-
-    xs: array[float] = field(default_factory=lambda: array("d"))
-    ys: array[float] = field(default_factory=lambda: array("d"))
-
-
 def sections(runs: Sequence[tuple[int, Sequence[Record]]]) -> tuple[list[dict[str, Any]], list[list[float]], list[str]]:
     """What the page's script draws: sections of charts of curves; the axes that curves share; remarks.
 
@@ -115,7 +107,8 @@ def sections(runs: Sequence[tuple[int, Sequence[Record]]]) -> tuple[list[dict[st
             number = axes.setdefault(tuple(xs), len(axes))
             parts = groups.setdefault(group, {}).setdefault(curve, [])
             parts.append([number, *values])
-    quiet = [group for group in groups if _about(group).section == "trouble" and not _any(groups[group])]
+    counted = [group for group in groups if _about(group).section == "trouble"]
+    quiet = [group for group in counted if not any(any(part[1]) for parts in groups[group].values() for part in parts)]
     if quiet:
         remarks.append(f"None of these happened: {', '.join(_about(group).title.lower() for group in quiet)}.")
     made = []
@@ -130,9 +123,11 @@ def sections(runs: Sequence[tuple[int, Sequence[Record]]]) -> tuple[list[dict[st
     return made, [list(xs) for xs in axes], remarks
 
 
-def downsampled(series: Series, points: int) -> tuple[list[float], list[float], list[float] | None, list[float] | None]:
+def downsampled(
+    series: Sequence[array[float]], points: int
+) -> tuple[list[float], list[float], list[float] | None, list[float] | None]:
     """Positions and values of at most `points` points; of more values each point is a mean, with the least and most."""
-    xs, ys = np.asarray(series.xs), np.asarray(series.ys)
+    xs, ys = map(np.asarray, series)
     if len(xs) <= points:
         return _rounded(xs, 12), _rounded(ys), None, None
     starts = np.arange(points) * len(xs) // points
@@ -142,14 +137,15 @@ def downsampled(series: Series, points: int) -> tuple[list[float], list[float], 
     return _rounded(np.round(means[0]), 12), _rounded(means[1]), _rounded(low), _rounded(high)
 
 
-def _series(begin: int, records: Sequence[Record]) -> dict[str, Series]:
-    found: dict[str, Series] = {}
+def _series(begin: int, records: Sequence[Record]) -> dict[str, tuple[array[float], array[float]]]:
+    """Every number over a run: samples of the whole curriculum, and its values there."""
+    found: dict[str, tuple[array[float], array[float]]] = {}
     for record in records:
         x = begin + record.get("samples", record["step"])
         for name, value in numbers(record):
-            series = found.setdefault(name, Series())
-            series.xs.append(x)
-            series.ys.append(value)
+            xs, ys = found.setdefault(name, (array("d"), array("d")))
+            xs.append(x)
+            ys.append(value)
     return found
 
 
@@ -183,10 +179,6 @@ def _rank(group: str) -> tuple[int, str]:
     names = list(KNOWN)
     first = group.partition("/")[0]
     return names.index(first) if first in names else len(names), group
-
-
-def _any(curves: Mapping[str, Sequence[Any]]) -> bool:
-    return any(any(values) for parts in curves.values() for _, values, *_ in parts)
 
 
 def _chart(about: About, curves: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

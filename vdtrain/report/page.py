@@ -28,8 +28,6 @@ QUALITY = 82
 # In the head of our pages alone: a part of their policy.
 MARK, HEAD_BYTES = b"img-src data:; style-src", 4096
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Errors of Pillow for files that are no images, or broken ones, or ones that would fill the memory.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def check_page(path: Path, place: str, overwrite: bool) -> None:

@@ -12,19 +12,13 @@ import yaml
 from PIL import Image
 
 from vdtrain.config.instantiate import leaves
+from vdtrain.data.decode import IMAGE_ERRORS
 from vdtrain.errors import ConfigError, unreadable
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.redaction import redacted
-from vdtrain.report.curriculum import (
-    EVALUATION_FILE,
-    Run,
-    evaluation_folders,
-    moments,
-    read_runs,
-    stage_changes,
-)
+from vdtrain.report.curriculum import EVALUATION_FILE, Run, evaluation_folders, moments, read_runs, stage_changes
 from vdtrain.report.curves import sections
-from vdtrain.report.page import IMAGE_ERRORS, IMAGE_SUFFIXES, embedded, thinned, write_page
+from vdtrain.report.page import IMAGE_SUFFIXES, embedded, thinned, write_page
 from vdtrain.run.summary import age
 
 # Moments of a flow's samples, longer side of an image in pixels, texts below one, changes of a start.
