@@ -40,10 +40,11 @@ from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.caption_tokenizers import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
 from vdtrain.weights.checks import schedule_buffers
+from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.frozen_parts import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 from vdtrain.weights.versatile_diffusion import to_released
 
@@ -116,17 +117,8 @@ def stable_diffusion(model: ModelConfig) -> dict[str, Any]:
 
 def unet(model: ModelConfig) -> LazyTensors:
     """Stable Diffusion's U-Net under CompVis' names, without their prefix."""
-    data, context = layer_names(make_plan(model.diffuser))
-    own, names = diffuser(model), {}
-    for name in own:
-        kind, _, rest = name.partition(".")
-        modality, _, numbered = rest.partition(".")
-        if kind == "global_layers":
-            names[f"time_embed.{rest}"] = name
-        elif modality == model.base_modality:
-            number, _, tail = numbered.partition(".")
-            names[f"{(data if kind == 'data_layers' else context)[int(number)]}.{tail}"] = name
-    return own.renamed(names)
+    modules, own = compvis_modules(make_plan(model.diffuser), model.base_modality), diffuser(model)
+    return own.renamed({key: name for name in own if (key := translated(name, modules))})
 
 
 def image_vae(model: ModelConfig) -> LazyTensors:
