@@ -117,20 +117,11 @@ class DiffusersSolver:
         return out
 
 
-def _dpm_solver(schedule: Schedule, steps: int) -> Solver:
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DiffusersSolver(DPMSolverMultistepScheduler, schedule, steps, algorithm_type="dpmsolver++")
-
-
-def _unipc(schedule: Schedule, steps: int) -> Solver:
-    from diffusers import UniPCMultistepScheduler
-
-    return DiffusersSolver(UniPCMultistepScheduler, schedule, steps)
-
-
-# diffusers' solvers: Lu et al. 2022 (DPM-Solver++, second order) and Zhao et al. 2023 (UniPC).
-FAST_SOLVERS: dict[str, Callable[[Schedule, int], Solver]] = {"dpm-solver++": _dpm_solver, "unipc": _unipc}
+# diffusers' solvers and their settings: Lu et al. 2022 (DPM-Solver++, second order) and Zhao et al. 2023 (UniPC).
+FAST_SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 SOLVERS = ("ddim", *FAST_SOLVERS)
 
 
@@ -152,7 +143,10 @@ def make_solver(
         return DDIM(schedule, steps, eta, step_noise if eta > 0 else None)
     if eta > 0:
         raise ConfigError(f"eta={eta}: only solver=ddim takes it; set eta=0 or solver=ddim")
-    return FAST_SOLVERS[name](schedule, steps)
+    import diffusers
+
+    scheduler, settings = FAST_SOLVERS[name]
+    return DiffusersSolver(getattr(diffusers, scheduler), schedule, steps, **settings)
 
 
 # Predicts the noise in latents [B, ...] at one timestep.
