@@ -133,16 +133,19 @@ def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
 
 
 def load_tokenizer(path: str, setting: str) -> Tokenizer:
-    """Read a `tokenizers` JSON file.
+    """Read a `tokenizers` JSON file. The tokenizer neither pads nor cuts.
 
     Raises:
         WeightsError: the file is missing, or is not a tokenizer.
     """
     file = locate(path, setting)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise WeightsError(f"{setting}={path}: not a `tokenizers` file ({error}); give a tokenizer.json") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def load_weights(module: nn.Module, path: str, setting: str) -> None:
