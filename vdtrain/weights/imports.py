@@ -154,5 +154,5 @@ def _weights_folder(diffuser: LazyTensors, config: WeightsConfig) -> Output:
     from vdtrain.weights.folder import write_weights_folder
 
     folder = Path(str(config.output))
-    write = partial(write_weights_folder, folder, diffuser, config.model, OUTPUT, config.overwrite)
+    write = partial(write_weights_folder, folder, diffuser, config.model, config.overwrite)
     return Output(folder, diffuser.summary, write)
