@@ -109,7 +109,7 @@ def stable_diffusion(model: ModelConfig) -> dict[str, Any]:
         "global_step": 470_000,
         "pytorch-lightning_version": "1.4.2",
         "state_dict": tensors,
-        "callbacks": {_lightning_class(): callback},
+        "callbacks": {type("ModelCheckpoint", (), {"__module__": LIGHTNING}): callback},
         "optimizer_states": [],
         "lr_schedulers": [{"last_epoch": 470_000, "_last_lr": [np.float64(1e-4)]}],
     }
@@ -127,7 +127,7 @@ def image_vae(model: ModelConfig) -> LazyTensors:
 
 
 def compvis_vae(state: LazyTensors) -> LazyTensors:
-    """diffusers' AutoencoderKL under CompVis' names, by trying every name that could be one of them."""
+    """diffusers' AutoencoderKL under CompVis' names."""
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
     return LazyTensors({_compvis_name(key, levels): _as_kernel(key, state.entries[key]) for key in state})
 
@@ -228,10 +228,6 @@ def _outline(model: ModelConfig, part: FrozenPart, **changes: Any) -> Any:
     (target,) = part.targets(model)
     with torch.device("meta"):
         return instantiate({**target.specification, "weights": None, **changes}, target.setting)
-
-
-def _lightning_class() -> type:
-    return type("ModelCheckpoint", (), {"__module__": LIGHTNING})
 
 
 def _save_stable_diffusion(path: Path, model: ModelConfig) -> None:
