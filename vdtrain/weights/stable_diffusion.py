@@ -122,9 +122,9 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
         tail = key.removeprefix(prefix)
         if key.startswith(prefix) and not tail.startswith(LEFTOVERS):
             if (name := translated(tail, modules)) is None:
-                raise WeightsError(
-                    f"{place}: {_release_of(key)}{key} has no place in the model; is it Stable Diffusion v1?"
-                )
+                other = "label_emb." in key or "add_embedding." in key
+                release = "it is Stable Diffusion XL, or takes image embeddings; " if other else ""
+                raise WeightsError(f"{place}: {release}{key} has no place in the model; is it Stable Diffusion v1?")
             names[name] = key
     return names
 
@@ -137,11 +137,6 @@ def _ema_names(tensors: LazyTensors, model: ModelConfig) -> dict[str, str]:
         expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", f"context.{data}"]).state_dict()
     keys = {name: ema_name(f"{UNET_PREFIX}{translated(name, modules)}") for name in expected}
     return {name: key for name, key in keys.items() if key in tensors}
-
-
-def _release_of(key: str) -> str:
-    is_other = "label_emb." in key or "add_embedding." in key
-    return "it is Stable Diffusion XL, or takes image embeddings; " if is_other else ""
 
 
 def _other_release(found: LazyTensors, data: str) -> str:
