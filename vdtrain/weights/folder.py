@@ -36,7 +36,6 @@ from vdtrain.weights.versatile_diffusion import from_released, to_released
 
 # By name, the weights folder. `examples/ship_miniature.py` makes it.
 SHIPPED = {"tiny": ASSETS / "tiny" / "trained"}
-RECORD = "weights.json"
 
 
 def located(value: str) -> Path:
@@ -45,7 +44,7 @@ def located(value: str) -> Path:
     A name in `SHIPPED` is the package's own model, unless that path holds a checkpoint.
     """
     path = Path(value).expanduser()
-    if value not in SHIPPED or (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir() or is_checkpoint(path):
+    if value not in SHIPPED or is_weights_folder(path) or (path / CHECKPOINTS).is_dir() or is_checkpoint(path):
         return path
     return SHIPPED[value]
 
