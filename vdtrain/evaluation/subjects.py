@@ -55,10 +55,10 @@ class Subject(Protocol):
 
     model: ModelConfig
     variants: list[Variant]
-    reads_pairs = False
-    brings_contexts = False
-    aligned = False
-    held_out = ("", 0.0)
+    reads_pairs: bool = False
+    brings_contexts: bool = False
+    aligned: bool = False
+    held_out: tuple[str, float] = ("", 0.0)
 
     @property
     def settings(self) -> Mapping[str, Any]:
