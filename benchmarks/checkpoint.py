@@ -48,7 +48,8 @@ def stand_in(elements: int, device: torch.device) -> Any:
         layout = GroupLayout(group, (ParameterSlot(f"{group}.weight", (count,), 0),))
         partitions.append(Partition(layout, 0, count, *(torch.rand(count, device=device) for _ in range(3))))
     settings = SimpleNamespace(zero_stage=1, precision="bf16")
-    return SimpleNamespace(partitions=lambda: partitions, carried_over={}, settings=settings, optimizer_steps=1)
+    steps = dict.fromkeys(GROUPS, 1)
+    return SimpleNamespace(partitions=lambda: partitions, carried_over={}, settings=settings, group_steps=steps)
 
 
 class Steps:

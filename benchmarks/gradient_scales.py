@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def movements(config: TrainConfig, steps: int, gradient: float, rate: float, cli
     groups = {name: list(parameters.values()) for name, parameters in parameters_by_group(diffuser).items()}
     start = {name: [parameter.detach().clone() for parameter in parameters] for name, parameters in groups.items()}
     for parameter in groups[SCALED_GROUP]:
-        parameter.register_hook(_multiply_by(gradient))
+        parameter.register_hook(lambda given: given * gradient)
     learning_rate = config.stage.learning_rate * config.optimizer.learning_rate_scale
     first, second = config.optimizer.betas
     optimizer = torch.optim.AdamW(
@@ -99,10 +98,6 @@ def _distance(parameters: list[torch.nn.Parameter], start: list[Tensor]) -> floa
         (parameter.detach() - before).square().sum() for parameter, before in zip(parameters, start, strict=True)
     ]
     return float(torch.stack(squares).sum().sqrt())
-
-
-def _multiply_by(scale: float) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient * scale
 
 
 if __name__ == "__main__":

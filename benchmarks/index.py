@@ -3,16 +3,16 @@
 python benchmarks/index.py [--folder /scratch]     # writes benchmarks/results/index.json
 
 Every contestant goes over the same shards, in turn, round after round, in one process and out of the page cache; what
-counts is processor time, so that other work on the machine disturbs it little. The shards are as img2dataset leaves
-them: JPEG images of 512 pixels on the shortest side and some 64 KB, each with its caption and its metadata.
+counts is processor time, so that other work on the machine disturbs it little. The shards are those of
+benchmarks/loader.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
+import os
 import shutil
 import statistics
 import tarfile
@@ -22,9 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
-from PIL import Image, ImageFilter
+from loader_images import write_set
 
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import read_shard
@@ -32,38 +31,6 @@ from vdtrain.run.surroundings import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PIECE = 1 << 20
-IMAGES = 16
-
-
-def photographs(generator: np.random.Generator) -> list[bytes]:
-    """JPEG files with the bits per pixel of photographs on the web, about 1.5."""
-    found = []
-    for _ in range(IMAGES):
-        noise = Image.fromarray(generator.integers(0, 256, (512, 680, 3), np.uint8))
-        image = Image.blend(noise.filter(ImageFilter.GaussianBlur(6)), noise.filter(ImageFilter.GaussianBlur(2)), 0.6)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=92)
-        found.append(file.getvalue())
-    return found
-
-
-def write_shard(path: Path, samples: int, images: list[bytes], number: int) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in range(samples):
-            key = f"{number:06d}{sample:04d}"
-            caption = f"image {sample} of shard {number}, with a caption of a common length, as they are on the web"
-            described = {
-                **{"caption": caption, "url": f"https://example.com/{key}.jpg", "key": key, "status": "success"},
-                **{"error_message": None, "width": 680, "height": 512, "original_width": 680, "original_height": 512},
-                **{"exif": "{}", "sha256": hashlib.sha256(key.encode()).hexdigest()},
-            }
-            image = images[sample % len(images)]
-            members = {"jpg": image, "json": json.dumps(described, indent=4).encode(), "txt": caption.encode()}
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"successes": samples}))
 
 
 def read_alone(shards: list[Path]) -> None:
@@ -126,11 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        images = photographs(np.random.default_rng(0))
-        (folder / "shards").mkdir()
-        shards = [folder / "shards" / f"{number:06d}.tar" for number in range(arguments.shards)]
-        for number, shard in enumerate(shards):
-            write_shard(shard, arguments.samples, images, number)
+        write_set(folder, arguments.shards, arguments.samples, len(os.sched_getaffinity(0)))
+        shards = sorted((folder / "shards").glob("*.tar"))
         size = sum(shard.stat().st_size for shard in shards)
         seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for _ in range(1 + arguments.rounds):

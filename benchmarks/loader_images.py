@@ -6,7 +6,6 @@ The shards lie as img2dataset leaves them: 512 pixels on the shortest side, qual
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import tarfile
@@ -14,7 +13,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import open_clip
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Tokenizer
@@ -22,7 +20,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from data_pipeline.index.index import index
-from vdtrain.models.tokenizers import ENCODER_SPECIALS, MERGES, VOCABULARY_FILE, released_tokenizer
+from vdtrain.models.tokenizers import ENCODER_SPECIALS, WORD_END, released_tokenizer
 
 SHORTEST = 512
 ASPECTS = ((1, 1), (1, 1), (4, 3), (4, 3), (3, 2), (16, 9), (3, 4), (2, 3))
@@ -99,10 +97,10 @@ def enlarged(cells: NDArray[np.float32], width: int, height: int) -> NDArray[np.
 
 def vocabulary() -> list[str]:
     """Words of CLIP's vocabulary, the frequent ones first."""
-    with gzip.open(Path(open_clip.__file__).with_name(VOCABULARY_FILE), "rt", encoding="utf-8") as lines:
-        merges = lines.read().split("\n")[1 : MERGES + 1]
-    ended = ["".join(merge.split()) for merge in merges if merge.endswith("</w>")]
-    return [word.removesuffix("</w>") for word in ended if word.removesuffix("</w>").isalpha()]
+    numbers = released_tokenizer().get_vocab()
+    # After the bytes, which come alone and as ends of words.
+    ended = [entry for entry in sorted(numbers, key=numbers.__getitem__)[2 * 256 :] if entry.endswith(WORD_END)]
+    return [word.removesuffix(WORD_END) for word in ended if word.removesuffix(WORD_END).isalpha()]
 
 
 def word_pieces() -> Tokenizer:

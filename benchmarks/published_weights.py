@@ -40,10 +40,11 @@ from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
 from vdtrain.weights.caption_tokenizers import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
 from vdtrain.weights.checks import schedule_buffers
+from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.frozen_names import to_hugging_face
 from vdtrain.weights.frozen_parts import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 from vdtrain.weights.versatile_diffusion import to_released
 
@@ -108,7 +109,7 @@ def stable_diffusion(model: ModelConfig) -> dict[str, Any]:
         "global_step": 470_000,
         "pytorch-lightning_version": "1.4.2",
         "state_dict": tensors,
-        "callbacks": {_lightning_class(): callback},
+        "callbacks": {type("ModelCheckpoint", (), {"__module__": LIGHTNING}): callback},
         "optimizer_states": [],
         "lr_schedulers": [{"last_epoch": 470_000, "_last_lr": [np.float64(1e-4)]}],
     }
@@ -116,17 +117,8 @@ def stable_diffusion(model: ModelConfig) -> dict[str, Any]:
 
 def unet(model: ModelConfig) -> LazyTensors:
     """Stable Diffusion's U-Net under CompVis' names, without their prefix."""
-    data, context = layer_names(make_plan(model.diffuser))
-    own, names = diffuser(model), {}
-    for name in own:
-        kind, _, rest = name.partition(".")
-        modality, _, numbered = rest.partition(".")
-        if kind == "global_layers":
-            names[f"time_embed.{rest}"] = name
-        elif modality == model.base_modality:
-            number, _, tail = numbered.partition(".")
-            names[f"{(data if kind == 'data_layers' else context)[int(number)]}.{tail}"] = name
-    return own.renamed(names)
+    modules, own = compvis_modules(make_plan(model.diffuser), model.base_modality), diffuser(model)
+    return own.renamed({key: name for name in own if (key := translated(name, modules))})
 
 
 def image_vae(model: ModelConfig) -> LazyTensors:
@@ -135,7 +127,7 @@ def image_vae(model: ModelConfig) -> LazyTensors:
 
 
 def compvis_vae(state: LazyTensors) -> LazyTensors:
-    """diffusers' AutoencoderKL under CompVis' names, by trying every name that could be one of them."""
+    """diffusers' AutoencoderKL under CompVis' names."""
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
     return LazyTensors({_compvis_name(key, levels): _as_kernel(key, state.entries[key]) for key in state})
 
@@ -236,10 +228,6 @@ def _outline(model: ModelConfig, part: FrozenPart, **changes: Any) -> Any:
     (target,) = part.targets(model)
     with torch.device("meta"):
         return instantiate({**target.specification, "weights": None, **changes}, target.setting)
-
-
-def _lightning_class() -> type:
-    return type("ModelCheckpoint", (), {"__module__": LIGHTNING})
 
 
 def _save_stable_diffusion(path: Path, model: ModelConfig) -> None:

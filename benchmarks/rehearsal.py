@@ -30,6 +30,7 @@ import psutil
 from rehearsal_road import SIZES, Interruption, Part, Size, road
 from watched import GB, Watched, disk_bytes
 
+from vdtrain.run.surroundings import processor
 from vdtrain.run.tracking import read_metrics
 
 HERE = Path(__file__).parent
@@ -199,9 +200,8 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 def machine() -> str:
     """The processor, how much of it there is, and the memory."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / GB
-    return f"{found[1] if found else 'unknown processor'}, {cores} cores, {memory:.0f} GB of memory"
+    return f"{processor()}, {cores} cores, {memory:.0f} GB of memory"
 
 
 def record(measured: Sequence[dict[str, Any]]) -> None:

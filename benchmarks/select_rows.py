@@ -6,8 +6,8 @@ The rows are drawn in the schemas of LAION-2B-en (joined) and COYO-700M, three t
 and nulls as these sets have them, and are selected with the settings of conf/data/laion2b_en_coyo700m.yaml. Beside it,
 on the same files: reading the columns once with pyarrow and nothing else, the limit of what a selection can reach, and
 a plain pandas script (all rows in memory; size, scores, http, duplicates; no URL policy, no cleaning). Each is a
-process of its own, whose memory and that of its children is looked at ten times a second: resident sets added up, so
-that what processes share counts several times. Seconds are of CPU, over all processes.
+process of its own. Its memory is that of its family's resident sets added up, so that what processes share counts
+several times. Seconds are of CPU, over all processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from watched import Watched
 
 from data_pipeline.select.selection import read_selection
 from vdtrain.run.surroundings import processor, versions
@@ -180,41 +180,13 @@ def measured(command: list[str]) -> dict[str, Any]:
     """Run a command: its seconds, of CPU and of the clock, and the most memory of it and its children together."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.monotonic()
-    peak = 0
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            peak = max(peak, sum(_resident(each) for each in _family(process.pid)))
-            time.sleep(0.1)
-        assert process.stdout is not None
-        printed = process.stdout.read()
-    if process.returncode != 0:
-        raise SystemExit(f"{command[:4]} ended with status {process.returncode}")
+    with Watched() as watched:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{command[:4]} ended with status {done.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_s": cpu, "wall_s": time.monotonic() - began, "peak_bytes": peak, "printed": printed}
-
-
-def _family(root: int) -> list[int]:
-    """A process and its descendants."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    family = [root]
-    for member in family:
-        family += [child for child, parent in parents.items() if parent == member]
-    return family
-
-
-def _resident(process: int) -> int:
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
+    return {"cpu_s": cpu, "wall_s": watched.seconds, "peak_bytes": watched.resident, "printed": done.stdout}
 
 
 def main() -> None:

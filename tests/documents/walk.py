@@ -198,7 +198,6 @@ GETS: Mapping[str, tuple[str, ...]] = {
     r".*data_pipeline latents .*data=shapes.*": ("demo/data/latents/64/latents.json",),
     r".*data_pipeline latents .*latent_cache\.folder=.*": ("{data.latent_cache.folder}/256/latents.json",),
     r".*data_pipeline latents.*": ("data/latents/256/latents.json", "data/latents/256/*.safetensors"),
-    r"python benchmarks/latents\.py.*": ("benchmarks/results/latents*.json",),
     r"(vdtrain sample|vdtrain blend) .*(to-text|output=text)\b.*": ("{output_dir}/captions.txt",),
     r"(\.venv/bin/)?(vdtrain sample|vdtrain blend|vdtrain edit) .*": ("{output_dir}/0000.png",),
     r".*vdtrain evaluate.*": ("{output_dir}/metrics.json",),

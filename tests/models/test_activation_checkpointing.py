@@ -129,8 +129,3 @@ def test_a_copy_does_not_run_the_originals_layers(diffuser: Diffuser) -> None:
             parameter.zero_()
         assert all(not predicted.any() for predicted in copied(four_flows()))
         assert all(predicted.any() for predicted in diffuser(four_flows()))
-
-
-def test_an_unknown_mode_is_refused(diffuser: Diffuser) -> None:
-    with pytest.raises(ValueError, match=r"'layers'.*none, context, blocks"):
-        checkpoint_activations(diffuser, "layers")

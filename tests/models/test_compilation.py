@@ -106,11 +106,6 @@ def test_compiled_encoders_give_the_same_latents_and_contexts() -> None:
         torch.testing.assert_close(found.contexts[name], expected.contexts[name], rtol=1e-4, atol=1e-5)
 
 
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'layers'.*none, blocks, whole"):
-        compile_training(make_diffuser(), FrozenParts({}), "layers")
-
-
 def losses(tiny_runs: TinyRuns, run: Path, *settings: str, stage: str = STAGES[2]) -> list[dict[str, float]]:
     """The losses of a command that trains a stage's flows, all four by default, for a step at each resolution."""
     size = phases(BATCH, (32, 1), (64, 1))

@@ -126,7 +126,7 @@ def take_up(folder: Path, name: str, stage: int | str, precision: str = "fp32") 
         "carried_over": difference(
             passenger_part(dict(run.engine.module.named_parameters())), passenger_part(read_weights(path))
         ),
-        "steps": run.engine.optimizer_steps,
+        "steps": max(run.engine.group_steps.values()),
         "losses": run.train(BEFORE, AFTER),
     }
     ending = {f"model/{key}": value for key, value in run.model_weights().items()}

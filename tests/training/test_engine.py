@@ -282,20 +282,6 @@ def test_words_between_ranks(results: list[dict[str, Any]]) -> None:
         assert found["broadcast"] == {"from": len(results) - 1}
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"zero_stage": 3}, "hardware.zero_stage"),
-        ({"exchange": "none"}, "hardware.exchange"),
-        ({"precision": "fp16"}, "hardware.precision"),
-        ({"gradient_scale_mode": "loss"}, "stage.gradient_scale_mode"),
-    ],
-)
-def test_unsupported_settings_are_named(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        settings(**changes)
-
-
 def test_needs_a_process_group() -> None:
     module = Toy()
     with pytest.raises(RuntimeError, match=r"distributed\.start"):

@@ -76,7 +76,7 @@ def state(engine: Engine, module: Toy) -> dict[str, Tensor]:
     """Everything that a step changes, whole, on the CPU."""
     rows = {f"{kind}/{name}": row for kind in KINDS for name, row in full_rows(engine, kind).items()}
     weights = {f"module/{name}": weight.detach().cpu().clone() for name, weight in engine.module.named_parameters()}
-    return {**rows, **weights, "steps": torch.tensor(engine.optimizer_steps)}
+    return {**rows, **weights, "steps": torch.tensor(max(engine.group_steps.values()))}
 
 
 def two_ranks(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:

@@ -118,7 +118,7 @@ def record_gradients(trainer: Trainer, folder: Path) -> None:
         ]
         whole = gather(own, layouts)
         if distributed.rank() == 0:
-            save_file(whole, folder / f"{optimizer.steps}.safetensors")
+            save_file(whole, folder / f"{max(optimizer.counts)}.safetensors")
         update(gradients, *arguments)
 
     optimizer.update = recording  # type: ignore[method-assign]

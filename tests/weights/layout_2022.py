@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from vdtrain.models.layer_plan import LayerPlan
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_key
-
-LAYER = re.compile(r"(?:data|context)_layers\.([^.]+)\.")
+from vdtrain.weights.diffusers_names import translated
+from vdtrain.weights.versatile_diffusion import modules_2022
 
 
 def to_2022(plan: LayerPlan, name: str) -> str:
     """The published key of one of our parameter names."""
-    match = LAYER.match(name)
-    return f"{UNET_PREFIX}{f'unet_{match[1]}.' if match else ''}{compvis_key(plan, name)}"
+    return str(translated(name, {own: theirs for theirs, own in modules_2022(plan, ("image", "text")).items()}))

@@ -15,9 +15,10 @@ from tests.weights.small import MODEL, PLAN, same, weights
 from vdtrain.cli import main
 from vdtrain.config.schema import ScheduleConfig
 from vdtrain.weights.checks import schedule_buffers
+from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
 from vdtrain.weights.tensor_files import open_tensors
-from vdtrain.weights.versatile_diffusion import from_2022, to_released
+from vdtrain.weights.versatile_diffusion import modules_2022, to_released
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -107,9 +108,10 @@ def test_names_of_the_first_release() -> None:
     for name, key in names.items():
         assert name in weights()
         assert to_2022(PLAN, name) == f"model.diffusion_model.{key}"
-    assert all(from_2022(PLAN, to_2022(PLAN, name)) == name for name in weights())
-    assert from_2022(PLAN, "model.diffusion_model.unet_image.time_embed.0.weight") is None
-    assert from_2022(PLAN, "model.diffusion_model.input_blocks.0.0.weight") is None
+    modules = modules_2022(PLAN, MODEL.modalities)
+    assert all(translated(to_2022(PLAN, name), modules) == name for name in weights())
+    assert translated("model.diffusion_model.unet_image.time_embed.0.weight", modules) is None
+    assert translated("model.diffusion_model.input_blocks.0.0.weight", modules) is None
 
 
 def without(content: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:

@@ -37,23 +37,20 @@ class StepRandom:
         self.rows = rows
         self.device = device
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return generator_of(self.key, purpose, device=self.device)
+    def _source(self, purpose: str) -> dict[str, Any]:
+        return {"generator": generator_of(self.key, purpose, device=self.device), "device": self.device}
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Unit normal noise [rows, *shape], float32."""
-        generator = self._generator(purpose)
-        return torch.randn(self.global_batch_size, *shape, generator=generator, device=self.device)[self.rows]
+        return torch.randn(self.global_batch_size, *shape, **self._source(purpose))[self.rows]
 
     def integers(self, purpose: str, high: int) -> Tensor:
         """Uniform integers in [0, high), [rows]."""
-        generator = self._generator(purpose)
-        return torch.randint(high, (self.global_batch_size,), generator=generator, device=self.device)[self.rows]
+        return torch.randint(high, (self.global_batch_size,), **self._source(purpose))[self.rows]
 
     def chance(self, purpose: str, probability: float) -> Tensor:
         """True with the given probability, [rows]."""
-        generator = self._generator(purpose)
-        return torch.rand(self.global_batch_size, generator=generator, device=self.device)[self.rows] < probability
+        return torch.rand(self.global_batch_size, **self._source(purpose))[self.rows] < probability
 
 
 Denoiser = Callable[[Sequence[DiffuserInput]], list[Tensor]]

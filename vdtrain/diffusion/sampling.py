@@ -66,7 +66,7 @@ def spacing_note(name: str, schedule: Schedule, steps: int) -> str | None:
 
 
 class DDIM:
-    """Denoising diffusion implicit models (Song et al. 2021, equation 12), at the original's timesteps.
+    """Denoising diffusion implicit models (Song et al. 2021, equation 12), at the original's timesteps. See `Solver`.
 
     Args:
         eta: 0 is deterministic; above 0, `step_noise` gives the unit noise of each step.
@@ -80,7 +80,6 @@ class DDIM:
         """Nothing to do: a step does not depend on earlier ones."""
 
     def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """See `Solver`."""
         kept = self.schedule.alphas_cumprod.to(latents.device)
         # As in the original, the last step ends at the first training timestep's variance, not at zero noise.
         following = [*self.timesteps[1:], 0]
@@ -92,7 +91,7 @@ class DDIM:
 
 
 class DiffusersSolver:
-    """A scheduler of the diffusers package."""
+    """A scheduler of the diffusers package. See `Solver`."""
 
     def __init__(self, scheduler: Any, schedule: Schedule, steps: int, **settings: Any) -> None:
         self.scheduler = scheduler(
@@ -108,29 +107,18 @@ class DiffusersSolver:
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
 
     def begin(self, index: int) -> None:
-        """See `Solver`."""
         self.scheduler.set_begin_index(index)
 
     def step(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """See `Solver`."""
         out: Tensor = self.scheduler.step(noise, self.timesteps[index], latents, return_dict=False)[0]
         return out
 
 
-def _dpm_solver(schedule: Schedule, steps: int) -> Solver:
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DiffusersSolver(DPMSolverMultistepScheduler, schedule, steps, algorithm_type="dpmsolver++")
-
-
-def _unipc(schedule: Schedule, steps: int) -> Solver:
-    from diffusers import UniPCMultistepScheduler
-
-    return DiffusersSolver(UniPCMultistepScheduler, schedule, steps)
-
-
-# diffusers' solvers: Lu et al. 2022 (DPM-Solver++, second order) and Zhao et al. 2023 (UniPC).
-FAST_SOLVERS: dict[str, Callable[[Schedule, int], Solver]] = {"dpm-solver++": _dpm_solver, "unipc": _unipc}
+# diffusers' solvers and their settings: Lu et al. 2022 (DPM-Solver++, second order) and Zhao et al. 2023 (UniPC).
+FAST_SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 SOLVERS = ("ddim", *FAST_SOLVERS)
 
 
@@ -152,7 +140,10 @@ def make_solver(
         return DDIM(schedule, steps, eta, step_noise if eta > 0 else None)
     if eta > 0:
         raise ConfigError(f"eta={eta}: only solver=ddim takes it; set eta=0 or solver=ddim")
-    return FAST_SOLVERS[name](schedule, steps)
+    import diffusers
+
+    scheduler, settings = FAST_SOLVERS[name]
+    return DiffusersSolver(getattr(diffusers, scheduler), schedule, steps, **settings)
 
 
 # Predicts the noise in latents [B, ...] at one timestep.

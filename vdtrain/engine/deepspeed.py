@@ -46,11 +46,9 @@ def _dynamo_disabled() -> Iterator[None]:
 
 # Elements per collective: long enough to fill a network, short enough to add little memory.
 BUCKET_ELEMENTS = 50_000_000
-ZERO_STAGES = (0, 1, 2)
 PRECISIONS = ("fp32", "bf16")
 LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
 REPLICATED, SHARDED, DEEPSPEED = "replicated", "sharded", "deepspeed"
-EXCHANGES = (DEEPSPEED, SHARDED)
 
 
 def strategy_kind(zero_stage: int, exchange: str, world_size: int) -> str:
@@ -95,16 +93,6 @@ class EngineSettings:
     gradient_scales: Mapping[str, float]
     gradient_scale_mode: str
     exchange: str = DEEPSPEED
-
-    def __post_init__(self) -> None:
-        for setting, value, choices in (
-            ("hardware.zero_stage", self.zero_stage, ZERO_STAGES),
-            ("hardware.precision", self.precision, PRECISIONS),
-            ("hardware.exchange", self.exchange, EXCHANGES),
-            ("stage.gradient_scale_mode", self.gradient_scale_mode, (LEARNING_RATE_MODE, GRADIENT_MODE)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{setting}: {value!r} is not supported; choose from {choices}")
 
     @property
     def compute_dtype(self) -> torch.dtype:

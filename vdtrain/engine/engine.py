@@ -68,11 +68,6 @@ class FlatAdamW:
         for step, count in zip(self._steps, counts, strict=True):
             step.fill_(count)
 
-    @property
-    def steps(self) -> int:
-        """Updates applied so far to the buffer that has most. Reading it waits for the device."""
-        return max(self.counts)
-
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
         """Update every buffer without waiting for the device.
@@ -213,9 +208,6 @@ class ShardEMA:
         for partition, buffer in zip(self._partitions, self.buffers, strict=True):
             buffer.copy_(read(partition.layout.group, EMA, partition.start, partition.stop))
         self._updates.fill_(updates)
-
-
-__all__ = ["Engine", "EngineSettings", "StepReport"]
 
 
 @dataclass(frozen=True)
@@ -412,15 +404,9 @@ class Engine:
         return self._partitions
 
     @property
-    def optimizer_steps(self) -> int:
-        """Updates applied so far, for AdamW's bias correction. Reading it waits for the device."""
-        return self._optimizer.steps
-
-    @property
     def group_steps(self) -> dict[str, int]:
-        """The same of each layer group: one that was frozen at first has fewer."""
-        groups = [partition.layout.group for partition in self._partitions]
-        return dict(zip(groups, self._optimizer.counts, strict=True))
+        """Updates applied so far to each layer group, for the bias correction. Reading them waits for the device."""
+        return dict(zip(self.groups, self._optimizer.counts, strict=True))
 
     @torch.no_grad()
     def load_partitions(self, read: BufferReader, group_steps: Mapping[str, int]) -> None:
@@ -443,7 +429,7 @@ class Engine:
         distributed.raise_if_any(failure)
         self._strategy.all_gather(self._optimizer.first_moments)
         self._strategy.all_gather(self._optimizer.second_moments)
-        self._optimizer.counts = [group_steps[partition.layout.group] for partition in self._partitions]
+        self._optimizer.counts = [group_steps[group] for group in self.groups]
         self.refresh_weights()
 
     @torch.no_grad()

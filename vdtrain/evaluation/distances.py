@@ -55,7 +55,7 @@ def _kernel(first: Tensor, second: Tensor | None = None) -> Tensor:
     return (first @ second.T / first.shape[1] + 1) ** 3
 
 
-def precision_recall(generated: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float] | None:
+def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | None:
     """(precision, recall): the shares of generated features within the real ones' manifold, and the reverse.
 
     The manifold of a set is the union of balls, each around a sample, as wide as the way to its third neighbour.
@@ -66,15 +66,15 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int = NEIGHBOU
     Returns:
         None if a set is too small to have so many neighbours.
     """
-    if min(len(generated), len(real)) <= neighbours:
+    if min(len(generated), len(real)) <= NEIGHBOURS:
         return None
     generated, real = generated.double(), real.double()
-    return _inside(generated, real, neighbours), _inside(real, generated, neighbours)
+    return _inside(generated, real), _inside(real, generated)
 
 
-def _inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+def _inside(points: Tensor, manifold: Tensor) -> float:
     # A sample is its own nearest neighbour.
-    widths = torch.cat([torch.cdist(each, manifold).kthvalue(neighbours + 1).values for each in manifold.split(ROWS)])
+    widths = torch.cat([torch.cdist(each, manifold).kthvalue(NEIGHBOURS + 1).values for each in manifold.split(ROWS)])
     inside = [(torch.cdist(each, manifold) <= widths).any(dim=1) for each in points.split(ROWS)]
     return float(torch.cat(inside).double().mean())
 

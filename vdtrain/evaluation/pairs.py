@@ -41,14 +41,12 @@ class RealSamples(Protocol):
     Attributes:
         identity: changes when other samples are there.
         modalities: those of each sample.
+        count: how many there are; None if that is not known.
     """
 
     identity: str
     modalities: frozenset[str]
-
-    @property
-    def count(self) -> int | None:
-        """How many there are; None if that is not known."""
+    count: int | None
 
     def read(self, part: Part) -> dict[str, Any]:
         """The samples of a part by modality; beside them their names, and lists of captions as references."""
@@ -104,13 +102,9 @@ class Pairs:
             self.identity += f", held out {self.share:g}"
             stream.close()
             stream = self._open(0)
-        self._count: int | None = len(stream) if isinstance(stream, Sized) else None
+        self.count: int | None = len(stream) if isinstance(stream, Sized) else None
         stream.close()
         self._references = References.of(config)
-
-    @property
-    def count(self) -> int | None:
-        return self._count
 
     def read(self, part: Part) -> dict[str, Any]:
         """The samples of a part; a stream without names gives them their positions.
@@ -191,14 +185,11 @@ class PictureFolder:
         self.config, self.setting = config, f"real_images={config.real_images}"
         pictures = list_pictures(Path(str(config.real_images)), "real_images")
         self.names, self.paths = list(pictures), list(pictures.values())
+        self.count: int | None = len(pictures)
         described = [(name, stamp(path)) for name, path in pictures.items()]
         self.identity = hashlib.blake2b(repr(described).encode(), digest_size=8).hexdigest()
         self._references = References.of(config)
         self.modalities = frozenset(("image", "text") if self._references is not None else ("image",))
-
-    @property
-    def count(self) -> int:
-        return len(self.paths)
 
     def read(self, part: Part) -> dict[str, Any]:
         """The samples of a part."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,8 @@ class Parts:
                     for key, texts in json.loads(file.metadata()["captions"]).items():
                         captions.setdefault(key, []).extend(texts[: len(part)])
                     if part.number == 0:
-                        shown |= {key.removeprefix("shown/"): file.get_tensor(key) for key in _shown(file)}
+                        kept = [key for key in file.keys() if key.startswith("shown/")]  # noqa: SIM118 - not a mapping
+                        shown |= {key.removeprefix("shown/"): file.get_tensor(key) for key in kept}
             except (SafetensorError, OSError, RecursionError, *SHAPE_ERRORS) as error:
                 found = system_error(error)
                 if found is not None and found.errno not in (None, errno.ENOENT):
@@ -191,7 +192,3 @@ class Parts:
         except (OSError, SafetensorError, *SHAPE_ERRORS):
             return False
         return names is not None and all((self.images(name) / f"{each}.png").exists() for each in names[: len(part)])
-
-
-def _shown(file: Any) -> Iterator[str]:
-    return (key for key in file.keys() if key.startswith("shown/"))  # noqa: SIM118 - not a mapping

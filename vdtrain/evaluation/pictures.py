@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,9 +20,6 @@ from vdtrain.evaluation.named import PICTURES
 CENTRE = (0.5, 0.5)
 # The last chunk of a PNG file; without it the file was cut short.
 PNG_END = b"IEND"
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 def list_pictures(folder: Path, setting: str) -> dict[str, Path]:
@@ -74,7 +71,9 @@ def check_generated(paths: Sequence[Path], side: int, setting: str, workers: int
             return f"cannot be read ({one_line(error)}); make it again"
         return None
 
-    for path, found in zip(paths, in_threads(problem, paths, workers), strict=True):
+    with ThreadPoolExecutor(workers) as pool:
+        problems = list(pool.map(problem, paths))
+    for path, found in zip(paths, problems, strict=True):
         if found is not None:
             raise ConfigError(f"{setting}: {path}: {found}")
 
@@ -95,13 +94,9 @@ def read_real(paths: Sequence[Path], side: int, setting: str, workers: int) -> T
         except OSError as error:
             raise ConfigError(f"{setting}: {path}: {unreadable(error, path, 'put it back')}") from error
 
-    return torch.stack(in_threads(read, paths, workers)).permute(0, 3, 1, 2).contiguous()
-
-
-def in_threads(action: Callable[[Item], Found], items: Iterable[Item], workers: int) -> list[Found]:
-    """The results of an action on each item, in order."""
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(action, items))
+        pictures = list(pool.map(read, paths))
+    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
 
 
 def stamp(path: Path) -> Any:

@@ -66,8 +66,7 @@ class ClipScorer(nn.Module):
     def __init__(self, config: ClipConfig, model: ModelConfig) -> None:
         super().__init__()
         with shared_loading():
-            image, text = _encoders(config, model)
-        self.image, self.text = image, text
+            self.image, self.text = _encoders(config, model)
         freeze(self)
 
     @torch.no_grad()

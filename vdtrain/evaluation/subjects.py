@@ -42,7 +42,7 @@ class Variant:
 
 
 class Subject(Protocol):
-    """What is measured.
+    """What is measured; by default files that another program made.
 
     Attributes:
         model: the model whose CLIP scores by default.
@@ -55,10 +55,10 @@ class Subject(Protocol):
 
     model: ModelConfig
     variants: list[Variant]
-    reads_pairs: bool
-    brings_contexts: bool
-    aligned: bool
-    held_out: tuple[str, float]
+    reads_pairs: bool = False
+    brings_contexts: bool = False
+    aligned: bool = False
+    held_out: tuple[str, float] = ("", 0.0)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -69,6 +69,7 @@ class Subject(Protocol):
 
     def remarks(self) -> Iterator[str]:
         """Warnings for the user."""
+        return iter(())
 
     def join(self, pairs: RealSamples) -> tuple[int, int]:
         """Find its samples' partners among the real ones; returns the numbers of its samples and of real ones.
@@ -79,6 +80,7 @@ class Subject(Protocol):
 
     def load(self, device: str) -> None:
         """Load what makes samples."""
+        return
 
     def make(self, variant: Variant, part: Part, real: Mapping[str, Any], advance: Advance) -> tuple[Any, Any]:
         """The samples of a part, and what they were made from if that is not among the real samples."""
@@ -105,18 +107,19 @@ def subject_of(config: EvaluateConfig) -> Subject:
     return GivenImages(config) if config.images is not None else GivenCaptions(config)
 
 
-class Checkpoint:
+class Checkpoint(Subject):
     """The flows of a model. Nothing is loaded before `load`.
 
     Raises:
         ConfigError: there is no checkpoint, it names a class that is not trusted, or a setting does not fit it.
     """
 
-    reads_pairs, brings_contexts, aligned = True, False, True
+    reads_pairs = aligned = True
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config, self.found = config, (found := describe(config))
-        self.held_out = held_out_of(found.state) if found.state else ("", 0.0)
+        if found.state:
+            self.held_out = held_out_of(found.state)
         self.model, self.path = found.model, found.path
         # The folder's index has the checksums of all its files.
         self.sha256 = FileRecord.of(found.record).sha256
@@ -181,14 +184,12 @@ class Checkpoint:
         return self._pipeline.generate(variant.flow.name, given, progress=steps, output_type=BYTES, **settings), None
 
 
-class GivenImages:
+class GivenImages(Subject):
     """A folder of images with their prompts.
 
     Raises:
         ConfigError: a prompt without its image or the reverse, a broken image, or one of another size.
     """
-
-    reads_pairs, aligned, held_out = False, False, ("", 0.0)
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config, self.model = config, config.model
@@ -215,9 +216,6 @@ class GivenImages:
     def described(self) -> dict[str, Any]:
         return {"path": str(self.config.images), "images": len(self.paths)}
 
-    def remarks(self) -> Iterator[str]:
-        return iter(())
-
     def join(self, pairs: RealSamples) -> tuple[int, int]:
         config = self.config
         samples = _samples(config, len(self.paths), f"images={config.images}", "pictures")
@@ -236,9 +234,6 @@ class GivenImages:
         check_count(pairs, real, config)
         return samples, real
 
-    def load(self, device: str) -> None:
-        """Nothing."""
-
     def make(self, variant: Variant, part: Part, real: Mapping[str, Any], advance: Advance) -> tuple[Any, Any]:
         own, side = slice(part.start, part.stop), side_of(self.config)
         made = read_images([str(path) for path in self.paths[own]], (side, side))
@@ -246,14 +241,14 @@ class GivenImages:
         return made, self.prompts[own] if self.brings_contexts else None
 
 
-class GivenCaptions:
+class GivenCaptions(Subject):
     """Captions by the names of their images.
 
     Raises:
         ConfigError: the file cannot be read, or has two captions of an image.
     """
 
-    reads_pairs, brings_contexts, aligned, held_out = False, False, True, ("", 0.0)
+    aligned = True
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config, self.model = config, config.model
@@ -268,9 +263,6 @@ class GivenCaptions:
 
     def described(self) -> dict[str, Any]:
         return {"path": str(self.config.captions), "captions": len(self.rows)}
-
-    def remarks(self) -> Iterator[str]:
-        return iter(())
 
     def join(self, pairs: RealSamples) -> tuple[int, int]:
         config = self.config
@@ -289,9 +281,6 @@ class GivenCaptions:
             raise ConfigError(f"{self._place}: {missing}; correct the names, or leave it out")
         self.rows = [self.rows[number] for number in order]
         return samples, samples
-
-    def load(self, device: str) -> None:
-        """Nothing."""
 
     def make(self, variant: Variant, part: Part, real: Mapping[str, Any], advance: Advance) -> tuple[Any, Any]:
         advance("reading", len(part))

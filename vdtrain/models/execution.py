@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import FrozenParts
 
-# Checkpointed blocks: no block; every context layer; every context layer and every data layer.
-CHECKPOINTING_MODES = ("none", "context", "blocks")
 # Modules that draw no random numbers: these of PyTorch, and all of this package. A new modality's may have dropout.
 DETERMINISTIC = {nn.Conv2d, nn.GroupNorm, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU}
 OWN_LAYERS = f"{__package__}."
@@ -31,13 +29,8 @@ def checkpoint_activations(diffuser: Diffuser, mode: str) -> None:
     and gradients stay bit-identical if the kernels are deterministic. The layers of a modality need no code for this.
 
     Args:
-        mode: one of CHECKPOINTING_MODES.
-
-    Raises:
-        ValueError: the mode is not one of CHECKPOINTING_MODES.
+        mode: "none"; "context", every context layer; or "blocks", every context layer and every data layer.
     """
-    if mode not in CHECKPOINTING_MODES:
-        raise ValueError(f"activation checkpointing {mode!r}: choose one of {', '.join(CHECKPOINTING_MODES)}")
     chosen = {
         "none": (),
         "context": (diffuser.context_layers,),
@@ -78,7 +71,6 @@ def _may_draw(module: nn.Module) -> bool:
     return type(module) not in DETERMINISTIC and not type(module).__module__.startswith(OWN_LAYERS)
 
 
-COMPILE_MODES = ("none", "blocks", "whole")
 # Compiled forms of one function: its inputs differ in resolution, context and modality. PyTorch's default is 8.
 FORMS = 64
 
@@ -87,16 +79,11 @@ def compile_training(diffuser: Diffuser, frozen: FrozenParts, mode: str, backend
     """Compile what a training step runs, in place; the first call with each input shape compiles.
 
     Args:
-        mode: one of COMPILE_MODES. `blocks` compiles every data and context layer; equal layers share their code.
-            `whole` compiles the diffuser as one graph, which takes longer and saves the work between blocks. Both
-            compile the blocks of the frozen encoders.
+        mode: "none"; "blocks" compiles every data and context layer, and equal layers share their code; "whole"
+            compiles the diffuser as one graph, which takes longer and saves the work between blocks. Both compile
+            the blocks of the frozen encoders.
         backend: of torch.compile.
-
-    Raises:
-        ValueError: the mode is not one of COMPILE_MODES.
     """
-    if mode not in COMPILE_MODES:
-        raise ValueError(f"compile {mode!r}: choose one of {', '.join(COMPILE_MODES)}")
     if mode == "none":
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)

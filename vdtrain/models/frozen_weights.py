@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,23 +41,22 @@ class WeightsError(ConfigError):
 
 
 @contextmanager
-def shared_loading() -> Iterator[None]:
+def _within(variable: ContextVar[Any], value: object) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def shared_loading() -> AbstractContextManager[None]:
     """Inside, parts with the same weights share one module; outside, each part has its own."""
-    token = _shared_modules.set({})
-    try:
-        yield
-    finally:
-        _shared_modules.reset(token)
+    return _within(_shared_modules, {})
 
 
-@contextmanager
-def without_weights() -> Iterator[None]:
+def without_weights() -> AbstractContextManager[None]:
     """Inside, `load_weights` reads nothing: a part that is only measured needs no files."""
-    token = _read_files.set(False)
-    try:
-        yield
-    finally:
-        _read_files.reset(token)
+    return _within(_read_files, False)
 
 
 def reads_weights() -> bool:
@@ -134,16 +133,19 @@ def fingerprint(specification: Mapping[str, Any], setting: str) -> str:
 
 
 def load_tokenizer(path: str, setting: str) -> Tokenizer:
-    """Read a `tokenizers` JSON file.
+    """Read a `tokenizers` JSON file. The tokenizer neither pads nor cuts.
 
     Raises:
         WeightsError: the file is missing, or is not a tokenizer.
     """
     file = locate(path, setting)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise WeightsError(f"{setting}={path}: not a `tokenizers` file ({error}); give a tokenizer.json") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def load_weights(module: nn.Module, path: str, setting: str) -> None:
@@ -155,7 +157,7 @@ def load_weights(module: nn.Module, path: str, setting: str) -> None:
         WeightsError: the file is missing or damaged, its keys or shapes differ from the module's, or a value is not
             finite.
     """
-    if not _read_files.get():
+    if not reads_weights():
         return
     file = locate(path, setting)
     try:

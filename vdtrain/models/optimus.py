@@ -208,7 +208,10 @@ class Optimus(nn.Module):
         device, dtype = device_and_dtype(self)
         latents = latents.to(device, dtype)
         cache = self.memory(latents)
-        uniform = None if generators is None else _uniform(self.max_length, generators)
+        uniform = None
+        if generators is not None:
+            rows = [torch.rand(self.max_length, generator=each, device=each.device) for each in generators]
+            uniform = torch.stack(rows)
         ids = torch.full((len(latents), 1), first, dtype=torch.int64, device=device)
         ended = torch.zeros(len(latents), dtype=torch.bool, device=device)
         while ids.shape[1] < self.max_length - 1 and not bool(ended.all()):
@@ -284,10 +287,6 @@ class Optimus(nn.Module):
         device, _ = device_and_dtype(self)
         pad = 0 if self.encoder_tokenizer is None else self.encoder_tokenizer.pad
         return self.posterior(ids.to(device), pad)
-
-
-def _uniform(columns: int, generators: Sequence[torch.Generator]) -> Tensor:
-    return torch.stack([torch.rand(columns, generator=each, device=each.device) for each in generators])
 
 
 def _pick(scores: Tensor, uniform: Tensor) -> Tensor:

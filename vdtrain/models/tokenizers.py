@@ -49,8 +49,6 @@ class EncoderTokenizer:
     def __init__(self, path: str, limit: int) -> None:
         setting = "vae.encoder_tokenizer"
         self._tokenizer = load_tokenizer(path, setting)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._limit = limit
         ids = special_ids(self._tokenizer, ENCODER_SPECIALS, f"{setting}={path}")
         self.pad, self._first, self._last = ids
@@ -78,8 +76,6 @@ class DecoderTokenizer:
     def __init__(self, path: str) -> None:
         setting = "vae.decoder_tokenizer"
         self._tokenizer = load_tokenizer(path, setting)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._tokenizer.add_special_tokens(list(DECODER_SPECIALS))
         self.pad, self.first, self.last = special_ids(self._tokenizer, DECODER_SPECIALS, f"{setting}={path}")
 
@@ -134,8 +130,6 @@ class ClipTokenizer:
 
     def __init__(self, path: str | None, length: int) -> None:
         tokenizer = released_tokenizer() if path is None else load_tokenizer(path, SETTING)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
         self._words = _WordIds(tokenizer)
         if self._words.of(PROBE) != self._words.encode(PROBE):
             raise WeightsError(f"{SETTING}={path}: joins words across spaces; give the tokenizer.json of a CLIP model")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vdtrain.config.schema import DiffuserConfig, ModelConfig, ScheduleConfig
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.files import SHAPE_ERRORS, read_json
+from vdtrain.files import read_json
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError, compare
 from vdtrain.models.layer_plan import NORM_EPSILON
@@ -34,8 +35,6 @@ METADATA = {
     ("ss_zero_terminal_snr", "True"): ZERO_SNR,
 }
 SCHEDULER = "scheduler/scheduler_config.json"
-
-
 # What such a U-Net has in its configuration, unless it leaves it out.
 BEHAVIOUR = {
     "act_fn": "silu",
@@ -122,16 +121,21 @@ def _check_scheduler(file: Path, config: ScheduleConfig, place: str) -> None:
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
     }
-    try:
+    found = _configuration(file, SCHEDULER, place)
+    for key, value in expected.items():
+        if (other := found.get(key, value)) != value:
+            remedy = "give other weights" + ", or set model.schedule" * key.startswith(("beta_", "num_"))
+            raise WeightsError(f"{place}: {key} is {other} in {SCHEDULER}, and the model has {value}; {remedy}")
+
+
+def _configuration(file: Path, name: str, place: str) -> dict[str, Any]:
+    """The settings in a file of diffusers."""
+    found = None
+    with suppress(OSError, ValueError):
         found = read_json(file)
-        differing = [key for key, value in expected.items() if found.get(key, value) != value]
-    except (OSError, *SHAPE_ERRORS) as error:
-        raise WeightsError(f"{place}: {SCHEDULER} is not a JSON object; fetch it again") from error
-    for key in differing:
-        raise WeightsError(
-            f"{place}: {key} is {found[key]} in {SCHEDULER}, and the model has {expected[key]}; give other weights"
-            + ", or set model.schedule" * (key not in ("prediction_type", "rescale_betas_zero_snr", "trained_betas"))
-        )
+    if not isinstance(found, dict):
+        raise WeightsError(f"{place}: {name} is not a JSON object; fetch it again")
+    return found
 
 
 def _other_buffer(found: Mapping[str, Tensor], config: ScheduleConfig) -> str | None:
@@ -157,17 +161,10 @@ def check_unet_config(file: Path, config: DiffuserConfig, place: str) -> None:
     """
     if not file.is_file():
         return
-    try:
-        found = read_json(file)
-        # These U-Nets keep the number of heads under the name of their size: one number, or a list by level.
-        heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
-        expected = {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}
-        differing = [key for key, value in expected.items() if not _matches(found.get(key, value), value)]
-    except (OSError, *SHAPE_ERRORS) as error:
-        raise WeightsError(f"{place}: {file.name} is not a JSON object; fetch it again") from error
-    for key in differing:
-        raise WeightsError(f"{place}: {key} is {found[key]} in {file.name}, and the model has {expected[key]}")
-
-
-def _matches(found: object, value: object) -> bool:
-    return all(each == value for each in found) if isinstance(found, list) and found else found == value
+    found = _configuration(file, file.name, place)
+    # These U-Nets keep the number of heads under the name of their size: one number, or a list by level.
+    heads = "num_attention_heads" if found.get("num_attention_heads") else "attention_head_dim"
+    for key, value in {heads: config.heads, "norm_num_groups": config.norm_groups, **BEHAVIOUR}.items():
+        given = found.get(key, value)
+        if any(each != value for each in given) if isinstance(given, list) and given else given != value:
+            raise WeightsError(f"{place}: {key} is {given} in {file.name}, and the model has {value}")

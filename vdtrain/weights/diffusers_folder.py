@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def write_pipeline(
         write_text_encoder(draft / "text_encoder", draft / "tokenizer", model, text, dtype)
         write_image_encoder(draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype)
         write_scheduler(draft / "scheduler", model.schedule)
-        (draft / INDEX_FILE).write_text(json.dumps(_index(), indent=2))
+        index = {"_class_name": "VersatileDiffusionPipeline", "_diffusers_version": version("diffusers"), **COMPONENTS}
+        (draft / INDEX_FILE).write_text(json.dumps(index, indent=2))
         if card is not None:
             write_text(draft / CARD_FILE, card)
 
@@ -120,12 +122,6 @@ def meta_unet(model: ModelConfig, diffuser: Diffuser, names: UnetNames) -> Any:
             attention_head_dim=config.heads,
             cross_attention_dim=shapes[f"context_layers.{names.context}.0.transformer_blocks.0.attn2.to_k.weight"][1],
         )
-
-
-def _index() -> dict[str, Any]:
-    import diffusers
-
-    return {"_class_name": "VersatileDiffusionPipeline", "_diffusers_version": diffusers.__version__, **COMPONENTS}
 
 
 def write_vae(folder: Path, model: ModelConfig, image: str, dtype: torch.dtype) -> None:

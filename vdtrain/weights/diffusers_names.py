@@ -52,6 +52,9 @@ class UnetNames:
         kind: of the U-Net. The two kinds differ only in the names of the layers between resolutions.
         data: modality of its data layers.
         context: modality of its context layers.
+
+    Attributes:
+        own: our name of each module, by diffusers' name.
     """
 
     def __init__(self, plan: LayerPlan, kind: Kind, data: str, context: str) -> None:
@@ -63,15 +66,15 @@ class UnetNames:
                 self._theirs[".".join(filter(None, [f"data_layers.{data}.{index}", own]))] = part
         for index, name in enumerate(context_names):
             self._theirs[f"context_layers.{context}.{index}"] = name
-        self._own = {name: own for own, name in self._theirs.items()}
+        self.own = {name: own for own, name in self._theirs.items()}
 
     def to_diffusers(self, name: str) -> str | None:
         """The U-Net's key of one of our parameter names; None if the U-Net does not hold the parameter."""
-        return _translated(name, self._theirs)
+        return translated(name, self._theirs)
 
     def to_own(self, key: str) -> str | None:
         """Our parameter name of one of the U-Net's keys; None if such a U-Net does not have the key."""
-        return _translated(key, self._own)
+        return translated(key, self.own)
 
     def open(self, folder: Path, config: DiffuserConfig, setting: str) -> LazyTensors:
         """The tensors in a U-Net's folder, by our names.
@@ -134,8 +137,8 @@ def _parts(role: Role, kind: Kind, name: str) -> Iterator[tuple[str, str]]:
         yield ("op" if role is Role.DOWN else "conv"), f"{name}.conv"
 
 
-def _translated(name: str, modules: Mapping[str, str]) -> str | None:
-    """A parameter's name with the name of its module replaced; None if no module has it."""
+def translated(name: str, modules: Mapping[str, str]) -> str | None:
+    """A parameter's name with the name of its module replaced; None if it is in none of the modules."""
     head, tail = name, ""
     while head:
         head, _, last = head.rpartition(".")

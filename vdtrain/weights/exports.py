@@ -27,7 +27,7 @@ def versatile_diffusion(output: Path, tensors: LazyTensors, model: ModelConfig, 
     """One .pth in the layout of the released vd-four-flow-v1-0."""
     from vdtrain.weights.versatile_diffusion import to_released
 
-    write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), OUTPUT, overwrite)
+    write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), overwrite)
     beside = card_beside(output)
     with written_whole(beside, f"{OUTPUT}={beside}", overwrite) as draft:
         write_text(draft, card)
@@ -37,7 +37,7 @@ def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrit
     """A weights folder: the same keys as safetensors, with the model's configuration."""
     from vdtrain.weights.folder import write_weights_folder
 
-    write_weights_folder(output, tensors, model, OUTPUT, overwrite, card)
+    write_weights_folder(output, tensors, model, overwrite, card)
 
 
 def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
@@ -59,17 +59,11 @@ def card_beside(output: Path) -> Path:
     return output.with_name(f"{output.stem}.README.md")
 
 
-def write_torch(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    setting: str = "output",
-    overwrite: bool = False,
-) -> None:
+def write_torch(path: Path, tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
     """Write a state dict that `torch.load` reads. The file appears when it is whole.
 
     Args:
         tensors: each is read once and keeps its dtype. All are in memory at the same time.
-        setting: names where the path comes from, in errors.
         overwrite: replace what exists.
 
     Raises:
@@ -77,7 +71,7 @@ def write_torch(
     """
     import torch
 
-    with written_whole(path, f"{setting}={path}", overwrite) as draft, draft.open("wb") as file:
+    with written_whole(path, f"{OUTPUT}={path}", overwrite) as draft, draft.open("wb") as file:
         # A tensor may be a view of a whole file, and PyTorch would write that file with each of its tensors.
         state = {
             name: tensor.detach().cpu().contiguous().clone()

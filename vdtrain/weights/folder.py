@@ -36,7 +36,6 @@ from vdtrain.weights.versatile_diffusion import from_released, to_released
 
 # By name, the weights folder. `examples/ship_miniature.py` makes it.
 SHIPPED = {"tiny": ASSETS / "tiny" / "trained"}
-RECORD = "weights.json"
 
 
 def located(value: str) -> Path:
@@ -45,7 +44,7 @@ def located(value: str) -> Path:
     A name in `SHIPPED` is the package's own model, unless that path holds a checkpoint.
     """
     path = Path(value).expanduser()
-    if value not in SHIPPED or (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir() or is_checkpoint(path):
+    if value not in SHIPPED or is_weights_folder(path) or (path / CHECKPOINTS).is_dir() or is_checkpoint(path):
         return path
     return SHIPPED[value]
 
@@ -130,26 +129,20 @@ def is_weights_folder(path: Path) -> bool:
 
 
 def write_weights_folder(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    model: ModelConfig,
-    setting: str = "output",
-    overwrite: bool = False,
-    card: str | None = None,
+    path: Path, tensors: Mapping[str, Tensor], model: ModelConfig, overwrite: bool = False, card: str | None = None
 ) -> None:
     """Write a weights folder. The folder appears when it is whole.
 
     Args:
         tensors: by our names; each is read once and keeps its dtype.
         model: the model of these tensors.
-        setting: names where the path comes from, in errors.
         overwrite: replace what exists.
         card: text of a model card. It may be edited, so it has no checksum.
 
     Raises:
         ConfigError: the path exists already, or the folder cannot be written.
     """
-    with written_whole(path, f"{setting}={path}", overwrite) as draft:
+    with written_whole(path, f"output={path}", overwrite) as draft:
         draft.mkdir()
         items = ((to_released(name), tensor) for name, tensor in track(tensors.items(), "writing", "tensors"))
         write_shards(draft, STEM, items)

@@ -52,9 +52,9 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in TRANSPOSED:
             renamed[TRANSPOSED[name]] = tensor.T.contiguous()
         elif QUERY in name:
-            parts = [state.get(name.replace(QUERY, f"self_attn.{part}_proj.")) for part in "qkv"]
-            whole = [part for part in parts if part is not None]
-            renamed[_joined(name)] = torch.cat(whole)
+            stem, _, kind = _layer_name(name, TOWERS, {}).rpartition(f".{QUERY}")
+            keys = (name.replace(QUERY, f"self_attn.{part}_proj.") for part in "qkv")
+            renamed[f"{stem}.attn.in_proj_{kind}"] = torch.cat([state[key] for key in keys if key in state])
         elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
             renamed[SAME.get(name) or _layer_name(name, TOWERS, LAYER_PARTS)] = tensor
     return renamed
@@ -76,12 +76,6 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[same.get(name) or _layer_name(name, towers, parts)] = tensor
     return renamed
-
-
-def _joined(name: str) -> str:
-    """open_clip's name of the matrix that holds a query projection."""
-    stem, _, kind = _layer_name(name, TOWERS, {}).rpartition(f".{QUERY}")
-    return f"{stem}.attn.in_proj_{kind}"
 
 
 def _layer_name(name: str, towers: Mapping[str, str], parts: Mapping[str, str]) -> str:

@@ -146,16 +146,12 @@ def outputs_of(frozen: Mapping[FrozenPart, LazyTensors], path: Path, config: Wei
     for part, tensors in frozen.items():
         for target in part.targets(config.model):
             state = CONVERTERS[part](tensors, target.specification, f"{PATH}={path}")
-            if config.overwrite or not _holds(target, state):
+            made = target.path.is_file() and equal(open_tensors(target.path, target.setting), state)
+            if config.overwrite or not made:
                 refuse_existing(target.path, target.place, config.overwrite)
                 write = partial(_write_part, target, state, config.overwrite)
                 outputs.append(Output(target.path, LazyTensors.of(state).summary, write))
     return outputs
-
-
-def _holds(target: Target, state: Mapping[str, Tensor]) -> bool:
-    """Whether a file exists with the same tensors."""
-    return target.path.is_file() and equal(open_tensors(target.path, target.setting), state)
 
 
 def _write_part(target: Target, state: Mapping[str, Tensor], overwrite: bool) -> None:

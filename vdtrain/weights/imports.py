@@ -91,60 +91,34 @@ def stable_diffusion(path: str, config: WeightsConfig) -> list[Output]:
     return [_weights_folder(open_stable_diffusion(local, config.model, list(config.model.modalities), PATH), config)]
 
 
-def image_vae(path: str, config: WeightsConfig) -> list[Output]:
-    """The image VAE: kl-f8.pth, Stable Diffusion's file, or a diffusers vae folder."""
-    from vdtrain.weights.frozen_parts import IMAGE_VAE, part_outputs
+def _frozen_part(name: str, text: str) -> Source:
+    """The source of a frozen part's weights or of a tokenizer, with its help text."""
 
-    return part_outputs(IMAGE_VAE, path, config)
+    def read(path: str, config: WeightsConfig) -> list[Output]:
+        from vdtrain.weights.caption_tokenizers import TOKENIZERS, tokenizer_outputs
+        from vdtrain.weights.frozen_parts import PARTS, part_outputs
 
+        (part,) = [each for each in PARTS if each.source == name]
+        return (tokenizer_outputs if part in TOKENIZERS else part_outputs)(part, path, config)
 
-def text_vae(path: str, config: WeightsConfig) -> list[Output]:
-    """The text VAE Optimus: optimus-vae.pth."""
-    from vdtrain.weights.frozen_parts import TEXT_VAE, part_outputs
-
-    return part_outputs(TEXT_VAE, path, config)
-
-
-def clip(path: str, config: WeightsConfig) -> list[Output]:
-    """CLIP ViT-L/14, by Hugging Face or by open_clip."""
-    from vdtrain.weights.frozen_parts import CLIP, part_outputs
-
-    return part_outputs(CLIP, path, config)
-
-
-def bert_tokenizer(path: str, config: WeightsConfig) -> list[Output]:
-    """BERT-base-cased's tokenizer: tokenizer.json or vocab.txt."""
-    from vdtrain.weights.caption_tokenizers import tokenizer_outputs
-    from vdtrain.weights.frozen_parts import BERT_TOKENIZER
-
-    return tokenizer_outputs(BERT_TOKENIZER, path, config)
-
-
-def gpt2_tokenizer(path: str, config: WeightsConfig) -> list[Output]:
-    """GPT-2's tokenizer: tokenizer.json, or vocab.json and merges.txt."""
-    from vdtrain.weights.caption_tokenizers import tokenizer_outputs
-    from vdtrain.weights.frozen_parts import GPT2_TOKENIZER
-
-    return tokenizer_outputs(GPT2_TOKENIZER, path, config)
+    read.__doc__ = text
+    return read
 
 
 Source = Callable[[str, WeightsConfig], list[Output]]
 """(path or address, settings) -> what will be written. For a diffuser, `output` is set. The first line of the docstring
 is the help text. Raises a ConfigError if the weights cannot be read or are of another model, or the output exists."""
 
+FROZEN = {
+    "image_vae": "The image VAE: kl-f8.pth, Stable Diffusion's file, or a diffusers vae folder.",
+    "text_vae": "The text VAE Optimus: optimus-vae.pth.",
+    "clip": "CLIP ViT-L/14, by Hugging Face or by open_clip.",
+    "bert_tokenizer": "BERT-base-cased's tokenizer: tokenizer.json or vocab.txt.",
+    "gpt2_tokenizer": "GPT-2's tokenizer: tokenizer.json, or vocab.json and merges.txt.",
+}
 SOURCES: dict[str, Source] = {
-    source.__name__: source
-    for source in (
-        versatile_diffusion,
-        diffusers,
-        safetensors,
-        stable_diffusion,
-        image_vae,
-        text_vae,
-        clip,
-        bert_tokenizer,
-        gpt2_tokenizer,
-    )
+    **{source.__name__: source for source in (versatile_diffusion, diffusers, safetensors, stable_diffusion)},
+    **{name: _frozen_part(name, text) for name, text in FROZEN.items()},
 }
 
 
@@ -180,5 +154,5 @@ def _weights_folder(diffuser: LazyTensors, config: WeightsConfig) -> Output:
     from vdtrain.weights.folder import write_weights_folder
 
     folder = Path(str(config.output))
-    write = partial(write_weights_folder, folder, diffuser, config.model, OUTPUT, config.overwrite)
+    write = partial(write_weights_folder, folder, diffuser, config.model, config.overwrite)
     return Output(folder, diffuser.summary, write)

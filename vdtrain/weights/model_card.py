@@ -39,27 +39,8 @@ DATA_SETS = {
 }
 
 
-@dataclass(frozen=True)
-class StageRow:
-    """A stage that was trained.
-
-    Attributes:
-        samples, steps: trained so far.
-        phases: sides of its images in pixels.
-        precision: number format of the computation.
-        commits: of the code, oldest first.
-    """
-
-    name: str
-    flows: list[str]
-    samples: int
-    steps: int
-    phases: list[int]
-    batch: int
-    learning_rate: float
-    precision: str
-    lora_rank: int | None
-    commits: list[str]
+# Of the table of stages.
+COLUMNS = ("stage", "flows", "pixels", "pairs", "steps", "learning rate", "precision", "commit of the code")
 
 
 @dataclass(frozen=True)
@@ -67,14 +48,14 @@ class Origin:
     """What is known of weights.
 
     Attributes:
-        stages: that were trained here, in their order; empty for weights that were imported.
+        stages: rows of `COLUMNS` of those that were trained here, in their order; empty for weights that were imported.
         start: what the first of them started from: a repository of the hub, "random", or "" if that is not known.
         data: name of each data set.
         figures: of evaluations: a title, names of columns, and a row for each flow.
         card: an earlier card of the same weights.
     """
 
-    stages: list[StageRow] = field(default_factory=list)
+    stages: list[list[str]] = field(default_factory=list)
     start: str = ""
     data: list[str] = field(default_factory=list)
     figures: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
@@ -123,7 +104,7 @@ def _runs(checkpoint: Checkpoint) -> list[Run]:
         return []
 
 
-def _row(config: Mapping[str, Any], run: Run | None, last: Checkpoint) -> StageRow:
+def _row(config: Mapping[str, Any], run: Run | None, last: Checkpoint) -> list[str]:
     """A stage's row, from the configuration and the run's records; the last one ends at the checkpoint."""
     stage, optimizer = config["stage"], config.get("optimizer") or {}
     batch = int(stage["global_batch_size"])
@@ -131,18 +112,18 @@ def _row(config: Mapping[str, Any], run: Run | None, last: Checkpoint) -> StageR
     steps = last.index.step if own else run.summary.step if run is not None else 0
     starts = run.summary.starts if run is not None else []
     commits = [str(event.environment["commit"]) for event in starts if event.environment.get("commit")]
-    return StageRow(
-        name=str(stage["name"]),
-        flows=[str(flow) for flow in stage["flows"]],
-        samples=steps * batch,
-        steps=steps,
-        phases=[int(phase["resolution"]) for phase in stage["phases"]],
-        batch=batch,
-        learning_rate=float(stage["learning_rate"]) * float(optimizer.get("learning_rate_scale") or 1.0),
-        precision=str((config.get("hardware") or {}).get("precision", "")),
-        lora_rank=(config.get("lora") or {}).get("rank"),
-        commits=list(dict.fromkeys(commits)),
-    )
+    rate = float(stage["learning_rate"]) * float(optimizer.get("learning_rate_scale") or 1.0)
+    rank = (config.get("lora") or {}).get("rank")
+    return [
+        str(stage["name"]),
+        ", ".join(map(str, stage["flows"])),
+        ", then ".join(dict.fromkeys(str(int(phase["resolution"])) for phase in stage["phases"])),
+        f"{steps * batch:,}",
+        f"{steps:,} of {batch:,}",
+        f"{rate:g}",
+        str((config.get("hardware") or {}).get("precision", "")) + (f", adapters of rank {rank}" if rank else ""),
+        ", ".join(commit[:12] for commit in dict.fromkeys(commits)) or "not known",
+    ]
 
 
 def _start(config: Mapping[str, Any]) -> str:
@@ -284,22 +265,8 @@ def _training(origin: Origin) -> str:
     )
     if not origin.stages:
         return f"The weights were imported, and not trained further here. They come from: {start}"
-    rows = [
-        [
-            each.name,
-            ", ".join(each.flows),
-            ", then ".join(map(str, dict.fromkeys(each.phases))),
-            f"{each.samples:,}",
-            f"{each.steps:,} of {each.batch:,}",
-            f"{each.learning_rate:g}",
-            each.precision + ("" if each.lora_rank is None else f", adapters of rank {each.lora_rank}"),
-            ", ".join(commit[:12] for commit in each.commits) or "not known",
-        ]
-        for each in origin.stages
-    ]
-    names = ["stage", "flows", "pixels", "pairs", "steps", "learning rate", "precision", "commit of the code"]
     data = "".join(f"* {name}\n" for name in origin.data) or "* not recorded\n"
-    return f"Start: {start}\n\nData:\n\n{data}\n{_table(names, rows)}"
+    return f"Start: {start}\n\nData:\n\n{data}\n{_table(COLUMNS, origin.stages)}"
 
 
 def _figures(origin: Origin) -> str:

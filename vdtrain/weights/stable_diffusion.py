@@ -18,7 +18,7 @@ from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
 from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
-from vdtrain.weights.diffusers_names import UnetNames
+from vdtrain.weights.diffusers_names import UnetNames, translated
 from vdtrain.weights.layouts import COMPVIS, DIFFUSERS, EMA_UNET, LEFTOVERS, VD_2022, contents, ema_name
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
@@ -52,29 +52,14 @@ def layer_names(plan: LayerPlan) -> tuple[list[str], list[str]]:
     return data, context
 
 
-def own_names(plan: LayerPlan, key: str, image: str, contexts: Collection[str]) -> list[str]:
-    """Our parameter names for a U-Net key (without its prefix); attention has one for each of `contexts`."""
-    if key.startswith("time_embed."):
-        return ["global_layers." + key.removeprefix("time_embed.")]
+def compvis_modules(plan: LayerPlan, modality: str) -> dict[str, str]:
+    """CompVis' name of each module of a U-Net by ours, which has the modality; for `translated`."""
     data, context = layer_names(plan)
-    for index, name in enumerate(data):
-        if key.startswith(name + "."):
-            return [f"data_layers.{image}.{index}.{key.removeprefix(name + '.')}"]
-    for index, name in enumerate(context):
-        if key.startswith(name + "."):
-            tail = key.removeprefix(name + ".")
-            return [f"context_layers.{modality}.{index}.{tail}" for modality in contexts]
-    return []
-
-
-def compvis_key(plan: LayerPlan, name: str) -> str:
-    """CompVis' key, without its prefix, of one of our parameter names. The modality makes no difference."""
-    kind, _, rest = name.partition(".")
-    if kind == "global_layers":
-        return f"time_embed.{rest}"
-    data, context = layer_names(plan)
-    _, index, tail = rest.split(".", 2)
-    return f"{(data if kind == 'data_layers' else context)[int(index)]}.{tail}"
+    return {
+        "global_layers": "time_embed",
+        **{f"data_layers.{modality}.{index}": name for index, name in enumerate(data)},
+        **{f"context_layers.{modality}.{index}": name for index, name in enumerate(context)},
+    }
 
 
 def open_stable_diffusion(path: Path, model: ModelConfig, contexts: Collection[str], setting: str) -> LazyTensors:
@@ -124,11 +109,9 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
     if VD_2022.prefixes(tensors):
         return None
     if prefixes := COMPVIS.prefixes(tensors):
-
-        def own(key: str) -> str | None:
-            return next(iter(own_names(plan, key, data, [data])), None)
+        modules = {theirs: own for own, theirs in compvis_modules(plan, data).items()}
     elif prefixes := DIFFUSERS.prefixes(tensors):
-        own = UnetNames(plan, "image", data, data).to_own
+        modules = UnetNames(plan, "image", data, data).own
     elif EMA_UNET.prefixes(tensors):
         return _ema_names(tensors, model)
     else:
@@ -138,26 +121,22 @@ def _own_names(tensors: LazyTensors, model: ModelConfig, place: str) -> dict[str
     for key in tensors:
         tail = key.removeprefix(prefix)
         if key.startswith(prefix) and not tail.startswith(LEFTOVERS):
-            if (name := own(tail)) is None:
-                raise WeightsError(
-                    f"{place}: {_release_of(key)}{key} has no place in the model; is it Stable Diffusion v1?"
-                )
+            if (name := translated(tail, modules)) is None:
+                other = "label_emb." in key or "add_embedding." in key
+                release = "it is Stable Diffusion XL, or takes image embeddings; " if other else ""
+                raise WeightsError(f"{place}: {release}{key} has no place in the model; is it Stable Diffusion v1?")
             names[name] = key
     return names
 
 
 def _ema_names(tensors: LazyTensors, model: ModelConfig) -> dict[str, str]:
     """The same for a file with only the EMA copy, whose keys have no dots."""
-    plan, data = make_plan(model.diffuser), model.base_modality
+    data = model.base_modality
+    modules = compvis_modules(make_plan(model.diffuser), data)
     with torch.device("meta"):
         expected = Diffuser(model, [GLOBAL_GROUP, f"data.{data}", f"context.{data}"]).state_dict()
-    keys = {name: ema_name(UNET_PREFIX + compvis_key(plan, name)) for name in expected}
+    keys = {name: ema_name(f"{UNET_PREFIX}{translated(name, modules)}") for name in expected}
     return {name: key for name, key in keys.items() if key in tensors}
-
-
-def _release_of(key: str) -> str:
-    is_other = "label_emb." in key or "add_embedding." in key
-    return "it is Stable Diffusion XL, or takes image embeddings; " if is_other else ""
 
 
 def _other_release(found: LazyTensors, data: str) -> str:

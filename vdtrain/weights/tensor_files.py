@@ -45,11 +45,6 @@ class Choice:
     index: str | None
     files: list[str]
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each file is one shard of the weights."""
-        return all(re.search(r"-\d+-of-\d+", name) for name in self.files)
-
 
 def choose(names: Iterable[str]) -> Choice | None:
     """The form to read: full precision before variants ("model.fp16.bin"), then safetensors before pickles.
@@ -241,7 +236,7 @@ def _weights_file(folder: Path, place: str) -> Path:
     if len(choice.files) == 1:
         return folder / choice.files[0]
     names = ", ".join(choice.files[:5])
-    if choice.sharded:
+    if all(re.search(r"-\d+-of-\d+", name) for name in choice.files):
         raise WeightsError(f"{place}: holds shards ({names}) without their index; fetch all files of the folder")
     raise WeightsError(f"{place}: holds {len(choice.files)} weights files ({names}); name one of them")
 

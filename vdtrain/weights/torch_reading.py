@@ -149,15 +149,8 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     return made
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _with_attributes(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor of a subclass or with attributes, as a plain tensor."""
-    return rebuild(*arguments)
-
-
+# A parameter is its tensor; what else is kept with it is dropped.
+_PARAMETER = _Function(lambda data, *_: data)
 KNOWN: dict[str, Any] = {
     "collections.OrderedDict": _Names,
     "collections.defaultdict": _Names,
@@ -165,10 +158,11 @@ KNOWN: dict[str, Any] = {
     "torch.Size": _Function(lambda *sizes: torch.Size(*sizes)),
     "torch._utils._rebuild_tensor": _Function(_tensor),
     "torch._utils._rebuild_tensor_v2": _Function(_tensor),
-    "torch._utils._rebuild_parameter": _Function(_parameter),
-    "torch._utils._rebuild_parameter_with_state": _Function(_parameter),
-    "torch.nn.parameter.Parameter": _Function(_parameter),
-    "torch._tensor._rebuild_from_type_v2": _Function(_with_attributes),
+    "torch._utils._rebuild_parameter": _PARAMETER,
+    "torch._utils._rebuild_parameter_with_state": _PARAMETER,
+    "torch.nn.parameter.Parameter": _PARAMETER,
+    # A tensor of a subclass or with attributes becomes a plain tensor.
+    "torch._tensor._rebuild_from_type_v2": _Function(lambda rebuild, kind, arguments, state: rebuild(*arguments)),
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
 }
 

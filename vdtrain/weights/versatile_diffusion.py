@@ -8,6 +8,7 @@ Ours: `global_layers.*`, `data_layers.<m>.<n>.*`, `context_layers.<m>.<n>.*`; th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,29 +17,28 @@ from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import LayerPlan, make_plan
 from vdtrain.weights.checks import check_diffuser, check_schedule, schedule_buffers
+from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.layouts import VD_2022, VD_2023, below, contents
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, own_names
+from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
 from vdtrain.weights.tensor_files import LazyTensors, equal, open_tensors
 
 if TYPE_CHECKING:
     from vdtrain.weights.frozen_parts import FrozenPart
 
-UNET = re.compile(re.escape(UNET_PREFIX) + r"unet_([^.]+)\.(.+)")
 GLOBAL_PREFIX = "diffuser.image.time_embed."
 RELEASED_LAYER = re.compile(r"diffuser\.(\w+)\.(data|context)_blocks\.(\d+)\.0\.(.+)")
 OWN_LAYER = re.compile(r"(data|context)_layers\.(\w+)\.(\d+)\.(.+)")
 
 
-def from_2022(plan: LayerPlan, key: str) -> str | None:
-    """Our name of a key of the 2022 release; None if it is not a key of the diffuser."""
-    match = UNET.fullmatch(key)
-    if match is None:
-        # The global layers are outside the networks of the modalities.
-        tail = key.removeprefix(UNET_PREFIX)
-        return f"global_layers.{tail.removeprefix('time_embed.')}" if tail.startswith("time_embed.") else None
-    modality, tail = match.groups()
-    names = own_names(plan, tail, modality, [modality])
-    return names[0] if names and not names[0].startswith("global_layers.") else None
+def modules_2022(plan: LayerPlan, modalities: Iterable[str]) -> dict[str, str]:
+    """Our name of each module by that of the 2022 release; for `translated`."""
+    # The global layers are outside the networks of the modalities.
+    found = {f"{UNET_PREFIX}time_embed": "global_layers"}
+    for name in modalities:
+        modules = compvis_modules(plan, name)
+        del modules["global_layers"]
+        found |= {f"{UNET_PREFIX}unet_{name}.{theirs}": own for own, theirs in modules.items()}
+    return found
 
 
 def from_released(key: str) -> str | None:
@@ -87,7 +87,7 @@ def open_release(path: Path, model: ModelConfig, setting: str) -> tuple[LazyTens
             "release of Versatile Diffusion"
         )
     tensors = below(published, releases[0].prefixes(published)[0])
-    plan, buffers = make_plan(model.diffuser), schedule_buffers(model.schedule)
+    modules, buffers = modules_2022(make_plan(model.diffuser), model.modalities), schedule_buffers(model.schedule)
     prefixes = _frozen_prefixes(releases[0] is VD_2022)
     names: dict[str, str] = {}
     frozen: dict[str, dict[str, str]] = {prefix: {} for prefix in prefixes}
@@ -95,7 +95,7 @@ def open_release(path: Path, model: ModelConfig, setting: str) -> tuple[LazyTens
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
         if prefix is not None:
             frozen[prefix][key.removeprefix(prefix)] = key
-        elif (name := from_2022(plan, key) if releases[0] is VD_2022 else from_released(key)) is not None:
+        elif (name := translated(key, modules) if releases[0] is VD_2022 else from_released(key)) is not None:
             names[name] = key
         elif key not in buffers:
             raise WeightsError(f"{place}: {key} has no place in the model; is it a release of Versatile Diffusion?")
