@@ -79,14 +79,11 @@ def _select(data: DataConfig) -> None:
 
 
 def _download(data: DataConfig) -> None:
-    from data_pipeline.download.download import DownloadError, download
+    from data_pipeline.download.download import download
 
     _check_sources(data)
     _outputs({f"data.sources.{name}.shards": source.shards for name, source in data.sources.items()})
-    try:
-        download(data.sources, data.download, data.allow_loopback)
-    except DownloadError as error:
-        raise ConfigError(str(error)) from error
+    download(data.sources, data.download, data.allow_loopback)
 
 
 def _pack(data: DataConfig) -> None:
@@ -102,39 +99,19 @@ def _pack(data: DataConfig) -> None:
 
 def _index(data: DataConfig) -> None:
     from data_pipeline.index.index import index
-    from data_pipeline.index.shard_reading import ShardError
-    from vdtrain.data.manifest import ManifestError
 
-    settings = data.index
     _outputs({"data.manifest": data.manifest}, beside=True)
+    for place in data.shards:
+        if "://" in place:
+            raise NothingError(f"data.shards={place}: is an address; copy its tars to this machine")
     sources = {name: Path(source.shards) for name, source in data.sources.items()}
-    own = [Path(place) for place in data.shards]
-    try:
-        for place in data.shards:
-            if "://" in place:
-                raise NothingError(f"data.shards={place}: is an address; copy its tars to this machine")
-        index(
-            sources,
-            Path(data.manifest),
-            own=own,
-            caption=settings.caption,
-            processes=settings.processes,
-            decode=settings.decode,
-            drop_repeated=settings.drop_repeated,
-            members=settings.members,
-        )
-    except (ShardError, ManifestError) as error:
-        raise ConfigError(str(error)) from error
+    index(sources, Path(data.manifest), own=[Path(place) for place in data.shards], **vars(data.index))
 
 
 def _inspect(data: DataConfig) -> None:
     from data_pipeline.inspection import inspect
-    from vdtrain.data.manifest import ManifestError
 
-    try:
-        inspect(Path(data.manifest), data.inspect)
-    except ManifestError as error:
-        raise ConfigError(str(error)) from error
+    inspect(Path(data.manifest), data.inspect)
 
 
 @dataclass(frozen=True)
@@ -225,7 +202,12 @@ def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
 
     def action(config: DataPipelineConfig, raw_config: DictConfig) -> int:
-        command.run(config.data)
+        from vdtrain.data.manifest import ManifestError
+
+        try:
+            command.run(config.data)
+        except ManifestError as error:
+            raise ConfigError(str(error)) from error
         return 0
 
     word = f"[{command.plain.rpartition('.')[2].upper()}] " if command.plain else ""

@@ -17,16 +17,13 @@ from pathlib import Path
 
 from data_pipeline import shards
 from data_pipeline.download.part import PartRun
-from data_pipeline.download.plan import DownloadError, Part, Record
+from data_pipeline.download.plan import Part, Record
 from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import read_selection
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 from vdtrain.config.fields import check_values
-from vdtrain.errors import install
+from vdtrain.errors import ConfigError, install
 from vdtrain.progress import Progress
-
-__all__ = ["DownloadError", "download"]
 
 ENGINES = {"multiprocessing": (), "pyspark": ("pyspark",), "ray": ("ray",)}
 POLL_SECONDS = 0.2
@@ -37,8 +34,8 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     """Download what is missing of this task's parts.
 
     Raises:
-        ConfigError: a setting cannot work, a source has no selected rows, or the plan of existing shards has changed.
-        DownloadError: another download holds a part, too few images arrive, or shards are missing at the end.
+        ConfigError: a setting cannot work, a source has no selected rows, the plan of existing shards has changed,
+            another download holds a part, too few images arrive, or shards are missing at the end.
     """
     check(config)
     parts = own_parts(sources, config)

@@ -28,7 +28,7 @@ from data_pipeline.index.tar_members import TarDamageError, TarMembers
 from data_pipeline.shards import STATISTICS, successes
 from vdtrain.data.manifest import STORED_SCHEMA, downloaded, pair_uid
 from vdtrain.data.members import BrokenSampleError
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 
 READ_AHEAD = 1 << 20
 MAGIC = {
@@ -41,7 +41,7 @@ MAGIC = {
 DAMAGE = "damaged part of a tar"
 
 
-class ShardError(ValueError):
+class ShardError(ConfigError):
     """A shard that is damaged or incomplete; the message is one line."""
 
 

@@ -21,11 +21,11 @@ from data_pipeline.pack.folders import folder_entries
 from data_pipeline.pack.found import Entry, LeftOut
 from data_pipeline.pack.picture import LeftOutError, prepare, read_caption
 from data_pipeline.pack.tables import coco_document, coco_entries, coco_folder, table_entries
-from data_pipeline.workers import LOCK_SECONDS, workers
+from data_pipeline.workers import alone, workers
 from vdtrain.config.command_line import shell
 from vdtrain.config.data_schema import DataConfig, PackConfig
 from vdtrain.errors import ConfigError, NothingError, missing
-from vdtrain.files import LockedError, locked, written_whole
+from vdtrain.files import written_whole
 from vdtrain.progress import Progress, track
 
 PLAN_FILE = "plan.parquet"
@@ -94,13 +94,8 @@ def pack(data: DataConfig) -> None:
         )
     output = Path(config.output)
     lock = output.with_name(output.name + ".lock")
-    try:
-        with locked(lock, LOCK_SECONDS):
-            _pack(config, output, lock)
-    except LockedError as error:
-        raise ConfigError(
-            f"data.pack.output={output}: another pack is writing there (process {error.holder}); wait for it or stop it"
-        ) from error
+    with alone("pack", lock, f"data.pack.output={output}"):
+        _pack(config, output, lock)
     if not config.index:
         words = [f"data.root={data.root}", f"data.shards={output}"]
         print(f"next: {shell(['python', '-m', 'data_pipeline', 'index', 'data=own', *words])}")

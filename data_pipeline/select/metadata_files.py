@@ -8,9 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from data_pipeline.index.find import files_below
-from data_pipeline.index.shard_reading import ShardError
-from vdtrain.config.compose import ConfigError
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 
 PARQUET = (".parquet", ".parq", ".pq")
 # Tables in other formats, and parquet files that are packed or not yet whole.
@@ -49,7 +47,7 @@ def _files_below(place: str, folder: Path, left_out: Collection[Path] = ()) -> l
             except OSError as error:
                 raise ConfigError(f"{path} {unreadable(error, path, 'give another folder')}") from error
             found[parts] = path
-    except (ShardError, ConfigError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     return [found[parts] for parts in sorted(found)]
 

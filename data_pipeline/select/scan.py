@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.filters import FilterResult, RowFilter
 from data_pipeline.select.sources import CAPTION, URL, Column, MetadataFile, Schema, Source, read_columns
+from data_pipeline.workers import alone
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.manifest import pair_uid
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.files import LockedError, locked, written_whole
+from vdtrain.files import written_whole
 
 # Rows of a row group: fixed, so that a part's bytes do not depend on how its rows were read.
 GROUP_ROWS = 1 << 16
@@ -84,8 +85,6 @@ def _read(scratch: Scratch, rows: np.ndarray, columns: list[str]) -> Iterator[pa
 FOLDER = "vdtrain_select"
 # The last column of `Scratch.rows`, which the parts do not have.
 ADDRESS = "address"
-# How long a select waits for the worker processes of one that was killed.
-LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -128,17 +127,12 @@ class Scratch:
         Raises:
             ConfigError: another select is at work.
         """
-        try:
-            with locked(self.lock, LOCK_SECONDS):
+        with alone("select", self.lock, self.setting):
+            self._remove()
+            try:
+                yield
+            finally:
                 self._remove()
-                try:
-                    yield
-                finally:
-                    self._remove()
-        except LockedError as error:
-            raise ConfigError(
-                f"{self.setting}: another select is writing there (process {error.holder}); wait for it or stop it"
-            ) from error
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
