@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vdtrain.data.decode import TURNED, DecodeError, decode, image_format, image_size, stored_orientation
+from vdtrain.data.decode import CENTRE, TURNED, DecodeError, decode, image_format, image_size, stored_orientation
 from vdtrain.data.manifest import content_hash
 from vdtrain.data.members import (
     IMAGES,
@@ -270,7 +270,7 @@ def _picture(offset: int, size: int, image: bytes, decoded: bool) -> Picture:
         raise BrokenSampleError(_reason(error, "header")) from error
     if decoded:
         try:
-            decode(image, DECODED_SIDE, (0.5, 0.5))
+            decode(image, DECODED_SIDE, CENTRE)
         except DecodeError as error:
             raise BrokenSampleError(_reason(error, "content")) from error
     return Picture(offset, size, width, height, _tag(image), content_hash(image))

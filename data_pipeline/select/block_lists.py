@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from data_pipeline.select.metadata_files import PARQUET, block_list_files
 from data_pipeline.select.sources import URL, schema_of
 from data_pipeline.select.urls import addresses
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import BlockListConfig, SourceConfig
-from vdtrain.errors import not_utf8, one_line, unreadable
+from vdtrain.errors import ConfigError, not_utf8, one_line, unreadable
 
 BATCH_ROWS = 1 << 16
 HASHES = ("hash", "md5", "phash")

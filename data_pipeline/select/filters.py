@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
 from data_pipeline.select.urls import addresses, url_problems
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.members import UNCLEAN, clean_caption
+from vdtrain.errors import ConfigError
 
 DUPLICATE_URL = "duplicate URL"
 DUPLICATE_IMAGE = "duplicate image"

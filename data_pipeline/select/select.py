@@ -33,9 +33,9 @@ from data_pipeline.select.selection import (
 )
 from data_pipeline.select.sources import Source, check_columns, open_sources
 from data_pipeline.workers import Run, workers
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.fields import check_values
+from vdtrain.errors import ConfigError
 
 BATCH_ROWS = 1 << 16
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.select.metadata_files import block_list_files, metadata_files
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.instantiate import recorded
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 from vdtrain.files import INCOMPLETE, read_json, written_whole
 
 SELECTION_FILE = "selection.json"

@@ -15,9 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.select.metadata_files import CONVERT, metadata_files, partition
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import SourceConfig
-from vdtrain.errors import one_line, system_error, unreadable
+from vdtrain.errors import ConfigError, one_line, system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"

@@ -77,6 +77,8 @@ __all__ = ["DecodeError", "decode", "decode_into", "decode_whole", "image_size",
 
 # Images with more pixels are refused before decoding.
 MAX_PIXELS = 100_000_000
+# Position of a crop.
+CENTRE = (0.5, 0.5)
 # Decoding memory of each thread; larger images get their own memory.
 SCRATCH_BYTES = 4_000_000
 ORIENTATION_TAG = 0x0112

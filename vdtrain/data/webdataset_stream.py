@@ -22,10 +22,10 @@ import numpy as np
 from vdtrain.config.fields import About
 from vdtrain.data.addresses import Command, expanded, open_tar
 from vdtrain.data.batch import Batch, BatchMemory
-from vdtrain.data.decode import DecodeError, decode_into, image_size
+from vdtrain.data.decode import CENTRE, DecodeError, decode_into, image_size
 from vdtrain.data.order import Split
 from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
-from vdtrain.data.stream import BAD_ALLOWANCE, CENTRE, LOGGED, _Loading
+from vdtrain.data.stream import BAD_ALLOWANCE, LOGGED, _Loading
 from vdtrain.data.tar_samples import CutError, Sample, samples
 from vdtrain.errors import ConfigError, missing, one_line, passes, unreadable
 from vdtrain.redaction import without_secrets
