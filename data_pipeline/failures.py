@@ -52,7 +52,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def reason(message: str) -> tuple[str, bool]:
-    """A message's reason, and whether the failure is transient."""
+    """A message's reason, and whether the failure is transient: the same request may succeed at another time."""
     status = re.match(r"HTTP Error (\d+)", message)
     if status:
         code = int(status[1])
@@ -64,11 +64,6 @@ def reason(message: str) -> tuple[str, bool]:
             return name, transient
     number = re.search(r"\[Errno (\d{1,5})\]", message)
     return os.strerror(int(number[1])) if number else OTHER, False
-
-
-def is_transient(message: str) -> bool:
-    """Whether the same request may succeed at another time."""
-    return reason(message)[1]
 
 
 class DownloadStats:

@@ -13,7 +13,7 @@ import ssl
 import string
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import Request
 
-from data_pipeline.failures import is_transient
+from data_pipeline.failures import reason
 from data_pipeline.select.urls import address, address_problem, url_problem
 
 
@@ -149,7 +149,7 @@ class Limits:
     retries: int
     allow_loopback: bool
     user_agent: str
-    opt_outs: tuple[str, ...]
+    opt_outs: Sequence[str]
 
 
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:
@@ -167,7 +167,7 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
             message = str(error) or type(error).__name__
             wanted = getattr(error, "retry_after", None)
             pause = PAUSE if wanted is None else wanted
-        if pause > limits.seconds or not is_transient(message):
+        if pause > limits.seconds or not reason(message)[1]:
             break
     return key, None, message
 
@@ -205,9 +205,8 @@ def _body(response: http.client.HTTPResponse, limits: Limits) -> bytes:
         raise StatusError(response.status, retry_after=retry_after(response.headers))
     if response.length is not None and response.length > limits.max_bytes:
         raise RefusedError.above(limits.max_bytes)
-    reason = opt_out(response.headers, limits)
-    if reason:
-        raise RefusedError(f"opted out: {reason}")
+    if directive := opt_out(response.headers, limits):
+        raise RefusedError(f"opted out: {directive}")
     return decoded(response.read(), response.headers, limits.max_bytes)
 
 

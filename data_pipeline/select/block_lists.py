@@ -72,7 +72,7 @@ def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig
 def _read(role: str, files: Sequence[str]) -> np.ndarray:
     setting = f"data.select.block_lists.{role}"
     hashes = []
-    for file in block_list_files({setting: list(files)})[setting]:
+    for file in block_list_files(setting, files):
         name, entries = str(file), 0
         try:
             for values in _entries(setting, file):

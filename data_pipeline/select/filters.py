@@ -51,6 +51,7 @@ class FilterResult:
                 self.addresses = self.addresses.filter(pa.array(~bad))
 
 
+@dataclass(frozen=True)
 class RowFilter:
     """The filters of a configuration over the columns of a schema (sources.read_columns), the cheapest first.
 
@@ -58,11 +59,10 @@ class RowFilter:
     later.
     """
 
-    def __init__(self, schema: Schema, config: FilterConfig, allow_loopback: bool, blocked: BlockLists) -> None:
-        self.schema = schema
-        self.config = config
-        self.allow_loopback = allow_loopback
-        self.blocked = blocked
+    schema: Schema
+    config: FilterConfig
+    allow_loopback: bool
+    blocked: BlockLists
 
     def columns(self) -> list[Column]:
         """The columns that the filters read, besides URL and caption."""
@@ -115,21 +115,18 @@ class RowFilter:
         ):
             if limit is None:
                 continue
-            # Both sides in single precision: a value equal to the limit passes.
-            scores = [_floats(columns[name]) for name in self.schema.roles.get(role, ())]
-            rows = len(columns[URL])
-            present = np.zeros(rows, bool)
-            bad = np.zeros(rows, bool)
-            for values in scores:
+            present, bad = np.zeros((2, len(columns[URL])), bool)
+            for name in self.schema.roles.get(role, ()):
+                values = _floats(columns[name])
                 present |= ~np.isnan(values)
+                # Both sides in single precision: a value equal to the limit passes.
                 bad |= sign * values < sign * np.float32(limit)
             self._unscored(result, ~present[result.rows], role)
             result.drop(bad[result.rows], reason)
         labels = self.schema.roles.get("nsfw_label", ())
         if config.nsfw_labels and labels:
-            found = columns[labels[0]]
             wanted = pa.array([label.upper() for label in config.nsfw_labels])
-            bad = pc.is_in(pc.utf8_upper(found), value_set=wanted).to_numpy(zero_copy_only=False)
+            bad = pc.is_in(pc.utf8_upper(columns[labels[0]]), value_set=wanted).to_numpy(zero_copy_only=False)
             result.drop(bad[result.rows], "NSFW label")
 
     def _urls(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
@@ -181,15 +178,11 @@ def check_filters(config: FilterConfig) -> None:
     Raises:
         ConfigError: with the setting, its value and the remedy.
     """
-    for low_name, high_name in (
-        ("aspect_ratio_min", "aspect_ratio_max"),
-        ("caption_characters_min", "caption_characters_max"),
-    ):
-        low_value, high_value = getattr(config, low_name), getattr(config, high_name)
-        if low_value is not None and high_value is not None and low_value > high_value:
+    for name in ("aspect_ratio", "caption_characters"):
+        low, high = getattr(config, f"{name}_min"), getattr(config, f"{name}_max")
+        if low is not None and high is not None and low > high:
             raise ConfigError(
-                f"data.select.filters.{low_name}={low_value}: above {high_name}={high_value}, so that no row is kept; "
-                "lower it"
+                f"data.select.filters.{name}_min={low}: above {name}_max={high}, so that no row is kept; lower it"
             )
 
 

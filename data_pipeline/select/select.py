@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ def select(data: DataConfig, batch_rows: int = BATCH_ROWS) -> dict[str, Selectio
     with scratch.opened():
         if wanted := _outdated(data, planned):
             _select(data, {name: planned[name] for name in wanted}, scratch, batch_rows)
-    selections = {name: read_selection(Path(source.selected)) for name, source in data.sources.items()}
-    for name, selection in selections.items():
+    selections: dict[str, Selection] = {}
+    for name, source in data.sources.items():
+        selection = read_selection(Path(source.selected))
         assert selection is not None
-        print("\n".join([f"{name}: {selection.text()[0]}", *selection.text()[1:]]))
-    return {name: selection for name, selection in selections.items() if selection is not None}
+        print(f"{name}: {selection.text()}")
+        selections[name] = selection
+    return selections
 
 
 def _check(data: DataConfig) -> None:
@@ -123,9 +125,22 @@ def _select(data: DataConfig, wanted: Mapping[str, dict[str, Any]], scratch: Scr
         with _timed("duplicates"):
             left = find_first_rows(scratch, sources, data.select.filters, data.select.processes)
         with _timed("parts"):
-            _write_parts(data, list(wanted), {name: rows for name, (_, rows) in left.items()}, scratch, run)
+            _write_parts(data, wanted, {name: rows for name, (_, rows) in left.items()}, scratch, run)
     for name, plan in wanted.items():
-        write_selection(Path(data.sources[name].selected), _selection(plan, counts[name], *left[name]))
+        found, (by_url, by_image) = counts[name], left[name]
+        repeated = Counter({DUPLICATE_URL: found.passed - by_url, DUPLICATE_IMAGE: by_url - by_image})
+        rows_per_part = data.select.rows_per_part
+        selection = Selection(
+            fingerprint=fingerprint(plan),
+            plan=plan,
+            read=found.read,
+            rows=by_image,
+            parts=-(-by_image // rows_per_part),
+            rows_per_part=rows_per_part,
+            counts=dict((found.dropped + repeated).most_common()),
+            unscored=dict(found.unscored.most_common()),
+        )
+        write_selection(Path(data.sources[name].selected), selection)
 
 
 def _setting(data: DataConfig, name: str) -> str:
@@ -148,19 +163,13 @@ def _scan(
     return counts
 
 
-def _write_parts(data: DataConfig, wanted: Sequence[str], rows: Mapping[str, int], scratch: Scratch, run: Run) -> None:
-    """Write the parts.
-
-    Args:
-        wanted: the sources to write.
-        rows: how many rows of each source are kept.
-    """
-    tasks = []
-    start = 0
+def _write_parts(data: DataConfig, wanted: Container[str], rows: Mapping[str, int], scratch: Scratch, run: Run) -> None:
+    """Write the parts of the wanted sources; `rows` tells how many rows of each source are kept."""
+    tasks, start, step = [], 0, data.select.rows_per_part
     for name, count in rows.items():
         places = range(start, start + count)
         start += count
-        folder, step = Path(data.sources[name].selected), data.select.rows_per_part
+        folder = Path(data.sources[name].selected)
         if name in wanted:
             tasks += [
                 Part(part_file(folder, number), _setting(data, name), scratch, places[first : first + step])
@@ -168,22 +177,6 @@ def _write_parts(data: DataConfig, wanted: Sequence[str], rows: Mapping[str, int
             ]
     for _ in run(write_part, tasks, "parts"):
         pass
-
-
-def _selection(plan: dict[str, Any], counts: RowCounts, by_url: int, by_image: int) -> Selection:
-    """The record of a source. `by_url`, `by_image`: its rows without repeated URLs, and without repeated images."""
-    dropped = counts.dropped + Counter({DUPLICATE_URL: counts.passed - by_url, DUPLICATE_IMAGE: by_url - by_image})
-    rows_per_part = int(plan["data.select.rows_per_part"])
-    return Selection(
-        fingerprint=fingerprint(plan),
-        plan=plan,
-        read=counts.read,
-        rows=by_image,
-        parts=-(-by_image // rows_per_part),
-        rows_per_part=rows_per_part,
-        counts=dict(dropped.most_common()),
-        unscored=dict(counts.unscored.most_common()),
-    )
 
 
 @contextmanager

@@ -51,13 +51,13 @@ class Selection:
         """The parts, in order."""
         return [part_file(folder, number) for number in range(self.parts)]
 
-    def text(self) -> list[str]:
-        """The counts as lines."""
+    def text(self) -> str:
+        """The counts, in lines."""
         share = self.rows / self.read if self.read else 0.0
         lines = [f"{self.rows:,} of {self.read:,} rows kept ({share:.1%}), in {self.parts:,} parts"]
         lines += [f"  {count:>14,} {reason}" for reason, count in self.counts.items()]
         lines += [f"  {count:>14,} kept without a value for {name}" for name, count in self.unscored.items()]
-        return lines
+        return "\n".join(lines)
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -123,7 +123,7 @@ def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
     """
     settings = _flat("data.select.filters", asdict(data.select.filters))
     lists = _flat("data.select.block_lists", asdict(data.select.block_lists))
-    settings |= {name: [_whole(name, file) for file in files] for name, files in block_list_files(lists).items()}
+    settings |= {name: [_whole(name, file) for file in block_list_files(name, files)] for name, files in lists.items()}
     settings |= {
         "data.select.rows_per_part": data.select.rows_per_part,
         "data.allow_loopback": data.allow_loopback,

@@ -172,10 +172,6 @@ class FileColumns:
     caption: str
     kept: Mapping[str, str]
 
-    def names(self) -> list[str]:
-        """The columns that must be read from the file."""
-        return [self.url, self.caption, *self.kept.values()]
-
 
 @dataclass(frozen=True)
 class MetadataFile:
@@ -198,7 +194,8 @@ class MetadataFile:
         Raises:
             ConfigError: the file is damaged.
         """
-        names = dict.fromkeys(self.columns.names())
+        found = self.columns
+        names = dict.fromkeys((found.url, found.caption, *found.kept.values()))
         given = {name: pa.scalar(self.partition[name], pa.string()) for name in names if name in self.partition}
         try:
             # Without a buffer size, pyarrow holds a whole column of a row group, and a row group can be a whole file.
@@ -233,7 +230,7 @@ class Source:
         return next((name for name in self.schema.roles.get("phash", ()) if name in names), None)
 
 
-def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path] = ()) -> list[Source]:
+def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path]) -> list[Source]:
     """Find the files and columns of all sources. Files are numbered over all sources.
 
     Args:
