@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -49,9 +48,9 @@ class Task:
     bytes: int
     modified_ns: int
     decode: bool
-    own: bool = False
-    caption: str | None = None
-    endings: Mapping[str, str] = field(default_factory=dict)
+    own: bool
+    caption: str | None
+    endings: Mapping[str, str]
 
 
 class ManifestBuilder:
@@ -75,8 +74,8 @@ class ManifestBuilder:
         before: pa.Table,
         tasks: Sequence[Task],
         caption: str | None,
-        contents: bool = False,
-        endings: Mapping[str, str] = MappingProxyType({}),
+        contents: bool,
+        endings: Mapping[str, str],
     ) -> None:
         self.manifest, self.shards, self._tasks = manifest, before, tasks
         self._settings = {CAPTION: caption, MEMBERS: json.dumps(endings, sort_keys=True) if endings else None}

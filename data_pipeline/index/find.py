@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from data_pipeline.index.builder import Task
 from data_pipeline.index.shard_reading import ShardError, statistics_file
@@ -59,11 +58,7 @@ class Found:
 
 
 def find(
-    sources: Sequence[Source],
-    manifest: Path,
-    decode: bool,
-    caption: str | None = None,
-    endings: Mapping[str, str] = MappingProxyType({}),
+    sources: Sequence[Source], manifest: Path, decode: bool, caption: str | None, endings: Mapping[str, str]
 ) -> Found:
     """List the tars of each source; those of one's own need no statistics of a download.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from vdtrain.data.decode import CENTRE, TURNED, DecodeError, decode, image_format, image_size, stored_orientation
 from vdtrain.data.manifest import content_hash
@@ -121,7 +120,7 @@ class Pair:
         return self.picture or self.files[0]
 
 
-def split_name(name: str, endings: Endings = MappingProxyType({})) -> tuple[str, str, str] | None:
+def split_name(name: str, endings: Endings) -> tuple[str, str, str] | None:
     """Key, name inside the sample and extension: "./x/a.seg.PNG" is ("x/a", "seg", "png"); None for other members.
 
     Args:
@@ -149,7 +148,7 @@ def read_part(
     content: bytes | None,
     decoded: bool,
     caption: str | None,
-    endings: Endings = MappingProxyType({}),
+    endings: Endings,
 ) -> Part | None:
     """What a member tells of its sample; None if it is no picture, caption, JSON or file of a further modality.
 
@@ -220,8 +219,6 @@ def orientation(pair: Pair) -> int:
 def _by_inner(sample: Sample, extensions: Sequence[str]) -> dict[str, Part | None]:
     """The parts with one of the extensions by their name inside the sample, the first extension if it has several."""
     found = [(inner, extension) for inner, extension in sample.parts if extension in extensions]
-    if len(found) < 2:
-        return {inner: sample.parts[inner, extension] for inner, extension in found}
     best = dict(sorted(found, key=lambda each: -_place(each[1], extensions)))
     return {inner: sample.parts[inner, best[inner]] for inner in dict(found)}
 

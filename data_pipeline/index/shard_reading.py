@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,8 +61,8 @@ class ShardScan:
     modified_ns: int
     samples: pa.Table
     broken: Mapping[str, int]
-    damage: str = ""
-    fields: tuple[str, ...] = ()
+    damage: str
+    fields: tuple[str, ...]
 
 
 def read_shard(
@@ -114,15 +114,10 @@ def read_shard(
         raise ShardError(f"{path}: {_no_tar(path)}")
     broken.update({DAMAGE: 1} if members.damage else {})
     table = pa.Table.from_pydict(rows, STORED_SCHEMA)
-    return ShardScan(
-        members.sha256,
-        status.st_size,
-        status.st_mtime_ns,
-        table,
-        dict(broken),
-        members.damage,
-        next(_fields(samples), ()) if not rows["key"] else (),
-    )
+    parts = (part for sample in samples for part in sample.parts.values())
+    fields = () if len(table) else next((part.fields for part in parts if isinstance(part, Described)), ())
+    size, modified_ns = status.st_size, status.st_mtime_ns
+    return ShardScan(members.sha256, size, modified_ns, table, broken, members.damage, fields)
 
 
 def statistics_file(tar: Path) -> Path:
@@ -174,8 +169,7 @@ def _samples(
         if not member.regular:
             broken["not a regular file"] += 1
             continue
-        key, *suffix = name
-        place = suffix[0], suffix[1]
+        key, place = name[0], name[1:]
         if not runs or key != runs[-1].key or place in runs[-1].parts:
             runs.append(Sample(key))
         part = read_part(place[1], member.offset, member.size, member.content, decoded, caption, endings)
@@ -190,11 +184,6 @@ def _samples(
             latest[run.key] = run
             samples.append(run)
     return samples
-
-
-def _fields(samples: list[Sample]) -> Iterator[tuple[str, ...]]:
-    """Names of fields that may hold captions."""
-    return (part.fields for sample in samples for part in sample.parts.values() if isinstance(part, Described))
 
 
 def _row(pair: Pair, source: str, file: int) -> dict[str, Any]:
