@@ -220,8 +220,7 @@ class Manifest:
 
     def counts(self, min_side: int) -> NDArray[np.int64]:
         """int64 [S]: pairs of image and caption of each shard whose shortest side has at least `min_side` pixels."""
-        sides = self._sides.flatten().to_numpy()
-        return self._counted(sides >= max(1, min_side))
+        return self._counted(self._sides.flatten().to_numpy() >= max(1, min_side))
 
     def partial(self) -> NDArray[np.int64]:
         """int64 [S]: number of samples of each shard that lack their image or their caption."""
@@ -306,11 +305,8 @@ class Manifest:
 
     def decoded(self, shard: int | None = None) -> bool:
         """Whether indexing decoded every image of a shard, or of all shards."""
-        found = self._column("decoded")
-        return bool(found[shard].as_py()) if shard is not None else all(found.to_pylist())
-
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return _read_shard_columns(self.folder, [name])[name]
+        found = _read_shard_columns(self.folder, ["decoded"])["decoded"].to_pylist()
+        return bool(all(found) if shard is None else found[shard])
 
 
 class SamplesWriter:

@@ -177,10 +177,6 @@ class Order:
         """Samples in all pools that take part."""
         return sum(pool.samples for pool in self.pools)
 
-    def sources(self, positions: Integers) -> Integers:
-        """int64 [n]: the pool of each position, counted among those that take part."""
-        return self.pattern[positions % len(self.pattern)]
-
     def locate(self, positions: Integers) -> Places:
         """The samples at global positions, int64 [n]."""
         rounds, places = np.divmod(positions, len(self.pattern))

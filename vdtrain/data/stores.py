@@ -51,11 +51,10 @@ class Stores:
         ManifestError: `timeout` is not a positive number.
     """
 
-    def __init__(self, timeout: float = TIMEOUT_SECONDS, patience: Patience | None = None) -> None:
+    def __init__(self, timeout: float, patience: Patience) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ManifestError(f"data.stream.timeout={timeout}: give the seconds of one read, above 0")
-        self._patience = Patience() if patience is None else patience
-        self._timeout = min(timeout, self._patience.seconds or timeout)
+        self._patience, self._timeout = patience, min(timeout, patience.seconds or timeout)
         self._systems: dict[str, tuple[Any, str]] = {}
         self._lock = threading.Lock()
 

@@ -7,7 +7,6 @@ a buffer. Nothing in a tar is unpickled, and no command is run unless `pipe` all
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from vdtrain.data.addresses import Command, expanded, open_tar
 from vdtrain.data.batch import Batch, BatchMemory
 from vdtrain.data.decode import CENTRE, DecodeError, decode_into, image_size
 from vdtrain.data.order import Split
-from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
+from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError, warn
 from vdtrain.data.stream import BAD_ALLOWANCE, LOGGED, _Loading
 from vdtrain.data.tar_samples import CutError, Sample, samples
 from vdtrain.errors import ConfigError, missing, one_line, passes, unreadable
@@ -207,7 +206,7 @@ class WebDatasetStream:
             self.bad[reason] += 1
             total = self.bad.total()
         if total <= LOGGED:
-            self._say(f"bad sample, replaced: {name}")
+            warn(f"bad sample, replaced: {name}")
         if total > BAD_ALLOWANCE + self.bad_share * self._good:
             raise StreamError(
                 f"{total} samples were bad ({_counts(self.bad)}; the last: {name}) and {self._good:,} good, above "
@@ -221,7 +220,7 @@ class WebDatasetStream:
             self.left_out.update(counts)
             now = self.left_out.total()
         if now and (before == 0 or len(str(now)) > len(str(before))):
-            self._say(f"samples left out until now: {_counts(self.left_out)}; taken: {self._good:,}")
+            warn(f"samples left out until now: {_counts(self.left_out)}; taken: {self._good:,}")
 
     def lose(self, address: str, error: Exception) -> None:
         """Report a tar that is cut or cannot be read; its other samples do not come.
@@ -232,7 +231,7 @@ class WebDatasetStream:
         if address in self._lost:
             return
         self._lost.add(address)
-        self._say(f"{_line(address, error)}; its other samples are passed over")
+        warn(f"{_line(address, error)}; its other samples are passed over")
         if isinstance(error, CutError) and not error.lost:
             return
         if len(self._lost) > BAD_ALLOWANCE + self.bad_share * len(self.urls):
@@ -269,11 +268,6 @@ class WebDatasetStream:
             for number, reader in enumerate(self._readers)
         ]
         return loading
-
-    def _say(self, line: str) -> None:
-        # In one piece: other threads write too.
-        sys.stderr.write(f"warning: {line}\n")
-        sys.stderr.flush()
 
 
 class _Reader:
