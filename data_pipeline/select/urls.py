@@ -167,7 +167,11 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
     host = re.sub("[\u3002\uff0e\uff61]", ".", unicodedata.normalize("NFKC", host)).lower().removesuffix(".")
     labels = host.split(".")
     if ":" in host or _NUMERIC.fullmatch(labels[-1]):
-        return _literal_problem(host, allow_loopback)
+        try:
+            return UNUSUAL_ADDRESS if "%" in host else address_problem(host, allow_loopback)
+        except ValueError:
+            # Octal, hexadecimal and short forms.
+            return UNUSUAL_ADDRESS
     if re.search("[%<>^|]", host) or not all(labels):
         return MALFORMED
     if labels[-1] in LOOPBACK_NAMES:
@@ -204,8 +208,7 @@ def address_problem(address: str, allow_loopback: bool) -> str | None:
         inner = found.ipv4_mapped or found.sixtofour
         if found in _NAT64:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            found = inner
+        found = inner or found
     if found.is_loopback:
         return None if allow_loopback else LOOPBACK
     if not found.is_global or found.is_multicast:
@@ -213,13 +216,3 @@ def address_problem(address: str, allow_loopback: bool) -> str | None:
     if isinstance(found, ipaddress.IPv6Address) and found not in _GLOBAL_UNICAST:
         return PRIVATE_ADDRESS
     return None
-
-
-def _literal_problem(host: str, allow_loopback: bool) -> str | None:
-    """The problem of a host that is an address. Octal, hexadecimal and short forms are refused."""
-    if "%" in host:
-        return UNUSUAL_ADDRESS
-    try:
-        return address_problem(host, allow_loopback)
-    except ValueError:
-        return UNUSUAL_ADDRESS

@@ -17,11 +17,10 @@ from subprocess import PIPE as PIPED
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.asyn import sync
 
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.patience import Patience, StreamError
-from vdtrain.data.stores import lasts, system_of
+from vdtrain.data.stores import ask, lasts, system_of
 from vdtrain.errors import ConfigError, one_line, passes, unreadable
 from vdtrain.files import open_regular
 from vdtrain.redaction import without_secrets
@@ -186,14 +185,11 @@ class _Remote(_Patient):
 
     def _piece(self, size: int) -> bytes:
         """The next bytes of a file in a store."""
-        system, self._size = self._system, self._size or int(self._system.size(self._path))
-        places = {"start": self._place, "end": min(self._place + size, self._size)}
+        self._size = self._size or int(self._system.size(self._path))
         if self._place >= self._size:
             return b""
-        if system.async_impl:
-            # At the limit the request is cancelled.
-            return cast(bytes, sync(system.loop, system._cat_file, self._path, timeout=self._timeout, **places))
-        return cast(bytes, system.cat_file(self._path, **places))
+        end = min(self._place + size, self._size)
+        return cast(bytes, ask(self._system, self._timeout, "cat_file", self._path, start=self._place, end=end))
 
     def _streamed(self, size: int) -> bytes:
         """The next bytes of a file on a web server, in one request for all of it: some servers know no ranges."""

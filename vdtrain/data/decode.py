@@ -73,8 +73,6 @@ def image_format(data: bytes | memoryview) -> str:
     return name
 
 
-__all__ = ["DecodeError", "decode", "decode_into", "decode_whole", "image_size", "rgb", "stored_orientation", "upright"]
-
 # Images with more pixels are refused before decoding.
 MAX_PIXELS = 100_000_000
 # Position of a crop.
