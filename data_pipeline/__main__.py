@@ -116,20 +116,13 @@ def _inspect(data: DataConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A command on data.
-
-    Attributes:
-        text: what it does, in a line of help.
-        parts: of `data`, those that it reads.
-        plain: the setting that its plain argument stands for.
-        data: the option of `data` that it takes by default, if it is not that of the other commands.
-    """
+    """A command on data."""
 
     run: Callable[[DataConfig], None]
-    text: str
-    parts: tuple[str, ...]
-    plain: str | None = None
-    data: str | None = None
+    text: str  # what it does, in a line of help
+    parts: tuple[str, ...]  # of `data`, those that it reads
+    plain: str | None = None  # the setting that its plain argument stands for
+    data: str | None = None  # the option of `data` that it takes by default, if it is not that of the other commands
 
 
 COMMANDS = {

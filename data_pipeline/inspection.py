@@ -34,16 +34,11 @@ BACKGROUND, INK, FAINT = "white", "black", "#777777"
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair to show.
+    """A pair to show."""
 
-    Attributes:
-        image: None if it cannot be shown.
-        note: source and size of the image, or why there is none.
-    """
-
-    image: Image.Image | None
+    image: Image.Image | None  # None if it cannot be shown
     caption: str
-    note: str
+    note: str  # source and size of the image, or why there is none
 
 
 def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -> Iterator[Pair]:

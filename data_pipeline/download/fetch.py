@@ -133,23 +133,15 @@ class StatusError(http.client.HTTPException):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one image.
+    """Limits for one image."""
 
-    Attributes:
-        timeout: seconds without a byte.
-        seconds: seconds in all, redirects included. A server that asks for a longer pause is not asked again.
-        max_bytes: length of the response, headers included, and of its decoded body.
-        retries: further attempts after a transient failure.
-        opt_outs: directives of X-Robots-Tag that are honoured.
-    """
-
-    timeout: float
-    seconds: float
-    max_bytes: int
-    retries: int
+    timeout: float  # seconds without a byte
+    seconds: float  # seconds in all, redirects included; a server that asks for a longer pause is not asked again
+    max_bytes: int  # length of the response, headers included, and of its decoded body
+    retries: int  # further attempts after a transient failure
     allow_loopback: bool
     user_agent: str
-    opt_outs: Sequence[str]
+    opt_outs: Sequence[str]  # directives of X-Robots-Tag that are honoured
 
 
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:

@@ -33,24 +33,17 @@ CAPTION = "data.index.caption"
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to read.
-
-    Attributes:
-        name: its path in the manifest.
-        own: another program made it.
-        caption: field of the JSON that holds the captions; None for members of text.
-        endings: of the files of further modalities, with the modality of each.
-    """
+    """A shard to read."""
 
     source: str
     path: Path
-    name: str
+    name: str  # its path in the manifest
     bytes: int
     modified_ns: int
     decode: bool
-    own: bool
-    caption: str | None
-    endings: Mapping[str, str]
+    own: bool  # another program made it
+    caption: str | None  # field of the JSON that holds the captions; None for members of text
+    endings: Mapping[str, str]  # of the files of further modalities, with the modality of each
 
 
 class ManifestBuilder:

@@ -23,15 +23,11 @@ NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass(frozen=True)
 class Source:
-    """The folders of one source, or single tars.
-
-    Attributes:
-        own: they are one's own, so that no download finished them.
-    """
+    """The folders of one source, or single tars."""
 
     name: str
     roots: Sequence[Path]
-    own: bool = False
+    own: bool = False  # they are one's own, so that no download finished them
 
     def setting(self, root: Path) -> str:
         """The setting that names a root."""
@@ -40,21 +36,13 @@ class Source:
 
 @dataclass
 class Found:
-    """What lies in the folders of the sources.
+    """What lies in the folders of the sources."""
 
-    Attributes:
-        tasks: one for each tar, by source and path.
-        unfinished: number of tars whose download has not finished.
-        compressed: tars that cannot be read by offsets.
-        dangling: links that lead to nothing.
-        others: number of other files by suffix.
-    """
-
-    tasks: list[Task] = field(default_factory=list)
-    unfinished: int = 0
-    compressed: list[Path] = field(default_factory=list)
-    dangling: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    tasks: list[Task] = field(default_factory=list)  # one for each tar, by source and path
+    unfinished: int = 0  # number of tars whose download has not finished
+    compressed: list[Path] = field(default_factory=list)  # tars that cannot be read by offsets
+    dangling: list[Path] = field(default_factory=list)  # links that lead to nothing
+    others: Counter[str] = field(default_factory=Counter)  # number of other files by suffix
 
 
 def find(

@@ -40,20 +40,13 @@ class Frequent(NamedTuple):
 
 @dataclass(frozen=True)
 class RepeatedImages:
-    """Images that are listed more than once.
+    """Images that are listed more than once."""
 
-    Attributes:
-        images, samples: number of different ones, and of the samples that have them.
-        unknown: samples of shards that an earlier version indexed, without the hashes.
-        frequent: the most frequent ones, the most frequent one first.
-        above: int64, ascending: hashes of the images that come more often than allowed.
-    """
-
-    images: int
-    samples: int
-    unknown: int
-    frequent: list[Frequent]
-    above: NDArray[np.int64]
+    images: int  # number of different ones
+    samples: int  # number of the samples that have them
+    unknown: int  # samples of shards that an earlier version indexed, without the hashes
+    frequent: list[Frequent]  # the most frequent images, the most frequent one first
+    above: NDArray[np.int64]  # ascending hashes of the images that come more often than allowed
 
     def text(self, manifest: Manifest) -> str:
         """The counts and the most frequent images in a line."""
@@ -146,17 +139,11 @@ DIGITS = 16
 
 @dataclass(frozen=True)
 class Repeated:
-    """Samples that are listed more than once.
+    """Samples that are listed more than once."""
 
-    Attributes:
-        samples: number of repeated samples, without the first of each uid; an estimate if `compared` is below 1.
-        compared: share of all uids that were compared.
-        example: two shards that share a uid.
-    """
-
-    samples: int
-    compared: float
-    example: tuple[str, str] | None
+    samples: int  # number of repeated samples, without the first of each uid; an estimate if `compared` is below 1
+    compared: float  # share of all uids that were compared
+    example: tuple[str, str] | None  # two shards that share a uid
 
 
 def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:

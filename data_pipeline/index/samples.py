@@ -40,50 +40,35 @@ META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as stored.
-
-    Attributes:
-        width, height: in pixels, by the header.
-        orientation: EXIF's 1 to 8 by the image's own tag; None without one.
-        content: hash of its bytes.
-    """
+    """An image as stored."""
 
     offset: int
     size: int
-    width: int
+    width: int  # in pixels, by the header
     height: int
-    orientation: int | None
-    content: int
+    orientation: int | None  # EXIF's 1 to 8 by the image's own tag; None without one
+    content: int  # hash of its bytes
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the JSON of a sample tells.
-
-    Attributes:
-        orientation: EXIF's 1 to 8; None if it is not told.
-        fields: names of the fields.
-    """
+    """What the JSON of a sample tells."""
 
     uid: str | None = None
     url: str | None = None
-    orientation: int | None = None
+    orientation: int | None = None  # EXIF's 1 to 8; None if it is not told
     caption: str | None = None
-    fields: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # names of the fields
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a further modality, which is not looked into.
-
-    Attributes:
-        content: hash of its bytes.
-    """
+    """A file of a further modality, which is not looked into."""
 
     modality: str
     offset: int
     size: int
-    content: int
+    content: int  # hash of its bytes
 
 
 Part = Picture | File | Described | str | BrokenSampleError
@@ -101,18 +86,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with its caption; of a sample with files of further modalities, one of the two may be missing.
-
-    Attributes:
-        caption: empty if there is none.
-        files: of further modalities, one of each.
-    """
+    """A picture with its caption; of a sample with files of further modalities, one of the two may be missing."""
 
     key: str
     picture: Picture | None
-    caption: str
+    caption: str  # empty if there is none
     described: Described
-    files: Sequence[File] = ()
+    files: Sequence[File] = ()  # of further modalities, one of each
 
     @property
     def place(self) -> Picture | File:

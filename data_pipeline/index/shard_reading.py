@@ -47,22 +47,15 @@ class ShardError(ConfigError):
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The contents of one shard.
-
-    Attributes:
-        samples: columns of STORED_SCHEMA, in the order of the tar.
-        broken: counts of the samples that were left out, by reason.
-        damage: what the tar has lost beside them, in words; empty if it is whole.
-        fields: names in the JSON of a sample without a caption.
-    """
+    """The contents of one shard."""
 
     sha256: str
     bytes: int
     modified_ns: int
-    samples: pa.Table
-    broken: Mapping[str, int]
-    damage: str
-    fields: tuple[str, ...]
+    samples: pa.Table  # columns of STORED_SCHEMA, in the order of the tar
+    broken: Mapping[str, int]  # counts of the samples that were left out, by reason
+    damage: str  # what the tar has lost beside them, in words; empty if it is whole
+    fields: tuple[str, ...]  # names in the JSON of a sample without a caption
 
 
 def read_shard(

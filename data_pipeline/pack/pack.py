@@ -45,14 +45,10 @@ SETTINGS_KEY = b"data.pack"
 
 @dataclass(frozen=True)
 class Shard:
-    """The task of making a shard.
-
-    Attributes:
-        base: the folder that the plan's paths are relative to.
-    """
+    """The task of making a shard."""
 
     number: int
-    base: Path
+    base: Path  # the folder that the plan's paths are relative to
     config: PackConfig
 
     @property

@@ -26,21 +26,13 @@ FAILED = "(?i)^(fail|error)"
 
 @dataclass
 class FilterResult:
-    """The result of filtering a batch.
+    """The rows of a batch that pass, with their cleaned captions and their addresses, and counts of the others."""
 
-    Attributes:
-        rows: indices of the rows that pass, ascending.
-        captions: their cleaned captions.
-        addresses: their addresses.
-        dropped: rows dropped, counted by the first filter that rejected them.
-        unscored: rows that passed a filter without the value that it reads, counted by filter.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # ascending indices
     captions: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     addresses: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
-    dropped: Counter[str] = field(default_factory=Counter)
-    unscored: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)  # by the first filter that rejected them
+    unscored: Counter[str] = field(default_factory=Counter)  # passed without the value that a filter reads, by filter
 
     def drop(self, bad: np.ndarray, reason: str) -> None:
         """Drop rows, by one boolean for each row in `rows`."""

@@ -37,17 +37,12 @@ GROUP_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Part:
-    """The task of writing a part.
-
-    Attributes:
-        setting: the folder's setting and its value, for errors.
-        rows: places of its rows among the numbers in `scratch.kept`.
-    """
+    """The task of writing a part."""
 
     file: Path
-    setting: str
+    setting: str  # the folder's setting and its value, for errors
     scratch: Scratch
-    rows: range
+    rows: range  # places of its rows among the numbers in `scratch.kept`
 
 
 def write_part(task: Part) -> None:
@@ -142,15 +137,11 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Scan:
-    """The task of filtering a metadata file.
-
-    Attributes:
-        columns: of the parts, besides uid, url and caption.
-    """
+    """The task of filtering a metadata file."""
 
     file: MetadataFile
     schema: Schema
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...]  # of the parts, besides uid, url and caption
     filters: FilterConfig
     allow_loopback: bool
     scratch: Scratch

@@ -27,25 +27,16 @@ RULES = 1
 
 @dataclass(frozen=True)
 class Selection:
-    """The selection of one source.
+    """The selection of one source."""
 
-    Attributes:
-        fingerprint: of the plan.
-        plan: by setting, everything that decides which rows are kept and in which order.
-        read: rows of the metadata.
-        rows: rows kept, in `parts` files of `rows_per_part` rows; the last part holds the rest.
-        counts: rows dropped, counted by the first filter that rejected them.
-        unscored: rows that passed a filter without the value that it reads, counted by filter.
-    """
-
-    fingerprint: str
-    plan: dict[str, Any]
-    read: int
-    rows: int
+    fingerprint: str  # of the plan
+    plan: dict[str, Any]  # by setting, everything that decides which rows are kept and in which order
+    read: int  # rows of the metadata
+    rows: int  # rows kept, in `parts` files of `rows_per_part` rows; the last part holds the rest
     parts: int
     rows_per_part: int
-    counts: dict[str, int]
-    unscored: dict[str, int]
+    counts: dict[str, int]  # rows dropped, counted by the first filter that rejected them
+    unscored: dict[str, int]  # rows that passed a filter without the value that it reads, counted by filter
 
     def files(self, folder: Path) -> list[Path]:
         """The parts, in order."""

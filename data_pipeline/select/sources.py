@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,15 @@ NUMBERS = (_is.is_integer, _is.is_floating, _is.is_decimal, _is.is_boolean)
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is kept beside each pair.
+    """A column that is kept beside each pair, under a name that is not that of a column that img2dataset writes.
 
-    Attributes:
-        name: in the selected parts. It must not be the name of a column that img2dataset writes: url, caption, key,
-            status, error_message, width, height, original_width, original_height, exif, sha256.
-        type: in the selected parts.
-        aliases: other published names, in lower case; the first that a file has is read.
-        stored: whether the parts have it; the filters read the others.
+    Those are url, caption, key, status, error_message, width, height, original_width, original_height, exif, sha256.
     """
 
     name: str
     type: pa.DataType
-    aliases: tuple[str, ...] = ()
-    stored: bool = True
+    aliases: tuple[str, ...] = ()  # other published names, in lower case; the first that a file has is read
+    stored: bool = True  # whether the selected parts have it; the filters read the others
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,18 +51,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Schema:
-    """One metadata set. The case of names does not matter.
+    """One metadata set. The case of names does not matter."""
 
-    Attributes:
-        url, caption: published names of the two columns that every row needs.
-        columns: the other columns that are kept, if a file has them.
-        roles: the columns that each filter reads. A limit holds for all of them.
-    """
-
-    url: tuple[str, ...]
+    url: tuple[str, ...]  # published names of the two columns that every row needs
     caption: tuple[str, ...]
-    columns: tuple[Column, ...]
-    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: tuple[Column, ...]  # the other columns that are kept, if a file has them
+    roles: Mapping[str, tuple[str, ...]]  # the columns that each filter reads; a limit holds for all of them
 
 
 # Where img2dataset has been at work, `width` is that of the resized picture, and null where the download failed.
@@ -161,32 +150,22 @@ SCHEMAS = {
 
 @dataclass(frozen=True)
 class FileColumns:
-    """The names of the columns of one metadata file.
-
-    Attributes:
-        url, caption: their names in the file.
-        kept: names in the file by the names in the schema.
-    """
+    """The names of the columns of one metadata file."""
 
     url: str
     caption: str
-    kept: Mapping[str, str]
+    kept: Mapping[str, str]  # names in the file by the names in the schema
 
 
 @dataclass(frozen=True)
 class MetadataFile:
-    """One file of a source.
+    """One file of a source."""
 
-    Attributes:
-        number: of the file among the files of all sources.
-        partition: the columns that the names of its folders give.
-    """
-
-    number: int
+    number: int  # of the file among the files of all sources
     source: str
     path: Path
     columns: FileColumns
-    partition: Mapping[str, str | None] = field(default_factory=dict)
+    partition: Mapping[str, str | None]  # the columns that the names of its folders give
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         """The columns that select needs, in batches of `rows` rows.
