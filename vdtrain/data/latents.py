@@ -50,21 +50,13 @@ Moments = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class LatentDescription:
-    """What all files of one folder have in common.
+    """What all files of one folder have in common."""
 
-    Attributes:
-        resolution: side of the images in pixels.
-        min_side: images with a shorter side, in pixels, are left out.
-        shape: of one sample's moments, e.g. (8, 32, 32).
-        vae: fingerprint of the encoder (`vdtrain.models.frozen_weights.fingerprint`).
-        precision: bf16 or fp32, in which the encoder ran.
-    """
-
-    resolution: int
-    min_side: int
-    shape: tuple[int, ...]
-    vae: str
-    precision: str
+    resolution: int  # side of the images in pixels
+    min_side: int  # images with a shorter side, in pixels, are left out
+    shape: tuple[int, ...]  # of one sample's moments, e.g. (8, 32, 32)
+    vae: str  # fingerprint of the encoder (`vdtrain.models.frozen_weights.fingerprint`)
+    precision: str  # bf16 or fp32, in which the encoder ran
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape), "layout": LAYOUT, "crop": CROP, "dtype": "float16"}

@@ -51,15 +51,10 @@ def pair_name(tar: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the split of a set's pairs.
+    """One side of the split of a set's pairs."""
 
-    Attributes:
-        share: of the pairs that is held out; 0 splits nothing.
-        held_out: the held-out pairs, instead of those to train on.
-    """
-
-    share: float = 0.0
-    held_out: bool = False
+    share: float = 0.0  # of the pairs that is held out; 0 splits nothing
+    held_out: bool = False  # the held-out pairs, instead of those to train on
 
     def takes(self, tar: str, keys: Sequence[str]) -> NDArray[np.bool_]:
         """[n] Whether the pairs with these keys in a tar are on this side."""
@@ -115,17 +110,11 @@ PATTERN = 10_000
 
 @dataclass(frozen=True)
 class Places:
-    """The samples at n positions.
+    """The samples at n positions."""
 
-    Attributes:
-        shard: int64 [n] number of the shard.
-        sample: int64 [n] number among those of the shard's samples that take part.
-        lane: int64 [n] number of the lane; sources share no lanes.
-    """
-
-    shard: Integers
-    sample: Integers
-    lane: Integers
+    shard: Integers  # int64 [n] number of the shard
+    sample: Integers  # int64 [n] number among those of the shard's samples that take part
+    lane: Integers  # int64 [n] number of the lane; sources share no lanes
 
     def __getitem__(self, rows: Integers | slice) -> Places:
         return Places(self.shard[rows], self.sample[rows], self.lane[rows])

@@ -56,18 +56,13 @@ class CutError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair as stored.
-
-    Attributes:
-        orientation: EXIF's, 1 (upright) to 8.
-        tar: address of its tar, for messages.
-    """
+    """A pair as stored."""
 
     key: str
     image: bytes
     caption: str
-    orientation: int
-    tar: str = ""
+    orientation: int  # EXIF's, 1 (upright) to 8
+    tar: str = ""  # address of its tar, for messages
 
 
 def samples(file: BinaryIO, caption: str | None, left_out: Counter[str]) -> Iterator[Sample]:
