@@ -53,11 +53,7 @@ class Record:
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:
-        """Read it, or begin it.
-
-        Raises:
-            ConfigError: shards were made with another plan.
-        """
+        """Read it, or begin it; a ConfigError if shards were made with another plan."""
         self.file = part.beside(PLAN)
         self.rounds = 0
         self.outcome: DownloadStats | None = None

@@ -165,11 +165,7 @@ def clean_captions(captions: pa.Array) -> pa.Array:
 
 
 def check_filters(config: FilterConfig) -> None:
-    """Refuse impossible limits.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy.
-    """
+    """Raise a ConfigError for limits that keep no row."""
     for name in ("aspect_ratio", "caption_characters"):
         low, high = getattr(config, f"{name}_min"), getattr(config, f"{name}_max")
         if low is not None and high is not None and low > high:

@@ -89,11 +89,7 @@ def partition(metadata: str, file: Path) -> dict[str, str | None]:
 
 
 def block_list_files(setting: str, names: Sequence[str]) -> list[Path]:
-    """The files of block lists; a folder stands for all files below it.
-
-    Raises:
-        ConfigError: a folder is empty or cannot be read.
-    """
+    """The files of block lists, all files below a folder; a ConfigError if it is empty or cannot be read."""
     found: list[Path] = []
     for path in map(Path, names):
         files = [path]

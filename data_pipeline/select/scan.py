@@ -46,11 +46,7 @@ class Part:
 
 
 def write_part(task: Part) -> None:
-    """Write a part.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write a part; a ConfigError if it cannot be written."""
     rows = np.memmap(task.scratch.kept, np.int64, "r")[task.rows.start : task.rows.stop]
     schema = pq.read_schema(task.scratch.rows(int(rows[0]) >> FILE_BITS))
     schema = schema.remove(schema.get_field_index(ADDRESS))

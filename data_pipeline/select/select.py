@@ -87,11 +87,7 @@ def _check(data: DataConfig) -> None:
 
 
 def _outdated(data: DataConfig, planned: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The sources whose rows must be selected.
-
-    Raises:
-        ConfigError: shards were made of rows that another plan selected.
-    """
+    """The sources whose rows must be selected; a ConfigError if shards were made of rows of another plan."""
     wanted = []
     for name, source in data.sources.items():
         folder, shards = Path(source.selected), Path(source.shards)

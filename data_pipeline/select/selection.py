@@ -57,11 +57,7 @@ def part_file(folder: Path, number: int) -> Path:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """The selection in a folder, or None if select has not finished it.
-
-    Raises:
-        ConfigError: the record cannot be read.
-    """
+    """The selection in a folder, None if select has not finished it; a ConfigError if it cannot be read."""
     file = folder / SELECTION_FILE
     try:
         return recorded(Selection, "selection", read_json(file))

@@ -168,11 +168,7 @@ class MetadataFile:
     partition: Mapping[str, str | None]  # the columns that the names of its folders give
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
-        """The columns that select needs, in batches of `rows` rows.
-
-        Raises:
-            ConfigError: the file is damaged.
-        """
+        """The columns that select needs, in batches of `rows` rows; a ConfigError if the file is damaged."""
         found = self.columns
         names = dict.fromkeys((found.url, found.caption, *found.kept.values()))
         given = {name: pa.scalar(self.partition[name], pa.string()) for name in names if name in self.partition}
@@ -233,22 +229,14 @@ def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path]
 
 
 def schema_of(setting: str, name: str) -> Schema:
-    """The schema of a name in the configuration.
-
-    Raises:
-        ConfigError: no schema has that name.
-    """
+    """The schema of a name in the configuration; a ConfigError if none has that name."""
     if name not in SCHEMAS:
         raise ConfigError(f"{setting}.schema={name}: unknown; choose one of {', '.join(SCHEMAS)}")
     return SCHEMAS[name]
 
 
 def check_columns(setting: str, config: SourceConfig) -> None:
-    """Refuse a table of columns for what the schema does not have.
-
-    Raises:
-        ConfigError: with the nearest names.
-    """
+    """Raise a ConfigError, with the nearest names, for columns that the schema does not have."""
     known = [URL, CAPTION, *(_role(column) for column in schema_of(setting, config.schema).columns)]
     for role, name in dict[str, Any](config.columns).items():
         if not isinstance(name, str | None):

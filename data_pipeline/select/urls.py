@@ -103,11 +103,7 @@ def _resolved(path: str) -> str:
 
 
 def _host(host: str) -> str:
-    """A host in ASCII, by UTS 46 without its tables.
-
-    Raises:
-        ValueError: it has a character that no host has.
-    """
+    """A host in ASCII, by UTS 46 without its tables; a ValueError if it has a character that no host has."""
     if host.startswith("["):
         return host.lower()
     host = unquote(host)
@@ -198,11 +194,7 @@ def url_problems(urls: pa.Array, allow_loopback: bool) -> tuple[np.ndarray, list
 
 
 def address_problem(address: str, allow_loopback: bool) -> str | None:
-    """Why no connection may be made to an IP address, or None.
-
-    Raises:
-        ValueError: it is not an IP address.
-    """
+    """Why no connection may be made to an IP address, or None; a ValueError if it is none."""
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour

@@ -89,11 +89,7 @@ class Command:
         return bytes(self._process.stdout.read1(size))
 
     def close(self) -> None:
-        """Read no more, and wait for the end of the command.
-
-        Raises:
-            OSError: it has failed.
-        """
+        """Read no more, and wait for the end of the command; an OSError if it has failed."""
         self._process.stdout.close()
         try:
             status = self._process.wait(self._seconds)

@@ -233,11 +233,7 @@ class Manifest:
         return np.bincount(owners, weights, minlength=len(self.paths)).astype(np.int64)
 
     def rows(self, shard: int) -> ShardRows:
-        """The samples of a shard.
-
-        Raises:
-            ManifestError: its file of samples is missing or damaged.
-        """
+        """The samples of a shard; a ManifestError if their file is missing or damaged."""
         table = self.columns(shard, ["offset", "size", "orientation", "width", "height", "caption", "key", "members"])
         side = shortest_sides(table)
         side[self.left_out_rows(shard)] = -1
@@ -264,11 +260,7 @@ class Manifest:
         return table["content"].to_numpy() if known else None
 
     def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of STORED_SCHEMA of a shard's samples.
-
-        Raises:
-            ManifestError: its file of samples is missing or damaged.
-        """
+        """Columns of STORED_SCHEMA of a shard's samples; a ManifestError if their file is missing or damaged."""
         name, group = self._files[shard], int(self._row_groups[shard])
         try:
             with self._lock:
@@ -423,11 +415,7 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _checked(shards: pa.Table, folder: Path) -> pa.Table:
-    """Rows of shards in the types of SHARD_SCHEMA.
-
-    Raises:
-        ManifestError: they cannot be a manifest's.
-    """
+    """Rows of shards in the types of SHARD_SCHEMA; a ManifestError if they cannot be a manifest's."""
     try:
         table = _fitting(shards, SHARD_SCHEMA)
         sides, counts = table["sides"].combine_chunks(), table["side_counts"].combine_chunks()

@@ -93,11 +93,7 @@ class Patience:
             self._failing.discard(thread)
 
     def pause(self, seconds: float | None = None) -> None:
-        """Wait, as before a second try if no time is given.
-
-        Raises:
-            StreamError: it was closed meanwhile.
-        """
+        """Wait, as before a second try if no time is given; a StreamError if it was closed meanwhile."""
         moved()
         if self._closed.wait(FIRST_PAUSE_SECONDS if seconds is None else seconds):
             raise StreamError("the stream was closed")

@@ -66,11 +66,7 @@ class OpenFiles:
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:
-        """A descriptor of the file, which stays open for the block.
-
-        Raises:
-            OSError: the file cannot be opened.
-        """
+        """A descriptor of the file, which stays open for the block; an OSError if it cannot be opened."""
         file = self._take(path)
         if file is None:
             # Outside the lock: opening takes long on a network file system, and other threads go on reading.
@@ -193,11 +189,7 @@ class ShardReader:
         return cls(manifest, ShardCache.of(cache), timeout=timeout, patience=patience, follow=follow)
 
     def rows(self, shard: int) -> ShardRows:
-        """The samples of a shard, by its manifest.
-
-        Raises:
-            ManifestError, StreamError: they cannot be read.
-        """
+        """The samples of a shard, by its manifest; a ManifestError or StreamError if they cannot be read."""
         return self.patience.keep(str(self.manifest.folder), lambda: self.manifest.rows(shard))
 
     def use(self, shard: int, rows: ShardRows, row: int, action: Callable[[Bytes], Found]) -> Found:

@@ -89,11 +89,7 @@ class Stores:
         return data
 
     def _answer(self, address: str, start: int, size: int) -> bytes:
-        """What one try gives; a new session has another one.
-
-        Raises:
-            StreamError: it failed.
-        """
+        """What one try gives, a StreamError if it fails; a new session has another one."""
         name, renewed = without_secrets(address), False
         while True:
             system, path = self.system(address)

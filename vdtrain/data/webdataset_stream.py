@@ -122,11 +122,7 @@ class WebDatasetStream:
         timeout: float = 30.0,
         **_: Any,
     ) -> list[str]:
-        """The addresses of the tars, if the settings can work; no tar is looked at.
-
-        Raises:
-            ConfigError: they cannot.
-        """
+        """The addresses of the tars, without a look at them; a ConfigError if the settings cannot work."""
         if (problem := missing("webdataset")) is not None:
             raise ConfigError(f"data.stream=webdataset: {problem}")
         if not isinstance(pipe, bool):
@@ -169,11 +165,7 @@ class WebDatasetStream:
                 yield _line(address, error)
 
     def read(self, address: str, left_out: Counter[str]) -> Iterator[Sample]:
-        """The samples of a tar.
-
-        Raises:
-            CutError, OSError, StreamError: after the samples before the damage.
-        """
+        """The samples of a tar; its error comes after the samples before the damage: CutError, OSError, StreamError."""
         file = open_tar(address, self.timeout, self.patience)
         self._open.add(file)
         asked: tuple[type[OSError], ...] = ()
