@@ -77,9 +77,10 @@ class DownloadStats:
             self.reasons[name] += count
             self.transient += count * transient
 
-    def add(self, other: DownloadStats) -> None:
-        self.reasons.update(other.reasons)
-        self.transient += other.transient
+    def __add__(self, other: DownloadStats) -> DownloadStats:
+        total = DownloadStats()
+        total.reasons, total.transient = self.reasons + other.reasons, self.transient + other.transient
+        return total
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_pipeline.index.repeated import REPEATED_IMAGE, repeated_images, repeated_uids
+from data_pipeline.index.repeated import left_out, repeated_images, repeated_uids
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.decode import DecodeError, decode_whole
 from vdtrain.data.manifest import Manifest, read_shards
@@ -130,14 +128,12 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     print("\n".join(_sources(manifest)))
     if len(manifest):
         print("\nshortest side, pixels:")
-        print("\n".join(_bars(_ranges(SIDES), _side_counts(manifest))))
+        above = [int(manifest.counts(side).sum()) for side in SIDES]
+        print("\n".join(_bars(_ranges(SIDES), -np.diff([*above, 0]))))
         drawn = np.sort(generator.choice(len(manifest.paths), min(config.shards, len(manifest.paths)), replace=False))
         print("\n".join(_samples(manifest, drawn)))
-    broken: Counter[str] = Counter()
-    for line in read_shards(folder)["broken"].to_pylist():
-        broken.update(json.loads(line))
-    broken += Counter({REPEATED_IMAGE: int(manifest.left_out.sum())})
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(REASONS))
+    commonest = left_out(read_shards(folder), manifest).most_common(REASONS)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in commonest)
     print(f"\nleft out: {reasons or 'none'}")
     repeated = repeated_uids(manifest)
     about = "" if repeated.compared == 1 else "about "
@@ -172,12 +168,6 @@ def _sources(manifest: Manifest) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _side_counts(manifest: Manifest) -> NDArray[np.int64]:
-    """Number of samples between each of SIDES and the next."""
-    above = [int(manifest.counts(side).sum()) for side in SIDES]
-    return -np.diff([*above, 0])
 
 
 def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:

@@ -40,14 +40,12 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     check(config)
     parts = own_parts(sources, config)
     check_environment(config)
-    tallies: dict[str, DownloadStats] = {name: DownloadStats() for name in parts}
+    tallies = {name: DownloadStats() for name in parts}
     counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
     images = sum(part.rows for waiting in parts.values() for part in waiting)
     with Progress("download", images, "images") as progress:
         for step, running in enumerate(_steps(parts, config, allow_loopback, tallies)):
-            total = DownloadStats()
-            for tally in (*tallies.values(), *(run.tally for run in running)):
-                total.add(tally)
+            total = sum((*tallies.values(), *(run.tally for run in running)), DownloadStats())
             if step == 0:
                 progress.skip(total.count)
             progress.note = f"{total.success_share:.0%} fetched, failed: {total.failures(3)}"
@@ -132,7 +130,7 @@ def _steps(
     parts: Mapping[str, Sequence[Part]],
     config: DownloadConfig,
     allow_loopback: bool,
-    tallies: Mapping[str, DownloadStats],
+    tallies: dict[str, DownloadStats],
 ) -> Iterator[Sequence[PartRun]]:
     """Work through the parts, one of each source at a time; yields the current runs at every poll.
 
@@ -148,12 +146,12 @@ def _steps(
                     part = own.pop(0)
                     outcome = _outcome(part, config)
                     if outcome is not None:
-                        tallies[name].add(outcome)
+                        tallies[name] += outcome
                     else:
                         running[name] = PartRun(part, config, allow_loopback)
             for name, run in list(running.items()):
                 if run.step():
-                    tallies[name].add(run.tally)
+                    tallies[name] += run.tally
                     run.close()
                     del running[name]
             yield list(running.values())

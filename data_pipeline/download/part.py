@@ -161,10 +161,7 @@ class PartRun:
     @property
     def tally(self) -> DownloadStats:
         """Sum over all complete shards."""
-        total = DownloadStats()
-        for each in self.tallies.values():
-            total.add(each)
-        return total
+        return sum(self.tallies.values(), DownloadStats())
 
     def step(self) -> bool:
         """Check the run and act on its state; returns whether the part is done.

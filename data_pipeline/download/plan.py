@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,10 @@ class Record:
         self.outcome = None
         self._write()
 
-    def finish(self, tallies: Iterable[DownloadStats]) -> None:
+    def finish(self, tallies: Collection[DownloadStats]) -> None:
         """Record the outcome of the part's shards."""
-        self.outcome = DownloadStats()
-        for each in tallies:
-            self.outcome.add(each)
-            self.lowest = min(self.lowest, each.settled_share)
+        self.outcome = sum(tallies, DownloadStats())
+        self.lowest = min([self.lowest, *(each.settled_share for each in tallies)])
         self._write()
 
     def is_low(self, settled_share: float, config: DownloadConfig) -> bool:

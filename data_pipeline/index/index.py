@@ -7,7 +7,6 @@ interruption, or with new shards, reads only what is missing.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections import Counter
@@ -19,7 +18,7 @@ import pyarrow as pa
 
 from data_pipeline.index.builder import ManifestBuilder, Task
 from data_pipeline.index.find import OWN, Found, Source, find
-from data_pipeline.index.repeated import REPEATED_IMAGE, repeated_images, repeated_uids
+from data_pipeline.index.repeated import left_out, repeated_images, repeated_uids
 from data_pipeline.index.samples import Endings
 from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
 from data_pipeline.workers import alone, workers
@@ -241,11 +240,8 @@ def _nothing(sources: Sequence[Source], found: Found) -> str:
 def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -> Counter[str]:
     """Print what the manifest lists and what is listed twice; returns what it leaves out, by reason."""
     shards = builder.listed()
-    broken: Counter[str] = Counter()
-    for line in shards["broken"].to_pylist():
-        broken.update(json.loads(line))
-    repeated_rows = int(Manifest(manifest).left_out.sum())
-    broken += Counter({REPEATED_IMAGE: repeated_rows})
+    content = Manifest(manifest)
+    broken = left_out(shards, content)
     there = [name for name in builder.dropped if os.path.exists(os.path.normpath(manifest / name))]
     gone = [name for name in builder.dropped if name not in set(there)]
     for names, what in ((gone, "are gone"), (there, "no setting names any more")):
@@ -254,7 +250,7 @@ def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -
     if found.unfinished:
         logger.warning("passed over: %s .tar whose download has not finished", f"{found.unfinished:,}")
     if read or builder.dropped:
-        repeated = repeated_uids(Manifest(manifest))
+        repeated = repeated_uids(content)
         if repeated.example is not None:
             logger.warning(
                 "listed more than once: %s%s samples, as in %s and %s; were the same rows downloaded twice?",
@@ -262,9 +258,10 @@ def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -
                 f"{repeated.samples:,}",
                 *repeated.example,
             )
-    total = sum(shards["samples"].to_pylist()) - repeated_rows
-    left_out = _counted(broken) or "none"
-    print(f"{manifest}: {total:,} samples in {len(shards):,} shards, {read:,} of them new; left out: {left_out}")
+    print(
+        f"{manifest}: {len(content):,} samples in {len(shards):,} shards, {read:,} of them new; left out: "
+        f"{_counted(broken) or 'none'}"
+    )
     return broken
 
 

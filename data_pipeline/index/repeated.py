@@ -7,7 +7,9 @@ every time; other sizes and other encodings of a picture are not found.
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ MAX_HASHES = 1 << 25
 REPEATED_IMAGE = "repeated image"
 # Most frequent images that are named.
 NAMED = 3
+
+
+def left_out(shards: pa.Table, manifest: Manifest) -> Counter[str]:
+    """Samples that a manifest leaves out, by reason; `shards` are its rows of `read_shards`."""
+    found: Counter[str] = Counter()
+    for line in shards["broken"].to_pylist():
+        found.update(json.loads(line))
+    return found + Counter({REPEATED_IMAGE: int(manifest.left_out.sum())})
 
 
 class Frequent(NamedTuple):

@@ -53,10 +53,10 @@ class Column:
 class Schema:
     """One metadata set. The case of names does not matter."""
 
-    url: tuple[str, ...]  # published names of the two columns that every row needs
-    caption: tuple[str, ...]
-    columns: tuple[Column, ...]  # the other columns that are kept, if a file has them
+    columns: tuple[Column, ...]  # that are kept, if a file has them
     roles: Mapping[str, tuple[str, ...]]  # the columns that each filter reads; a limit holds for all of them
+    url: tuple[str, ...] = ("url",)  # published names of the two columns that every row needs
+    caption: tuple[str, ...] = ("text", "caption")
 
 
 # Where img2dataset has been at work, `width` is that of the resized picture, and null where the download failed.
@@ -81,8 +81,6 @@ LAION_ROLES = {
 SCHEMAS = {
     # laion2B-en, -joined, -aesthetic and -md5, and their re-issues; each has some of the columns.
     "laion2b_en": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("sample_id", pa.int64()),
             Column("license", pa.string()),
@@ -95,8 +93,6 @@ SCHEMAS = {
         roles=LAION_ROLES,
     ),
     "coyo700m": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("id", pa.int64()),
             Column("image_phash", pa.string()),
@@ -119,8 +115,6 @@ SCHEMAS = {
     ),
     # DataComp's pools and baselines. `face_bboxes` is not read: nothing here blurs faces.
     "datacomp": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("datacomp_uid", pa.string(), ("uid",)),
             Column("clip_b32_similarity_score", pa.float32()),
