@@ -54,11 +54,7 @@ Usage: vdtrain data {command} {plain}[data=NAME] [SETTING=VALUE ...]
 
 
 def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
-    """Refuse folders that cannot be written, before any work.
-
-    Args:
-        beside: a lock lies next to each of them.
-    """
+    """Refuse folders that cannot be written, before any work; `beside` if a lock lies next to each of them."""
     for setting, folder in folders.items():
         for place in (Path(folder), *[Path(folder).absolute().parent] * beside):
             check_output(place, f"{setting}={folder}")

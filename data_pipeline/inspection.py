@@ -129,7 +129,7 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     if len(manifest):
         print("\nshortest side, pixels:")
         above = [int(manifest.counts(side).sum()) for side in SIDES]
-        print("\n".join(_bars(_ranges(SIDES), -np.diff([*above, 0]))))
+        print("\n".join(_bars(SIDES, -np.diff([*above, 0]))))
         drawn = np.sort(generator.choice(len(manifest.paths), min(config.shards, len(manifest.paths)), replace=False))
         print("\n".join(_samples(manifest, drawn)))
     commonest = left_out(read_shards(folder), manifest).most_common(REASONS)
@@ -184,7 +184,7 @@ def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     counts = np.histogram(every, [*ASPECT_RATIOS, np.inf])[0]
     of = "all" if len(shards) == len(manifest.paths) else f"{len(shards):,} of {len(manifest.paths):,}"
     lines = ["", f"from {of} shards{', drawn at random' if of != 'all' else ''}, {len(every):,} samples:", ""]
-    lines += ["width over height:", *_bars(_ranges(ASPECT_RATIOS), counts), ""]
+    lines += ["width over height:", *_bars(ASPECT_RATIOS, counts), ""]
     for name, lengths in (("characters", np.concatenate(characters)), ("words", np.concatenate(words))):
         if len(lengths):
             median, high = np.percentile(lengths, (50, 95))
@@ -193,15 +193,9 @@ def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     return [*lines, f"stored turned or mirrored, by EXIF: {turned / max(len(every), 1):.1%}"]
 
 
-def _ranges(edges: Sequence[float]) -> list[str]:
-    return [
-        *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)),
-        f"{edges[-1]:g} and more",
-    ]
-
-
-def _bars(names: Sequence[str], counts: NDArray[np.int64]) -> list[str]:
+def _bars(edges: Sequence[float], counts: NDArray[np.int64]) -> list[str]:
     """A histogram in text."""
+    names = [*(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)), f"{edges[-1]:g} and more"]
     width, most, total = max(map(len, names)), max(1, int(counts.max())), max(1, int(counts.sum()))
     return [
         f"  {name:>{width}}  {count / total:>6.1%}  {'#' * round(BAR * count / most)}".rstrip()

@@ -132,11 +132,7 @@ def _steps(
     allow_loopback: bool,
     tallies: dict[str, DownloadStats],
 ) -> Iterator[Sequence[PartRun]]:
-    """Work through the parts, one of each source at a time; yields the current runs at every poll.
-
-    Args:
-        tallies: one per source; finished parts are added.
-    """
+    """Work through the parts, one of each source at a time; yields the runs at every poll, and adds to `tallies`."""
     waiting = {name: list(own) for name, own in parts.items()}
     running: dict[str, PartRun] = {}
     try:

@@ -120,11 +120,7 @@ ACCEPT = "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.5"
 
 
 class StatusError(http.client.HTTPException):
-    """A status other than success.
-
-    Attributes:
-        retry_after: seconds after which the server wants to be asked again; None if it names none.
-    """
+    """A status other than success; `retry_after` is in seconds, None if the server names no time."""
 
     def __init__(self, status: int, detail: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(f"HTTP Error {status}: {detail or http.client.responses.get(status, 'unknown status')}")
@@ -236,11 +232,7 @@ def opt_out(headers: Message, limits: Limits) -> str | None:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to the address that was checked: the name is not looked up again.
-
-    Args:
-        url: as `address` gives it.
-    """
+    """A connection to the address that was checked, as `address` gives it: the name is not looked up again."""
 
     def __init__(self, url: str, limits: Limits, deadline: float) -> None:
         parts = urlsplit(url)

@@ -35,11 +35,7 @@ RUN = "from data_pipeline.download.img2dataset_run import main; main()"
 
 
 def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool, modules: Path) -> list[str]:
-    """The command line that downloads the missing shards of a part.
-
-    Args:
-        modules: made by `own_modules`.
-    """
+    """The command line that downloads the missing shards of a part; `modules` are those of `own_modules`."""
     limits = Limits(
         timeout=config.timeout,
         seconds=IMAGE_TIMEOUTS * config.timeout,
@@ -118,11 +114,7 @@ FRUITLESS_STARTS = 2  # give up after so many starts in a row without a new shar
 
 
 class PartRun:
-    """img2dataset on one part, restarted as long as it makes progress; `close` ends all its processes.
-
-    Attributes:
-        tallies: one per complete shard.
-    """
+    """img2dataset on one part, restarted as long as it makes progress; `close` ends all its processes."""
 
     def __init__(self, part: Part, config: DownloadConfig, allow_loopback: bool) -> None:
         """Lock the part, remove what an interrupted run left, and start the download of what is missing.
@@ -132,7 +124,7 @@ class PartRun:
         """
         self.part, self._config, self._allow_loopback = part, config, allow_loopback
         self._process: subprocess.Popen[bytes] | None = None
-        self.tallies: dict[Path, DownloadStats] = {}
+        self.tallies: dict[Path, DownloadStats] = {}  # of each complete shard
         self._grown, self._size = 0.0, 0
         self._before = self._fruitless = 0
         self._stack = ExitStack()

@@ -103,8 +103,7 @@ class Pair:
 def split_name(name: str, endings: Endings) -> tuple[str, str, str] | None:
     """Key, name inside the sample and extension: "./x/a.seg.PNG" is ("x/a", "seg", "png"); None for other members.
 
-    Args:
-        endings: these count as extensions, the longest that fits.
+    The longest of `endings` that fits is an extension too.
     """
     while name.startswith("./"):
         name = name[2:]

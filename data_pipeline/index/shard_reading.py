@@ -180,11 +180,7 @@ def _samples(
 
 
 def _row(pair: Pair, source: str, file: int) -> dict[str, Any]:
-    """The manifest row of a pair.
-
-    Args:
-        file: descriptor of the tar.
-    """
+    """The manifest row of a pair; `file` is the descriptor of the tar."""
     place, described, turned = pair.place, pair.described, orientation(pair)
     sizes = (place.width, place.height) if isinstance(place, Picture) else (0, 0)
     # A name is a label here and never a path. Unlike a tar, a manifest holds only characters.

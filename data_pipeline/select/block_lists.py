@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.select.metadata_files import PARQUET, block_list_files
 from data_pipeline.select.sources import URL, schema_of
-from data_pipeline.select.urls import addresses
+from data_pipeline.select.urls import addresses, changed
 from vdtrain.config.data_schema import BlockListConfig, SourceConfig
 from vdtrain.errors import ConfigError, not_utf8, one_line, unreadable
 
@@ -112,8 +112,7 @@ def _entries(setting: str, file: Path) -> Iterator[pa.Array]:
 def _signed(values: pa.Array) -> pa.Array:
     """Hashes as the signed numbers of the metadata: some lists have the unsigned numbers of the same bits."""
     large = pc.match_substring_regex(values, r"^[0-9]{19,20}$")
-    found = [str((int(each) + (1 << 63)) % (1 << 64) - (1 << 63)) for each in values.filter(large).to_pylist()]
-    return pc.replace_with_mask(values, large, pa.array(found, pa.string())) if found else values
+    return changed(values, large, lambda text: str((int(text) + (1 << 63)) % (1 << 64) - (1 << 63)))
 
 
 def _hashes(role: str, values: pa.Array) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
-from data_pipeline.select.urls import addresses, url_problems
+from data_pipeline.select.urls import addresses, changed, url_problems
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.members import UNCLEAN, clean_caption
 from vdtrain.errors import ConfigError
@@ -159,9 +159,7 @@ class RowFilter:
 
 def clean_captions(captions: pa.Array) -> pa.Array:
     """`clean_caption` of a column of strings without nulls. Captions that are clean already cost little."""
-    odd = pc.match_substring_regex(captions, UNCLEAN)
-    found = [clean_caption(text) for text in captions.filter(odd).to_pylist()]
-    return pc.replace_with_mask(captions, odd, pa.array(found, pa.string())) if found else captions
+    return changed(captions, pc.match_substring_regex(captions, UNCLEAN), clean_caption)
 
 
 def check_filters(config: FilterConfig) -> None:

@@ -106,11 +106,7 @@ def _outdated(data: DataConfig, planned: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def _select(data: DataConfig, wanted: Mapping[str, dict[str, Any]], scratch: Scratch, batch_rows: int) -> None:
-    """Select the rows of all sources, and write those of some.
-
-    Args:
-        wanted: the plans of the sources to write.
-    """
+    """Select the rows of all sources, and write those of the sources whose plans are given."""
     sources = open_sources(data.sources, made_folders(data))
     blocked = read_block_lists(data.select.block_lists, data.sources)
     begin_selections({_setting(data, name): Path(data.sources[name].selected) for name in wanted})

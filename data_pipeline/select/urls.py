@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
+from collections.abc import Callable
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import numpy as np
@@ -66,11 +67,13 @@ def address(url: str, base: str | None = None) -> str:
 def addresses(urls: pa.Array) -> pa.Array:
     """`address` of a column of strings. URLs that are their own address cost little."""
     exact = pc.and_(pc.match_substring_regex(urls, _EXACT), pc.invert(pc.match_substring_regex(urls, _INEXACT)))
-    odd = pc.and_(pc.invert(exact.fill_null(True)), urls.is_valid())
-    if not np.count_nonzero(odd.to_numpy(zero_copy_only=False)):
-        return urls
-    found = [address(url) for url in urls.filter(odd).to_pylist()]
-    return pc.replace_with_mask(urls, odd, pa.array(found, pa.string()))
+    return changed(urls, pc.and_(pc.invert(exact.fill_null(True)), urls.is_valid()), address)
+
+
+def changed(values: pa.Array, odd: pa.Array, change: Callable[[str], str]) -> pa.Array:
+    """A column of strings whose values are changed where a column of booleans is true."""
+    found = [change(value) for value in values.filter(odd).to_pylist()]
+    return pc.replace_with_mask(values, odd, pa.array(found, pa.string())) if found else values
 
 
 def _address(url: str) -> str:
@@ -179,11 +182,7 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
 
 
 def url_problems(urls: pa.Array, allow_loopback: bool) -> tuple[np.ndarray, list[str]]:
-    """`url_problem` of a column of strings. Plain URLs cost little.
-
-    Returns:
-        The indices of the URLs that must not be fetched, ascending, and the problem of each.
-    """
+    """The places in a column of the URLs that must not be fetched, ascending, and their problems."""
     plain = pc.and_(
         pc.match_substring_regex(urls, _PLAIN), pc.invert(pc.match_substring_regex(urls, _SUSPECT_NAME))
     ).fill_null(False)

@@ -72,11 +72,7 @@ def open_tar(address: str, timeout: float, patience: Patience) -> BinaryIO:
 
 
 class Command:
-    """The output of a command.
-
-    Args:
-        seconds: how long it may go on once its output is no longer read.
-    """
+    """The output of a command, which may go on for `seconds` once it is no longer read."""
 
     def __init__(self, command: str, seconds: float) -> None:
         self._seconds = seconds
@@ -208,11 +204,7 @@ class _Remote(_Patient):
 
 
 def _expanded(url: str, allow_pipe: bool, listed: str = "") -> Iterator[str]:
-    """The addresses that one pattern, folder or list stands for.
-
-    Args:
-        listed: the list that has the pattern.
-    """
+    """The addresses that one pattern, folder or list stands for; `listed` is the list that has the pattern."""
     from braceexpand import braceexpand
 
     setting = f"data.urls={without_secrets(url)}{f' (in {listed})' if listed else ''}"

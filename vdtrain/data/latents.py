@@ -259,11 +259,7 @@ OPEN_FILES = 256
 
 
 class LatentFolder:
-    """The files of one resolution and their description.
-
-    Args:
-        folder: has a subfolder for each resolution.
-    """
+    """The files of one resolution and their description, in a subfolder of the folder."""
 
     def __init__(self, folder: str | Path, resolution: int) -> None:
         self.path = Path(folder) / str(resolution)

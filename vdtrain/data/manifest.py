@@ -102,10 +102,8 @@ SHARD_SCHEMA: pa.Schema = pa.schema(
 )
 # Columns that manifests of earlier versions lack.
 LATER_COLUMNS = ("left_out",)
-SHARD_COLUMNS = ["path", "source", "bytes", "modified_ns", "sha256", "samples", "sides", "side_counts"]
-SHARD_COLUMNS += ["samples_file", "row_group", "left_out"]
-
-
+# What a reader needs.
+SHARD_COLUMNS = [name for name in SHARD_SCHEMA.names if name not in ("broken", "decoded")]
 # Columns that may have nulls.
 NULLABLE = (*LATER_COLUMNS, "content", "members")
 TAR_BLOCK = 512

@@ -52,11 +52,7 @@ Bytes = bytes | memoryview
 
 
 class OpenFiles:
-    """Files that stay open to be read by several threads; the least recently used one closes.
-
-    Args:
-        limit: number of files that stay open. A file in use is never closed.
-    """
+    """At most `limit` files that stay open for several threads. The least recently used closes, but none in use."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -43,11 +43,7 @@ EMPTY_READS = 100
 
 
 class CutError(ValueError):
-    """A tar without its end, or data that are no tar; the message is one line.
-
-    Attributes:
-        lost: whether samples are known to be missing.
-    """
+    """A tar without its end, or data that are no tar, in one line; `lost` if samples are known to be missing."""
 
     def __init__(self, message: str, lost: bool = True) -> None:
         super().__init__(message)
