@@ -70,14 +70,7 @@ def read_pairs(manifest: Manifest, places: Iterable[tuple[int, int, str]]) -> It
 
 
 def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
-    """Write pairs as a PNG file, in rows of COLUMNS.
-
-    Args:
-        pixels: side of the square that each image must fit into.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write pairs as PNG, in rows of COLUMNS, each in a square of `pixels`; a ConfigError if it cannot be written."""
     cells = [_cell(pair, pixels) for pair in pairs]
     columns = min(COLUMNS, len(cells))
     width, height = cells[0].size

@@ -48,11 +48,7 @@ class Found:
 def find(
     sources: Sequence[Source], manifest: Path, decode: bool, caption: str | None, endings: Mapping[str, str]
 ) -> Found:
-    """List the tars of each source; those of one's own need no statistics of a download.
-
-    Raises:
-        ShardError: a folder cannot be read.
-    """
+    """The tars of each source, one's own without statistics of a download; a ShardError if a folder cannot be read."""
     found = Found()
     seen: set[str] = set()
     for source in sources:

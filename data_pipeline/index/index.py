@@ -120,11 +120,7 @@ def index(
 
 
 def endings_of(members: Mapping[str, Sequence[str]]) -> Endings:
-    """By ending, in small letters and without a dot before it, the modality whose files have it.
-
-    Raises:
-        ConfigError: an ending is taken twice, or belongs to images or captions.
-    """
+    """The modality of each ending, in small letters without a dot; a ConfigError if an ending is taken already."""
     found: dict[str, str] = {}
     for modality, endings in members.items():
         setting = f"data.index.members.{modality}"

@@ -99,11 +99,7 @@ def _prepare(image: Image.Image, file: io.BufferedReader, config: PackConfig) ->
 
 
 def read_caption(path: str) -> str:
-    """The text of a caption file on one line.
-
-    Raises:
-        LeftOutError: it is missing or empty, or neither UTF-8 nor UTF-16 with a mark.
-    """
+    """The text of a caption file on one line; a LeftOutError if there is none in UTF-8 or in marked UTF-16."""
     try:
         with open(path, "rb") as file:
             data = file.read(1 << 20)

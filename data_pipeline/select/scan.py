@@ -113,11 +113,7 @@ class Scratch:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the scratch folder for the block, and remove what is in it before and afterwards.
-
-        Raises:
-            ConfigError: another select is at work.
-        """
+        """Lock the folder for the block, and empty it before and after; a ConfigError if another select runs."""
         with alone("select", self.lock, self.setting):
             self._remove()
             try:
@@ -161,11 +157,7 @@ class RowCounts:
 
 
 def scan(task: Scan) -> RowCounts:
-    """Filter a metadata file and write the rows that pass.
-
-    Raises:
-        ConfigError: the file cannot be read, or scratch cannot be written.
-    """
+    """Filter a metadata file, write the rows that pass; a ConfigError if it cannot be read, or scratch not written."""
     keep = RowFilter(task.schema, task.filters, task.allow_loopback, BlockLists.load(task.scratch.block_lists))
     wanted = keep.columns()
     schema = pa.schema(

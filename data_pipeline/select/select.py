@@ -41,13 +41,7 @@ BATCH_ROWS = 1 << 16
 
 
 def select(data: DataConfig, batch_rows: int = BATCH_ROWS) -> dict[str, Selection]:
-    """Select the rows of every source whose selection is missing or was made by another plan.
-
-    Args:
-        batch_rows: rows that are read at a time.
-
-    Returns:
-        The selection of each source.
+    """Select the rows of every source whose selection is missing or was made by another plan; returns all selections.
 
     Raises:
         ConfigError: a setting is impossible, metadata is missing or damaged, shards were made by another plan, or

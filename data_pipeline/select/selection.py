@@ -73,14 +73,7 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def begin_selections(folders: Mapping[str, Path]) -> None:
-    """Remove earlier selections.
-
-    Args:
-        folders: by the setting and its value, for errors.
-
-    Raises:
-        ConfigError: a folder holds parquet files that select did not write.
-    """
+    """Remove earlier selections, by setting; a ConfigError if a folder holds parquet that select did not write."""
     for setting, folder in folders.items():
         ours = (folder / SELECTION_FILE).exists() or (folder / UNFINISHED_FILE).exists()
         if not ours and any(folder.glob("*.parquet")):

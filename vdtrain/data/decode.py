@@ -59,11 +59,7 @@ class DecodeError(ValueError):
 
 
 def image_format(data: bytes | memoryview) -> str:
-    """One of READ, by the first HEAD_BYTES of an image.
-
-    Raises:
-        DecodeError: it has another format, which the reason names, or is no image.
-    """
+    """One of READ, by the first HEAD_BYTES of an image; a DecodeError, which names any other format."""
     head = bytes(data[:HEAD_BYTES])
     name = next((name for name, pattern in _PATTERNS.items() if pattern.match(head)), None)
     if name is None:
@@ -92,11 +88,7 @@ _memory = threading.local()
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height of an image as stored, from its header alone.
-
-    Raises:
-        DecodeError: the bytes are not an image, or it has too many pixels.
-    """
+    """Width and height of a stored image, by its header; a DecodeError if it is none or has too many pixels."""
     with _Refusing():
         if is_jpeg(data):
             width, height = jpeg_size(data)

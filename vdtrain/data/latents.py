@@ -63,10 +63,7 @@ class LatentDescription:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatentDescription:
-        """
-        Raises:
-            ValueError, KeyError, TypeError, ...: `vdtrain.files.SHAPE_ERRORS`, the values are of another layout.
-        """
+        """From JSON; one of `vdtrain.files.SHAPE_ERRORS` if the values are of another layout."""
         if values["layout"] != LAYOUT:
             raise ValueError(f"its layout is {values['layout']}, this version reads layout {LAYOUT}")
         numbers = {name: int(values[name]) for name in ("resolution", "min_side")}
@@ -266,11 +263,7 @@ class LatentFolder:
         self.setting = f"data.latent_cache.folder={folder}"
 
     def description(self) -> LatentDescription | None:
-        """The description of the files; None if there is none yet.
-
-        Raises:
-            ManifestError: it cannot be read, or is of another layout.
-        """
+        """The description of the files, None without one; a ManifestError if it is unreadable or of another layout."""
         path = self.path / DESCRIPTION_FILE
         try:
             return LatentDescription.from_dict(read_json(path))

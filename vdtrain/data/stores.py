@@ -59,11 +59,7 @@ class Stores:
         self._lock = threading.Lock()
 
     def system(self, address: str) -> tuple[Any, str]:
-        """The file system of an address, and the file's path in it.
-
-        Raises:
-            ManifestError: the package for this kind of address is missing.
-        """
+        """`system_of` an address, which is kept until its session is renewed."""
         with self._lock:
             if address not in self._systems:
                 self._systems[address] = system_of(address)

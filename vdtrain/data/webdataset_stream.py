@@ -186,14 +186,7 @@ class WebDatasetStream:
             self._good += 1
 
     def count_bad(self, reason: str, name: str) -> None:
-        """Count a sample that cannot be decoded.
-
-        Args:
-            name: its place and its whole reason.
-
-        Raises:
-            StreamError: too many are bad.
-        """
+        """Count a sample that cannot be decoded, named by place and reason; a StreamError if too many are bad."""
         with self._lock:
             self.bad[reason] += 1
             total = self.bad.total()
@@ -215,11 +208,7 @@ class WebDatasetStream:
             warn(f"samples left out until now: {_counts(self.left_out)}; taken: {self._good:,}")
 
     def lose(self, address: str, error: Exception) -> None:
-        """Report a tar that is cut or cannot be read; its other samples do not come.
-
-        Raises:
-            StreamError: there are too many such tars.
-        """
+        """Pass over the rest of a tar that is cut or unreadable; a StreamError if there are too many such tars."""
         if address in self._lost:
             return
         self._lost.add(address)
