@@ -47,7 +47,7 @@ def address(url: str, base: str | None = None) -> str:
         base: the address that redirects to `url`, which can be relative to it.
 
     Returns:
-        The address, or the stripped URL if it has none: `url_policy.url_problem` refuses that. The address of an
+        The address, or the stripped URL if it has none: `url_problem` refuses that. The address of an
         address is the address itself.
     """
     text = re.sub(r"[\t\n\r]", "", url.strip(_EDGES))

@@ -63,7 +63,7 @@ INDEX = "`python -m data_pipeline index` with the same settings of data"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
-        pa.field("uid", pa.string()),  # vdtrain.data.manifest.pair_uid
+        pa.field("uid", pa.string()),  # pair_uid
         pa.field("shard", pa.string()),  # as in shards.parquet
         pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image's bytes in the tar

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -245,7 +245,7 @@ class WebDatasetStream:
         loading = _Loading(self._memory, positions, self.resolution, None)
         count = len(self._readers)
         loading.chunks += [
-            reader.fill(loading, range(number, self.local_batch_size, count))
+            reader.pool.submit(reader.fill, loading, range(number, self.local_batch_size, count))
             for number, reader in enumerate(self._readers)
         ]
         return loading
@@ -263,17 +263,14 @@ class _Reader:
         self._stream, self._number, self._readers, self._buffer = stream, number, readers, max(1, buffer)
         self._random = random.Random(f"{stream.seed} {number}")
         self._samples = self._drawn()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
-
-    def fill(self, loading: _Loading, rows: range) -> Future[None]:
-        """Begin to fill rows of a batch, after those of the batch before."""
-        return self._pool.submit(self._fill, loading, rows)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=True, cancel_futures=True)
         self._samples.close()
 
-    def _fill(self, loading: _Loading, rows: range) -> None:
+    def fill(self, loading: _Loading, rows: range) -> None:
+        """Fill rows of a batch, in this reader's thread."""
         for row in rows:
             for sample in self._samples:
                 crop = (self._random.random(), self._random.random()) if self._stream.random_crop else CENTRE
