@@ -150,6 +150,10 @@ class FileColumns:
     caption: str
     kept: Mapping[str, str]  # names in the file by the names in the schema
 
+    def names(self) -> list[str]:
+        """The columns that must be read from the file."""
+        return [self.url, self.caption, *self.kept.values()]
+
 
 @dataclass(frozen=True)
 class MetadataFile:
@@ -163,8 +167,7 @@ class MetadataFile:
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         """The columns that select needs, in batches of `rows` rows; a ConfigError if the file is damaged."""
-        found = self.columns
-        names = dict.fromkeys((found.url, found.caption, *found.kept.values()))
+        names = dict.fromkeys(self.columns.names())
         given = {name: pa.scalar(self.partition[name], pa.string()) for name in names if name in self.partition}
         try:
             # Without a buffer size, pyarrow holds a whole column of a row group, and a row group can be a whole file.
