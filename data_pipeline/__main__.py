@@ -54,11 +54,7 @@ Usage: vdtrain data {command} {plain}[data=NAME] [SETTING=VALUE ...]
 
 
 def _outputs(folders: Mapping[str, str], beside: bool = False) -> None:
-    """Refuse folders that cannot be written, before any work.
-
-    Args:
-        beside: a lock lies next to each of them.
-    """
+    """Refuse folders that cannot be written, before any work; `beside` if a lock lies next to each of them."""
     for setting, folder in folders.items():
         for place in (Path(folder), *[Path(folder).absolute().parent] * beside):
             check_output(place, f"{setting}={folder}")
@@ -79,14 +75,11 @@ def _select(data: DataConfig) -> None:
 
 
 def _download(data: DataConfig) -> None:
-    from data_pipeline.download.download import DownloadError, download
+    from data_pipeline.download.download import download
 
     _check_sources(data)
     _outputs({f"data.sources.{name}.shards": source.shards for name, source in data.sources.items()})
-    try:
-        download(data.sources, data.download, data.allow_loopback)
-    except DownloadError as error:
-        raise ConfigError(str(error)) from error
+    download(data.sources, data.download, data.allow_loopback)
 
 
 def _pack(data: DataConfig) -> None:
@@ -102,57 +95,30 @@ def _pack(data: DataConfig) -> None:
 
 def _index(data: DataConfig) -> None:
     from data_pipeline.index.index import index
-    from data_pipeline.index.shard_reading import ShardError
-    from vdtrain.data.manifest import ManifestError
 
-    settings = data.index
     _outputs({"data.manifest": data.manifest}, beside=True)
+    for place in data.shards:
+        if "://" in place:
+            raise NothingError(f"data.shards={place}: is an address; copy its tars to this machine")
     sources = {name: Path(source.shards) for name, source in data.sources.items()}
-    own = [Path(place) for place in data.shards]
-    try:
-        for place in data.shards:
-            if "://" in place:
-                raise NothingError(f"data.shards={place}: is an address; copy its tars to this machine")
-        index(
-            sources,
-            Path(data.manifest),
-            own=own,
-            caption=settings.caption,
-            processes=settings.processes,
-            decode=settings.decode,
-            drop_repeated=settings.drop_repeated,
-            members=settings.members,
-        )
-    except (ShardError, ManifestError) as error:
-        raise ConfigError(str(error)) from error
+    index(sources, Path(data.manifest), own=[Path(place) for place in data.shards], **vars(data.index))
 
 
 def _inspect(data: DataConfig) -> None:
     from data_pipeline.inspection import inspect
-    from vdtrain.data.manifest import ManifestError
 
-    try:
-        inspect(Path(data.manifest), data.inspect)
-    except ManifestError as error:
-        raise ConfigError(str(error)) from error
+    inspect(Path(data.manifest), data.inspect)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command on data.
-
-    Attributes:
-        text: what it does, in a line of help.
-        parts: of `data`, those that it reads.
-        plain: the setting that its plain argument stands for.
-        data: the option of `data` that it takes by default, if it is not that of the other commands.
-    """
+    """A command on data."""
 
     run: Callable[[DataConfig], None]
-    text: str
-    parts: tuple[str, ...]
-    plain: str | None = None
-    data: str | None = None
+    text: str  # what it does, in a line of help
+    parts: tuple[str, ...]  # of `data`, those that it reads
+    plain: str | None = None  # the setting that its plain argument stands for
+    data: str | None = None  # the option of `data` that it takes by default, if it is not that of the other commands
 
 
 COMMANDS = {
@@ -225,7 +191,12 @@ def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
 
     def action(config: DataPipelineConfig, raw_config: DictConfig) -> int:
-        command.run(config.data)
+        from vdtrain.data.manifest import ManifestError
+
+        try:
+            command.run(config.data)
+        except ManifestError as error:
+            raise ConfigError(str(error)) from error
         return 0
 
     word = f"[{command.plain.rpartition('.')[2].upper()}] " if command.plain else ""

@@ -52,7 +52,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def reason(message: str) -> tuple[str, bool]:
-    """A message's reason, and whether the failure is transient."""
+    """A message's reason, and whether the failure is transient: the same request may succeed at another time."""
     status = re.match(r"HTTP Error (\d+)", message)
     if status:
         code = int(status[1])
@@ -66,11 +66,6 @@ def reason(message: str) -> tuple[str, bool]:
     return os.strerror(int(number[1])) if number else OTHER, False
 
 
-def is_transient(message: str) -> bool:
-    """Whether the same request may succeed at another time."""
-    return reason(message)[1]
-
-
 class DownloadStats:
     """Counts images by reason; success is one of them."""
 
@@ -82,9 +77,10 @@ class DownloadStats:
             self.reasons[name] += count
             self.transient += count * transient
 
-    def add(self, other: DownloadStats) -> None:
-        self.reasons.update(other.reasons)
-        self.transient += other.transient
+    def __add__(self, other: DownloadStats) -> DownloadStats:
+        total = DownloadStats()
+        total.reasons, total.transient = self.reasons + other.reasons, self.transient + other.transient
+        return total
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""

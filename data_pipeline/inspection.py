@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_pipeline.index.repeated import REPEATED_IMAGE, repeated_images, repeated_uids
+from data_pipeline.index.repeated import left_out, repeated_images, repeated_uids
 from vdtrain.config.data_schema import InspectConfig
 from vdtrain.data.decode import DecodeError, decode_whole
 from vdtrain.data.manifest import Manifest, read_shards
@@ -34,16 +32,11 @@ BACKGROUND, INK, FAINT = "white", "black", "#777777"
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair to show.
+    """A pair to show."""
 
-    Attributes:
-        image: None if it cannot be shown.
-        note: source and size of the image, or why there is none.
-    """
-
-    image: Image.Image | None
+    image: Image.Image | None  # None if it cannot be shown
     caption: str
-    note: str
+    note: str  # source and size of the image, or why there is none
 
 
 def draw_pairs(manifest: Manifest, generator: np.random.Generator, count: int) -> Iterator[Pair]:
@@ -77,14 +70,7 @@ def read_pairs(manifest: Manifest, places: Iterable[tuple[int, int, str]]) -> It
 
 
 def write_contact_sheet(path: Path, pairs: Iterable[Pair], pixels: int) -> None:
-    """Write pairs as a PNG file, in rows of COLUMNS.
-
-    Args:
-        pixels: side of the square that each image must fit into.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write pairs as PNG, in rows of COLUMNS, each in a square of `pixels`; a ConfigError if it cannot be written."""
     cells = [_cell(pair, pixels) for pair in pairs]
     columns = min(COLUMNS, len(cells))
     width, height = cells[0].size
@@ -135,14 +121,12 @@ def inspect(folder: Path, config: InspectConfig) -> None:
     print("\n".join(_sources(manifest)))
     if len(manifest):
         print("\nshortest side, pixels:")
-        print("\n".join(_bars(_ranges(SIDES), _side_counts(manifest))))
+        above = [int(manifest.counts(side).sum()) for side in SIDES]
+        print("\n".join(_bars(SIDES, -np.diff([*above, 0]))))
         drawn = np.sort(generator.choice(len(manifest.paths), min(config.shards, len(manifest.paths)), replace=False))
         print("\n".join(_samples(manifest, drawn)))
-    broken: Counter[str] = Counter()
-    for line in read_shards(folder)["broken"].to_pylist():
-        broken.update(json.loads(line))
-    broken += Counter({REPEATED_IMAGE: int(manifest.left_out.sum())})
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in broken.most_common(REASONS))
+    commonest = left_out(read_shards(folder), manifest).most_common(REASONS)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in commonest)
     print(f"\nleft out: {reasons or 'none'}")
     repeated = repeated_uids(manifest)
     about = "" if repeated.compared == 1 else "about "
@@ -179,12 +163,6 @@ def _sources(manifest: Manifest) -> list[str]:
     ]
 
 
-def _side_counts(manifest: Manifest) -> NDArray[np.int64]:
-    """Number of samples between each of SIDES and the next."""
-    above = [int(manifest.counts(side).sum()) for side in SIDES]
-    return -np.diff([*above, 0])
-
-
 def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     """Statistics that need the samples, from some shards."""
     ratios, characters, words, turned = [], [], [], 0
@@ -199,7 +177,7 @@ def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     counts = np.histogram(every, [*ASPECT_RATIOS, np.inf])[0]
     of = "all" if len(shards) == len(manifest.paths) else f"{len(shards):,} of {len(manifest.paths):,}"
     lines = ["", f"from {of} shards{', drawn at random' if of != 'all' else ''}, {len(every):,} samples:", ""]
-    lines += ["width over height:", *_bars(_ranges(ASPECT_RATIOS), counts), ""]
+    lines += ["width over height:", *_bars(ASPECT_RATIOS, counts), ""]
     for name, lengths in (("characters", np.concatenate(characters)), ("words", np.concatenate(words))):
         if len(lengths):
             median, high = np.percentile(lengths, (50, 95))
@@ -208,15 +186,9 @@ def _samples(manifest: Manifest, shards: NDArray[np.int64]) -> list[str]:
     return [*lines, f"stored turned or mirrored, by EXIF: {turned / max(len(every), 1):.1%}"]
 
 
-def _ranges(edges: Sequence[float]) -> list[str]:
-    return [
-        *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)),
-        f"{edges[-1]:g} and more",
-    ]
-
-
-def _bars(names: Sequence[str], counts: NDArray[np.int64]) -> list[str]:
+def _bars(edges: Sequence[float], counts: NDArray[np.int64]) -> list[str]:
     """A histogram in text."""
+    names = [*(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)), f"{edges[-1]:g} and more"]
     width, most, total = max(map(len, names)), max(1, int(counts.max())), max(1, int(counts.sum()))
     return [
         f"  {name:>{width}}  {count / total:>6.1%}  {'#' * round(BAR * count / most)}".rstrip()

@@ -26,12 +26,7 @@ def begun(folder: Path) -> bool:
 
 
 def tally(statistics: Path) -> DownloadStats:
-    """Images of a shard by reason.
-
-    Raises:
-        ValueError: the statistics are damaged.
-        OSError: they cannot be read.
-    """
+    """Images of a shard by reason; a ValueError if its statistics are damaged, an OSError if they cannot be read."""
     document = read_json(statistics)
     try:
         return DownloadStats({str(message): int(count) for message, count in document["status_dict"].items()})
@@ -62,11 +57,7 @@ def problem(statistics: Path) -> str | None:
 
 
 def samples(tar: Path) -> int:
-    """Number of images in a tar file; reads its headers alone.
-
-    Raises:
-        ValueError: it is truncated or damaged.
-    """
+    """Number of images in a tar file, by its headers alone; a ValueError if it is truncated or damaged."""
     count, position, size = 0, 0, tar.stat().st_size
     with tar.open("rb") as file:
         while True:

@@ -19,13 +19,14 @@ from typing import IO, Protocol, TypeVar
 
 import pyarrow as pa
 
-from vdtrain.config.compose import ConfigError
+from vdtrain.errors import ConfigError
+from vdtrain.files import LockedError, locked
 from vdtrain.progress import track
 from vdtrain.redaction import redact_output
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# How long a command waits for the worker processes of one that was killed.
+# How long a command waits for the processes of one that was killed.
 LOCK_SECONDS = 10.0
 # A worker keeps its lock file open as long as it lives.
 _HELD: list[IO[str]] = []
@@ -40,12 +41,31 @@ class Run(Protocol):
 
 
 @contextmanager
+def alone(command: str, lock: Path, place: str, seconds: float = LOCK_SECONDS) -> Iterator[int]:
+    """Hold the lock file of what a command writes, for the block; returns the descriptor that holds it.
+
+    Args:
+        place: what is written, for the error: a setting and its value, or a folder.
+
+    Raises:
+        ConfigError: the same command holds the lock elsewhere.
+    """
+    try:
+        with locked(lock, seconds) as descriptor:
+            yield descriptor
+    except LockedError as error:
+        raise ConfigError(
+            f"{place}: another {command} is writing there (process {error.holder}); wait for it or stop it"
+        ) from error
+
+
+@contextmanager
 def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
     """Start worker processes; if `processes` is 1, this process does the tasks.
 
     Args:
         setting: the name of the setting `processes`, for errors.
-        lock: the file that the caller holds by `vdtrain.files.locked`; the workers hold it too while they live.
+        lock: the file that the caller holds by `alone`; the workers hold it too while they live.
 
     Raises:
         ConfigError: a worker was killed.

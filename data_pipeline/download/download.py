@@ -17,16 +17,13 @@ from pathlib import Path
 
 from data_pipeline import shards
 from data_pipeline.download.part import PartRun
-from data_pipeline.download.plan import DownloadError, Part, Record
+from data_pipeline.download.plan import Part, Record
 from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import read_selection
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig
 from vdtrain.config.fields import check_values
-from vdtrain.errors import install
+from vdtrain.errors import ConfigError, install
 from vdtrain.progress import Progress
-
-__all__ = ["DownloadError", "download"]
 
 ENGINES = {"multiprocessing": (), "pyspark": ("pyspark",), "ray": ("ray",)}
 POLL_SECONDS = 0.2
@@ -37,20 +34,18 @@ def download(sources: Mapping[str, SourceConfig], config: DownloadConfig, allow_
     """Download what is missing of this task's parts.
 
     Raises:
-        ConfigError: a setting cannot work, a source has no selected rows, or the plan of existing shards has changed.
-        DownloadError: another download holds a part, too few images arrive, or shards are missing at the end.
+        ConfigError: a setting cannot work, a source has no selected rows, the plan of existing shards has changed,
+            another download holds a part, too few images arrive, or shards are missing at the end.
     """
     check(config)
     parts = own_parts(sources, config)
     check_environment(config)
-    tallies: dict[str, DownloadStats] = {name: DownloadStats() for name in parts}
+    tallies = {name: DownloadStats() for name in parts}
     counts = {name: sum(part.planned for part in waiting) for name, waiting in parts.items()}
     images = sum(part.rows for waiting in parts.values() for part in waiting)
     with Progress("download", images, "images") as progress:
         for step, running in enumerate(_steps(parts, config, allow_loopback, tallies)):
-            total = DownloadStats()
-            for tally in (*tallies.values(), *(run.tally for run in running)):
-                total.add(tally)
+            total = sum((*tallies.values(), *(run.tally for run in running)), DownloadStats())
             if step == 0:
                 progress.skip(total.count)
             progress.note = f"{total.success_share:.0%} fetched, failed: {total.failures(3)}"
@@ -135,13 +130,9 @@ def _steps(
     parts: Mapping[str, Sequence[Part]],
     config: DownloadConfig,
     allow_loopback: bool,
-    tallies: Mapping[str, DownloadStats],
+    tallies: dict[str, DownloadStats],
 ) -> Iterator[Sequence[PartRun]]:
-    """Work through the parts, one of each source at a time; yields the current runs at every poll.
-
-    Args:
-        tallies: one per source; finished parts are added.
-    """
+    """Work through the parts, one of each source at a time; yields the runs at every poll, and adds to `tallies`."""
     waiting = {name: list(own) for name, own in parts.items()}
     running: dict[str, PartRun] = {}
     try:
@@ -151,12 +142,12 @@ def _steps(
                     part = own.pop(0)
                     outcome = _outcome(part, config)
                     if outcome is not None:
-                        tallies[name].add(outcome)
+                        tallies[name] += outcome
                     else:
                         running[name] = PartRun(part, config, allow_loopback)
             for name, run in list(running.items()):
                 if run.step():
-                    tallies[name].add(run.tally)
+                    tallies[name] += run.tally
                     run.close()
                     del running[name]
             yield list(running.values())

@@ -13,7 +13,7 @@ import ssl
 import string
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import Request
 
-from data_pipeline.failures import is_transient
+from data_pipeline.failures import reason
 from data_pipeline.select.urls import address, address_problem, url_problem
 
 
@@ -120,11 +120,7 @@ ACCEPT = "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.5"
 
 
 class StatusError(http.client.HTTPException):
-    """A status other than success.
-
-    Attributes:
-        retry_after: seconds after which the server wants to be asked again; None if it names none.
-    """
+    """A status other than success; `retry_after` is in seconds, None if the server names no time."""
 
     def __init__(self, status: int, detail: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(f"HTTP Error {status}: {detail or http.client.responses.get(status, 'unknown status')}")
@@ -133,23 +129,15 @@ class StatusError(http.client.HTTPException):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one image.
+    """Limits for one image."""
 
-    Attributes:
-        timeout: seconds without a byte.
-        seconds: seconds in all, redirects included. A server that asks for a longer pause is not asked again.
-        max_bytes: length of the response, headers included, and of its decoded body.
-        retries: further attempts after a transient failure.
-        opt_outs: directives of X-Robots-Tag that are honoured.
-    """
-
-    timeout: float
-    seconds: float
-    max_bytes: int
-    retries: int
+    timeout: float  # seconds without a byte
+    seconds: float  # seconds in all, redirects included; a server that asks for a longer pause is not asked again
+    max_bytes: int  # length of the response, headers included, and of its decoded body
+    retries: int  # further attempts after a transient failure
     allow_loopback: bool
     user_agent: str
-    opt_outs: tuple[str, ...]
+    opt_outs: Sequence[str]  # directives of X-Robots-Tag that are honoured
 
 
 def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | None, str | None]:
@@ -167,7 +155,7 @@ def fetch_row(row: tuple[int, str], limits: Limits) -> tuple[int, io.BytesIO | N
             message = str(error) or type(error).__name__
             wanted = getattr(error, "retry_after", None)
             pause = PAUSE if wanted is None else wanted
-        if pause > limits.seconds or not is_transient(message):
+        if pause > limits.seconds or not reason(message)[1]:
             break
     return key, None, message
 
@@ -205,9 +193,8 @@ def _body(response: http.client.HTTPResponse, limits: Limits) -> bytes:
         raise StatusError(response.status, retry_after=retry_after(response.headers))
     if response.length is not None and response.length > limits.max_bytes:
         raise RefusedError.above(limits.max_bytes)
-    reason = opt_out(response.headers, limits)
-    if reason:
-        raise RefusedError(f"opted out: {reason}")
+    if directive := opt_out(response.headers, limits):
+        raise RefusedError(f"opted out: {directive}")
     return decoded(response.read(), response.headers, limits.max_bytes)
 
 
@@ -245,11 +232,7 @@ def opt_out(headers: Message, limits: Limits) -> str | None:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to the address that was checked: the name is not looked up again.
-
-    Args:
-        url: as `address` gives it.
-    """
+    """A connection to the address that was checked, as `address` gives it: the name is not looked up again."""
 
     def __init__(self, url: str, limits: Limits, deadline: float) -> None:
         parts = urlsplit(url)

@@ -65,9 +65,7 @@ def main() -> None:
         raise RuntimeError("this img2dataset has no download_image_with_retry, which must be replaced; use 1.47")
     # The package has a function of the same name, which hides the module.
     module = importlib.import_module("img2dataset.main")
-    module.__dict__["Downloader"] = partial(
-        GuardedDownloader, limits=Limits(**{**limits, "opt_outs": tuple(limits["opt_outs"])})
-    )
+    module.__dict__["Downloader"] = partial(GuardedDownloader, limits=Limits(**limits))
     module.__dict__["LoggerProcess"] = NoLogger
     engine = {"multiprocessing": _processes, "pyspark": _spark, "ray": _ray}[options["distributor"]]
     with engine(options["processes_count"], document["cluster"], document["environment"]):

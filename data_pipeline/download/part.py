@@ -19,23 +19,23 @@ import data_pipeline
 from data_pipeline import shards
 from data_pipeline.download import supervisor
 from data_pipeline.download.fetch import Limits
-from data_pipeline.download.plan import DownloadError, Part, Record, locked
+from data_pipeline.download.plan import Part, Record
 from data_pipeline.failures import DNS, SUCCESS, DownloadStats
+from data_pipeline.workers import alone
 from vdtrain import redaction
 from vdtrain.config.data_schema import DownloadConfig
+from vdtrain.errors import ConfigError
 
 OPT_OUTS = ("noai", "noimageai", "noindex", "noimageindex", "noml")
+# Time for the processes of a killed download to end.
+LOCK_SECONDS = 30.0
 IMAGE_TIMEOUTS = 3  # total time of an image, in units of data.download.timeout
 # Not `-m`: workers unpickle classes by module name, and `__main__` differs between them.
 RUN = "from data_pipeline.download.img2dataset_run import main; main()"
 
 
 def img2dataset_command(part: Part, config: DownloadConfig, allow_loopback: bool, modules: Path) -> list[str]:
-    """The command line that downloads the missing shards of a part.
-
-    Args:
-        modules: made by `own_modules`.
-    """
+    """The command line that downloads the missing shards of a part; `modules` are those of `own_modules`."""
     limits = Limits(
         timeout=config.timeout,
         seconds=IMAGE_TIMEOUTS * config.timeout,
@@ -114,27 +114,24 @@ FRUITLESS_STARTS = 2  # give up after so many starts in a row without a new shar
 
 
 class PartRun:
-    """img2dataset on one part, restarted as long as it makes progress; `close` ends all its processes.
-
-    Attributes:
-        tallies: one per complete shard.
-    """
+    """img2dataset on one part, restarted as long as it makes progress; `close` ends all its processes."""
 
     def __init__(self, part: Part, config: DownloadConfig, allow_loopback: bool) -> None:
         """Lock the part, remove what an interrupted run left, and start the download of what is missing.
 
         Raises:
-            ConfigError: shards were made with another plan.
-            DownloadError: another download holds the part.
+            ConfigError: shards were made with another plan, or another download holds the part.
         """
         self.part, self._config, self._allow_loopback = part, config, allow_loopback
         self._process: subprocess.Popen[bytes] | None = None
-        self.tallies: dict[Path, DownloadStats] = {}
+        self.tallies: dict[Path, DownloadStats] = {}  # of each complete shard
         self._grown, self._size = 0.0, 0
         self._before = self._fruitless = 0
         self._stack = ExitStack()
         try:
-            self._lock = self._stack.enter_context(locked(part))
+            self._lock = self._stack.enter_context(
+                alone("download", part.beside(".lock"), str(part.folder), LOCK_SECONDS)
+            )
             self._modules = self._stack.enter_context(own_modules(part, config))
             self.record = Record(part, config)
             part.folder.mkdir(exist_ok=True)
@@ -156,16 +153,13 @@ class PartRun:
     @property
     def tally(self) -> DownloadStats:
         """Sum over all complete shards."""
-        total = DownloadStats()
-        for each in self.tallies.values():
-            total.add(each)
-        return total
+        return sum(self.tallies.values(), DownloadStats())
 
     def step(self) -> bool:
         """Check the run and act on its state; returns whether the part is done.
 
         Raises:
-            DownloadError: too few images arrive, or no more shards.
+            ConfigError: too few images arrive, or no more shards.
         """
         running = self._process is not None and self._process.poll() is None
         self._take_in(running)
@@ -178,7 +172,7 @@ class PartRun:
         if self._missing():
             self._fruitless = 0 if len(self.tallies) > self._before else self._fruitless + 1
             if self._fruitless >= FRUITLESS_STARTS:
-                raise DownloadError(
+                raise ConfigError(
                     f"{self.part.folder}: {self._missing()} of {self.part.planned} shards are missing: "
                     f"{self._last_words()} (see {self.part.beside('.log')}); run it again"
                 )
@@ -238,9 +232,7 @@ class PartRun:
             remedy = "see that the addresses can be reached from here, or take fewer data.download.threads"
         else:
             remedy = "if the set is no better than that, lower data.download.min_success_share"
-        raise DownloadError(
-            f"{self.part.folder}: {total}, fewer than data.download.min_success_share={least}; {remedy}"
-        )
+        raise ConfigError(f"{self.part.folder}: {total}, fewer than data.download.min_success_share={least}; {remedy}")
 
     def _missing(self) -> int:
         return self.part.planned - len(self.tallies)

@@ -1,10 +1,9 @@
-"""The parts of a download: their recorded plans and their locks."""
+"""The parts of a download, and their recorded plans."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,13 @@ import pyarrow.parquet as pq
 from data_pipeline import shards
 from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import footer_hash
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DownloadConfig
 from vdtrain.data.manifest import PLAN
-from vdtrain.errors import one_line, unreadable
-from vdtrain.files import SHAPE_ERRORS, LockedError, atomic_write, read_json
-from vdtrain.files import locked as lock_file
+from vdtrain.errors import ConfigError, one_line, unreadable
+from vdtrain.files import SHAPE_ERRORS, atomic_write, read_json
 
 # Settings that decide which image is in which shard, and how it is stored.
 PLAN_SETTINGS = ("samples_per_shard", "image_size", "encode_quality", "min_image_size", "max_aspect_ratio")
-LOCK_SECONDS = 30  # time for the processes of a killed download to end
-
-
-class DownloadError(RuntimeError):
-    """A download that failed; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,7 @@ class Record:
     """
 
     def __init__(self, part: Part, config: DownloadConfig) -> None:
-        """Read it, or begin it.
-
-        Raises:
-            ConfigError: shards were made with another plan.
-        """
+        """Read it, or begin it; a ConfigError if shards were made with another plan."""
         self.file = part.beside(PLAN)
         self.rounds = 0
         self.outcome: DownloadStats | None = None
@@ -116,12 +104,10 @@ class Record:
         self.outcome = None
         self._write()
 
-    def finish(self, tallies: Iterable[DownloadStats]) -> None:
+    def finish(self, tallies: Collection[DownloadStats]) -> None:
         """Record the outcome of the part's shards."""
-        self.outcome = DownloadStats()
-        for each in tallies:
-            self.outcome.add(each)
-            self.lowest = min(self.lowest, each.settled_share)
+        self.outcome = sum(tallies, DownloadStats())
+        self.lowest = min([self.lowest, *(each.settled_share for each in tallies)])
         self._write()
 
     def is_low(self, settled_share: float, config: DownloadConfig) -> bool:
@@ -137,16 +123,3 @@ class Record:
         }
         with atomic_write(self.file) as draft:
             draft.write_text(json.dumps(document, indent=1), encoding="utf-8")
-
-
-@contextmanager
-def locked(part: Part) -> Iterator[int]:
-    """Hold the part's lock; returns the descriptor that holds it."""
-    place = part.beside(".lock")
-    try:
-        with lock_file(place, LOCK_SECONDS) as descriptor:
-            yield descriptor
-    except LockedError as error:
-        raise DownloadError(
-            f"{part.folder}: another download is writing there (process {error.holder}); wait for it or stop it"
-        ) from error

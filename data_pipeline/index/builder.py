@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -36,24 +35,17 @@ CAPTION = "data.index.caption"
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to read.
-
-    Attributes:
-        name: its path in the manifest.
-        own: another program made it.
-        caption: field of the JSON that holds the captions; None for members of text.
-        endings: of the files of further modalities, with the modality of each.
-    """
+    """A shard to read."""
 
     source: str
     path: Path
-    name: str
+    name: str  # its path in the manifest
     bytes: int
     modified_ns: int
     decode: bool
-    own: bool = False
-    caption: str | None = None
-    endings: Mapping[str, str] = field(default_factory=dict)
+    own: bool  # another program made it
+    caption: str | None  # field of the JSON that holds the captions; None for members of text
+    endings: Mapping[str, str]  # of the files of further modalities, with the modality of each
 
 
 class ManifestBuilder:
@@ -77,8 +69,8 @@ class ManifestBuilder:
         before: pa.Table,
         tasks: Sequence[Task],
         caption: str | None,
-        contents: bool = False,
-        endings: Mapping[str, str] = MappingProxyType({}),
+        contents: bool,
+        endings: Mapping[str, str],
     ) -> None:
         self.manifest, self.shards, self._tasks = manifest, before, tasks
         self._settings = {CAPTION: caption, MEMBERS: json.dumps(endings, sort_keys=True) if endings else None}

@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from data_pipeline.index.builder import Task
 from data_pipeline.index.shard_reading import ShardError, statistics_file
@@ -24,15 +23,11 @@ NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass(frozen=True)
 class Source:
-    """The folders of one source, or single tars.
-
-    Attributes:
-        own: they are one's own, so that no download finished them.
-    """
+    """The folders of one source, or single tars."""
 
     name: str
     roots: Sequence[Path]
-    own: bool = False
+    own: bool = False  # they are one's own, so that no download finished them
 
     def setting(self, root: Path) -> str:
         """The setting that names a root."""
@@ -41,35 +36,19 @@ class Source:
 
 @dataclass
 class Found:
-    """What lies in the folders of the sources.
+    """What lies in the folders of the sources."""
 
-    Attributes:
-        tasks: one for each tar, by source and path.
-        unfinished: number of tars whose download has not finished.
-        compressed: tars that cannot be read by offsets.
-        dangling: links that lead to nothing.
-        others: number of other files by suffix.
-    """
-
-    tasks: list[Task] = field(default_factory=list)
-    unfinished: int = 0
-    compressed: list[Path] = field(default_factory=list)
-    dangling: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    tasks: list[Task] = field(default_factory=list)  # one for each tar, by source and path
+    unfinished: int = 0  # number of tars whose download has not finished
+    compressed: list[Path] = field(default_factory=list)  # tars that cannot be read by offsets
+    dangling: list[Path] = field(default_factory=list)  # links that lead to nothing
+    others: Counter[str] = field(default_factory=Counter)  # number of other files by suffix
 
 
 def find(
-    sources: Sequence[Source],
-    manifest: Path,
-    decode: bool,
-    caption: str | None = None,
-    endings: Mapping[str, str] = MappingProxyType({}),
+    sources: Sequence[Source], manifest: Path, decode: bool, caption: str | None, endings: Mapping[str, str]
 ) -> Found:
-    """List the tars of each source; those of one's own need no statistics of a download.
-
-    Raises:
-        ShardError: a folder cannot be read.
-    """
+    """The tars of each source, one's own without statistics of a download; a ShardError if a folder cannot be read."""
     found = Found()
     seen: set[str] = set()
     for source in sources:

@@ -7,7 +7,6 @@ interruption, or with new shards, reads only what is missing.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections import Counter
@@ -19,14 +18,13 @@ import pyarrow as pa
 
 from data_pipeline.index.builder import ManifestBuilder, Task
 from data_pipeline.index.find import OWN, Found, Source, find
-from data_pipeline.index.repeated import REPEATED_IMAGE, repeated_images, repeated_uids
+from data_pipeline.index.repeated import left_out, repeated_images, repeated_uids
 from data_pipeline.index.samples import Endings
 from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
-from data_pipeline.workers import LOCK_SECONDS, workers
+from data_pipeline.workers import alone, workers
 from vdtrain.data.manifest import Manifest, read_shards
 from vdtrain.data.members import IMAGES, METADATA, TEXTS
 from vdtrain.errors import ConfigError, NothingError
-from vdtrain.files import LockedError, locked
 from vdtrain.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -65,9 +63,9 @@ def index(
         file_shards: shards whose samples share a file; the manifest is written after each such file.
 
     Raises:
-        ConfigError: an ending is taken twice, or belongs to images or captions.
+        ConfigError: another run is at work, or an ending is taken twice, or belongs to images or captions.
         NothingError: no source has a shard, or no shard has a sample.
-        ShardError: another run is at work, or shards are damaged (the manifest then lists all the others).
+        ShardError: shards are damaged or missing (the manifest then lists all the others).
         ManifestError: the existing manifest cannot be read.
     """
     every = [Source(name, [folder]) for name, folder in sources.items()]
@@ -78,55 +76,36 @@ def index(
     _check_folders(every)
     endings = endings_of(members)
     lock = manifest.with_name(manifest.name + ".lock")
-    try:
-        with locked(lock, LOCK_SECONDS):
-            _index(every, manifest, caption, processes, decode, drop_repeated, endings, file_shards, lock)
-    except LockedError as error:
-        raise ShardError(
-            f"data.manifest={manifest}: another index is writing there (process {error.holder}); wait for it or stop it"
-        ) from error
-
-
-def _index(
-    sources: Sequence[Source],
-    manifest: Path,
-    caption: str | None,
-    processes: int,
-    decode: bool,
-    drop_repeated: int | None,
-    endings: Endings,
-    file_shards: int,
-    lock: Path,
-) -> None:
-    before = read_shards(manifest)
-    found = find(sources, manifest, decode, caption, endings)
-    _check_found(sources, manifest, before, found)
-    builder = ManifestBuilder(manifest, before, found.tasks, caption, drop_repeated is not None, endings)
-    damaged = 0
-    fields: tuple[str, ...] = ()
-    new = builder.missing()
-    with (
-        workers(processes, "data.index.processes", lock) as run,
-        Progress("index", sum(task.bytes for task in new) / 1e6, "MB") as progress,
-    ):
-        for number, (task, scan) in enumerate(zip(new, run(_read, new, ""), strict=True), start=1):
-            progress.note = f"{number:,} of {len(new):,} shards"
-            progress.advance(task.bytes / 1e6)
-            if isinstance(scan, str):
-                logger.warning("left out: %s", scan)
-                damaged += 1
-                builder.drop(task)
-                continue
-            if scan.damage:
-                logger.warning("damaged: %s: %s; its whole samples are listed", task.path, scan.damage)
-            fields = fields or scan.fields
-            builder.add(task, scan)
-            if builder.waiting == file_shards:
-                builder.write()
-    builder.write()
-    builder.remove_leftovers()
-    _leave_out_repeated(manifest, builder, drop_repeated, changed=bool(new or builder.dropped))
-    broken = _report(manifest, builder, found, len(new) - damaged)
+    with alone("index", lock, f"data.manifest={manifest}"):
+        before = read_shards(manifest)
+        found = find(every, manifest, decode, caption, endings)
+        _check_found(every, manifest, before, found)
+        builder = ManifestBuilder(manifest, before, found.tasks, caption, drop_repeated is not None, endings)
+        damaged = 0
+        fields: tuple[str, ...] = ()
+        new = builder.missing()
+        with (
+            workers(processes, "data.index.processes", lock) as run,
+            Progress("index", sum(task.bytes for task in new) / 1e6, "MB") as progress,
+        ):
+            for number, (task, scan) in enumerate(zip(new, run(_read, new, ""), strict=True), start=1):
+                progress.note = f"{number:,} of {len(new):,} shards"
+                progress.advance(task.bytes / 1e6)
+                if isinstance(scan, str):
+                    logger.warning("left out: %s", scan)
+                    damaged += 1
+                    builder.drop(task)
+                    continue
+                if scan.damage:
+                    logger.warning("damaged: %s: %s; its whole samples are listed", task.path, scan.damage)
+                fields = fields or scan.fields
+                builder.add(task, scan)
+                if builder.waiting == file_shards:
+                    builder.write()
+        builder.write()
+        builder.remove_leftovers()
+        _leave_out_repeated(manifest, builder, drop_repeated, changed=bool(new or builder.dropped))
+        broken = _report(manifest, builder, found, len(new) - damaged)
     if not sum(builder.listed()["samples"].to_pylist()):
         reasons = [f"{damaged:,} shards as said above"] * bool(damaged) + [_counted(broken)] * bool(broken)
         raise NothingError(
@@ -141,11 +120,7 @@ def _index(
 
 
 def endings_of(members: Mapping[str, Sequence[str]]) -> Endings:
-    """By ending, in small letters and without a dot before it, the modality whose files have it.
-
-    Raises:
-        ConfigError: an ending is taken twice, or belongs to images or captions.
-    """
+    """The modality of each ending, in small letters without a dot; a ConfigError if an ending is taken already."""
     found: dict[str, str] = {}
     for modality, endings in members.items():
         setting = f"data.index.members.{modality}"
@@ -261,11 +236,8 @@ def _nothing(sources: Sequence[Source], found: Found) -> str:
 def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -> Counter[str]:
     """Print what the manifest lists and what is listed twice; returns what it leaves out, by reason."""
     shards = builder.listed()
-    broken: Counter[str] = Counter()
-    for line in shards["broken"].to_pylist():
-        broken.update(json.loads(line))
-    repeated_rows = int(Manifest(manifest).left_out.sum())
-    broken += Counter({REPEATED_IMAGE: repeated_rows})
+    content = Manifest(manifest)
+    broken = left_out(shards, content)
     there = [name for name in builder.dropped if os.path.exists(os.path.normpath(manifest / name))]
     gone = [name for name in builder.dropped if name not in set(there)]
     for names, what in ((gone, "are gone"), (there, "no setting names any more")):
@@ -274,7 +246,7 @@ def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -
     if found.unfinished:
         logger.warning("passed over: %s .tar whose download has not finished", f"{found.unfinished:,}")
     if read or builder.dropped:
-        repeated = repeated_uids(Manifest(manifest))
+        repeated = repeated_uids(content)
         if repeated.example is not None:
             logger.warning(
                 "listed more than once: %s%s samples, as in %s and %s; were the same rows downloaded twice?",
@@ -282,9 +254,10 @@ def _report(manifest: Path, builder: ManifestBuilder, found: Found, read: int) -
                 f"{repeated.samples:,}",
                 *repeated.example,
             )
-    total = sum(shards["samples"].to_pylist()) - repeated_rows
-    left_out = _counted(broken) or "none"
-    print(f"{manifest}: {total:,} samples in {len(shards):,} shards, {read:,} of them new; left out: {left_out}")
+    print(
+        f"{manifest}: {len(content):,} samples in {len(shards):,} shards, {read:,} of them new; left out: "
+        f"{_counted(broken) or 'none'}"
+    )
     return broken
 
 

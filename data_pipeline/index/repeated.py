@@ -7,7 +7,9 @@ every time; other sizes and other encodings of a picture are not found.
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +32,14 @@ REPEATED_IMAGE = "repeated image"
 NAMED = 3
 
 
+def left_out(shards: pa.Table, manifest: Manifest) -> Counter[str]:
+    """Samples that a manifest leaves out, by reason; `shards` are its rows of `read_shards`."""
+    found: Counter[str] = Counter()
+    for line in shards["broken"].to_pylist():
+        found.update(json.loads(line))
+    return found + Counter({REPEATED_IMAGE: int(manifest.left_out.sum())})
+
+
 class Frequent(NamedTuple):
     """An image that comes several times: its first place, by numbers of the shard and of the row."""
 
@@ -40,20 +50,13 @@ class Frequent(NamedTuple):
 
 @dataclass(frozen=True)
 class RepeatedImages:
-    """Images that are listed more than once.
+    """Images that are listed more than once."""
 
-    Attributes:
-        images, samples: number of different ones, and of the samples that have them.
-        unknown: samples of shards that an earlier version indexed, without the hashes.
-        frequent: the most frequent ones, the most frequent one first.
-        above: int64, ascending: hashes of the images that come more often than allowed.
-    """
-
-    images: int
-    samples: int
-    unknown: int
-    frequent: list[Frequent]
-    above: NDArray[np.int64]
+    images: int  # number of different ones
+    samples: int  # number of the samples that have them
+    unknown: int  # samples of shards that an earlier version indexed, without the hashes
+    frequent: list[Frequent]  # the most frequent images, the most frequent one first
+    above: NDArray[np.int64]  # ascending hashes of the images that come more often than allowed
 
     def text(self, manifest: Manifest) -> str:
         """The counts and the most frequent images in a line."""
@@ -146,17 +149,11 @@ DIGITS = 16
 
 @dataclass(frozen=True)
 class Repeated:
-    """Samples that are listed more than once.
+    """Samples that are listed more than once."""
 
-    Attributes:
-        samples: number of repeated samples, without the first of each uid; an estimate if `compared` is below 1.
-        compared: share of all uids that were compared.
-        example: two shards that share a uid.
-    """
-
-    samples: int
-    compared: float
-    example: tuple[str, str] | None
+    samples: int  # number of repeated samples, without the first of each uid; an estimate if `compared` is below 1
+    compared: float  # share of all uids that were compared
+    example: tuple[str, str] | None  # two shards that share a uid
 
 
 def repeated_uids(manifest: Manifest, max_uids: int = MAX_UIDS) -> Repeated:

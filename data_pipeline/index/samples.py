@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-from vdtrain.data.decode import TURNED, DecodeError, decode, image_format, image_size, stored_orientation
+from vdtrain.data.decode import CENTRE, TURNED, DecodeError, decode, image_format, image_size, stored_orientation
 from vdtrain.data.manifest import content_hash
 from vdtrain.data.members import (
     IMAGES,
@@ -41,50 +40,35 @@ META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as stored.
-
-    Attributes:
-        width, height: in pixels, by the header.
-        orientation: EXIF's 1 to 8 by the image's own tag; None without one.
-        content: hash of its bytes.
-    """
+    """An image as stored."""
 
     offset: int
     size: int
-    width: int
+    width: int  # in pixels, by the header
     height: int
-    orientation: int | None
-    content: int
+    orientation: int | None  # EXIF's 1 to 8 by the image's own tag; None without one
+    content: int  # hash of its bytes
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the JSON of a sample tells.
-
-    Attributes:
-        orientation: EXIF's 1 to 8; None if it is not told.
-        fields: names of the fields.
-    """
+    """What the JSON of a sample tells."""
 
     uid: str | None = None
     url: str | None = None
-    orientation: int | None = None
+    orientation: int | None = None  # EXIF's 1 to 8; None if it is not told
     caption: str | None = None
-    fields: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # names of the fields
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a further modality, which is not looked into.
-
-    Attributes:
-        content: hash of its bytes.
-    """
+    """A file of a further modality, which is not looked into."""
 
     modality: str
     offset: int
     size: int
-    content: int
+    content: int  # hash of its bytes
 
 
 Part = Picture | File | Described | str | BrokenSampleError
@@ -102,18 +86,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture with its caption; of a sample with files of further modalities, one of the two may be missing.
-
-    Attributes:
-        caption: empty if there is none.
-        files: of further modalities, one of each.
-    """
+    """A picture with its caption; of a sample with files of further modalities, one of the two may be missing."""
 
     key: str
     picture: Picture | None
-    caption: str
+    caption: str  # empty if there is none
     described: Described
-    files: Sequence[File] = ()
+    files: Sequence[File] = ()  # of further modalities, one of each
 
     @property
     def place(self) -> Picture | File:
@@ -121,11 +100,10 @@ class Pair:
         return self.picture or self.files[0]
 
 
-def split_name(name: str, endings: Endings = MappingProxyType({})) -> tuple[str, str, str] | None:
+def split_name(name: str, endings: Endings) -> tuple[str, str, str] | None:
     """Key, name inside the sample and extension: "./x/a.seg.PNG" is ("x/a", "seg", "png"); None for other members.
 
-    Args:
-        endings: these count as extensions, the longest that fits.
+    The longest of `endings` that fits is an extension too.
     """
     while name.startswith("./"):
         name = name[2:]
@@ -149,7 +127,7 @@ def read_part(
     content: bytes | None,
     decoded: bool,
     caption: str | None,
-    endings: Endings = MappingProxyType({}),
+    endings: Endings,
 ) -> Part | None:
     """What a member tells of its sample; None if it is no picture, caption, JSON or file of a further modality.
 
@@ -220,8 +198,6 @@ def orientation(pair: Pair) -> int:
 def _by_inner(sample: Sample, extensions: Sequence[str]) -> dict[str, Part | None]:
     """The parts with one of the extensions by their name inside the sample, the first extension if it has several."""
     found = [(inner, extension) for inner, extension in sample.parts if extension in extensions]
-    if len(found) < 2:
-        return {inner: sample.parts[inner, extension] for inner, extension in found}
     best = dict(sorted(found, key=lambda each: -_place(each[1], extensions)))
     return {inner: sample.parts[inner, best[inner]] for inner in dict(found)}
 
@@ -270,7 +246,7 @@ def _picture(offset: int, size: int, image: bytes, decoded: bool) -> Picture:
         raise BrokenSampleError(_reason(error, "header")) from error
     if decoded:
         try:
-            decode(image, DECODED_SIDE, (0.5, 0.5))
+            decode(image, DECODED_SIDE, CENTRE)
         except DecodeError as error:
             raise BrokenSampleError(_reason(error, "content")) from error
     return Picture(offset, size, width, height, _tag(image), content_hash(image))

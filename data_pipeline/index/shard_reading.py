@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from data_pipeline.index.tar_members import TarDamageError, TarMembers
 from data_pipeline.shards import STATISTICS, successes
 from vdtrain.data.manifest import STORED_SCHEMA, downloaded, pair_uid
 from vdtrain.data.members import BrokenSampleError
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 
 READ_AHEAD = 1 << 20
 MAGIC = {
@@ -41,28 +41,21 @@ MAGIC = {
 DAMAGE = "damaged part of a tar"
 
 
-class ShardError(ValueError):
+class ShardError(ConfigError):
     """A shard that is damaged or incomplete; the message is one line."""
 
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The contents of one shard.
-
-    Attributes:
-        samples: columns of STORED_SCHEMA, in the order of the tar.
-        broken: counts of the samples that were left out, by reason.
-        damage: what the tar has lost beside them, in words; empty if it is whole.
-        fields: names in the JSON of a sample without a caption.
-    """
+    """The contents of one shard."""
 
     sha256: str
     bytes: int
     modified_ns: int
-    samples: pa.Table
-    broken: Mapping[str, int]
-    damage: str = ""
-    fields: tuple[str, ...] = ()
+    samples: pa.Table  # columns of STORED_SCHEMA, in the order of the tar
+    broken: Mapping[str, int]  # counts of the samples that were left out, by reason
+    damage: str  # what the tar has lost beside them, in words; empty if it is whole
+    fields: tuple[str, ...]  # names in the JSON of a sample without a caption
 
 
 def read_shard(
@@ -114,15 +107,10 @@ def read_shard(
         raise ShardError(f"{path}: {_no_tar(path)}")
     broken.update({DAMAGE: 1} if members.damage else {})
     table = pa.Table.from_pydict(rows, STORED_SCHEMA)
-    return ShardScan(
-        members.sha256,
-        status.st_size,
-        status.st_mtime_ns,
-        table,
-        dict(broken),
-        members.damage,
-        next(_fields(samples), ()) if not rows["key"] else (),
-    )
+    parts = (part for sample in samples for part in sample.parts.values())
+    fields = () if len(table) else next((part.fields for part in parts if isinstance(part, Described)), ())
+    size, modified_ns = status.st_size, status.st_mtime_ns
+    return ShardScan(members.sha256, size, modified_ns, table, broken, members.damage, fields)
 
 
 def statistics_file(tar: Path) -> Path:
@@ -174,8 +162,7 @@ def _samples(
         if not member.regular:
             broken["not a regular file"] += 1
             continue
-        key, *suffix = name
-        place = suffix[0], suffix[1]
+        key, place = name[0], name[1:]
         if not runs or key != runs[-1].key or place in runs[-1].parts:
             runs.append(Sample(key))
         part = read_part(place[1], member.offset, member.size, member.content, decoded, caption, endings)
@@ -192,17 +179,8 @@ def _samples(
     return samples
 
 
-def _fields(samples: list[Sample]) -> Iterator[tuple[str, ...]]:
-    """Names of fields that may hold captions."""
-    return (part.fields for sample in samples for part in sample.parts.values() if isinstance(part, Described))
-
-
 def _row(pair: Pair, source: str, file: int) -> dict[str, Any]:
-    """The manifest row of a pair.
-
-    Args:
-        file: descriptor of the tar.
-    """
+    """The manifest row of a pair; `file` is the descriptor of the tar."""
     place, described, turned = pair.place, pair.described, orientation(pair)
     sizes = (place.width, place.height) if isinstance(place, Picture) else (0, 0)
     # A name is a label here and never a path. Unlike a tar, a manifest holds only characters.

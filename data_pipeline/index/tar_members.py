@@ -35,18 +35,13 @@ class TarDamageError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a tar file.
-
-    Attributes:
-        offset: of its content in the file.
-        content: None if it is not a regular file, or larger than CONTENT_BYTES.
-    """
+    """One member of a tar file."""
 
     name: str
     regular: bool
-    offset: int
+    offset: int  # of its content in the file
     size: int
-    content: bytes | None
+    content: bytes | None  # None if it is not a regular file, or larger than CONTENT_BYTES
 
 
 class TarMembers:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vdtrain.data.decode import DecodeError, decode
+from vdtrain.data.decode import CENTRE, DecodeError, decode
 from vdtrain.data.latents import (
     SUFFIX,
     LatentDescription,
@@ -30,7 +30,7 @@ from vdtrain.data.latents import (
     out_of_range,
     write_latents,
 )
-from vdtrain.data.manifest import Manifest, ShardRows
+from vdtrain.data.manifest import ShardRows
 from vdtrain.data.shards import ShardReader
 from vdtrain.errors import one_line
 from vdtrain.files import INCOMPLETE
@@ -38,7 +38,6 @@ from vdtrain.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-CENTRE = (0.5, 0.5)
 # A draft is written in one go. One that has not changed for so long was left by a process that was killed.
 STALE_SECONDS = 3600.0
 
@@ -80,18 +79,17 @@ class LatentEncoding:
     def __init__(
         self,
         folder: LatentFolder,
-        manifest: Manifest,
         reader: ShardReader,
         description: LatentDescription,
         encode: Encoder,
         *,
         batch_size: int,
-        workers: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        heartbeat: Callable[[str], None] = lambda place: None,
+        workers: int,
+        rank: int,
+        world_size: int,
+        heartbeat: Callable[[str], None],
     ) -> None:
-        self._folder, self._manifest, self._reader = folder, manifest, reader
+        self._folder, self._manifest, self._reader = folder, reader.manifest, reader
         self._description, self._encode, self._batch_size = description, encode, batch_size
         self._workers, self._rank, self._world_size = max(1, workers), rank, world_size
         self._heartbeat = heartbeat
@@ -101,7 +99,13 @@ class LatentEncoding:
         began, made = time.monotonic(), Made()
         missing = self._folder.missing(self._manifest, self._description.min_side)
         own = [shard for shard in missing if shard % self._world_size == self._rank]
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool, self._progress(own) as progress:
+        whose = "" if self._world_size == 1 else f", rank {self._rank} of {self._world_size}"
+        images = int(self._manifest.counts(self._description.min_side)[own].sum())
+        title = f"latents {self._description.resolution}{whose}"
+        with (
+            ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool,
+            Progress(title, images, "images", silent=self._rank != 0) as progress,
+        ):
             try:
                 encoded = self._encoded(self._decoded(own, pool))
                 for shard, batches in groupby(encoded, key=lambda each: each[0].shard):
@@ -112,12 +116,6 @@ class LatentEncoding:
             self._remove_leftovers()
         made.seconds = time.monotonic() - began
         return made
-
-    def _progress(self, shards: list[int]) -> Progress:
-        whose = "" if self._world_size == 1 else f", rank {self._rank} of {self._world_size}"
-        images = int(self._manifest.counts(self._description.min_side)[shards].sum())
-        title = f"latents {self._description.resolution}{whose}"
-        return Progress(title, images, "images", silent=self._rank != 0)
 
     def _write(self, shard: int, batches: Iterable[tuple[Decoded, Moments]], made: Made, progress: Progress) -> None:
         """Write the file of one shard from its batches in order."""

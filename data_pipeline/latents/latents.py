@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from vdtrain.config.command_schema import LatentsConfig
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import instantiate
 from vdtrain.config.validation import check_indexed, check_resolution, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.patience import Patience, StreamError, patience_of
 from vdtrain.data.shards import ShardReader
-from vdtrain.errors import one_line, unwritable
+from vdtrain.errors import ConfigError, one_line, unwritable
 from vdtrain.files import atomic_write, check_output
 from vdtrain.run.launch import PROCESSES, run_command_on_ranks
 from vdtrain.run.signals import ending
@@ -138,17 +137,20 @@ def _encode(
     # Late, because it imports PyTorch.
     from data_pipeline.latents.encoding import LatentEncoding
 
-    settings, manifest = config.data.latent_cache, reader.manifest
+    settings = config.data.latent_cache
     encode, shape_of = _encoder(config, int(launch["LOCAL_RANK"]))
     for resolution in settings.resolutions:
         folder = LatentFolder(settings.folder, resolution)
         min_side, precision = config.data.stream.get("min_side") or resolution, config.hardware.precision
         description = LatentDescription(resolution, min_side, shape_of[resolution], vae, precision)
-        _describe(folder, description)
+        if not (path := folder.path / DESCRIPTION_FILE).exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            # All processes write the same.
+            with atomic_write(path) as draft:
+                draft.write_text(json.dumps(description.to_dict(), indent=2) + "\n", encoding="utf-8")
         watchdog.heartbeat(f"encoding at {resolution} pixels")
         made = LatentEncoding(
             folder,
-            manifest,
             reader,
             description,
             encode,
@@ -159,7 +161,7 @@ def _encode(
             heartbeat=watchdog.heartbeat,
         ).run()
         if launch["RANK"] == "0":
-            print(_summary(folder, manifest, description, made), flush=True)
+            print(_summary(folder, reader.manifest, description, made), flush=True)
 
 
 def _check(config: LatentsConfig) -> str:
@@ -219,16 +221,6 @@ def _encoder(config: LatentsConfig, local_rank: int) -> tuple[Encoder, dict[int,
         channels, height, width = vae.latent_shape((resolution, resolution))
         shapes[resolution] = (2 * channels, height, width)
     return encode, shapes
-
-
-def _describe(folder: LatentFolder, description: LatentDescription) -> None:
-    """Write the description of a folder's files; all processes write the same."""
-    path = folder.path / DESCRIPTION_FILE
-    if path.exists():
-        return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as draft:
-        draft.write_text(json.dumps(description.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(folder: LatentFolder, manifest: Manifest, description: LatentDescription, made: Made) -> str:

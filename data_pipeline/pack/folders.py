@@ -12,12 +12,10 @@ from pathlib import Path
 from data_pipeline.pack.found import MISSING, NO_CAPTION, Entry, LeftOut, relative, stamp_of
 from data_pipeline.pack.tables import FILE_NAME, table_entries
 from vdtrain.config.data_schema import PackConfig
+from vdtrain.data.members import IMAGES
 from vdtrain.errors import ConfigError, unreadable
 
-IMAGES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif"),
-    *(".bmp", ".gif", ".tif", ".tiff"),
-)
+EXTENSIONS = {f".{extension}" for extension in (*IMAGES, "jpe")}
 # The first of several is taken.
 CAPTIONS = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -44,7 +42,7 @@ def folder_entries(top: Path, config: PackConfig, left_out: LeftOut) -> Iterator
             for entry in table_entries(Path(folder, name), Path(folder), top, config, left_out, FILE_NAME):
                 named.add(os.path.normpath(os.path.join(top, entry.image)))
                 yield entry
-        images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGES]
+        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
         if any(os.path.join(folder, "").startswith(each) for each in described):
             for name in images:
                 path = os.path.join(folder, name)

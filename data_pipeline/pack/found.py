@@ -21,21 +21,13 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Entry:
-    """An image file and its caption.
+    """An image file and its caption."""
 
-    Attributes:
-        image: path relative to the folder of the images, if the image is below it.
-        caption: the text; None if it stands in a file.
-        caption_file: path of that file, as `image`.
-        stamp: sizes and times of the files. A later run recognises a changed file by it.
-        references: all captions of the image, if it has several.
-    """
-
-    image: str
-    caption: str | None
-    caption_file: str | None
-    stamp: str
-    references: tuple[str, ...] = ()
+    image: str  # path relative to the folder of the images, if the image is below it
+    caption: str | None  # the text; None if it stands in a file
+    caption_file: str | None  # path of that file, as `image`
+    stamp: str  # sizes and times of the files, by which a later run recognises a changed file
+    references: tuple[str, ...] = ()  # all captions of the image, if it has several
 
 
 class LeftOut:

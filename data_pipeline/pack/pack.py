@@ -21,11 +21,11 @@ from data_pipeline.pack.folders import folder_entries
 from data_pipeline.pack.found import Entry, LeftOut
 from data_pipeline.pack.picture import LeftOutError, prepare, read_caption
 from data_pipeline.pack.tables import coco_document, coco_entries, coco_folder, table_entries
-from data_pipeline.workers import LOCK_SECONDS, workers
+from data_pipeline.workers import alone, workers
 from vdtrain.config.command_line import shell
 from vdtrain.config.data_schema import DataConfig, PackConfig
 from vdtrain.errors import ConfigError, NothingError, missing
-from vdtrain.files import LockedError, locked, written_whole
+from vdtrain.files import written_whole
 from vdtrain.progress import Progress, track
 
 PLAN_FILE = "plan.parquet"
@@ -33,12 +33,7 @@ PLAN_FILE = "plan.parquet"
 REFERENCES_FILE = "references.jsonl"
 # Of a file name that is not UTF-8 the bytes are kept.
 PLAN_SCHEMA = pa.schema(
-    [
-        ("image", pa.binary()),
-        ("caption", pa.string()),
-        ("caption_file", pa.binary()),
-        ("stamp", pa.string()),
-    ]
+    {"image": pa.binary(), "caption": pa.string(), "caption_file": pa.binary(), "stamp": pa.string()}
 )
 # Settings that decide which image is in which shard, and how it is stored.
 PLAN_SETTINGS = (
@@ -50,14 +45,10 @@ SETTINGS_KEY = b"data.pack"
 
 @dataclass(frozen=True)
 class Shard:
-    """The task of making a shard.
-
-    Attributes:
-        base: the folder that the plan's paths are relative to.
-    """
+    """The task of making a shard."""
 
     number: int
-    base: Path
+    base: Path  # the folder that the plan's paths are relative to
     config: PackConfig
 
     @property
@@ -68,14 +59,6 @@ class Shard:
     def record(self) -> Path:
         """Its number of samples, and what is left out. It is written last."""
         return self.tar.with_suffix(".json")
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is to be packed."""
-
-    base: Path
-    entries: Iterator[Entry]
 
 
 def pack(data: DataConfig) -> None:
@@ -94,13 +77,8 @@ def pack(data: DataConfig) -> None:
         )
     output = Path(config.output)
     lock = output.with_name(output.name + ".lock")
-    try:
-        with locked(lock, LOCK_SECONDS):
-            _pack(config, output, lock)
-    except LockedError as error:
-        raise ConfigError(
-            f"data.pack.output={output}: another pack is writing there (process {error.holder}); wait for it or stop it"
-        ) from error
+    with alone("pack", lock, f"data.pack.output={output}"):
+        _pack(config, output, lock)
     if not config.index:
         words = [f"data.root={data.root}", f"data.shards={output}"]
         print(f"next: {shell(['python', '-m', 'data_pipeline', 'index', 'data=own', *words])}")
@@ -108,16 +86,16 @@ def pack(data: DataConfig) -> None:
 
 def _pack(config: PackConfig, output: Path, lock: Path) -> None:
     left_out = LeftOut()
-    found = _find(Path(str(config.input)), config, left_out)
+    base, entries = _find(Path(str(config.input)), config, left_out)
     references = output / REFERENCES_FILE
     with (
         written_whole(references, f"data.pack.output={output}", overwrite=True) as draft,
         draft.open("w", encoding="utf-8") as file,
     ):
-        rows = _plan(Found(found.base, _with_references(found.entries, config, file)), config, output)
+        rows = _plan(_with_references(entries, config, file), config, output)
     if not references.stat().st_size:
         references.unlink()
-    shards = [Shard(number, found.base, config) for number in range(-(-rows // config.samples_per_shard))]
+    shards = [Shard(number, base, config) for number in range(-(-rows // config.samples_per_shard))]
     new = [shard for shard in shards if not shard.record.exists()]
     processes = max(1, min(config.processes, len(new)))
     with workers(processes, "data.pack.processes", lock) as run, Progress("pack", rows, "images") as progress:
@@ -145,7 +123,8 @@ def _with_references(entries: Iterator[Entry], config: PackConfig, file: IO[str]
         yield entry
 
 
-def _find(source: Path, config: PackConfig, left_out: LeftOut) -> Found:
+def _find(source: Path, config: PackConfig, left_out: LeftOut) -> tuple[Path, Iterator[Entry]]:
+    """What is to be packed, and the folder that its paths are relative to."""
     if config.table is not None:
         source /= config.table
         if not source.is_file():
@@ -153,17 +132,17 @@ def _find(source: Path, config: PackConfig, left_out: LeftOut) -> Found:
                 f"data.pack.table={config.table}: {source} is not there; give the folder that the archives unpack to"
             )
     if source.is_dir():
-        return Found(source, folder_entries(source, config, left_out))
+        return source, folder_entries(source, config, left_out)
     if not source.exists():
         raise ConfigError(f"data.pack.input={source}: no such folder or file; give the images or a table of them")
     if source.suffix.lower() == ".json" and (document := coco_document(source)) is not None:
         folder = coco_folder(source, document, config)
-        return Found(folder, coco_entries(document, folder, config, left_out))
+        return folder, coco_entries(document, folder, config, left_out)
     folder = Path(config.images) if config.images is not None else source.parent
-    return Found(folder, table_entries(source, folder, folder, config, left_out))
+    return folder, table_entries(source, folder, folder, config, left_out)
 
 
-def _plan(found: Found, config: PackConfig, output: Path) -> int:
+def _plan(entries: Iterator[Entry], config: PackConfig, output: Path) -> int:
     """Write the plan, or compare it with the one that is there; returns its number of images.
 
     Raises:
@@ -174,14 +153,14 @@ def _plan(found: Found, config: PackConfig, output: Path) -> int:
     if begun and not plan.exists():
         raise ConfigError(f"data.pack.output={output}: has tar files that were not packed here; choose another folder")
     with written_whole(plan, f"data.pack.output={output}", overwrite=True) as draft:
-        rows = _write_plan(found.entries, config, draft)
+        rows = _write_plan(entries, config, draft)
         difference = _difference(plan, draft) if plan.exists() else None
-        if difference is not None and begun and not config.overwrite:
-            raise ConfigError(
-                f"{difference} since the shards in {output} were packed; choose another data.pack.output, or replace "
-                "them by data.pack.overwrite=true"
-            )
         if difference is not None:
+            if begun and not config.overwrite:
+                raise ConfigError(
+                    f"{difference} since the shards in {output} were packed; choose another data.pack.output, or "
+                    "replace them by data.pack.overwrite=true"
+                )
             for record in output.glob("[0-9]" * 6 + ".json"):
                 record.unlink()
                 record.with_suffix(".tar").unlink(missing_ok=True)
@@ -235,9 +214,8 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     import webdataset
 
     left_out: list[tuple[str, str]] = []
-    samples = _samples(shard, left_out)
+    samples, count = _samples(shard, left_out), 0
     place = f"data.pack.output={shard.config.output}"
-    count = 0
     # A shard without a sample has no tar.
     if (first := next(samples, None)) is not None:
         with (

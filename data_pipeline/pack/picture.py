@@ -12,13 +12,12 @@ import numpy as np
 from PIL import Image
 
 from vdtrain.config.data_schema import PackConfig
-from vdtrain.data.decode import IMAGE_ERRORS, rgb, upright
+from vdtrain.data.decode import IMAGE_ERRORS, ORIENTATION_TAG, rgb, upright
 from vdtrain.data.jpeg import decode_jpeg
 from vdtrain.data.members import BrokenSampleError, read_text
 from vdtrain.errors import missing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-ORIENTATION = 0x0112
 # Reading a JPEG at up to this many times its final size, with fewer operations, changes no visible detail.
 DRAFT = 2
 
@@ -72,7 +71,7 @@ def _prepare(image: Image.Image, file: io.BufferedReader, config: PackConfig) ->
         raise LeftOutError("too many pixels")
     if min(stored) < config.min_image_size:
         raise LeftOutError("too small")
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = image.getexif().get(ORIENTATION_TAG, 1)
     original = stored[::-1] if orientation in (5, 6, 7, 8) else stored
     small = min(stored) <= config.image_size
     jpeg = form in ("JPEG", "MPO")
@@ -83,7 +82,7 @@ def _prepare(image: Image.Image, file: io.BufferedReader, config: PackConfig) ->
     else:
         pixels = rgb(image)
         # Of some formats Pillow has turned it by now.
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
     unchanged = small and form == "JPEG" and image.mode in ("L", "RGB") and orientation not in range(2, 9)
     # A phone's film behind its image is not stored.
     if unchanged and os.fstat(file.fileno()).st_size <= 4 * stored[0] * stored[1] + (1 << 16):
@@ -100,11 +99,7 @@ def _prepare(image: Image.Image, file: io.BufferedReader, config: PackConfig) ->
 
 
 def read_caption(path: str) -> str:
-    """The text of a caption file on one line.
-
-    Raises:
-        LeftOutError: it is missing or empty, or neither UTF-8 nor UTF-16 with a mark.
-    """
+    """The text of a caption file on one line; a LeftOutError if there is none in UTF-8 or in marked UTF-16."""
     try:
         with open(path, "rb") as file:
             data = file.read(1 << 20)

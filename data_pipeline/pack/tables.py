@@ -170,11 +170,7 @@ def _column(table: Path, what: str, setting: str, given: str | None, usual: Sequ
 
 
 def coco_document(table: Path) -> dict[str, Any] | None:
-    """The content of a COCO captions file; None if it is another kind of JSON.
-
-    Raises:
-        ConfigError: COCO's annotations are not captions.
-    """
+    """The content of a file of COCO's captions, None of another JSON; a ConfigError for other annotations of COCO."""
     try:
         with table.open("rb") as file:
             # A list of objects is read as a table.

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 
 from data_pipeline.select.metadata_files import PARQUET, block_list_files
 from data_pipeline.select.sources import URL, schema_of
-from data_pipeline.select.urls import addresses
-from vdtrain.config.compose import ConfigError
+from data_pipeline.select.urls import addresses, changed
 from vdtrain.config.data_schema import BlockListConfig, SourceConfig
-from vdtrain.errors import not_utf8, one_line, unreadable
+from vdtrain.errors import ConfigError, not_utf8, one_line, unreadable
 
 BATCH_ROWS = 1 << 16
 HASHES = ("hash", "md5", "phash")
@@ -73,7 +72,7 @@ def read_block_lists(config: BlockListConfig, sources: Mapping[str, SourceConfig
 def _read(role: str, files: Sequence[str]) -> np.ndarray:
     setting = f"data.select.block_lists.{role}"
     hashes = []
-    for file in block_list_files({setting: list(files)})[setting]:
+    for file in block_list_files(setting, files):
         name, entries = str(file), 0
         try:
             for values in _entries(setting, file):
@@ -113,8 +112,7 @@ def _entries(setting: str, file: Path) -> Iterator[pa.Array]:
 def _signed(values: pa.Array) -> pa.Array:
     """Hashes as the signed numbers of the metadata: some lists have the unsigned numbers of the same bits."""
     large = pc.match_substring_regex(values, r"^[0-9]{19,20}$")
-    found = [str((int(each) + (1 << 63)) % (1 << 64) - (1 << 63)) for each in values.filter(large).to_pylist()]
-    return pc.replace_with_mask(values, large, pa.array(found, pa.string())) if found else values
+    return changed(values, large, lambda text: str((int(text) + (1 << 63)) % (1 << 64) - (1 << 63)))
 
 
 def _hashes(role: str, values: pa.Array) -> np.ndarray:

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
-from data_pipeline.select.urls import addresses, url_problems
-from vdtrain.config.compose import ConfigError
+from data_pipeline.select.urls import addresses, changed, url_problems
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.members import UNCLEAN, clean_caption
+from vdtrain.errors import ConfigError
 
 DUPLICATE_URL = "duplicate URL"
 DUPLICATE_IMAGE = "duplicate image"
@@ -26,21 +26,13 @@ FAILED = "(?i)^(fail|error)"
 
 @dataclass
 class FilterResult:
-    """The result of filtering a batch.
+    """The rows of a batch that pass, with their cleaned captions and their addresses, and counts of the others."""
 
-    Attributes:
-        rows: indices of the rows that pass, ascending.
-        captions: their cleaned captions.
-        addresses: their addresses.
-        dropped: rows dropped, counted by the first filter that rejected them.
-        unscored: rows that passed a filter without the value that it reads, counted by filter.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # ascending indices
     captions: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     addresses: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
-    dropped: Counter[str] = field(default_factory=Counter)
-    unscored: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)  # by the first filter that rejected them
+    unscored: Counter[str] = field(default_factory=Counter)  # passed without the value that a filter reads, by filter
 
     def drop(self, bad: np.ndarray, reason: str) -> None:
         """Drop rows, by one boolean for each row in `rows`."""
@@ -51,6 +43,7 @@ class FilterResult:
                 self.addresses = self.addresses.filter(pa.array(~bad))
 
 
+@dataclass(frozen=True)
 class RowFilter:
     """The filters of a configuration over the columns of a schema (sources.read_columns), the cheapest first.
 
@@ -58,11 +51,10 @@ class RowFilter:
     later.
     """
 
-    def __init__(self, schema: Schema, config: FilterConfig, allow_loopback: bool, blocked: BlockLists) -> None:
-        self.schema = schema
-        self.config = config
-        self.allow_loopback = allow_loopback
-        self.blocked = blocked
+    schema: Schema
+    config: FilterConfig
+    allow_loopback: bool
+    blocked: BlockLists
 
     def columns(self) -> list[Column]:
         """The columns that the filters read, besides URL and caption."""
@@ -115,21 +107,18 @@ class RowFilter:
         ):
             if limit is None:
                 continue
-            # Both sides in single precision: a value equal to the limit passes.
-            scores = [_floats(columns[name]) for name in self.schema.roles.get(role, ())]
-            rows = len(columns[URL])
-            present = np.zeros(rows, bool)
-            bad = np.zeros(rows, bool)
-            for values in scores:
+            present, bad = np.zeros((2, len(columns[URL])), bool)
+            for name in self.schema.roles.get(role, ()):
+                values = _floats(columns[name])
                 present |= ~np.isnan(values)
+                # Both sides in single precision: a value equal to the limit passes.
                 bad |= sign * values < sign * np.float32(limit)
             self._unscored(result, ~present[result.rows], role)
             result.drop(bad[result.rows], reason)
         labels = self.schema.roles.get("nsfw_label", ())
         if config.nsfw_labels and labels:
-            found = columns[labels[0]]
             wanted = pa.array([label.upper() for label in config.nsfw_labels])
-            bad = pc.is_in(pc.utf8_upper(found), value_set=wanted).to_numpy(zero_copy_only=False)
+            bad = pc.is_in(pc.utf8_upper(columns[labels[0]]), value_set=wanted).to_numpy(zero_copy_only=False)
             result.drop(bad[result.rows], "NSFW label")
 
     def _urls(self, result: FilterResult, columns: Mapping[str, pa.Array]) -> None:
@@ -170,26 +159,16 @@ class RowFilter:
 
 def clean_captions(captions: pa.Array) -> pa.Array:
     """`clean_caption` of a column of strings without nulls. Captions that are clean already cost little."""
-    odd = pc.match_substring_regex(captions, UNCLEAN)
-    found = [clean_caption(text) for text in captions.filter(odd).to_pylist()]
-    return pc.replace_with_mask(captions, odd, pa.array(found, pa.string())) if found else captions
+    return changed(captions, pc.match_substring_regex(captions, UNCLEAN), clean_caption)
 
 
 def check_filters(config: FilterConfig) -> None:
-    """Refuse impossible limits.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy.
-    """
-    for low_name, high_name in (
-        ("aspect_ratio_min", "aspect_ratio_max"),
-        ("caption_characters_min", "caption_characters_max"),
-    ):
-        low_value, high_value = getattr(config, low_name), getattr(config, high_name)
-        if low_value is not None and high_value is not None and low_value > high_value:
+    """Raise a ConfigError for limits that keep no row."""
+    for name in ("aspect_ratio", "caption_characters"):
+        low, high = getattr(config, f"{name}_min"), getattr(config, f"{name}_max")
+        if low is not None and high is not None and low > high:
             raise ConfigError(
-                f"data.select.filters.{low_name}={low_value}: above {high_name}={high_value}, so that no row is kept; "
-                "lower it"
+                f"data.select.filters.{name}_min={low}: above {name}_max={high}, so that no row is kept; lower it"
             )
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from data_pipeline.index.find import files_below
-from data_pipeline.index.shard_reading import ShardError
-from vdtrain.config.compose import ConfigError
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 
 PARQUET = (".parquet", ".parq", ".pq")
 # Tables in other formats, and parquet files that are packed or not yet whole.
@@ -49,7 +47,7 @@ def _files_below(place: str, folder: Path, left_out: Collection[Path] = ()) -> l
             except OSError as error:
                 raise ConfigError(f"{path} {unreadable(error, path, 'give another folder')}") from error
             found[parts] = path
-    except (ShardError, ConfigError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     return [found[parts] for parts in sorted(found)]
 
@@ -90,25 +88,17 @@ def partition(metadata: str, file: Path) -> dict[str, str | None]:
     return {unquote(name): None if value == HIVE_NULL else unquote(value) for name, _, value in named}
 
 
-def block_list_files(lists: Mapping[str, list[str]]) -> dict[str, list[Path]]:
-    """The files of block lists by setting; a folder stands for all files below it.
-
-    Raises:
-        ConfigError: a folder is empty or cannot be read.
-    """
-    return {
-        setting: [file for name in names for file in _list_files(setting, name)] for setting, names in lists.items()
-    }
-
-
-def _list_files(setting: str, name: str) -> list[Path]:
-    path = Path(name)
-    if not path.is_dir():
-        return [path]
-    files = [file for file in _files_below(f"{setting}: {name}", path) if not file.name.startswith("_")]
-    if not files:
-        raise ConfigError(f"{setting}: {name} is empty; give another folder, or leave it out")
-    return files
+def block_list_files(setting: str, names: Sequence[str]) -> list[Path]:
+    """The files of block lists, all files below a folder; a ConfigError if it is empty or cannot be read."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        files = [path]
+        if path.is_dir():
+            files = [file for file in _files_below(f"{setting}: {path}", path) if not file.name.startswith("_")]
+        if not files:
+            raise ConfigError(f"{setting}: {path} is empty; give another folder, or leave it out")
+        found += files
+    return found
 
 
 def _listed(folder: Path, files: Collection[Path]) -> str:

@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.filters import FilterResult, RowFilter
 from data_pipeline.select.sources import CAPTION, URL, Column, MetadataFile, Schema, Source, read_columns
+from data_pipeline.workers import alone
 from vdtrain.config.data_schema import FilterConfig
 from vdtrain.data.manifest import pair_uid
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.files import LockedError, locked, written_whole
+from vdtrain.files import written_whole
 
 # Rows of a row group: fixed, so that a part's bytes do not depend on how its rows were read.
 GROUP_ROWS = 1 << 16
@@ -36,25 +37,16 @@ GROUP_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Part:
-    """The task of writing a part.
-
-    Attributes:
-        setting: the folder's setting and its value, for errors.
-        rows: places of its rows among the numbers in `scratch.kept`.
-    """
+    """The task of writing a part."""
 
     file: Path
-    setting: str
+    setting: str  # the folder's setting and its value, for errors
     scratch: Scratch
-    rows: range
+    rows: range  # places of its rows among the numbers in `scratch.kept`
 
 
 def write_part(task: Part) -> None:
-    """Write a part.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write a part; a ConfigError if it cannot be written."""
     rows = np.memmap(task.scratch.kept, np.int64, "r")[task.rows.start : task.rows.stop]
     schema = pq.read_schema(task.scratch.rows(int(rows[0]) >> FILE_BITS))
     schema = schema.remove(schema.get_field_index(ADDRESS))
@@ -84,8 +76,6 @@ def _read(scratch: Scratch, rows: np.ndarray, columns: list[str]) -> Iterator[pa
 FOLDER = "vdtrain_select"
 # The last column of `Scratch.rows`, which the parts do not have.
 ADDRESS = "address"
-# How long a select waits for the worker processes of one that was killed.
-LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -123,22 +113,13 @@ class Scratch:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lock the scratch folder for the block, and remove what is in it before and afterwards.
-
-        Raises:
-            ConfigError: another select is at work.
-        """
-        try:
-            with locked(self.lock, LOCK_SECONDS):
+        """Lock the folder for the block, and empty it before and after; a ConfigError if another select runs."""
+        with alone("select", self.lock, self.setting):
+            self._remove()
+            try:
+                yield
+            finally:
                 self._remove()
-                try:
-                    yield
-                finally:
-                    self._remove()
-        except LockedError as error:
-            raise ConfigError(
-                f"{self.setting}: another select is writing there (process {error.holder}); wait for it or stop it"
-            ) from error
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -148,15 +129,11 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Scan:
-    """The task of filtering a metadata file.
-
-    Attributes:
-        columns: of the parts, besides uid, url and caption.
-    """
+    """The task of filtering a metadata file."""
 
     file: MetadataFile
     schema: Schema
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...]  # of the parts, besides uid, url and caption
     filters: FilterConfig
     allow_loopback: bool
     scratch: Scratch
@@ -180,11 +157,7 @@ class RowCounts:
 
 
 def scan(task: Scan) -> RowCounts:
-    """Filter a metadata file and write the rows that pass.
-
-    Raises:
-        ConfigError: the file cannot be read, or scratch cannot be written.
-    """
+    """Filter a metadata file, write the rows that pass; a ConfigError if it cannot be read, or scratch not written."""
     keep = RowFilter(task.schema, task.filters, task.allow_loopback, BlockLists.load(task.scratch.block_lists))
     wanted = keep.columns()
     schema = pa.schema(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,15 @@ from data_pipeline.select.selection import (
 )
 from data_pipeline.select.sources import Source, check_columns, open_sources
 from data_pipeline.workers import Run, workers
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.fields import check_values
+from vdtrain.errors import ConfigError
 
 BATCH_ROWS = 1 << 16
 
 
 def select(data: DataConfig, batch_rows: int = BATCH_ROWS) -> dict[str, Selection]:
-    """Select the rows of every source whose selection is missing or was made by another plan.
-
-    Args:
-        batch_rows: rows that are read at a time.
-
-    Returns:
-        The selection of each source.
+    """Select the rows of every source whose selection is missing or was made by another plan; returns all selections.
 
     Raises:
         ConfigError: a setting is impossible, metadata is missing or damaged, shards were made by another plan, or
@@ -59,11 +53,13 @@ def select(data: DataConfig, batch_rows: int = BATCH_ROWS) -> dict[str, Selectio
     with scratch.opened():
         if wanted := _outdated(data, planned):
             _select(data, {name: planned[name] for name in wanted}, scratch, batch_rows)
-    selections = {name: read_selection(Path(source.selected)) for name, source in data.sources.items()}
-    for name, selection in selections.items():
+    selections: dict[str, Selection] = {}
+    for name, source in data.sources.items():
+        selection = read_selection(Path(source.selected))
         assert selection is not None
-        print("\n".join([f"{name}: {selection.text()[0]}", *selection.text()[1:]]))
-    return {name: selection for name, selection in selections.items() if selection is not None}
+        print(f"{name}: {selection.text()}")
+        selections[name] = selection
+    return selections
 
 
 def _check(data: DataConfig) -> None:
@@ -85,11 +81,7 @@ def _check(data: DataConfig) -> None:
 
 
 def _outdated(data: DataConfig, planned: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The sources whose rows must be selected.
-
-    Raises:
-        ConfigError: shards were made of rows that another plan selected.
-    """
+    """The sources whose rows must be selected; a ConfigError if shards were made of rows of another plan."""
     wanted = []
     for name, source in data.sources.items():
         folder, shards = Path(source.selected), Path(source.shards)
@@ -108,11 +100,7 @@ def _outdated(data: DataConfig, planned: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def _select(data: DataConfig, wanted: Mapping[str, dict[str, Any]], scratch: Scratch, batch_rows: int) -> None:
-    """Select the rows of all sources, and write those of some.
-
-    Args:
-        wanted: the plans of the sources to write.
-    """
+    """Select the rows of all sources, and write those of the sources whose plans are given."""
     sources = open_sources(data.sources, made_folders(data))
     blocked = read_block_lists(data.select.block_lists, data.sources)
     begin_selections({_setting(data, name): Path(data.sources[name].selected) for name in wanted})
@@ -123,9 +111,22 @@ def _select(data: DataConfig, wanted: Mapping[str, dict[str, Any]], scratch: Scr
         with _timed("duplicates"):
             left = find_first_rows(scratch, sources, data.select.filters, data.select.processes)
         with _timed("parts"):
-            _write_parts(data, list(wanted), {name: rows for name, (_, rows) in left.items()}, scratch, run)
+            _write_parts(data, wanted, {name: rows for name, (_, rows) in left.items()}, scratch, run)
     for name, plan in wanted.items():
-        write_selection(Path(data.sources[name].selected), _selection(plan, counts[name], *left[name]))
+        found, (by_url, by_image) = counts[name], left[name]
+        repeated = Counter({DUPLICATE_URL: found.passed - by_url, DUPLICATE_IMAGE: by_url - by_image})
+        rows_per_part = data.select.rows_per_part
+        selection = Selection(
+            fingerprint=fingerprint(plan),
+            plan=plan,
+            read=found.read,
+            rows=by_image,
+            parts=-(-by_image // rows_per_part),
+            rows_per_part=rows_per_part,
+            counts=dict((found.dropped + repeated).most_common()),
+            unscored=dict(found.unscored.most_common()),
+        )
+        write_selection(Path(data.sources[name].selected), selection)
 
 
 def _setting(data: DataConfig, name: str) -> str:
@@ -148,19 +149,13 @@ def _scan(
     return counts
 
 
-def _write_parts(data: DataConfig, wanted: Sequence[str], rows: Mapping[str, int], scratch: Scratch, run: Run) -> None:
-    """Write the parts.
-
-    Args:
-        wanted: the sources to write.
-        rows: how many rows of each source are kept.
-    """
-    tasks = []
-    start = 0
+def _write_parts(data: DataConfig, wanted: Container[str], rows: Mapping[str, int], scratch: Scratch, run: Run) -> None:
+    """Write the parts of the wanted sources; `rows` tells how many rows of each source are kept."""
+    tasks, start, step = [], 0, data.select.rows_per_part
     for name, count in rows.items():
         places = range(start, start + count)
         start += count
-        folder, step = Path(data.sources[name].selected), data.select.rows_per_part
+        folder = Path(data.sources[name].selected)
         if name in wanted:
             tasks += [
                 Part(part_file(folder, number), _setting(data, name), scratch, places[first : first + step])
@@ -168,22 +163,6 @@ def _write_parts(data: DataConfig, wanted: Sequence[str], rows: Mapping[str, int
             ]
     for _ in run(write_part, tasks, "parts"):
         pass
-
-
-def _selection(plan: dict[str, Any], counts: RowCounts, by_url: int, by_image: int) -> Selection:
-    """The record of a source. `by_url`, `by_image`: its rows without repeated URLs, and without repeated images."""
-    dropped = counts.dropped + Counter({DUPLICATE_URL: counts.passed - by_url, DUPLICATE_IMAGE: by_url - by_image})
-    rows_per_part = int(plan["data.select.rows_per_part"])
-    return Selection(
-        fingerprint=fingerprint(plan),
-        plan=plan,
-        read=counts.read,
-        rows=by_image,
-        parts=-(-by_image // rows_per_part),
-        rows_per_part=rows_per_part,
-        counts=dict(dropped.most_common()),
-        unscored=dict(counts.unscored.most_common()),
-    )
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.select.metadata_files import block_list_files, metadata_files
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.instantiate import recorded
-from vdtrain.errors import unreadable
+from vdtrain.errors import ConfigError, unreadable
 from vdtrain.files import INCOMPLETE, read_json, written_whole
 
 SELECTION_FILE = "selection.json"
@@ -28,37 +27,28 @@ RULES = 1
 
 @dataclass(frozen=True)
 class Selection:
-    """The selection of one source.
+    """The selection of one source."""
 
-    Attributes:
-        fingerprint: of the plan.
-        plan: by setting, everything that decides which rows are kept and in which order.
-        read: rows of the metadata.
-        rows: rows kept, in `parts` files of `rows_per_part` rows; the last part holds the rest.
-        counts: rows dropped, counted by the first filter that rejected them.
-        unscored: rows that passed a filter without the value that it reads, counted by filter.
-    """
-
-    fingerprint: str
-    plan: dict[str, Any]
-    read: int
-    rows: int
+    fingerprint: str  # of the plan
+    plan: dict[str, Any]  # by setting, everything that decides which rows are kept and in which order
+    read: int  # rows of the metadata
+    rows: int  # rows kept, in `parts` files of `rows_per_part` rows; the last part holds the rest
     parts: int
     rows_per_part: int
-    counts: dict[str, int]
-    unscored: dict[str, int]
+    counts: dict[str, int]  # rows dropped, counted by the first filter that rejected them
+    unscored: dict[str, int]  # rows that passed a filter without the value that it reads, counted by filter
 
     def files(self, folder: Path) -> list[Path]:
         """The parts, in order."""
         return [part_file(folder, number) for number in range(self.parts)]
 
-    def text(self) -> list[str]:
-        """The counts as lines."""
+    def text(self) -> str:
+        """The counts, in lines."""
         share = self.rows / self.read if self.read else 0.0
         lines = [f"{self.rows:,} of {self.read:,} rows kept ({share:.1%}), in {self.parts:,} parts"]
         lines += [f"  {count:>14,} {reason}" for reason, count in self.counts.items()]
         lines += [f"  {count:>14,} kept without a value for {name}" for name, count in self.unscored.items()]
-        return lines
+        return "\n".join(lines)
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -67,11 +57,7 @@ def part_file(folder: Path, number: int) -> Path:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """The selection in a folder, or None if select has not finished it.
-
-    Raises:
-        ConfigError: the record cannot be read.
-    """
+    """The selection in a folder, None if select has not finished it; a ConfigError if it cannot be read."""
     file = folder / SELECTION_FILE
     try:
         return recorded(Selection, "selection", read_json(file))
@@ -87,14 +73,7 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def begin_selections(folders: Mapping[str, Path]) -> None:
-    """Remove earlier selections.
-
-    Args:
-        folders: by the setting and its value, for errors.
-
-    Raises:
-        ConfigError: a folder holds parquet files that select did not write.
-    """
+    """Remove earlier selections, by setting; a ConfigError if a folder holds parquet that select did not write."""
     for setting, folder in folders.items():
         ours = (folder / SELECTION_FILE).exists() or (folder / UNFINISHED_FILE).exists()
         if not ours and any(folder.glob("*.parquet")):
@@ -124,7 +103,7 @@ def plans(data: DataConfig) -> dict[str, dict[str, Any]]:
     """
     settings = _flat("data.select.filters", asdict(data.select.filters))
     lists = _flat("data.select.block_lists", asdict(data.select.block_lists))
-    settings |= {name: [_whole(name, file) for file in files] for name, files in block_list_files(lists).items()}
+    settings |= {name: [_whole(name, file) for file in block_list_files(name, files)] for name, files in lists.items()}
     settings |= {
         "data.select.rows_per_part": data.select.rows_per_part,
         "data.allow_loopback": data.allow_loopback,

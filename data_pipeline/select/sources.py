@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.select.metadata_files import CONVERT, metadata_files, partition
-from vdtrain.config.compose import ConfigError
 from vdtrain.config.data_schema import SourceConfig
 from vdtrain.data.manifest import READ_ERRORS
-from vdtrain.errors import one_line, system_error, unreadable
+from vdtrain.errors import ConfigError, one_line, system_error, unreadable
 
 URL = "url"
 CAPTION = "caption"
@@ -34,20 +33,15 @@ NUMBERS = (_is.is_integer, _is.is_floating, _is.is_decimal, _is.is_boolean)
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is kept beside each pair.
+    """A column that is kept beside each pair, under a name that is not that of a column that img2dataset writes.
 
-    Attributes:
-        name: in the selected parts. It must not be the name of a column that img2dataset writes: url, caption, key,
-            status, error_message, width, height, original_width, original_height, exif, sha256.
-        type: in the selected parts.
-        aliases: other published names, in lower case; the first that a file has is read.
-        stored: whether the parts have it; the filters read the others.
+    Those are url, caption, key, status, error_message, width, height, original_width, original_height, exif, sha256.
     """
 
     name: str
     type: pa.DataType
-    aliases: tuple[str, ...] = ()
-    stored: bool = True
+    aliases: tuple[str, ...] = ()  # other published names, in lower case; the first that a file has is read
+    stored: bool = True  # whether the selected parts have it; the filters read the others
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,18 +51,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Schema:
-    """One metadata set. The case of names does not matter.
+    """One metadata set. The case of names does not matter."""
 
-    Attributes:
-        url, caption: published names of the two columns that every row needs.
-        columns: the other columns that are kept, if a file has them.
-        roles: the columns that each filter reads. A limit holds for all of them.
-    """
-
-    url: tuple[str, ...]
-    caption: tuple[str, ...]
-    columns: tuple[Column, ...]
-    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: tuple[Column, ...]  # that are kept, if a file has them
+    roles: Mapping[str, tuple[str, ...]]  # the columns that each filter reads; a limit holds for all of them
+    url: tuple[str, ...] = ("url",)  # published names of the two columns that every row needs
+    caption: tuple[str, ...] = ("text", "caption")
 
 
 # Where img2dataset has been at work, `width` is that of the resized picture, and null where the download failed.
@@ -93,8 +81,6 @@ LAION_ROLES = {
 SCHEMAS = {
     # laion2B-en, -joined, -aesthetic and -md5, and their re-issues; each has some of the columns.
     "laion2b_en": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("sample_id", pa.int64()),
             Column("license", pa.string()),
@@ -107,8 +93,6 @@ SCHEMAS = {
         roles=LAION_ROLES,
     ),
     "coyo700m": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("id", pa.int64()),
             Column("image_phash", pa.string()),
@@ -131,8 +115,6 @@ SCHEMAS = {
     ),
     # DataComp's pools and baselines. `face_bboxes` is not read: nothing here blurs faces.
     "datacomp": Schema(
-        url=("url",),
-        caption=("text", "caption"),
         columns=(
             Column("datacomp_uid", pa.string(), ("uid",)),
             Column("clip_b32_similarity_score", pa.float32()),
@@ -162,16 +144,11 @@ SCHEMAS = {
 
 @dataclass(frozen=True)
 class FileColumns:
-    """The names of the columns of one metadata file.
-
-    Attributes:
-        url, caption: their names in the file.
-        kept: names in the file by the names in the schema.
-    """
+    """The names of the columns of one metadata file."""
 
     url: str
     caption: str
-    kept: Mapping[str, str]
+    kept: Mapping[str, str]  # names in the file by the names in the schema
 
     def names(self) -> list[str]:
         """The columns that must be read from the file."""
@@ -180,25 +157,16 @@ class FileColumns:
 
 @dataclass(frozen=True)
 class MetadataFile:
-    """One file of a source.
+    """One file of a source."""
 
-    Attributes:
-        number: of the file among the files of all sources.
-        partition: the columns that the names of its folders give.
-    """
-
-    number: int
+    number: int  # of the file among the files of all sources
     source: str
     path: Path
     columns: FileColumns
-    partition: Mapping[str, str | None] = field(default_factory=dict)
+    partition: Mapping[str, str | None]  # the columns that the names of its folders give
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
-        """The columns that select needs, in batches of `rows` rows.
-
-        Raises:
-            ConfigError: the file is damaged.
-        """
+        """The columns that select needs, in batches of `rows` rows; a ConfigError if the file is damaged."""
         names = dict.fromkeys(self.columns.names())
         given = {name: pa.scalar(self.partition[name], pa.string()) for name in names if name in self.partition}
         try:
@@ -234,7 +202,7 @@ class Source:
         return next((name for name in self.schema.roles.get("phash", ()) if name in names), None)
 
 
-def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path] = ()) -> list[Source]:
+def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path]) -> list[Source]:
     """Find the files and columns of all sources. Files are numbered over all sources.
 
     Args:
@@ -258,22 +226,14 @@ def open_sources(configs: Mapping[str, SourceConfig], left_out: Collection[Path]
 
 
 def schema_of(setting: str, name: str) -> Schema:
-    """The schema of a name in the configuration.
-
-    Raises:
-        ConfigError: no schema has that name.
-    """
+    """The schema of a name in the configuration; a ConfigError if none has that name."""
     if name not in SCHEMAS:
         raise ConfigError(f"{setting}.schema={name}: unknown; choose one of {', '.join(SCHEMAS)}")
     return SCHEMAS[name]
 
 
 def check_columns(setting: str, config: SourceConfig) -> None:
-    """Refuse a table of columns for what the schema does not have.
-
-    Raises:
-        ConfigError: with the nearest names.
-    """
+    """Raise a ConfigError, with the nearest names, for columns that the schema does not have."""
     known = [URL, CAPTION, *(_role(column) for column in schema_of(setting, config.schema).columns)]
     for role, name in dict[str, Any](config.columns).items():
         if not isinstance(name, str | None):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
+from collections.abc import Callable
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import numpy as np
@@ -46,7 +47,7 @@ def address(url: str, base: str | None = None) -> str:
         base: the address that redirects to `url`, which can be relative to it.
 
     Returns:
-        The address, or the stripped URL if it has none: `url_policy.url_problem` refuses that. The address of an
+        The address, or the stripped URL if it has none: `url_problem` refuses that. The address of an
         address is the address itself.
     """
     text = re.sub(r"[\t\n\r]", "", url.strip(_EDGES))
@@ -66,11 +67,13 @@ def address(url: str, base: str | None = None) -> str:
 def addresses(urls: pa.Array) -> pa.Array:
     """`address` of a column of strings. URLs that are their own address cost little."""
     exact = pc.and_(pc.match_substring_regex(urls, _EXACT), pc.invert(pc.match_substring_regex(urls, _INEXACT)))
-    odd = pc.and_(pc.invert(exact.fill_null(True)), urls.is_valid())
-    if not np.count_nonzero(odd.to_numpy(zero_copy_only=False)):
-        return urls
-    found = [address(url) for url in urls.filter(odd).to_pylist()]
-    return pc.replace_with_mask(urls, odd, pa.array(found, pa.string()))
+    return changed(urls, pc.and_(pc.invert(exact.fill_null(True)), urls.is_valid()), address)
+
+
+def changed(values: pa.Array, odd: pa.Array, change: Callable[[str], str]) -> pa.Array:
+    """A column of strings whose values are changed where a column of booleans is true."""
+    found = [change(value) for value in values.filter(odd).to_pylist()]
+    return pc.replace_with_mask(values, odd, pa.array(found, pa.string())) if found else values
 
 
 def _address(url: str) -> str:
@@ -103,11 +106,7 @@ def _resolved(path: str) -> str:
 
 
 def _host(host: str) -> str:
-    """A host in ASCII, by UTS 46 without its tables.
-
-    Raises:
-        ValueError: it has a character that no host has.
-    """
+    """A host in ASCII, by UTS 46 without its tables; a ValueError if it has a character that no host has."""
     if host.startswith("["):
         return host.lower()
     host = unquote(host)
@@ -167,7 +166,11 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
     host = re.sub("[\u3002\uff0e\uff61]", ".", unicodedata.normalize("NFKC", host)).lower().removesuffix(".")
     labels = host.split(".")
     if ":" in host or _NUMERIC.fullmatch(labels[-1]):
-        return _literal_problem(host, allow_loopback)
+        try:
+            return UNUSUAL_ADDRESS if "%" in host else address_problem(host, allow_loopback)
+        except ValueError:
+            # Octal, hexadecimal and short forms.
+            return UNUSUAL_ADDRESS
     if re.search("[%<>^|]", host) or not all(labels):
         return MALFORMED
     if labels[-1] in LOOPBACK_NAMES:
@@ -179,11 +182,7 @@ def url_problem(url: str | None, allow_loopback: bool) -> str | None:
 
 
 def url_problems(urls: pa.Array, allow_loopback: bool) -> tuple[np.ndarray, list[str]]:
-    """`url_problem` of a column of strings. Plain URLs cost little.
-
-    Returns:
-        The indices of the URLs that must not be fetched, ascending, and the problem of each.
-    """
+    """The places in a column of the URLs that must not be fetched, ascending, and their problems."""
     plain = pc.and_(
         pc.match_substring_regex(urls, _PLAIN), pc.invert(pc.match_substring_regex(urls, _SUSPECT_NAME))
     ).fill_null(False)
@@ -194,18 +193,13 @@ def url_problems(urls: pa.Array, allow_loopback: bool) -> tuple[np.ndarray, list
 
 
 def address_problem(address: str, allow_loopback: bool) -> str | None:
-    """Why no connection may be made to an IP address, or None.
-
-    Raises:
-        ValueError: it is not an IP address.
-    """
+    """Why no connection may be made to an IP address, or None; a ValueError if it is none."""
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
         if found in _NAT64:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            found = inner
+        found = inner or found
     if found.is_loopback:
         return None if allow_loopback else LOOPBACK
     if not found.is_global or found.is_multicast:
@@ -213,13 +207,3 @@ def address_problem(address: str, allow_loopback: bool) -> str | None:
     if isinstance(found, ipaddress.IPv6Address) and found not in _GLOBAL_UNICAST:
         return PRIVATE_ADDRESS
     return None
-
-
-def _literal_problem(host: str, allow_loopback: bool) -> str | None:
-    """The problem of a host that is an address. Octal, hexadecimal and short forms are refused."""
-    if "%" in host:
-        return UNUSUAL_ADDRESS
-    try:
-        return address_problem(host, allow_loopback)
-    except ValueError:
-        return UNUSUAL_ADDRESS

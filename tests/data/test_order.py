@@ -100,7 +100,7 @@ def test_weighted_sources_keep_their_epochs_and_their_weights(
     weights = weights[: len(pools)]
     order = order_of(pools, weights, seed=seed, block=block)
     positions = np.arange(5000)
-    places, sources = order.locate(positions), order.sources(positions)
+    places, sources = order.locate(positions), order.pattern[positions % len(order.pattern)]
     first = 0
     for number, sizes in enumerate(pools):
         own = places[np.flatnonzero(sources == number)]

@@ -29,7 +29,7 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.download import part as download_part
-from data_pipeline.download.download import DownloadError, check, check_environment, download, own_parts
+from data_pipeline.download.download import check, check_environment, download, own_parts
 from data_pipeline.download.plan import Part
 from data_pipeline.select.selection import Selection, part_file, write_selection
 from data_pipeline.shards import finished
@@ -316,7 +316,7 @@ def test_a_run_that_stands_still_is_started_again(
 def test_a_server_that_is_away(server: HostileServer, forked: None, tmp_path: Path) -> None:
     config = source(tmp_path, [f"{server.base}/good/{number}.jpg" for number in range(5)])
     server.away.set()
-    with pytest.raises(DownloadError, match=r"0 of 5 images \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):
+    with pytest.raises(ConfigError, match=r"0 of 5 images \(0%\); failed: 5 HTTP 503, fewer than .*; see that"):
         download({"web": config}, CONFIG, allow_loopback=True)
     server.away.clear()
     assert not finished(Path(config.shards, "00000"))
@@ -402,7 +402,7 @@ def test_two_downloads_do_not_share_a_part(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(f"1 on {os.uname().nodename}")
         file.flush()
-        with pytest.raises(DownloadError, match=r"another download is writing there \(process 1 on"):
+        with pytest.raises(ConfigError, match=r"another download is writing there \(process 1 on"):
             download({"web": config}, CONFIG, allow_loopback=True)
 
 

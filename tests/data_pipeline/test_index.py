@@ -17,7 +17,7 @@ from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from tests.pairs import all_samples, write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
-from vdtrain.errors import NothingError
+from vdtrain.errors import ConfigError, NothingError
 from vdtrain.files import locked
 
 # A run that comes to a halt where the third shard is to be read, until it is killed.
@@ -231,7 +231,7 @@ def test_pairs_that_are_listed_twice_are_counted_and_stay(tmp_path: Path, caplog
 
 def test_only_one_run_writes_a_manifest(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, range(1))
-    with locked(tmp_path / "manifest.lock"), pytest.raises(ShardError, match="another index is writing there"):
+    with locked(tmp_path / "manifest.lock"), pytest.raises(ConfigError, match="another index is writing there"):
         index({"drawn": shards}, tmp_path / "manifest")
     index({"drawn": shards}, tmp_path / "manifest")
 

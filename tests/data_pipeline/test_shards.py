@@ -126,7 +126,7 @@ def test_reasons(message: str, name: str, transient: bool) -> None:
 
 def test_a_tally() -> None:
     tally = DownloadStats({"success": 6, "HTTP Error 404: Not Found": 3, "timed out": 1})
-    tally.add(DownloadStats.load(tally.dump()))
+    tally += DownloadStats.load(tally.dump())
     assert (tally.count, tally.successes, tally.transient) == (20, 12, 2)
     assert (tally.success_share, tally.settled_share) == (0.6, 0.9)
     assert str(tally) == "12 of 20 images (60%); failed: 6 HTTP 404, 2 too slow"

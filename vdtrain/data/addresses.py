@@ -17,11 +17,10 @@ from subprocess import PIPE as PIPED
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.asyn import sync
 
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.patience import Patience, StreamError
-from vdtrain.data.stores import lasts, system_of
+from vdtrain.data.stores import ask, lasts, system_of
 from vdtrain.errors import ConfigError, one_line, passes, unreadable
 from vdtrain.files import open_regular
 from vdtrain.redaction import without_secrets
@@ -73,11 +72,7 @@ def open_tar(address: str, timeout: float, patience: Patience) -> BinaryIO:
 
 
 class Command:
-    """The output of a command.
-
-    Args:
-        seconds: how long it may go on once its output is no longer read.
-    """
+    """The output of a command, which may go on for `seconds` once it is no longer read."""
 
     def __init__(self, command: str, seconds: float) -> None:
         self._seconds = seconds
@@ -90,11 +85,7 @@ class Command:
         return bytes(self._process.stdout.read1(size))
 
     def close(self) -> None:
-        """Read no more, and wait for the end of the command.
-
-        Raises:
-            OSError: it has failed.
-        """
+        """Read no more, and wait for the end of the command; an OSError if it has failed."""
         self._process.stdout.close()
         try:
             status = self._process.wait(self._seconds)
@@ -186,14 +177,11 @@ class _Remote(_Patient):
 
     def _piece(self, size: int) -> bytes:
         """The next bytes of a file in a store."""
-        system, self._size = self._system, self._size or int(self._system.size(self._path))
-        places = {"start": self._place, "end": min(self._place + size, self._size)}
+        self._size = self._size or int(self._system.size(self._path))
         if self._place >= self._size:
             return b""
-        if system.async_impl:
-            # At the limit the request is cancelled.
-            return cast(bytes, sync(system.loop, system._cat_file, self._path, timeout=self._timeout, **places))
-        return cast(bytes, system.cat_file(self._path, **places))
+        end = min(self._place + size, self._size)
+        return cast(bytes, ask(self._system, self._timeout, "cat_file", self._path, start=self._place, end=end))
 
     def _streamed(self, size: int) -> bytes:
         """The next bytes of a file on a web server, in one request for all of it: some servers know no ranges."""
@@ -216,11 +204,7 @@ class _Remote(_Patient):
 
 
 def _expanded(url: str, allow_pipe: bool, listed: str = "") -> Iterator[str]:
-    """The addresses that one pattern, folder or list stands for.
-
-    Args:
-        listed: the list that has the pattern.
-    """
+    """The addresses that one pattern, folder or list stands for; `listed` is the list that has the pattern."""
     from braceexpand import braceexpand
 
     setting = f"data.urls={without_secrets(url)}{f' (in {listed})' if listed else ''}"

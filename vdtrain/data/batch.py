@@ -149,11 +149,7 @@ class Mirror:
         self._seed = seed_of(seed, "flip")
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch, whose images are a tensor [b, ..., height, width].
-
-        Raises:
-            ConfigError: they are not.
-        """
+        """The batch; a ConfigError if its images are no tensor [b, ..., height, width]."""
         images = batch.samples.get(MODALITY)
         if images is None and MODALITY in batch.rows:
             return batch

@@ -59,11 +59,7 @@ class DecodeError(ValueError):
 
 
 def image_format(data: bytes | memoryview) -> str:
-    """One of READ, by the first HEAD_BYTES of an image.
-
-    Raises:
-        DecodeError: it has another format, which the reason names, or is no image.
-    """
+    """One of READ, by the first HEAD_BYTES of an image; a DecodeError, which names any other format."""
     head = bytes(data[:HEAD_BYTES])
     name = next((name for name, pattern in _PATTERNS.items() if pattern.match(head)), None)
     if name is None:
@@ -73,10 +69,10 @@ def image_format(data: bytes | memoryview) -> str:
     return name
 
 
-__all__ = ["DecodeError", "decode", "decode_into", "decode_whole", "image_size", "rgb", "stored_orientation", "upright"]
-
 # Images with more pixels are refused before decoding.
 MAX_PIXELS = 100_000_000
+# Position of a crop.
+CENTRE = (0.5, 0.5)
 # Decoding memory of each thread; larger images get their own memory.
 SCRATCH_BYTES = 4_000_000
 ORIENTATION_TAG = 0x0112
@@ -92,11 +88,7 @@ _memory = threading.local()
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height of an image as stored, from its header alone.
-
-    Raises:
-        DecodeError: the bytes are not an image, or it has too many pixels.
-    """
+    """Width and height of a stored image, by its header; a DecodeError if it is none or has too many pixels."""
     with _Refusing():
         if is_jpeg(data):
             width, height = jpeg_size(data)

@@ -13,8 +13,6 @@ from vdtrain.redaction import without_secrets
 
 # Absolute paths, as a kind beside http, s3 and so on.
 FILE = "file"
-# Stands for the path in a line.
-PLACE = "{}"
 WEB = ("http", "https", "ftp")
 # Where clouds hand out a machine's credentials, if not at a link-local address.
 METADATA = {"fd00:ec2::254", "100.100.100.200"}
@@ -32,29 +30,27 @@ def leading_away(paths: Sequence[str], root: Path | str, follow: Sequence[str]) 
     """
     inside = f"{os.path.abspath(root)}/"
     known: dict[str, bool] = {}
-    for path in paths:
-        why = _problem(path, inside, follow, known)
-        if why is not None:
-            return f"the {why.replace(PLACE, without_secrets(path))}"
-    return None
+    return next(filter(None, (_problem(path, inside, follow, known) for path in paths)), None)
 
 
 def _problem(path: str, inside: str, follow: Sequence[str], known: dict[str, bool]) -> str | None:
     if not path.partition("?")[0].lower().endswith(".tar") or "\0" in path:
-        return f"path {PLACE}, which is no .tar; index the shards again"
+        return f"the path {without_secrets(path)}, which is no .tar; index the shards again"
     kind, colon, _ = path.partition("://")
     if not colon:
         if not os.path.isabs(path) or os.path.normpath(path).startswith(inside) or FILE in follow:
             return None
-        return f"absolute path {PLACE}; index the shards here, or allow it by data.stream.follow=[{FILE}]"
+        shown = without_secrets(path)
+        return f"the absolute path {shown}; index the shards here, or allow it by data.stream.follow=[{FILE}]"
     if kind not in follow:
         allowed = ",".join((*follow, kind))
-        return f"address {PLACE}; give data.stream.shard_root, or allow it by data.stream.follow=[{allowed}]"
+        shown = without_secrets(path)
+        return f"the address {shown}; give data.stream.shard_root, or allow it by data.stream.follow=[{allowed}]"
     host = _host(path) if kind in WEB else None
     if host is not None and host not in known:
         known[host] = is_link_local(host)
     if host is not None and known[host]:
-        return f"link-local address {PLACE}, which no shard has; do not use this manifest"
+        return f"the link-local address {without_secrets(path)}, which no shard has; do not use this manifest"
     return None
 
 

@@ -145,8 +145,7 @@ class _Jpeg:
     def mended(self, filler: bytes = b"") -> bytes:
         """The file without what libjpeg warns of and that does not concern its pixels, and with an end.
 
-        Args:
-            filler: coded data behind every scan, also in intervals of its own, and before every restart marker.
+        The filler is coded data behind every scan, also in intervals of its own, and before every restart marker.
         """
         parts, coded, restarts, position = [b"\xff\xd8"], False, 0, 2
         end_of_file = [] if self.ended else [(EOI, len(self.data), len(self.data))]

@@ -50,31 +50,20 @@ Moments = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class LatentDescription:
-    """What all files of one folder have in common.
+    """What all files of one folder have in common."""
 
-    Attributes:
-        resolution: side of the images in pixels.
-        min_side: images with a shorter side, in pixels, are left out.
-        shape: of one sample's moments, e.g. (8, 32, 32).
-        vae: fingerprint of the encoder (`vdtrain.models.frozen_weights.fingerprint`).
-        precision: bf16 or fp32, in which the encoder ran.
-    """
-
-    resolution: int
-    min_side: int
-    shape: tuple[int, ...]
-    vae: str
-    precision: str
+    resolution: int  # side of the images in pixels
+    min_side: int  # images with a shorter side, in pixels, are left out
+    shape: tuple[int, ...]  # of one sample's moments, e.g. (8, 32, 32)
+    vae: str  # fingerprint of the encoder (`vdtrain.models.frozen_weights.fingerprint`)
+    precision: str  # bf16 or fp32, in which the encoder ran
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape), "layout": LAYOUT, "crop": CROP, "dtype": "float16"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatentDescription:
-        """
-        Raises:
-            ValueError, KeyError, TypeError, ...: `vdtrain.files.SHAPE_ERRORS`, the values are of another layout.
-        """
+        """From JSON; one of `vdtrain.files.SHAPE_ERRORS` if the values are of another layout."""
         if values["layout"] != LAYOUT:
             raise ValueError(f"its layout is {values['layout']}, this version reads layout {LAYOUT}")
         numbers = {name: int(values[name]) for name in ("resolution", "min_side")}
@@ -267,22 +256,14 @@ OPEN_FILES = 256
 
 
 class LatentFolder:
-    """The files of one resolution and their description.
-
-    Args:
-        folder: has a subfolder for each resolution.
-    """
+    """The files of one resolution and their description, in a subfolder of the folder."""
 
     def __init__(self, folder: str | Path, resolution: int) -> None:
         self.path = Path(folder) / str(resolution)
         self.setting = f"data.latent_cache.folder={folder}"
 
     def description(self) -> LatentDescription | None:
-        """The description of the files; None if there is none yet.
-
-        Raises:
-            ManifestError: it cannot be read, or is of another layout.
-        """
+        """The description of the files, None without one; a ManifestError if it is unreadable or of another layout."""
         path = self.path / DESCRIPTION_FILE
         try:
             return LatentDescription.from_dict(read_json(path))

@@ -74,11 +74,7 @@ def sources(config: TrainConfig, held_out: bool, patience: float | None = None) 
 
 
 def check_split(data: DataConfig) -> None:
-    """Refuse a stream that cannot leave out the held-out pairs.
-
-    Raises:
-        ConfigError: it takes no `split`, and pairs are held out.
-    """
+    """Raise a ConfigError if pairs are held out and the stream takes no `split`, by which it would leave them out."""
     if data.validation.share and not takes(data.stream, "data.stream", "split"):
         raise ConfigError(
             f"data.validation.share={data.validation.share}: {data.stream['_target_']} has no argument for the split, "

@@ -65,7 +65,7 @@ INDEX = "`python -m data_pipeline index` with the same settings of data"
 
 SAMPLE_SCHEMA: pa.Schema = pa.schema(
     [
-        pa.field("uid", pa.string()),  # vdtrain.data.manifest.pair_uid
+        pa.field("uid", pa.string()),  # pair_uid
         pa.field("shard", pa.string()),  # as in shards.parquet
         pa.field("key", pa.string()),  # of the sample inside its shard
         pa.field("offset", pa.int64()),  # of the image's bytes in the tar
@@ -104,10 +104,8 @@ SHARD_SCHEMA: pa.Schema = pa.schema(
 )
 # Columns that manifests of earlier versions lack.
 LATER_COLUMNS = ("left_out",)
-SHARD_COLUMNS = ["path", "source", "bytes", "modified_ns", "sha256", "samples", "sides", "side_counts"]
-SHARD_COLUMNS += ["samples_file", "row_group", "left_out"]
-
-
+# What a reader needs.
+SHARD_COLUMNS = [name for name in SHARD_SCHEMA.names if name not in ("broken", "decoded")]
 # Columns that may have nulls.
 NULLABLE = (*LATER_COLUMNS, "content", "members")
 TAR_BLOCK = 512
@@ -224,8 +222,7 @@ class Manifest:
 
     def counts(self, min_side: int) -> NDArray[np.int64]:
         """int64 [S]: pairs of image and caption of each shard whose shortest side has at least `min_side` pixels."""
-        sides = self._sides.flatten().to_numpy()
-        return self._counted(sides >= max(1, min_side))
+        return self._counted(self._sides.flatten().to_numpy() >= max(1, min_side))
 
     def partial(self) -> NDArray[np.int64]:
         """int64 [S]: number of samples of each shard that lack their image or their caption."""
@@ -238,11 +235,7 @@ class Manifest:
         return np.bincount(owners, weights, minlength=len(self.paths)).astype(np.int64)
 
     def rows(self, shard: int) -> ShardRows:
-        """The samples of a shard.
-
-        Raises:
-            ManifestError: its file of samples is missing or damaged.
-        """
+        """The samples of a shard; a ManifestError if their file is missing or damaged."""
         table = self.columns(shard, ["offset", "size", "orientation", "width", "height", "caption", "key", "members"])
         side = shortest_sides(table)
         side[self.left_out_rows(shard)] = -1
@@ -269,11 +262,7 @@ class Manifest:
         return table["content"].to_numpy() if known else None
 
     def columns(self, shard: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of STORED_SCHEMA of a shard's samples.
-
-        Raises:
-            ManifestError: its file of samples is missing or damaged.
-        """
+        """Columns of STORED_SCHEMA of a shard's samples; a ManifestError if their file is missing or damaged."""
         name, group = self._files[shard], int(self._row_groups[shard])
         try:
             with self._lock:
@@ -310,11 +299,8 @@ class Manifest:
 
     def decoded(self, shard: int | None = None) -> bool:
         """Whether indexing decoded every image of a shard, or of all shards."""
-        found = self._column("decoded")
-        return bool(found[shard].as_py()) if shard is not None else all(found.to_pylist())
-
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return _read_shard_columns(self.folder, [name])[name]
+        found = _read_shard_columns(self.folder, ["decoded"])["decoded"].to_pylist()
+        return bool(all(found) if shard is None else found[shard])
 
 
 class SamplesWriter:
@@ -446,11 +432,7 @@ def _read_shard_columns(folder: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _checked(shards: pa.Table, folder: Path) -> pa.Table:
-    """Rows of shards in the types of SHARD_SCHEMA.
-
-    Raises:
-        ManifestError: they cannot be a manifest's.
-    """
+    """Rows of shards in the types of SHARD_SCHEMA; a ManifestError if they cannot be a manifest's."""
     try:
         table = _fitting(shards, SHARD_SCHEMA)
         sides, counts = table["sides"].combine_chunks(), table["side_counts"].combine_chunks()

@@ -112,11 +112,7 @@ class BrokenSampleError(ValueError):
 
 
 def read_text(content: bytes) -> str:
-    """The text of a member.
-
-    Raises:
-        BrokenSampleError: it is not UTF-8, or UTF-16 with its mark.
-    """
+    """The text of a member; a BrokenSampleError if it is not UTF-8, or UTF-16 with its mark."""
     codec = next((codec for mark, codec in MARKS if content.startswith(mark)), "utf-8")
     try:
         return clean(content.decode(codec))
@@ -131,11 +127,7 @@ def clean(text: str) -> str:
 
 
 def read_json(content: bytes) -> dict[str, Any]:
-    """The JSON object of a member.
-
-    Raises:
-        BrokenSampleError: it is none.
-    """
+    """The JSON object of a member; a BrokenSampleError if it is none."""
     with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(content), dict):
             return found

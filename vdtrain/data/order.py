@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,15 +51,10 @@ def pair_name(tar: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the split of a set's pairs.
+    """One side of the split of a set's pairs."""
 
-    Attributes:
-        share: of the pairs that is held out; 0 splits nothing.
-        held_out: the held-out pairs, instead of those to train on.
-    """
-
-    share: float = 0.0
-    held_out: bool = False
+    share: float = 0.0  # of the pairs that is held out; 0 splits nothing
+    held_out: bool = False  # the held-out pairs, instead of those to train on
 
     def takes(self, tar: str, keys: Sequence[str]) -> NDArray[np.bool_]:
         """[n] Whether the pairs with these keys in a tar are on this side."""
@@ -115,17 +110,11 @@ PATTERN = 10_000
 
 @dataclass(frozen=True)
 class Places:
-    """The samples at n positions.
+    """The samples at n positions."""
 
-    Attributes:
-        shard: int64 [n] number of the shard.
-        sample: int64 [n] number among those of the shard's samples that take part.
-        lane: int64 [n] number of the lane; sources share no lanes.
-    """
-
-    shard: Integers
-    sample: Integers
-    lane: Integers
+    shard: Integers  # int64 [n] number of the shard
+    sample: Integers  # int64 [n] number among those of the shard's samples that take part
+    lane: Integers  # int64 [n] number of the lane; sources share no lanes
 
     def __getitem__(self, rows: Integers | slice) -> Places:
         return Places(self.shard[rows], self.sample[rows], self.lane[rows])
@@ -177,10 +166,6 @@ class Order:
         """Samples in all pools that take part."""
         return sum(pool.samples for pool in self.pools)
 
-    def sources(self, positions: Integers) -> Integers:
-        """int64 [n]: the pool of each position, counted among those that take part."""
-        return self.pattern[positions % len(self.pattern)]
-
     def locate(self, positions: Integers) -> Places:
         """The samples at global positions, int64 [n]."""
         rounds, places = np.divmod(positions, len(self.pattern))
@@ -211,8 +196,8 @@ class Pool:
         self.shards, self.counts, self.seed, self.block = shards, counts, seed, block
         self.samples = int(counts.sum())
         self.lanes = max(1, min(lanes, self.samples // block))
-        self._lines: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], tuple[int, Integers]] = OrderedDict()
+        self._line = lru_cache(2)(self._new_line)
+        self._shuffled = lru_cache(2 * self.lanes)(self._new_block)
 
     def locate(self, positions: Integers) -> Places:
         """The samples at positions int64 [n], which count over this pool's epochs."""
@@ -243,26 +228,20 @@ class Pool:
         length, longer = divmod(self.samples, self.lanes)
         return lane * length + min(lane, longer)
 
-    def _line(self, epoch: int) -> tuple[Integers, Integers]:
+    def _new_line(self, epoch: int) -> tuple[Integers, Integers]:
         """The order of an epoch's shards, and the end of each shard in the line of samples."""
-        if epoch not in self._lines:
-            order = _generator(*self.seed, epoch).permutation(len(self.shards))
-            _keep(self._lines, epoch, (order, np.cumsum(self.counts[order])), 2)
-        return self._lines[epoch]
+        order = _generator(*self.seed, epoch).permutation(len(self.shards))
+        return order, np.cumsum(self.counts[order])
 
     def _lead(self, lane: Any) -> Any:
         """How many samples a lane's first block lacks, so that lanes reach their next shards at different times."""
         return lane * self.block // self.lanes
 
-    def _shuffled(self, epoch: int, lane: int, block: int) -> tuple[int, Integers]:
+    def _new_block(self, epoch: int, lane: int, block: int) -> tuple[int, Integers]:
         """The start of a block in its lane, and the order of its samples."""
-        key = (epoch, lane, block)
-        if key not in self._blocks:
-            first = max(0, block * self.block - self._lead(lane))
-            end = min((block + 1) * self.block - self._lead(lane), self._lane_start(lane + 1) - self._lane_start(lane))
-            shuffled = _generator(*self.seed, epoch, lane, block).permutation(end - first)
-            _keep(self._blocks, key, (first, shuffled), 2 * self.lanes)
-        return self._blocks[key]
+        first = max(0, block * self.block - self._lead(lane))
+        end = min((block + 1) * self.block - self._lead(lane), self._lane_start(lane + 1) - self._lane_start(lane))
+        return first, _generator(*self.seed, epoch, lane, block).permutation(end - first)
 
 
 def pattern(weights: Sequence[float]) -> Integers:
@@ -304,9 +283,3 @@ def _scrambled(state: NDArray[np.uint64], shift: int) -> NDArray[np.uint64]:
 
 def _generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-
-
-def _keep(cache: OrderedDict, key: object, value: object, limit: int) -> None:  # type: ignore[type-arg]
-    cache[key] = value
-    while len(cache) > limit:
-        cache.popitem(last=False)

@@ -93,11 +93,7 @@ class Patience:
             self._failing.discard(thread)
 
     def pause(self, seconds: float | None = None) -> None:
-        """Wait, as before a second try if no time is given.
-
-        Raises:
-            StreamError: it was closed meanwhile.
-        """
+        """Wait, as before a second try if no time is given; a StreamError if it was closed meanwhile."""
         moved()
         if self._closed.wait(FIRST_PAUSE_SECONDS if seconds is None else seconds):
             raise StreamError("the stream was closed")
@@ -129,14 +125,14 @@ class Patience:
             # What follows an error that ends the run is no news.
             told = first and self._is_told() and not self._over
         if told:
-            _say(f"{one_line(error)}; trying again for {self.seconds:g} s")
+            warn(f"{one_line(error)}; trying again for {self.seconds:g} s")
 
     def _settle(self, thread: int, name: str) -> None:
         with self._lock:
             self._failing.discard(thread)
             told = not self._failing and self._is_told()
         if told:
-            _say(f"{without_secrets(name)}: can be read again, after {time.monotonic() - self._began:.1f} s")
+            warn(f"{without_secrets(name)}: can be read again, after {time.monotonic() - self._began:.1f} s")
 
     def _is_told(self) -> bool:
         return self._outages <= TOLD or self._outages == 10 ** (len(str(self._outages)) - 1)
@@ -147,7 +143,7 @@ def patience_of(watchdog_seconds: float | None) -> float:
     return 5 * PATIENCE_SECONDS if watchdog_seconds is None else PATIENCE_OF_WATCHDOG * watchdog_seconds
 
 
-def _say(line: str) -> None:
-    # In one piece: other threads write too.
+def warn(line: str) -> None:
+    """Print a warning in one piece: other threads write too."""
     sys.stderr.write(f"warning: {line}\n")
     sys.stderr.flush()

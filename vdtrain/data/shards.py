@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -20,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from vdtrain.data.decode import DecodeError
 from vdtrain.data.followed import leading_away
 from vdtrain.data.manifest import INDEX, SHARDS_FILE, Manifest, ManifestError, ShardRows
-from vdtrain.data.patience import Patience, StreamError
+from vdtrain.data.patience import Patience, StreamError, warn
 from vdtrain.data.stores import TIMEOUT_SECONDS, Stores
 from vdtrain.errors import ConfigError, output_problem, unreadable, unwritable
 from vdtrain.files import LockedError, atomic_write, locked, open_regular
@@ -53,11 +52,7 @@ Bytes = bytes | memoryview
 
 
 class OpenFiles:
-    """Files that stay open to be read by several threads; the least recently used one closes.
-
-    Args:
-        limit: number of files that stay open. A file in use is never closed.
-    """
+    """At most `limit` files that stay open for several threads. The least recently used closes, but none in use."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -67,15 +62,12 @@ class OpenFiles:
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:
-        """A descriptor of the file, which stays open for the block.
-
-        Raises:
-            OSError: the file cannot be opened.
-        """
+        """A descriptor of the file, which stays open for the block; an OSError if it cannot be opened."""
         file = self._take(path)
         if file is None:
             # Outside the lock: opening takes long on a network file system, and other threads go on reading.
             file = self._take(path, open_regular(path))
+            assert file is not None
         try:
             yield file[0]
         finally:
@@ -95,12 +87,6 @@ class OpenFiles:
         """Close every file that is not in use."""
         with self._lock:
             self._close_idle(len(self._files))
-
-    @overload
-    def _take(self, path: str) -> list[int] | None: ...
-
-    @overload
-    def _take(self, path: str, opened: int) -> list[int]: ...
 
     def _take(self, path: str, opened: int | None = None) -> list[int] | None:
         """Count one more user of a file; None if it is neither open nor given as `opened`."""
@@ -156,8 +142,7 @@ class ShardReader:
         # Size and time of each local shard that are known to go with the manifest's checksum.
         self._stamps = list(zip(manifest.bytes.tolist(), manifest.modified.tolist(), strict=True))
         # Remote shards whose size was compared, and shards whose checksum was.
-        self._sized: set[int] = set()
-        self._proven: set[int] = set()
+        self._sized, self._proven = set[int](), set[int]()
         # Reentrant, as a proof reads, and a read compares.
         self._proving: defaultdict[int, Any] = defaultdict(threading.RLock)
         self._warned = False
@@ -200,11 +185,7 @@ class ShardReader:
         return cls(manifest, ShardCache.of(cache), timeout=timeout, patience=patience, follow=follow)
 
     def rows(self, shard: int) -> ShardRows:
-        """The samples of a shard, by its manifest.
-
-        Raises:
-            ManifestError, StreamError: they cannot be read.
-        """
+        """The samples of a shard, by its manifest; a ManifestError or StreamError if they cannot be read."""
         return self.patience.keep(str(self.manifest.folder), lambda: self.manifest.rows(shard))
 
     def use(self, shard: int, rows: ShardRows, row: int, action: Callable[[Bytes], Found]) -> Found:
@@ -322,11 +303,7 @@ class ShardReader:
         """Leave the cache alone for a while: it saves time, and the shards themselves can be read."""
         warned, self._cache_from = self._cache_from > 0, time.monotonic() + CACHE_PAUSE_SECONDS
         if not warned:
-            print(
-                f"warning: data.stream.cache.folder={cache.folder}: {problem}; meanwhile samples are read by ranges",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn(f"data.stream.cache.folder={cache.folder}: {problem}; meanwhile samples are read by ranges")
 
     def _memory(self, size: int) -> memoryview:
         kept: dict[str, memoryview] = self._local.__dict__
@@ -351,7 +328,13 @@ class ShardReader:
             if found != self.manifest.hashes[shard]:
                 raise self._made_anew(shard)
             self._stamps[shard] = stamp
-        self._warn()
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not warned:
+            warn(
+                f"data.manifest={self.manifest.folder}: shards have other times than in the index; each is read whole "
+                f"and compared by its checksum once. To spare that, {INDEX_AGAIN}"
+            )
 
     def _prove(self, shard: int) -> None:
         """Raise a StreamError if the checksum of a shard is not the manifest's."""
@@ -375,17 +358,6 @@ class ShardReader:
 
     def _name(self, shard: int) -> str:
         return without_secrets(self.manifest.shards[shard])
-
-    def _warn(self) -> None:
-        with self._lock:
-            warned, self._warned = self._warned, True
-        if not warned:
-            print(
-                f"warning: data.manifest={self.manifest.folder}: shards have other times than in the index; each is "
-                f"read whole and compared by its checksum once. To spare that, {INDEX_AGAIN}",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def _unreadable(self, error: OSError, path: Path) -> str:
         """Cause and remedy. Indexing helps only if the shard is missing from an existing folder."""

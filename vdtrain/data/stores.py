@@ -51,20 +51,15 @@ class Stores:
         ManifestError: `timeout` is not a positive number.
     """
 
-    def __init__(self, timeout: float = TIMEOUT_SECONDS, patience: Patience | None = None) -> None:
+    def __init__(self, timeout: float, patience: Patience) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ManifestError(f"data.stream.timeout={timeout}: give the seconds of one read, above 0")
-        self._patience = Patience() if patience is None else patience
-        self._timeout = min(timeout, self._patience.seconds or timeout)
+        self._patience, self._timeout = patience, min(timeout, patience.seconds or timeout)
         self._systems: dict[str, tuple[Any, str]] = {}
         self._lock = threading.Lock()
 
     def system(self, address: str) -> tuple[Any, str]:
-        """The file system of an address, and the file's path in it.
-
-        Raises:
-            ManifestError: the package for this kind of address is missing.
-        """
+        """`system_of` an address, which is kept until its session is renewed."""
         with self._lock:
             if address not in self._systems:
                 self._systems[address] = system_of(address)
@@ -90,16 +85,12 @@ class Stores:
         return data
 
     def _answer(self, address: str, start: int, size: int) -> bytes:
-        """What one try gives; a new session has another one.
-
-        Raises:
-            StreamError: it failed.
-        """
+        """What one try gives, a StreamError if it fails; a new session has another one."""
         name, renewed = without_secrets(address), False
         while True:
             system, path = self.system(address)
             try:
-                found: bytes = self._ask(system, "cat_file", path, start=start, end=start + size)
+                found: bytes = ask(system, self._timeout, "cat_file", path, start=start, end=start + size)
                 return found
             except StreamError:
                 raise
@@ -130,28 +121,12 @@ class Stores:
     def size(self, address: str) -> int | None:
         """Bytes of a file, or None if its store does not tell."""
         try:
-            found = self._ask(self.system(address)[0], "info", self.system(address)[1]).get("size")
+            system, path = self.system(address)
+            found = ask(system, self._timeout, "info", path).get("size")
         except Exception:
             # Whatever is wrong here, the reads say it better; web servers may also refuse HEAD alone.
             return None
         return None if found is None else int(found)
-
-    def _ask(self, system: Any, method: str, path: str, **arguments: Any) -> Any:
-        """Call a file system's method within the time limit."""
-        if system.async_impl:
-            # At the limit the request is cancelled.
-            return sync(system.loop, getattr(system, f"_{method}"), path, timeout=self._timeout, **arguments)
-        answer: Future[Any] = Future()
-
-        def ask() -> None:
-            try:
-                answer.set_result(getattr(system, method)(path, **arguments))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        # Nothing can end a thread: after the limit it waits on, and as a daemon it does not keep the process.
-        threading.Thread(target=ask, name="store", daemon=True).start()
-        return answer.result(self._timeout)
 
     def _renew(self, system: Any) -> None:
         """Drop a file system and its session, so that the next read makes one with the credentials of that time."""
@@ -167,6 +142,24 @@ class Stores:
             return f"no whole answer within {setting}{self._timeout:g} seconds"
         message, code = without_secrets(one_line(error)), _code(error)
         return message if code in message else f"{code}: {message}"
+
+
+def ask(system: Any, timeout: float, method: str, path: str, **arguments: Any) -> Any:
+    """What a method of a file system gives within `timeout` seconds."""
+    if system.async_impl:
+        # At the limit the request is cancelled.
+        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout, **arguments)
+    answer: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(getattr(system, method)(path, **arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # Nothing can end a thread: after the limit it waits on, and as a daemon it does not keep the process.
+    threading.Thread(target=call, name="store", daemon=True).start()
+    return answer.result(timeout)
 
 
 def system_of(address: str) -> tuple[Any, str]:

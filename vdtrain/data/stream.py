@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from vdtrain.config.instantiate import instantiate
 from vdtrain.data.batch import Batch, BatchMemory
-from vdtrain.data.decode import DecodeError, decode_into
+from vdtrain.data.decode import CENTRE, DecodeError, decode_into
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import ManifestError, ShardRows, downloaded
 from vdtrain.data.order import Integers, Order, Places, Split, uniform
@@ -45,7 +45,6 @@ LOGGED, NAMED = 10, 3
 KEPT_ROWS = 4_000_000
 # Most samples that a thread decodes in one task; fewer if a batch gives each thread less than two tasks.
 CHUNK = 32
-CENTRE = (0.5, 0.5)
 DECODE = (
     "index the shards again with `python -m data_pipeline index data.index.decode=true` and the same settings of data"
 )

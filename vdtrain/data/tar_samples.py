@@ -43,11 +43,7 @@ EMPTY_READS = 100
 
 
 class CutError(ValueError):
-    """A tar without its end, or data that are no tar; the message is one line.
-
-    Attributes:
-        lost: whether samples are known to be missing.
-    """
+    """A tar without its end, or data that are no tar, in one line; `lost` if samples are known to be missing."""
 
     def __init__(self, message: str, lost: bool = True) -> None:
         super().__init__(message)
@@ -56,18 +52,13 @@ class CutError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair as stored.
-
-    Attributes:
-        orientation: EXIF's, 1 (upright) to 8.
-        tar: address of its tar, for messages.
-    """
+    """A pair as stored."""
 
     key: str
     image: bytes
     caption: str
-    orientation: int
-    tar: str = ""
+    orientation: int  # EXIF's, 1 (upright) to 8
+    tar: str = ""  # address of its tar, for messages
 
 
 def samples(file: BinaryIO, caption: str | None, left_out: Counter[str]) -> Iterator[Sample]:

@@ -7,10 +7,9 @@ a buffer. Nothing in a tar is unpickled, and no command is run unless `pipe` all
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 from vdtrain.config.fields import About
 from vdtrain.data.addresses import Command, expanded, open_tar
 from vdtrain.data.batch import Batch, BatchMemory
-from vdtrain.data.decode import DecodeError, decode_into, image_size
+from vdtrain.data.decode import CENTRE, DecodeError, decode_into, image_size
 from vdtrain.data.order import Split
-from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
-from vdtrain.data.stream import BAD_ALLOWANCE, CENTRE, LOGGED, _Loading
+from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError, warn
+from vdtrain.data.stream import BAD_ALLOWANCE, LOGGED, _Loading
 from vdtrain.data.tar_samples import CutError, Sample, samples
 from vdtrain.errors import ConfigError, missing, one_line, passes, unreadable
 from vdtrain.redaction import without_secrets
@@ -123,11 +122,7 @@ class WebDatasetStream:
         timeout: float = 30.0,
         **_: Any,
     ) -> list[str]:
-        """The addresses of the tars, if the settings can work; no tar is looked at.
-
-        Raises:
-            ConfigError: they cannot.
-        """
+        """The addresses of the tars, without a look at them; a ConfigError if the settings cannot work."""
         if (problem := missing("webdataset")) is not None:
             raise ConfigError(f"data.stream=webdataset: {problem}")
         if not isinstance(pipe, bool):
@@ -170,11 +165,7 @@ class WebDatasetStream:
                 yield _line(address, error)
 
     def read(self, address: str, left_out: Counter[str]) -> Iterator[Sample]:
-        """The samples of a tar.
-
-        Raises:
-            CutError, OSError, StreamError: after the samples before the damage.
-        """
+        """The samples of a tar; its error comes after the samples before the damage: CutError, OSError, StreamError."""
         file = open_tar(address, self.timeout, self.patience)
         self._open.add(file)
         asked: tuple[type[OSError], ...] = ()
@@ -195,19 +186,12 @@ class WebDatasetStream:
             self._good += 1
 
     def count_bad(self, reason: str, name: str) -> None:
-        """Count a sample that cannot be decoded.
-
-        Args:
-            name: its place and its whole reason.
-
-        Raises:
-            StreamError: too many are bad.
-        """
+        """Count a sample that cannot be decoded, named by place and reason; a StreamError if too many are bad."""
         with self._lock:
             self.bad[reason] += 1
             total = self.bad.total()
         if total <= LOGGED:
-            self._say(f"bad sample, replaced: {name}")
+            warn(f"bad sample, replaced: {name}")
         if total > BAD_ALLOWANCE + self.bad_share * self._good:
             raise StreamError(
                 f"{total} samples were bad ({_counts(self.bad)}; the last: {name}) and {self._good:,} good, above "
@@ -221,18 +205,14 @@ class WebDatasetStream:
             self.left_out.update(counts)
             now = self.left_out.total()
         if now and (before == 0 or len(str(now)) > len(str(before))):
-            self._say(f"samples left out until now: {_counts(self.left_out)}; taken: {self._good:,}")
+            warn(f"samples left out until now: {_counts(self.left_out)}; taken: {self._good:,}")
 
     def lose(self, address: str, error: Exception) -> None:
-        """Report a tar that is cut or cannot be read; its other samples do not come.
-
-        Raises:
-            StreamError: there are too many such tars.
-        """
+        """Pass over the rest of a tar that is cut or unreadable; a StreamError if there are too many such tars."""
         if address in self._lost:
             return
         self._lost.add(address)
-        self._say(f"{_line(address, error)}; its other samples are passed over")
+        warn(f"{_line(address, error)}; its other samples are passed over")
         if isinstance(error, CutError) and not error.lost:
             return
         if len(self._lost) > BAD_ALLOWANCE + self.bad_share * len(self.urls):
@@ -265,15 +245,10 @@ class WebDatasetStream:
         loading = _Loading(self._memory, positions, self.resolution, None)
         count = len(self._readers)
         loading.chunks += [
-            reader.fill(loading, range(number, self.local_batch_size, count))
+            reader.pool.submit(reader.fill, loading, range(number, self.local_batch_size, count))
             for number, reader in enumerate(self._readers)
         ]
         return loading
-
-    def _say(self, line: str) -> None:
-        # In one piece: other threads write too.
-        sys.stderr.write(f"warning: {line}\n")
-        sys.stderr.flush()
 
 
 class _Reader:
@@ -288,17 +263,14 @@ class _Reader:
         self._stream, self._number, self._readers, self._buffer = stream, number, readers, max(1, buffer)
         self._random = random.Random(f"{stream.seed} {number}")
         self._samples = self._drawn()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
-
-    def fill(self, loading: _Loading, rows: range) -> Future[None]:
-        """Begin to fill rows of a batch, after those of the batch before."""
-        return self._pool.submit(self._fill, loading, rows)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=True, cancel_futures=True)
         self._samples.close()
 
-    def _fill(self, loading: _Loading, rows: range) -> None:
+    def fill(self, loading: _Loading, rows: range) -> None:
+        """Fill rows of a batch, in this reader's thread."""
         for row in rows:
             for sample in self._samples:
                 crop = (self._random.random(), self._random.random()) if self._stream.random_crop else CENTRE
