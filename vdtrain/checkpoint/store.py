@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +115,6 @@ class Snapshot:
 
 # Every process's value, by rank, on every process.
 Gather = Callable[[Any], list[Any]]
-Result = TypeVar("Result")
 # How long an error that may pass is waited for, by default, and the pause between two tries.
 PATIENCE_SECONDS = 15.0
 RETRY_SECONDS = 2.0
@@ -275,42 +274,43 @@ def latest(
         UnreadableError: a checkpoint that may be whole cannot be read, or a newer version of vdtrain wrote it.
         CheckpointError: all are damaged.
     """
-    together, first = check is Verification.TOGETHER, distributed.rank() == 0
-    paths: list[Path] = []
-    named, problem = "", None
-    if first or not together:
-        try:
-            patience_left = 0.0 if check is Verification.SIZES else patience
-            paths, named = patiently(lambda: (candidates(folder), latest_name(folder)), folder, patience_left)
-        except UnreadableError as error:
-            problem = str(error)
-    if together:
-        names, named, problem = distributed.broadcast_json([[path.name for path in paths], named, problem])
-        paths = [folder / name for name in names]
-    if problem is not None:
-        raise UnreadableError(problem)
-    said = check is not Verification.SIZES and first
-    if said and NAME.fullmatch(named) and all(path.name != named for path in paths):
+    names, named = looked(
+        check, lambda: ([path.name for path in candidates(folder)], latest_name(folder)), patience, folder
+    )
+    said = check is not Verification.SIZES and distributed.rank() == 0
+    if said and NAME.fullmatch(named) and named not in names:
         logger.warning("checkpoint %s is passed over: %s names it, and it is not there", named, LATEST_FILE)
     damages: dict[str, str] = {}
-    for path in paths:
+    for name in names:
+        path = folder / name
         try:
             found = verify(path, check, patience)
             check_name(path, found.index.step)
             return replace(found, passed_over=tuple(damages))
         except UnreadableError as error:
-            older = f", or move {path} away to go on from an older one" if path is not paths[-1] else ""
+            older = f", or move {path} away to go on from an older one" if name != names[-1] else ""
             raise UnreadableError(f"{error}{older}") from error
         except CheckpointError as error:
-            damages[path.name] = str(error)
+            damages[name] = str(error)
             if said:
-                logger.warning("checkpoint %s is passed over: %s", path.name, error)
+                logger.warning("checkpoint %s is passed over: %s", name, error)
     if damages:
         raise CheckpointError(next(iter(damages.values())))
     return None
 
 
-def patiently(action: Callable[[], Result], path: Path, patience: float) -> Result:
+def looked(check: Verification, look: Callable[[], Any], patience: float, path: Path = Path()) -> Any:
+    """What a look at files finds: after a check TOGETHER, what rank 0 finds, on every process.
+
+    Raises:
+        UnreadableError: they cannot be read.
+    """
+    if check is Verification.TOGETHER:
+        return distributed.on_first(lambda: patiently(look, path, patience))
+    return patiently(look, path, 0.0 if check is Verification.SIZES else patience)
+
+
+def patiently(action: Callable[[], Any], path: Path, patience: float) -> Any:
     """The result of a reading action, which is repeated while its error may pass.
 
     Raises:
@@ -411,9 +411,8 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
             ema.load(read, index.ema_updates)
     except (CheckpointError, ConfigError, OSError) as error:
         failure = one_line(error)
-    failures = [each for each in distributed.gather_json(failure) if each is not None]
-    if failures:
-        raise CheckpointError(failures[0])
+    if (failed := distributed.first_failure(failure)) is not None:
+        raise CheckpointError(failed)
     first = distributed.rank() == 0
     if thawed and first:
         logger.warning("%s: frozen until now, so the optimiser state starts at zero", ", ".join(thawed))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from vdtrain.checkpoint.folder import CheckpointError, UnreadableError
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError, described, one_line
 from vdtrain.run.company import JOIN_SECONDS, Company, this_process
@@ -47,6 +48,10 @@ _replaced_variables: dict[str, str | None] = {}
 
 class SharedError(RuntimeError):
     """An error that every process raises, whichever of them met it."""
+
+
+# Errors that `on_first` passes on, the narrower ones first.
+KINDS = (ConfigError, UnreadableError, CheckpointError, SharedError)
 
 
 @dataclass(frozen=True)
@@ -215,29 +220,34 @@ def joined(rows: Tensor) -> Tensor:
     return rows
 
 
+def first_failure(failure: str | None) -> str | None:
+    """The first `failure` of all processes, on every process; None if it is None on all."""
+    return next((found for found in gather_json(failure) if found is not None), None)
+
+
 def raise_if_any(failure: str | None) -> None:
     """Raise a SharedError with the first `failure` on every process, unless it is None on all."""
-    failures = [found for found in gather_json(failure) if found is not None]
-    if failures:
-        raise SharedError(failures[0])
+    if (found := first_failure(failure)) is not None:
+        raise SharedError(found)
 
 
 def on_first(action: Callable[[], Any]) -> Any:
     """The JSON value of `action` on rank 0, on every process; so all processes decide by one look at the files.
 
     Raises:
-        ConfigError, SharedError: on every process, if it failed.
+        ConfigError, UnreadableError, CheckpointError, SharedError: on every process, what it raised; for an OSError, a
+            SharedError.
     """
     value, failure = None, None
     if rank() == 0:
         try:
             value = action()
-        except (ConfigError, RuntimeError, OSError) as error:
-            text = described(error) if isinstance(error, OSError) else one_line(error)
-            failure = [isinstance(error, ConfigError), text]
+        except (*KINDS, OSError) as error:
+            kind = next((number for number, each in enumerate(KINDS) if isinstance(error, each)), -1)
+            failure = [kind, described(error) if isinstance(error, OSError) else one_line(error)]
     value, failure = broadcast_json([value, failure])
     if failure is not None:
-        raise (ConfigError if failure[0] else SharedError)(failure[1])
+        raise KINDS[failure[0]](failure[1])
     return value
 
 

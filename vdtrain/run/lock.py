@@ -122,7 +122,7 @@ class Holder:
         return f"process {self.pid} on {(self.machine or ['another host'])[0]}{job}{task}, since {since}"
 
 
-class HeldError(RuntimeError):
+class HeldError(ConfigError):
     """Another job holds the lock; the message names it in one line."""
 
 
@@ -280,7 +280,7 @@ class RunLock:
         return f"{self.setting}={self.folder}: is in use by {holder}; {remedy}"
 
 
-def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, needed: bool = True) -> None:
+def take_together(lock: RunLock, waiting: Callable[[], None], needed: bool = True) -> None:
     """Take a lock on rank 0 for all processes of a job; every process calls this.
 
     Args:
@@ -292,25 +292,20 @@ def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, nee
         SharedError: on every process, if the folder cannot be written.
     """
     # Imported late, because it imports PyTorch.
-    from vdtrain.run import distributed
+    from vdtrain.run.distributed import SharedError, on_first
 
-    while True:
-        waiting()
-        taken, held, failure = True, None, None
-        if distributed.rank() == 0:
-            try:
-                taken = lock.attempt()
-            except HeldError as error:
-                held = str(error)
-            except OSError as error:
-                failure = f"{lock.setting}={lock.folder}: {unwritable(error, lock.folder)}" if needed else None
-        taken, held, failure = distributed.broadcast_json([taken, held, failure])
-        if held is not None:
-            raise ConfigError(held)
-        distributed.raise_if_any(failure)
-        if taken:
-            return
+    def attempt() -> bool:
+        try:
+            return lock.attempt()
+        except OSError as error:
+            if needed:
+                raise SharedError(f"{lock.setting}={lock.folder}: {unwritable(error, lock.folder)}") from error
+            return True
+
+    waiting()
+    while not on_first(attempt):
         time.sleep(POLL_SECONDS)
+        waiting()
 
 
 def _end(line: str) -> None:

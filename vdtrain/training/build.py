@@ -11,7 +11,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError
+from vdtrain.checkpoint.folder import CHECKPOINTS
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.checkpoint.store import CheckpointStore, load
 from vdtrain.config.compose import ConfigError
@@ -21,7 +21,6 @@ from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, allocated, layer_group
@@ -115,23 +114,20 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device, d
     fills them in afterwards.
 
     Raises:
-        ConfigError, SharedError: on every process, if the weights do not fit or cannot be read.
+        ConfigError, CheckpointError, SharedError: on every process, if the weights do not fit or cannot be read.
     """
-    drawn, failure, names = None, None, [] if start.resume is None else start.resume.weight_names()
-    if start.resume is None and distributed.rank() == 0:
-        try:
-            weights = initial_weights(start, config.model)
-            names = list(weights)
-            with draw_on:
-                drawn = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
-            load_weights(drawn, weights)
-        except (ConfigError, CheckpointError, OSError) as error:
-            failure = [isinstance(error, ConfigError), one_line(error)]
-    failed, names = distributed.broadcast_json([failure, names])
-    if failed is not None:
-        raise (ConfigError if failed[0] else distributed.SharedError)(failed[1])
-    if drawn is not None:
-        diffuser = drawn.to(device)
+    drawn: list[Diffuser] = []
+
+    def draw() -> list[str]:
+        weights = initial_weights(start, config.model)
+        with draw_on:
+            drawn.append(Diffuser(config.model, layer_groups(config, weights), seed=config.seed))
+        load_weights(drawn[0], weights)
+        return list(weights)
+
+    names = distributed.on_first(draw) if start.resume is None else start.resume.weight_names()
+    if drawn:
+        diffuser = drawn.pop().to(device)
     else:
         diffuser = allocated(config.model, layer_groups(config, names), device)
         for tensor in diffuser.state_dict().values():

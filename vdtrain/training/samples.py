@@ -143,9 +143,8 @@ def draw(
         except (RuntimeError, ValueError) as error:
             failure = f"{flow}: {one_line(error)[:200]}"
             break
-    failures = [each for each in distributed.gather_json(failure) if each is not None]
-    if failures:
-        return [], failures[0]
+    if (failed := distributed.first_failure(failure)) is not None:
+        return [], failed
     return [
         Drawn(
             flow,

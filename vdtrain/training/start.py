@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
 
 from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, UnreadableError, is_checkpoint
 from vdtrain.checkpoint.format import Checkpoint
-from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, patiently, verify
+from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, looked, verify
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import check_parts, recorded, recorded_model
 from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
 from vdtrain.errors import one_line
 from vdtrain.models.trained import is_adapter, merged, scale_of
-from vdtrain.run import distributed
 from vdtrain.run.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
@@ -88,7 +86,7 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verificati
         raise UnreadableError(f"run_dir={config.run_dir}: {error}; or begin anew in another run_dir") from error
     except CheckpointError as error:
         damage = str(error)
-    lost = _looked(check, lambda: lost_checkpoints(run_dir, config.checkpoint.every_steps, damage), patience)
+    lost = looked(check, lambda: lost_checkpoints(run_dir, config.checkpoint.every_steps, damage), patience)
     if lost is not None:
         raise (CheckpointError if check is Verification.SIZES else ConfigError)(lost)
     if config.stage.init_from is None:
@@ -98,7 +96,7 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verificati
         weights = resolve_weights("stage.init_from", config.stage.init_from, check, config.model.name, patience)
         if isinstance(weights, Checkpoint):
             check_state(weights)
-        _looked(check, lambda: check_schedule(config, weights), patience)
+        looked(check, lambda: check_schedule(config, weights), patience)
         unfinished = unfinished_stage(weights)
     except UnreadableError as error:
         raise UnreadableError(f"{named}: {error}") from error
@@ -112,21 +110,6 @@ def _patience(config: TrainConfig) -> float:
     """How many seconds a start waits for an error that may pass."""
     limit = config.watchdog_seconds
     return START_PATIENCE_SECONDS if limit is None else min(START_PATIENCE_SECONDS, PATIENCE_OF_WATCHDOG * limit)
-
-
-def _looked(check: Verification, look: Callable[[], Any], patience: float) -> Any:
-    """What a look at files finds: after a check TOGETHER, what rank 0 finds, on every process.
-
-    Raises:
-        UnreadableError, SharedError: they cannot be read.
-    """
-    if check is Verification.SIZES:
-        patience = 0.0
-
-    def patient() -> Any:
-        return patiently(look, Path(), patience)
-
-    return distributed.on_first(patient) if check is Verification.TOGETHER else patient()
 
 
 def check_state(checkpoint: Checkpoint) -> None:
@@ -227,7 +210,7 @@ def resolve_weights(
             raise ConfigError(f"{setting}={value}: does not exist; {remedy}") from None
         return RUN
 
-    kind = _looked(check, look, patience)
+    kind = looked(check, look, patience)
     if kind == WEIGHTS:
         return path
     if kind == CHECKPOINT:

@@ -291,11 +291,11 @@ class Watching:
                 self._pairs.encode()
         except (ConfigError, ManifestError, StreamError, OSError, torch.OutOfMemoryError) as error:
             failure = data_problem(error, self.config.data.manifest)
-        failures = [each for each in distributed.gather_json(failure) if each is not None]
+        failed = distributed.first_failure(failure)
         spent[name] += time.monotonic() - began
-        if failures:
-            self.reporter.warn(f"{name}: none after {self._samples():,} training samples ({failures[0]})")
-        return not failures
+        if failed is not None:
+            self.reporter.warn(f"{name}: none after {self._samples():,} training samples ({failed})")
+        return failed is None
 
     def _validate(self, spent: dict[str, float]) -> dict[str, Any]:
         """The losses with the module's present weights; none if they could not be computed on a process."""
@@ -308,10 +308,10 @@ class Watching:
         # It must not end a run: what does not fit into the memory that is left is a warning.
         except RuntimeError as error:
             failure = one_line(error)[:200]
-        failures = [each for each in distributed.gather_json(failure) if each is not None]
-        if failures:
-            self.reporter.warn(f"validation: none after {self._samples():,} training samples ({failures[0]})")
-        means = {} if failures else validation.gathered(found)
+        failed = distributed.first_failure(failure)
+        if failed is not None:
+            self.reporter.warn(f"validation: none after {self._samples():,} training samples ({failed})")
+        means = {} if failed is not None else validation.gathered(found)
         spent[VALIDATION] += time.monotonic() - began
         return means
 
