@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, trained_groups
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
 from vdtrain.engine.flat import GroupLayout
 from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.planning.counts import Counts, counts
-from vdtrain.planning.dry_run import MicroBatchMemory, meta_diffuser
+from vdtrain.planning.counts import Stored, counts
+from vdtrain.planning.dry_run import DryRun, MicroBatchMemory, meta_diffuser
 
 GB = 10**9
 FLOAT32 = 4
@@ -112,9 +111,6 @@ class StagePlan:
     warnings: list[str] = field(default_factory=list)
     untrained_parameters: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     """Plan every phase of a stage.
@@ -151,7 +147,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
 def _plan_phase(
     config: TrainConfig,
     index: int,
-    counted: Counts,
+    counted: Stored | DryRun,
     standing: int,
     layouts: Sequence[GroupLayout],
     gpus: int,
@@ -217,7 +213,7 @@ def standing_memory(
         frozen: bytes of the frozen parts.
         untrained: number of the diffuser's other parameters.
     """
-    kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
+    kind, stage, size = strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
     buffers = partitions * gpus
     held = buffers if kind == REPLICATED else partitions
@@ -241,7 +237,7 @@ def standing_memory(
 def exchange_bytes(config: TrainConfig, gpus: int) -> int:
     """DeepSpeed's bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
     stage, size = config.hardware.zero_stage, compute_bytes(config)
-    if _strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
+    if strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
         return 0
     return BUCKET_ELEMENTS * (size if size == FLOAT32 else size + FLOAT32)
 
@@ -249,7 +245,7 @@ def exchange_bytes(config: TrainConfig, gpus: int) -> int:
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
     """After backward, DeepSpeed's ZeRO 1 reduces copies of buffers; in float32 it copies its partition twice."""
     stage, size = config.hardware.zero_stage, compute_bytes(config)
-    if _strategy(config, gpus) != DEEPSPEED:
+    if strategy(config, gpus) != DEEPSPEED:
         return 0
     partitions = [layout.partition_size(gpus) for layout in layouts]
     if size == FLOAT32:
@@ -278,7 +274,7 @@ def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
     return config.checkpoint.keep + (steps // every if every else 0)
 
 
-def _strategy(config: TrainConfig, gpus: int) -> str:
+def strategy(config: TrainConfig, gpus: int) -> str:
     return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, gpus)
 
 

@@ -58,7 +58,7 @@ class Bill:
             {**asdict(rates), "share_of_peak": share_of_peak(rates), "source": source} for rates, source in self.rates
         ]
         unknown = [None for _ in self.plan.phases]
-        return {**self.plan.to_dict(), "times": times or unknown, "rates": rates, **sums([self])}
+        return {**asdict(self.plan), "times": times or unknown, "rates": rates, **sums([self])}
 
 
 def sums(bills: Sequence[Bill]) -> dict[str, float | None]:
