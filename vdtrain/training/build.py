@@ -32,9 +32,8 @@ from vdtrain.run import distributed
 from vdtrain.run.pulse import moved
 from vdtrain.run.reporting import Reporter
 from vdtrain.run.watchdog import DUMPS, Watchdog
-from vdtrain.training.continuation import CONFIG, FROZEN, frozen_contents
+from vdtrain.training.continuation import CONFIG, FROZEN, TrainState, frozen_contents
 from vdtrain.training.start import Start, checkpoint_weights, model_of
-from vdtrain.training.state import TrainState
 from vdtrain.training.trainer import Trainer
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors

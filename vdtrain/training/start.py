@@ -21,6 +21,7 @@ from vdtrain.run.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
     STATE,
+    TrainState,
     changes,
     differing,
     frozen_contents,
@@ -31,7 +32,6 @@ from vdtrain.training.continuation import (
     stage_steps,
     trained_stage,
 )
-from vdtrain.training.state import TrainState
 from vdtrain.weights.folder import is_weights_folder, located, open_weights_folder, weights_folder_model
 from vdtrain.weights.layouts import import_first, import_of, is_published
 from vdtrain.weights.tensor_files import LazyTensors
