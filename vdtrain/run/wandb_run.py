@@ -23,12 +23,10 @@ from vdtrain.config.schema import TrackingConfig
 from vdtrain.errors import missing
 from vdtrain.files import atomic_write
 from vdtrain.redaction import redacted, redacted_arguments
-from vdtrain.run.figures import Line, flat
+from vdtrain.run.tracking import INIT_SECONDS, Line, flat
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)
-# All processes wait for the one that opens the run, so an outage may delay them only this long.
-INIT_SECONDS = 20.0
 # A scheduler that has asked a job to stop does not wait for uploads.
 FINISH_SECONDS = 20.0
 # For the end of W&B's own process.

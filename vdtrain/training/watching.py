@@ -365,9 +365,8 @@ class Watching:
             "validation_seconds": round(seconds, 3),
         }
         weights = "averaged" if "ema" in losses else "trained"
-        self.reporter.note(f"validation with {weights} weights, {self._samples():,} training samples | {texts}")
-        if self.reporter.tracker is not None:
-            self.reporter.tracker.log(record)
+        line = f"validation with {weights} weights, {self._samples():,} training samples | {texts}"
+        self.reporter.add(record, line)
 
     def _beat(self, doing: str) -> None:
         self.watchdog.heartbeat(f"step {self.state.step}, {doing}")
