@@ -17,12 +17,7 @@ from typing import Any
 
 from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.run.launcher import (
-    OWN_RUN,
-    children,
-    in_step,
-    started_by_command,
-)
+from vdtrain.run.launcher import OWN_RUN, children, in_step, started_by_command
 from vdtrain.run.signals import HELD, ending
 
 ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
@@ -61,21 +56,21 @@ def world_size(config: ProcessesConfig) -> int:
     return (gpus or 1) * nodes
 
 
-def starts_ranks(config: ProcessesConfig, environment: Mapping[str, str] = os.environ) -> bool:
+def starts_ranks(config: ProcessesConfig) -> bool:
     """Whether this process has to start others, which do the command's work, and does none itself.
 
     Raises:
         ConfigError: another launcher has started this process, or has to.
     """
-    if started_by_command(environment):
+    if started_by_command():
         return False
     given = [
         (each.name, value) for each in fields(ProcessesConfig) if (value := getattr(config, each.name)) != each.default
     ]
-    launcher = "torchrun" if "RANK" in environment else "Slurm" if "SLURM_JOB_ID" in environment else ""
-    if given and (launcher or in_step(environment)):
+    launcher = "torchrun" if "RANK" in os.environ else "Slurm" if "SLURM_JOB_ID" in os.environ else ""
+    if given and (launcher or in_step(os.environ)):
         name, value = given[0]
-        instead = "it has started the processes" if "RANK" in environment else "srun starts the processes of a job"
+        instead = "it has started the processes" if "RANK" in os.environ else "srun starts the processes of a job"
         raise ConfigError(f"{name}={value}: this runs under {launcher or 'Slurm'}, and {instead}; take {name} out")
     return world_size(config) > 1
 
@@ -93,7 +88,7 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
     ending.passes_on = _pass_on
     for number in HELD:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _do_nothing)
+            signal.signal(number, lambda *_: None)
     if ending.received:
         # It came before there was anything to pass it on to.
         ending.leave(ending.received)
@@ -199,10 +194,6 @@ def _pass_on(number: int) -> None:
             os.kill(rank, number)
 
 
-def _do_nothing(number: int, frame: Any) -> None:
-    pass
-
-
 def words_of(command: str, argv: Sequence[str]) -> list[str]:
     """What started this process, after the interpreter's name: the flags and program of the user's own command."""
     typed = sys.orig_argv[1:]
@@ -211,14 +202,14 @@ def words_of(command: str, argv: Sequence[str]) -> list[str]:
     return ["-m", "vdtrain", *command.split(), *argv]
 
 
-def unused_gpus(config: ProcessesConfig, device: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def unused_gpus(config: ProcessesConfig, device: str) -> str | None:
     """A line about the idle GPUs of a node on which one process is about to start, by itself; None if all is well."""
-    if config.gpus is not None or device == "cpu" or "RANK" in environment or in_step(environment):
+    if config.gpus is not None or device == "cpu" or "RANK" in os.environ or in_step(os.environ):
         return None
-    idle = idle_gpus(environment)
+    idle = idle_gpus()
     if idle < 2:
         return None
-    instead = "`srun` starts a process on each" if "SLURM_JOB_ID" in environment else f"gpus={idle} takes all of them"
+    instead = "`srun` starts a process on each" if "SLURM_JOB_ID" in os.environ else f"gpus={idle} takes all of them"
     return f"{idle} GPUs of this machine are idle, and one process uses one of them; {instead}, gpus=1 takes one"
 
 

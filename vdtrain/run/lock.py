@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from enum import Enum
@@ -85,18 +85,9 @@ class Holder:
     token: str = ""
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Holder:
-        job, count = slurm_job(environment)
-        return cls(
-            machine(),
-            os.getpid(),
-            process_start(os.getpid()) or "",
-            job,
-            count,
-            environment.get("SLURM_ARRAY_TASK_ID"),
-            time.time(),
-            uuid.uuid4().hex,
-        )
+    def here(cls) -> Holder:
+        pid, task = os.getpid(), os.environ.get("SLURM_ARRAY_TASK_ID")
+        return cls(machine(), pid, process_start(pid) or "", *slurm_job(), task, time.time(), uuid.uuid4().hex)
 
     @classmethod
     def read(cls, text: str) -> Holder:
