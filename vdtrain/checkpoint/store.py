@@ -180,7 +180,13 @@ class CheckpointStore:
 
     def _prepare(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_drafts()
+        for left in self.folder.glob(f"*{INCOMPLETE}"):
+            if left.is_dir():
+                _remove(left)
+                # What is left would be taken for a part of the new one.
+                shutil.rmtree(left, ignore_errors=not left.exists())
+            else:
+                left.unlink()
         draft.mkdir()
 
     def _publish(self, draft: Path, final: Path, index: Index) -> None:
@@ -228,15 +234,6 @@ class CheckpointStore:
         every = self.keep_every_steps
         for path in [*damaged, *(path for path in surplus if every is None or step_of(path) % every)]:
             _remove(path)
-
-    def _remove_drafts(self) -> None:
-        for draft in self.folder.glob(f"*{INCOMPLETE}"):
-            if draft.is_dir():
-                _remove(draft)
-                # What is left would be taken for a part of the new one.
-                shutil.rmtree(draft, ignore_errors=not draft.exists())
-            else:
-                draft.unlink()
 
 
 def _remove(folder: Path) -> None:

@@ -7,7 +7,7 @@ are on the CPU, whose fused attention keeps the same tensors for the backward pa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -247,18 +247,14 @@ def _fake(module: nn.Module, dtype: torch.dtype) -> Any:
     """A meta module with its tensors replaced by fake ones: shared ones stay shared, and floats get `dtype`."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
-        for name, tensor in _own_tensors(child):
+        own = [each(recurse=False, remove_duplicate=False) for each in (child.named_parameters, child.named_buffers)]
+        for name, tensor in [pair for pairs in own for pair in pairs]:
             if id(tensor) not in made:
                 empty = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             setattr(child, name, made[id(tensor)])
     return module
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from list(module.named_parameters(recurse=False, remove_duplicate=False))
-    yield from list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
 def _drop_gradient(parameter: Tensor) -> None:

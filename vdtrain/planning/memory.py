@@ -126,7 +126,8 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     standing = standing_memory(config, layouts, gpus, counted.frozen_bytes, untrained)
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
     phases = [_plan_phase(config, index, counted, standing.total, layouts, gpus) for index in range(len(stage.phases))]
-    checkpoint = checkpoint_bytes(config, layouts) + FLOAT32 * untrained
+    checkpoint, every = checkpoint_bytes(config, layouts) + FLOAT32 * untrained, config.checkpoint.keep_every_steps
+    kept = config.checkpoint.keep + (sum(phase.steps for phase in phases) // every if every else 0)
     return StagePlan(
         stage=config.stage.name,
         gpus=gpus,
@@ -137,7 +138,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
         standing=standing,
         phases=phases,
         checkpoint=checkpoint,
-        checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
+        checkpoints=kept * checkpoint,
         left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(counted.unmeasured))],
         warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
         untrained_parameters=untrained,
@@ -267,11 +268,6 @@ def checkpoint_bytes(config: TrainConfig, layouts: Sequence[GroupLayout]) -> int
     """Float32 weights, AdamW's moving averages and EMA weights in one checkpoint's files, over all processes."""
     kinds = 4 if config.ema.enabled else 3
     return kinds * FLOAT32 * sum(layout.numel for layout in layouts)
-
-
-def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
-    every = config.checkpoint.keep_every_steps
-    return config.checkpoint.keep + (steps // every if every else 0)
 
 
 def strategy(config: TrainConfig, gpus: int) -> str:

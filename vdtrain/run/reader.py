@@ -27,7 +27,9 @@ def quietly(action: Callable[[], int]) -> int:
     """
     try:
         status = _status(action)
-        _flush()
+        # Python itself would fail at its very end.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # It may be another pipe than that to the reader.
         if not (gone := [each for each in OUTPUTS if _is_gone(each)]):
@@ -52,12 +54,6 @@ def _status(action: Callable[[], int]) -> int:
         if not isinstance(end.code, int):
             raise
         return end.code
-
-
-def _flush() -> None:
-    """Write what is still to be printed: Python itself would fail at its very end."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def _is_gone(descriptor: int) -> bool:

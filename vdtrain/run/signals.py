@@ -67,7 +67,7 @@ class _Ending:
         if not self.number and not self._deferred:
             self.number = number
             # The exception may arise in a destructor, or end another thread by way of this one.
-            sys.unraisablehook = threading.excepthook = _say_nothing
+            sys.unraisablehook = threading.excepthook = lambda *_: None
             raise KeyboardInterrupt
 
     def check(self) -> None:
@@ -189,10 +189,6 @@ def _leave() -> NoReturn:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     ending.leave(ending.number)
-
-
-def _say_nothing(problem: Any) -> None:
-    pass
 
 
 def _say(line: str) -> None:

@@ -246,14 +246,11 @@ def open_weights(
             check_state(source)
         model = model_of(source, setting)
         check_parts(model, trust, f"{setting}={value}")
-        return model, weights_of(source, setting, which)
+        if isinstance(source, Path):
+            return model, open_weights_folder(source, setting)
+        return model, checkpoint_weights(source, which)
     except CheckpointError as error:
         raise ConfigError(f"{setting}={value}: {error}") from error
-
-
-def weights_of(source: Checkpoint | Path, setting: str, which: str) -> Mapping[str, Tensor]:
-    """The weights of a checkpoint or of a weights folder, by name; each is read on access."""
-    return checkpoint_weights(source, which) if isinstance(source, Checkpoint) else open_weights_folder(source, setting)
 
 
 def checkpoint_weights(checkpoint: Checkpoint, which: str = "model", verify_checksums: bool = True) -> LazyTensors:
