@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -121,14 +121,8 @@ class Company:
         So the watchdog ends the wait for a process that stands still, even if that one cannot end itself.
         """
         self.store.set(f"vdtrain/done/{self.rank}", "")
-        over = threading.Event()
-        thread = threading.Thread(target=self._follow, args=(over, watchdog), name="following", daemon=True)
-        thread.start()
-        try:
+        with _beside(lambda over: self._follow(over, watchdog)):
             yield
-        finally:
-            over.set()
-            thread.join(ANSWER_SECONDS)
 
     def _follow(self, over: threading.Event, watchdog: Watchdog) -> None:
         store, before = self.store.clone(), dict.fromkeys(range(len(self.peers)), -1)
@@ -160,14 +154,8 @@ class Company:
         Args:
             seconds: the longest time for the block. It bounds the wait for a process of another machine.
         """
-        over = threading.Event()
-        watching = threading.Thread(target=self._watch, args=(over, seconds), name="company", daemon=True)
-        watching.start()
-        try:
+        with _beside(lambda over: self._watch(over, seconds)):
             yield
-        finally:
-            over.set()
-            watching.join()
 
     def _watch(self, over: threading.Event, seconds: float | None) -> None:
         began, here, line = time.monotonic(), on_this_machine(self.peers), ""
@@ -185,6 +173,19 @@ class Company:
             if not (gone and started_by_command()):
                 print(f"error: process {self.rank}: {line}", file=sys.stderr, flush=True)
             os._exit(LOST_STATUS)
+
+
+@contextlib.contextmanager
+def _beside(watch: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Watch on another thread while the block runs; the event says that it is over."""
+    over = threading.Event()
+    thread = threading.Thread(target=watch, args=(over,), name="company", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(ANSWER_SECONDS)
 
 
 def _store(rank: int, world_size: int, limit: timedelta) -> Store:
