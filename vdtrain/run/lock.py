@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unwritable
+from vdtrain.run.launcher import stat_of
 from vdtrain.run.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
@@ -62,8 +63,7 @@ def process_start(pid: int) -> str | None:
     except PermissionError:
         pass
     try:
-        # The program's name, in parentheses, may hold any character.
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, *rest = stat_of(pid)
     except FileNotFoundError:
         return None if Path("/proc/self/stat").exists() else ""
     except OSError:
@@ -127,15 +127,12 @@ class RunLock:
     Args:
         folder: on a file system that all jobs share; created with the lock.
         setting: the folder's setting, for errors.
-        lost: called on its own thread when another job has taken the lock, which happens after this process stood
-            still for long. By default it prints an error and ends the process.
     """
 
-    def __init__(self, folder: Path, setting: str = "run_dir", lost: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path, setting: str = "run_dir") -> None:
         self.folder, self.setting = folder, setting
         self.path = folder / LOCK_FILE
         self.own: Holder | None = None
-        self._lost = lost or _end
         self._released = threading.Event()
         self._heartbeats: threading.Thread | None = None
         # The watched holder: its token, its last heartbeat, and when this process began to watch.
@@ -261,7 +258,7 @@ class RunLock:
                 if holder.token == self.own.token:
                     os.utime(self.path)
                 elif holder.pid:
-                    self._lost(f"{self.setting}={self.folder}: was taken over by {holder}; this process ends unsaved")
+                    _end(f"{self.setting}={self.folder}: was taken over by {holder}; this process ends unsaved")
                     return
 
     def _refusal(self, holder: Holder) -> str:
@@ -300,5 +297,6 @@ def take_together(lock: RunLock, waiting: Callable[[], None], needed: bool = Tru
 
 
 def _end(line: str) -> None:
+    """End this process: another job has taken its lock, which happens after it stood still for long."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(LOST_STATUS)

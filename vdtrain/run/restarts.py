@@ -65,7 +65,7 @@ def slurm_job() -> tuple[str | None, int]:
     Raises:
         ConfigError: Slurm's count is not a number.
     """
-    return os.environ.get("SLURM_JOB_ID"), number(os.environ, "SLURM_RESTART_COUNT")
+    return os.environ.get("SLURM_JOB_ID"), number("SLURM_RESTART_COUNT")
 
 
 def record_start(
