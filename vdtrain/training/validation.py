@@ -23,11 +23,8 @@ from vdtrain.diffusion.objective import QUARTERS, Objective, QuarterLosses, Step
 from vdtrain.evaluation.distances import Statistics
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.scores import (
-    CLIP,
     EMBEDDED,
-    INCEPTION,
     ClipScorer,
-    Network,
     clip_score,
     distances,
     features_of,
@@ -69,23 +66,18 @@ class Scoring:
         """
         assert self._scorer is not None
         found = networks(self._scorer.to(self.device), self._inception and self._inception.to(self.device))
+
+        def features(modality: str, batch: Any) -> dict[str, Tensor]:
+            wanted = features_of(modality, self._inception is not None) if modality in EMBEDDED else ()
+            return {feature: in_batches(found[modality, feature], batch) for feature in sorted(wanted)}
+
         try:
-            pairs = {
-                f"{modality}/{feature}": self._features(found, modality, feature, batch)
-                for modality, batch in self.inputs.batches.items()
-                for feature in self._wanted(modality)
-            }
-            real = {
-                feature: Statistics.of(pairs[f"image/{feature}"])
-                for feature in (CLIP, INCEPTION)
-                if f"image/{feature}" in pairs
-            }
+            own = {modality: features(modality, batch) for modality, batch in self.inputs.batches.items()}
+            pairs = {f"{modality}/{name}": each for modality, some in own.items() for name, each in some.items()}
+            real = {name: Statistics.of(each) for name, each in own.get("image", {}).items()}
             result: dict[str, dict[str, float]] = {}
             for each in drawn:
-                output = each.flow.output
-                generated = {
-                    feature: self._features(found, output, feature, each.made) for feature in self._wanted(output)
-                }
+                generated = features(each.flow.output, each.made)
                 result[each.flow.name] = distances(each.flow, generated, real)
                 if (score := clip_score(each.flow, generated, pairs)) is not None:
                     result[each.flow.name]["clip_score"] = score.mean
@@ -95,14 +87,6 @@ class Scoring:
             self._scorer.cpu()
             if self._inception is not None:
                 self._inception.cpu()
-
-    def _wanted(self, modality: str) -> list[str]:
-        return sorted(features_of(modality, self._inception is not None)) if modality in EMBEDDED else []
-
-    def _features(
-        self, found: dict[tuple[str, str], Network], modality: str, feature: str, samples: Any
-    ) -> torch.Tensor:
-        return in_batches(found[modality, feature], samples)
 
 
 SEED = "validation"

@@ -277,7 +277,7 @@ class Watching:
         began, failure = time.monotonic(), None
         try:
             if name == SAMPLES and (self._inputs is None or self._inputs[0] != resolution):
-                self._inputs = resolution, samples.Inputs(self.config, resolution)
+                self._inputs = resolution, samples.Inputs.of(self.config, resolution)
             if name == VALIDATION and (self._pairs is None or self._pairs.resolution != resolution):
                 self._pairs = validation.Validation(self.config, self.objective, resolution, self.place.device)
                 if self.config.validation.scored:
