@@ -23,7 +23,9 @@ from vdtrain.diffusion.objective import QUARTERS, Objective, QuarterLosses, Step
 from vdtrain.evaluation.distances import Statistics
 from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.scores import (
+    CLIP,
     EMBEDDED,
+    INCEPTION,
     ClipScorer,
     clip_score,
     distances,
@@ -74,7 +76,9 @@ class Scoring:
         try:
             own = {modality: features(modality, batch) for modality, batch in self.inputs.batches.items()}
             pairs = {f"{modality}/{name}": each for modality, some in own.items() for name, each in some.items()}
-            real = {name: Statistics.of(each) for name, each in own.get("image", {}).items()}
+            real = {
+                name: Statistics.of(each) for name, each in own.get("image", {}).items() if name in (CLIP, INCEPTION)
+            }
             result: dict[str, dict[str, float]] = {}
             for each in drawn:
                 generated = features(each.flow.output, each.made)
