@@ -61,11 +61,9 @@ class Index:
     """Contents of checkpoint.json.
 
     Attributes:
-        step: the trainer's step.
         world_size: number of writing processes.
         optimizer_steps: updates applied by AdamW; see `steps_of` for a single layer group.
         ema_updates: updates of the EMA; None if there is no EMA.
-        trainer: the trainer's own state.
         group_steps: by layer group, its updates if they are fewer, because it was frozen at first.
     """
 
@@ -289,9 +287,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
     The checksum is that of the written bytes; nothing is read back. Hashing and writing release Python's lock, so other
     threads keep running. The safetensors package holds the lock while it writes.
-
-    Args:
-        tensors: on the CPU.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.

@@ -261,7 +261,6 @@ def latest(
     """The checkpoint to resume from: the one that `latest` names, or the newest whole one if that is damaged.
 
     Args:
-        folder: of a run's checkpoints.
         patience: how many seconds an error that may pass is waited for; not for a check of SIZES.
 
     Returns:
@@ -423,11 +422,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
 
 
 def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
-    """Run `action` on every process: its results by rank, or an error on every process if one of them failed.
-
-    Args:
-        folder: the written folder, for the error.
-    """
+    """Run `action` on every process: its results by rank, or an error on every process if one of them failed."""
     result, failure = None, None
     try:
         result = action()
@@ -464,13 +459,7 @@ def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any
 def _difference(
     index: Index, weights: Iterable[str], own: Mapping[str, GroupLayout], carried_over: Iterable[str]
 ) -> str | None:
-    """A line on how the weights of a checkpoint differ from the engine's; None if they do not.
-
-    Args:
-        weights: names of all weights in it.
-        own: what the engine trains, by layer group.
-        carried_over: names of what it does not train.
-    """
+    """A line on how the weights of a checkpoint differ from the engine's; None if they do not."""
     trained = {slot.name for layout in own.values() for slot in layout.slots}
     if strange := {*trained, *carried_over} ^ set(weights):
         theirs = ", ".join(layout.group for layout in index.groups)

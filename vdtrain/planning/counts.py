@@ -27,11 +27,7 @@ FILES = ("weights", "tokenizer", "encoder_tokenizer", "decoder_tokenizer")
 
 @dataclass(frozen=True)
 class Stored:
-    """Counts from the file, with what a plan needs of a `DryRun`.
-
-    Attributes:
-        sizes: what was counted, by resolution and pairs.
-    """
+    """Counts from the file, with what a plan needs of a `DryRun`."""
 
     frozen_bytes: int
     frozen_parameters: int

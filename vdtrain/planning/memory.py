@@ -36,8 +36,6 @@ class StandingMemory:
         weights: of the diffuser, in the compute dtype.
         masters: float32 weights; 0 if `weights` are the masters.
         gradients: between the micro-batches of a step.
-        moments: AdamW's two moving averages.
-        ema: EMA weights.
         frozen: VAEs and context encoders, in the compute dtype.
         untrained: what the stage uses of the diffuser and does not train, in the compute dtype.
     """
@@ -62,10 +60,8 @@ class PhaseMemory:
     Attributes:
         samples: pairs in whole steps.
         micro_batch: pairs in one forward pass.
-        measured: memory of one micro-batch.
         exchange: communication buffers of the gradients during backward.
         update: peak of the gradient reduction and the weight update, after the activations are freed.
-        peak: of the whole phase.
         largest_micro_batch: the largest divisor of the batch that fits; 0 if none fits, None if the GPU's memory is
             unknown.
         learning_rate: of its first and of its last step.
@@ -211,7 +207,6 @@ def standing_memory(
     """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes.
 
     Args:
-        frozen: bytes of the frozen parts.
         untrained: number of the diffuser's other parameters.
     """
     kind, stage, size = strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)

@@ -33,7 +33,6 @@ class Result:
 
     Attributes:
         place: its file, and its name in a file of several.
-        settings: of the step that was measured.
         device, name, processes: what it was measured on.
         rates: those of a `RatesConfig` that were measured; `micro_batch_ms` is the time of computing a micro-batch.
     """
@@ -168,8 +167,6 @@ class StepTime:
         update: seconds of the passes over gradients, weights and moments.
         exchange: seconds of the collectives.
         exposed: of them, those in which nothing is computed.
-        seconds: of a step.
-        days, gpu_hours: of the phase.
     """
 
     flops: float

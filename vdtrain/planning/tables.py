@@ -25,7 +25,6 @@ class Bill:
     Attributes:
         times: of each phase; empty if a rate is not known.
         rates: of each phase, and where they come from.
-        price: of a GPU hour; None if it is not known.
     """
 
     plan: StagePlan

@@ -46,7 +46,6 @@ class Company:
     """All processes of a run, which have come and have no group yet. Every process must make it.
 
     Args:
-        rank: of this process.
         seconds: how long it waits for the others.
 
     Attributes:
@@ -88,7 +87,6 @@ class Company:
         """The end of a sentence on which process is late; empty if it is this one, or unknown.
 
         Args:
-            still: seconds for which this process has stood still.
             silence: a process that has told nothing for longer, and for ANSWER_SECONDS more, does not run.
         """
         answer: list[str] = []

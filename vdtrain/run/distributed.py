@@ -68,7 +68,6 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
     """Join the processes of this run and choose this process's device.
 
     Args:
-        device: "cuda" or "cpu".
         timeout_seconds: time limit of every collective.
         control_only: gloo group only, no NCCL and no engine.
 

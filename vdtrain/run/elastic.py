@@ -80,7 +80,6 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
 
     Args:
         words: after the interpreter's name; what each of them runs.
-        device: "cuda" or "cpu".
 
     Raises:
         ConfigError: the node has too few GPUs.

@@ -20,11 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def quietly(action: Callable[[], int]) -> int:
-    """The exit status of a command: that of `action`, or GONE_STATUS if nobody reads its output any more.
-
-    Args:
-        action: prints by sys.stdout and sys.stderr.
-    """
+    """The exit status of a command: that of `action`, or GONE_STATUS if nobody reads its output any more."""
     try:
         status = _status(action)
         # Python itself would fail at its very end.

@@ -38,10 +38,8 @@ class Meters:
     """Sums since the last log line: losses, gradient norms, waiting, pairs. docs/metrics.md explains the figures.
 
     Attributes:
-        device: that this process trains on.
         peak: FLOP/s of a matrix product on it.
         flops: of a step of this process; None until they are counted.
-        clock: of the parts of the steps.
     """
 
     device: torch.device
@@ -151,7 +149,6 @@ class Reporter:
 
     Args:
         raw_config: the resolved configuration, for the tracker and for config.yaml in the run folder.
-        step: the step that the run continues from.
     """
 
     def __init__(self, config: TrainConfig, raw_config: Any, step: int, rank: int) -> None:

@@ -36,11 +36,9 @@ class Event:
     """A line of the record: a start of the trainer, or a decision to requeue its job.
 
     Attributes:
-        kind: "start" or "requeue".
         step: of the checkpoint that the start, or the next start, continues from; 0 at the beginning of a stage.
         time: seconds since 1970.
         job: Slurm's job id, which survives a requeue; None outside Slurm.
-        restart_count: how often Slurm has restarted the job.
         total_steps, max_restarts, hosts, world_size: of a start only.
         changed: settings that differ from the start before, each with what it was and what it is.
         environment: commit, versions and device of a start.

@@ -92,7 +92,6 @@ class _Ending:
 
         Args:
             reader: a pipe that receives the number of every signal with a handler.
-            launching: pidfds of the launchers, with their names.
         """
         interruptions, repeated, deadline, latest, waited = 0, 0, float("inf"), 0.0, [reader, *launching]
         while True:
@@ -208,11 +207,7 @@ def _name(number: int) -> str:
 
 
 class StopSignal:
-    """Records the first stop signal. A second SIGINT ends the process at once, as users expect of Ctrl-C.
-
-    Args:
-        numbers: the signals to record.
-    """
+    """Records the first stop signal. A second SIGINT ends the process at once, as users expect of Ctrl-C."""
 
     def __init__(self, numbers: Sequence[signal.Signals] = (signal.SIGINT, *SCHEDULER_SIGNALS)) -> None:
         self.number = 0

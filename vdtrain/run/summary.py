@@ -50,9 +50,6 @@ def next_command(config: TrainConfig, overrides: Sequence[str], environment: Map
     """The command after a complete stage, quoted for a shell. After the last stage it is a sampling command.
 
     It keeps the user's overrides, except those that define the stage, and the launcher: sbatch, torchrun or none.
-
-    Args:
-        overrides: of the command line.
     """
     name = next_stage(config.stage.name)
     if name is None:

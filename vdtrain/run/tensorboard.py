@@ -35,9 +35,6 @@ class TensorBoard:
 
     Args:
         file: holds all figures, whatever is written here.
-        run_config: shown as text.
-        lines: of the run so far.
-        samples: that training has seen.
     """
 
     def __init__(

@@ -49,15 +49,11 @@ class Tracker:
 
     Args:
         run_dir: holds metrics.jsonl, the W&B run id and the offline W&B files, and TensorBoard's files.
-        run_config: the configuration, for people.
         step: the step that the run continues from; later lines, of lost work, are dropped.
         warn: receives a line on figures that could not be written or sent.
         wandb_seconds: time limit for W&B to open the run.
         batch: samples of a step.
         init_from: the run that this one starts from; both are in one group.
-
-    Attributes:
-        on_wandb: whether W&B took the run.
     """
 
     def __init__(
@@ -119,7 +115,6 @@ class Tracker:
 
         Args:
             name: of the series of images, such as "samples/text-to-image".
-            samples: that training had seen.
         """
         relative = os.path.relpath(path, self.path.parent)
         self.log({"step": samples // self._batch, "samples": samples, "image": name, "path": relative})

@@ -42,7 +42,6 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
     """Open a run with the wandb package, without any prompt at a terminal.
 
     Args:
-        tracking: its mode is "online" or "offline".
         seconds: time limit for W&B's server.
         arguments: of `wandb.init`, where the settings name nothing else.
 
@@ -270,10 +269,7 @@ def start_run(
     """Open a run folder's run on W&B, or a new one; warn in one line if W&B does not accept it.
 
     Args:
-        file: holds all figures.
         records: lines of the run so far; those that W&B lacks are sent.
-        seconds: time limit for W&B.
-        init_from: the run that this one starts from.
     """
     try:
         if tracking.mode == "offline":

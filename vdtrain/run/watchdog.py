@@ -56,7 +56,6 @@ class Watchdog:
     Args:
         seconds: longest time between two heartbeats; with None only `record` has an effect.
         folder: for the records; created when needed.
-        rank: of this process.
     """
 
     def __init__(self, seconds: float | None, folder: Path, rank: int) -> None:

@@ -98,7 +98,6 @@ class StepOutcome:
     """A step as all processes saw it.
 
     Attributes:
-        step: its number.
         losses: mean over the processes of each flow that ran.
         gradient_norm: see StepReport.
         applied: False if the step was skipped because a loss or a gradient was not finite.
@@ -127,7 +126,6 @@ class StepSync:
 
     Args:
         flows: names of all flows that a step may run, the same on every process.
-        device: of the losses and reports.
         groups: names of the layer groups that the engine reports on.
     """
 

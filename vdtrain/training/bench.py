@@ -69,8 +69,6 @@ class SyntheticStream:
     Args:
         rows: pairs of this process in a batch.
         resolution: R, side of the images [rows, 3, R, R], uint8.
-        seed: of everything.
-        rank: of this process.
         moments: shape of one image's cached moments, which are float16 like those on disk; None delivers none.
     """
 
@@ -150,9 +148,6 @@ class Result:
 
 def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> int:
     """Measure a stage of one phase, whose settings have been checked; the exit status.
-
-    Args:
-        words: of the command line, for the result.
 
     Raises:
         ConfigError: this process has no device, or a network cannot be built or does not fit into the GPU.

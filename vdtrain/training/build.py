@@ -54,9 +54,6 @@ def build_trainer(
     Args:
         config: checked by `vdtrain.config.validation.check`.
         raw_config: the same configuration, unresolved, for the checkpoints.
-        start: from `resolve_start`.
-        place: from `distributed.start`.
-        watchdog: None disables it.
         draw_on: where random weights are drawn; a GPU is faster, and draws other numbers than a CPU.
 
     Raises:

@@ -41,7 +41,6 @@ class Drawn:
 
     Attributes:
         given, made: of its context and output modality: uint8 [n, 3, H, W] or n captions.
-        names: of the inputs.
     """
 
     flow: Flow
@@ -163,11 +162,7 @@ def _share(count: int, rank: int, world: int) -> range:
 
 
 def gathered(modality: str, own: tuple[range, Any] | None, count: int, resolution: int) -> Any:
-    """The samples of all processes, on every process; every process must call it.
-
-    Args:
-        own: rows of this process, and its samples.
-    """
+    """The samples of all processes, on every process; every process must call it."""
     if modality == "image":
         images = torch.zeros(count, 3, resolution, resolution, dtype=torch.uint8)
         if own is not None:
@@ -208,9 +203,6 @@ def write(
     about: Mapping[str, Any],
 ) -> dict[str, Path]:
     """Write the grids of all flows, whole or not at all; the files by flow.
-
-    Args:
-        about: further entries of the JSON files.
 
     Raises:
         OSError: they cannot be written.

@@ -54,7 +54,6 @@ class StepResult:
     Attributes:
         losses: mean over the local batch of each flow. If pairs lack modalities, they are this process's share of the
             mean over the global batch, times the processes, and a flow without any pair there is left out.
-        report: the engine's.
         quarters: see `QuarterLosses.sums`.
         worked: mark of the clock at the end of the last backward, before this process waits for the others.
     """
@@ -69,8 +68,6 @@ class Trainer:
     """Trains one stage on this process's device, from its start to its end. `build_trainer` makes one.
 
     Args:
-        ema: None trains without EMA.
-        watchdog: receives a heartbeat at every step.
         state: the position in the stage; updated in place.
         record: constant content of every checkpoint, beside the state.
     """
@@ -346,11 +343,7 @@ class Trainer:
         return phase_step == phase_steps(self.config, phase) or step % self.config.log_every_steps == 0
 
     def step(self, batch: Batch, phase: PhaseConfig, clock: StepClock) -> StepResult:
-        """One update over the local batch.
-
-        Args:
-            clock: receives the ends of the step's parts.
-        """
+        """One update over the local batch."""
         worked = clock.mark(None)
         local, count = self._local(phase)
         micro = local // count

@@ -100,7 +100,6 @@ class PairRandom(StepRandom):
     """The random numbers of pairs by their numbers, whatever batch they are in.
 
     Args:
-        numbers: of the pairs.
         quarter: of the timesteps, from 0.
     """
 
@@ -138,9 +137,6 @@ class PairLosses(QuarterLosses):
 class Validation:
     """This process's held-out pairs at one resolution, encoded once.
 
-    Args:
-        batch_size: pairs that go through the networks together.
-
     Raises:
         ConfigError, ManifestError, StreamError, OSError: they cannot be read.
     """
@@ -170,7 +166,6 @@ class Validation:
 
         Args:
             diffuser: with the weights to validate. Its hooks are not called.
-            beat: called with what is being done, at every batch.
         """
         found: dict[int, dict[str, list[float]]] = {number: {} for number in self.numbers}
         for rows, kept in zip(self._batches, self._encoded, strict=True):

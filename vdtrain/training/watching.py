@@ -130,7 +130,6 @@ class Watching:
 
     Args:
         ema: None shows the weights as trained.
-        state: the trainer's position.
     """
 
     def __init__(
@@ -177,11 +176,7 @@ class Watching:
         self._look(distributed.broadcast_json(chosen))
 
     def due(self, last: bool) -> bool:
-        """Whether a look may come after this step.
-
-        Args:
-            last: this is the last step of its phase.
-        """
+        """Whether a look may come after this step."""
         return bool(self.looks) and (last or bool(self._reached()))
 
     def look(self, last: bool) -> float:
