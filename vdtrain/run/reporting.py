@@ -115,6 +115,12 @@ def _rank_times(steps: list[list[float]]) -> dict[str, Any]:
     return {"step_times": {"slowest": slowest, "fastest": min(means)}, "slowest_rank": means.index(slowest)}
 
 
+def environment_of(config: TrainConfig) -> dict[str, Any]:
+    """The `environment` of a run's processes."""
+    hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
+    return environment(hosts, torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor())
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory of this process in GB (1e9 bytes): of the GPU if there is one, else resident."""
     if device.type == "cuda":
@@ -174,9 +180,7 @@ class Reporter:
         config = self._config
         limit, run_dir, tracking, stage = config.watchdog_seconds, Path(config.run_dir), config.tracking, config.stage
         seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
-        hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
-        device = torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor()
-        content = {**self._raw_config, "environment": redacted(environment(hosts, device))}
+        content = {**self._raw_config, "environment": redacted(environment_of(config))}
         self.tracker = Tracker(
             run_dir, tracking, content, self._step, self.warn, seconds, stage.global_batch_size, stage.init_from
         )

@@ -20,7 +20,7 @@ SLURM = (
 
 
 def environment(hosts: Sequence[str], device: str) -> dict[str, Any]:
-    """What a tracker records beside the configuration: commit, versions, machines, and the Slurm job if there is one."""
+    """What a run records beside its configuration: commit, versions, machines, and the Slurm job if there is one."""
     job = {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
     machines = {"hosts": list(dict.fromkeys(hosts)), "processes": len(hosts), "device": device}
     return {"commit": commit(), "versions": versions(*PACKAGES), **machines} | ({"slurm": job} if job else {})
