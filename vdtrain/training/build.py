@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,9 @@ def build_trainer(
     flows = stage_flows(config)
     engine = Engine(diffuser, trained_parameters(diffuser, config), engine_settings(config))
     try:
-        record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
+        # Interpolations stay, so that a checkpoint can move between machines.
+        recorded = redacted(OmegaConf.to_container(raw_config, resolve=False))
+        record = {CONFIG: recorded, FROZEN: frozen_contents(config.model)}
         with draw_on:
             frozen = build_frozen(config.model)
         frozen.to(place.device, engine.compute_dtype)
@@ -214,10 +215,3 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
     if isinstance(start.weights, Path):
         return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
     return checkpoint_weights(start.weights, verify_checksums=verify_checksums)
-
-
-def recorded_config(raw_config: DictConfig) -> dict[str, Any]:
-    """The configuration for a checkpoint, without credentials. Interpolations stay, so it can move between machines."""
-    container = OmegaConf.to_container(raw_config, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in redacted(container).items()}
