@@ -155,11 +155,9 @@ def _plan_phase(
     micro = local // count
     exchange, update = exchange_bytes(config, gpus), update_bytes(config, layouts, gpus)
 
-    def peak(of: MicroBatchMemory) -> int:
-        return standing + max(of.encoding, of.peak + exchange, update)
-
     def peak_at(size: int) -> int:
-        return peak(counted.measure(phase.resolution, size))
+        of = counted.measure(phase.resolution, size)
+        return standing + max(of.encoding, of.peak + exchange, update)
 
     measured = counted.measure(phase.resolution, micro)
     memory = config.hardware.memory_gb
@@ -175,7 +173,7 @@ def _plan_phase(
         measured=measured,
         exchange=exchange,
         update=update,
-        peak=peak(measured),
+        peak=peak_at(micro),
         largest_micro_batch=largest,
     )
 

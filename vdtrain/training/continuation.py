@@ -292,21 +292,16 @@ def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str
         last = index == len(done) - 1
         if trained == new[index] or (last and trained < new[index]):
             continue
-        changed: tuple[str, float, float] = (
-            f"{place}.samples",
-            before.phases[index].samples,
-            stage.phases[index].samples,
-        )
+        change = f"{place}.samples={stage.phases[index].samples}: was {before.phases[index].samples}"
         if stage.samples_scale != before.samples_scale:
-            changed = ("stage.samples_scale", before.samples_scale, stage.samples_scale)
-        setting, was_value, value = changed
+            change = f"stage.samples_scale={stage.samples_scale}: was {before.samples_scale}"
         remedy = "restore it"
         if sum(new) > sum(old):
             remedy += f" and train as long with {_longer(before, sum(new) - sum(old[:-1]))}"
         done_there = f"all {trained}" if trained == old[index] else f"{trained}"
         raise ConfigError(
-            f"{setting}={value}: was {was_value}; run_dir={run_dir} has trained {done_there} steps at {was} pixels, "
-            f"but this setting gives {new[index]}; {remedy}, or {other_run}"
+            f"{change}; run_dir={run_dir} has trained {done_there} steps at {was} pixels, but this setting gives "
+            f"{new[index]}; {remedy}, or {other_run}"
         )
 
 

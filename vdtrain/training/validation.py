@@ -35,7 +35,7 @@ from vdtrain.evaluation.scores import (
 )
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen import Encoded
+from vdtrain.models.frozen import Encoded, each_tensor
 from vdtrain.run import distributed
 from vdtrain.seeds import generator_of, seed_of
 from vdtrain.training.samples import Drawn, Inputs
@@ -154,10 +154,7 @@ class Validation:
         for rows in self._batches[len(self._encoded) :]:
             rng = PairRandom(self.numbers[rows], 0, self.device)
             own = self.pairs.cut(rows.start, min(rows.stop, len(self.numbers)))
-            samples = {
-                name: values.to(self.device) if isinstance(values, Tensor) else values
-                for name, values in own.samples.items()
-            }
+            samples = {name: each_tensor(lambda one: one.to(self.device), each) for name, each in own.samples.items()}
             encoded = self.objective.encode(samples, self.resolution, rng, rows=own.rows)
             self._encoded.append(encoded.to(torch.device("cpu")))
 
