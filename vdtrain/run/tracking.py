@@ -82,9 +82,9 @@ class Tracker:
         self._sinks: list[Sink] = []
         self.on_wandb = False
         if config.mode != "disabled":
-            from vdtrain.run.wandb_run import start_run
+            from vdtrain.run.wandb_run import WandbRun
 
-            run = start_run(run_dir, self.path, config, run_config, kept, warn, wandb_seconds, init_from)
+            run = WandbRun(self.path, config, run_config, kept, warn, wandb_seconds, init_from)
             self.on_wandb = run.accepted
             self._sinks.append(run)
         if config.tensorboard:
