@@ -72,7 +72,7 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
         control_only: gloo group only, no NCCL and no engine.
 
     Raises:
-        ValueError: the launcher's variables are incomplete, or this process has no GPU.
+        ConfigError: the launcher's variables are incomplete, or this process has no GPU.
         JoinError: another process did not come.
     """
     global _company, _control, _timeout, _has_joined
@@ -259,19 +259,19 @@ def local_device(kind: str, local_rank: int) -> torch.device:
     """The device of a process ("cuda" or "cpu") by its local rank.
 
     Raises:
-        ValueError: there is no GPU for it.
+        ConfigError: there is no GPU for it.
     """
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
-        raise ValueError(f"hardware.device: {kind!r} is neither cuda nor cpu")
+        raise ConfigError(f"hardware.device: {kind!r} is neither cuda nor cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
+        raise ConfigError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
     # With --gpus-per-task=1 each process sees only its own GPU, as number 0.
     index = 0 if count == 1 else local_rank
     if index >= count:
-        raise ValueError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
+        raise ConfigError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
     return torch.device("cuda", index)
 
 

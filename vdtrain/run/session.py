@@ -123,12 +123,9 @@ def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchd
         early = resolve_start(config, raw_config, Verification.SIZES)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
-    try:
-        # Imports from a slow disk take long too.
-        with watchdog.patient("joining the other processes"):
-            place = distributed.start(config.hardware.device, timeout)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    # Imports from a slow disk take long too.
+    with watchdog.patient("joining the other processes"):
+        place = distributed.start(config.hardware.device, timeout)
     distributed.watch(watchdog)
     lock = RunLock(Path(config.run_dir))
     try:

@@ -154,10 +154,7 @@ def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> in
     """
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    try:
-        place = distributed.start(config.hardware.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    place = distributed.start(config.hardware.device)
     result = Result(None if config.output is None else Path(config.output), place.rank == 0)
     try:
         with tempfile.TemporaryDirectory(prefix="vdtrain-bench-") as folder:
