@@ -67,7 +67,8 @@ class _Ending:
         if not self.number and not self._deferred:
             self.number = number
             # The exception may arise in a destructor, or end another thread by way of this one.
-            sys.unraisablehook = threading.excepthook = lambda *_: None
+            sys.unraisablehook = lambda *_: None
+            threading.excepthook = lambda *_: None
             raise KeyboardInterrupt
 
     def check(self) -> None:
