@@ -177,7 +177,9 @@ class DryRun:
 
     def _encoding(self, resolution: int, rows: int) -> int:
         """The largest peak of the frozen parts, which run one after another."""
-        samples = _pairs(resolution, rows)
+        # As from `vdtrain.data.stream.PairStream`; those of other streams are unknown.
+        images = torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8)
+        samples: dict[str, Any] = {"image": images, "text": [LONG_CAPTION] * rows}
         cached = {MODALITY} if self.config.data.latents == "cached" else set()
         peak = 0
         for kind, parts, names in (
@@ -209,14 +211,6 @@ def tensor_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
-    """Samples as from `vdtrain.data.stream.PairStream`; those of other streams are unknown."""
-    return {
-        "image": torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8),
-        "text": [LONG_CAPTION] * rows,
-    }
 
 
 def with_stand_ins(config: ModelConfig) -> ModelConfig:

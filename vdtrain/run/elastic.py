@@ -107,12 +107,15 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.CRITICAL)
+    # Processes that start meanwhile receive HELD signals when they can act on them, see `signals.begin`.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
-        with tempfile.TemporaryDirectory(prefix="vdtrain-") as logs, _held():
+        with tempfile.TemporaryDirectory(prefix="vdtrain-") as logs:
             _launch(config, words, logs)
     except ChildFailedError as error:
         return _status(error.failures)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         logging.disable(logging.NOTSET)
     return 0
 
@@ -171,16 +174,6 @@ def _status(failures: Mapping[int, Any]) -> int:
             return FAILED
     status = next(iter(early.values()))
     return int(128 - status if status < 0 else status)
-
-
-@contextlib.contextmanager
-def _held() -> Any:
-    """Processes that start meanwhile receive HELD signals when they can act on them, see `signals.begin`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pass_on(number: int) -> None:

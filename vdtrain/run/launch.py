@@ -184,7 +184,8 @@ def _tell_mistake(launch: Mapping[str, str], text: str = "a mistake in its setti
     if distributed is not None and distributed.has_joined():
         return
     place = launch["MASTER_ADDR"], int(launch["MASTER_PORT"])
-    here = _is_local(place[0])
+    own = socket.gethostname()
+    here = place[0] in ("127.0.0.1", "localhost", "::1", own, own.partition(".")[0])
     end = time.monotonic() + (TELL_HERE_SECONDS if here else TELL_SECONDS)
     while not _answers(place):
         if time.monotonic() >= end or (here and not _first_is_here(launch)):
@@ -202,11 +203,6 @@ def _answers(place: tuple[str, int]) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_local(host: str) -> bool:
-    own = socket.gethostname()
-    return host in ("127.0.0.1", "localhost", "::1", own, own.partition(".")[0])
 
 
 def _first_is_here(launch: Mapping[str, str]) -> bool:

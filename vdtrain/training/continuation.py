@@ -127,11 +127,6 @@ def _sha256(path: Path, *version: int) -> str:
     return FileRecord.of(path).sha256
 
 
-def differing(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
-    """Settings whose file differs from the record; settings in only one of the two are not compared."""
-    return [setting for setting, value in contents.items() if recorded.get(setting, value) != value]
-
-
 # These define a run's weights and position: they must not change.
 FIXED = (
     "seed",

@@ -23,7 +23,6 @@ from vdtrain.training.continuation import (
     STATE,
     TrainState,
     changes,
-    differing,
     frozen_contents,
     frozen_files,
     position,
@@ -154,12 +153,15 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
                 lines.append(
                     f"{setting}={files[setting]}: was {path}; assumed to be the same file, which cannot be checked"
                 )
-    for setting in differing(recorded, now):
+    for setting, content_now in now.items():
+        # A setting in only one of the two is not compared.
+        if recorded.get(setting, content_now) == content_now:
+            continue
         other = f"{setting}={files[setting]}: contents differ from those that"
         if start.resume is not None:
             raise ConfigError(
                 f"{other} run_dir={config.run_dir} was trained with (SHA-256 {recorded[setting][:12]}, now "
-                f"{now[setting][:12]}); restore that file, or give another run_dir"
+                f"{content_now[:12]}); restore that file, or give another run_dir"
             )
         lines.append(f"{other} stage.init_from={config.stage.init_from} was trained with")
     return lines
