@@ -160,7 +160,18 @@ class CheckpointStore:
         first = distributed.rank() == 0
 
         def together(action: Callable[[], Any]) -> list[Any]:
-            return _together(action, gather, self.folder, f"the checkpoint of step {snapshot.index.step}")
+            """The results of all processes by rank, or an error on every process if one of them failed."""
+            result, failure = None, None
+            try:
+                result = action()
+            # Any error: a process that skips the exchange would leave the others waiting.
+            except Exception as error:
+                failure = f"process {distributed.rank()}: {_said(error, self.folder)}"
+            outcomes = gather([result, failure])
+            if failed := next((line for _, line in outcomes if line), None):
+                step = snapshot.index.step
+                raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not saved: {failed}")
+            return [made for made, _ in outcomes]
 
         try:
             together(lambda: self._prepare(draft) if first else None)
@@ -419,21 +430,6 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
     if ema is not None and index.ema_updates is None:
         logger.warning("%s holds no EMA: the EMA starts at its weights", path)
         ema.restart()
-
-
-def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
-    """Run `action` on every process: its results by rank, or an error on every process if one of them failed."""
-    result, failure = None, None
-    try:
-        result = action()
-    # Any error: a process that skips the exchange would leave the others waiting.
-    except Exception as error:
-        failure = f"process {distributed.rank()}: {_said(error, folder)}"
-    outcomes = gather({"result": result, "failure": failure})
-    failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
-    if failures:
-        raise CheckpointError(f"{folder}: {what} was not saved: {failures[0]}")
-    return [outcome["result"] for outcome in outcomes]
 
 
 def _said(error: Exception, folder: Path) -> str:
