@@ -24,6 +24,8 @@ from vdtrain.run.surroundings import processor
 # Where results are by default. Nothing is amiss if they are not there.
 RESULTS = "benchmarks/results"
 MEASURED = ("tflops", "memory", "link")
+# Settings of the hardware that decide how a micro-batch is computed.
+COMPUTING = ("precision", "activation_checkpointing", "compile", "channels_last")
 PARTS = ("encode", "forward", "backward")
 
 
@@ -63,14 +65,8 @@ class Result:
     def fits(self, config: TrainConfig) -> bool:
         """Whether it measured this hardware, computing in the same way."""
         hardware = config.hardware
-        wanted = {
-            "model": config.model.name,
-            "precision": hardware.precision,
-            "compile": hardware.compile,
-            "channels_last": hardware.channels_last,
-            "activation_checkpointing": hardware.activation_checkpointing,
-        }
-        same = all(self.settings.get(name) == value for name, value in wanted.items())
+        same = all(self.settings.get(name) == getattr(hardware, name) for name in COMPUTING)
+        same = same and self.settings.get("model") == config.model.name
         return same and self.device == hardware.device and is_named(hardware, self.name)
 
     def nearness(self, config: TrainConfig, phase: PhaseMemory) -> tuple[float, ...]:

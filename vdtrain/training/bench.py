@@ -35,6 +35,7 @@ from vdtrain.files import atomic_write
 from vdtrain.models.frozen_weights import without_weights
 from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.planning.memory import plan_stage
+from vdtrain.planning.speed import COMPUTING
 from vdtrain.run import distributed
 from vdtrain.run.reporting import memory_gb
 from vdtrain.run.speed import (
@@ -191,11 +192,8 @@ def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, wor
         "model": config.model.name,
         "resolution": phase.resolution,
         "latents": config.data.latents,
-        "precision": config.hardware.precision,
         "zero_stage": config.hardware.zero_stage,
-        "activation_checkpointing": config.hardware.activation_checkpointing,
-        "compile": config.hardware.compile,
-        "channels_last": config.hardware.channels_last,
+        **{name: getattr(config.hardware, name) for name in COMPUTING},
         "pairs": batch,
         "micro_batch": batch // place.world_size // count,
         "micro_batches": count,
