@@ -241,8 +241,11 @@ def _fake(module: nn.Module, dtype: torch.dtype) -> Any:
     """A meta module with its tensors replaced by fake ones: shared ones stay shared, and floats get `dtype`."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
-        own = [each(recurse=False, remove_duplicate=False) for each in (child.named_parameters, child.named_buffers)]
-        for name, tensor in [pair for pairs in own for pair in pairs]:
+        own: list[tuple[str, Tensor]] = [
+            *child.named_parameters(recurse=False, remove_duplicate=False),
+            *child.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name, tensor in own:
             if id(tensor) not in made:
                 empty = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)

@@ -382,7 +382,9 @@ def undisturbed(diffuser: nn.Module, device: torch.device, config: TrainConfig) 
     """While the block runs, layers only evaluate, and nothing is compiled. Random states and modes come back."""
     training = [module for module in diffuser.modules() if module.training]
     # Samples have shapes of their own, each of which would take minutes to compile.
-    eager = contextlib.nullcontext() if config.hardware.compile == "none" else torch.compiler.set_stance("force_eager")
+    eager: Any = contextlib.nullcontext()
+    if config.hardware.compile != "none":
+        eager = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), eager:
         diffuser.eval()
         try:
