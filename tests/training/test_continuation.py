@@ -25,7 +25,7 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train
 from vdtrain.models.frozen_weights import ASSETS
 from vdtrain.run.tracking import read_metrics
-from vdtrain.training.state import TrainState
+from vdtrain.training.continuation import TrainState
 
 LONGER = 5
 VAE = "model.modalities.image.vae.weights"

@@ -186,10 +186,13 @@ def test_tasks_of_an_array_are_told_what_to_do(
 
 
 @pytest.mark.usefixtures("brief")
-def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(tmp_path: Path) -> None:
+def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "_end", lambda line: None)
     for _ in range(3):
         leave(tmp_path, replace(Holder.here(), pid=dead_process()))
-        locks = [RunLock(tmp_path, lost=lambda line: None) for _ in range(8)]
+        locks = [RunLock(tmp_path) for _ in range(8)]
         ready = threading.Barrier(len(locks))
         won: list[RunLock] = []
 
@@ -212,9 +215,12 @@ def test_of_many_that_find_a_dead_one_a_single_one_takes_its_place(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("brief")
-def test_one_that_was_taken_over_hears_of_it_and_leaves_the_other_alone(tmp_path: Path) -> None:
+def test_one_that_was_taken_over_hears_of_it_and_leaves_the_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[str] = []
-    lock = RunLock(tmp_path, lost=heard.append)
+    monkeypatch.setattr(run_lock, "_end", heard.append)
+    lock = RunLock(tmp_path)
     assert lock.attempt()
     signs = [(tmp_path / LOCK_FILE).stat().st_mtime_ns]
     while len(set(signs)) < 3:

@@ -46,8 +46,6 @@ class CheckpointSummary:
     """The record of a checkpoint whose files have the recorded sizes.
 
     Attributes:
-        step: optimiser steps of its stage.
-        bytes: of all its files.
         written: seconds since 1970.
     """
 

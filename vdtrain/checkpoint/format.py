@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,8 @@ CARRIED_OVER_FILE = "passengers.safetensors"
 BLOCK_BYTES = 1 << 18
 # Bytes between two waits for the disk. They adapt to its speed, so that a wait takes about a second.
 LEAST_SYNC_BYTES, MOST_SYNC_BYTES = 1 << 24, 1 << 30
+# Entries of an index that are JSON as they are.
+PLAIN = ("step", "world_size", "zero_stage", "precision", "optimizer_steps", "ema_updates", "trainer")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -59,11 +61,9 @@ class Index:
     """Contents of checkpoint.json.
 
     Attributes:
-        step: the trainer's step.
         world_size: number of writing processes.
         optimizer_steps: updates applied by AdamW; see `steps_of` for a single layer group.
         ema_updates: updates of the EMA; None if there is no EMA.
-        trainer: the trainer's own state.
         group_steps: by layer group, its updates if they are fewer, because it was frozen at first.
     """
 
@@ -87,26 +87,18 @@ class Index:
         """Write checkpoint.json with its own checksum, and sync it to disk."""
         content = {
             "format": FORMAT,
-            "step": self.step,
-            "world_size": self.world_size,
-            "zero_stage": self.zero_stage,
-            "precision": self.precision,
-            "optimizer_steps": self.optimizer_steps,
+            **{name: getattr(self, name) for name in PLAIN},
             "group_steps": dict(self.group_steps),
-            "ema_updates": self.ema_updates,
-            "trainer": self.trainer,
             "groups": [
                 {
                     "group": layout.group,
                     "numel": layout.numel,
                     "partitions": [layout.partition(rank, self.world_size) for rank in range(self.world_size)],
-                    "parameters": [
-                        {"name": slot.name, "shape": slot.shape, "offset": slot.offset} for slot in layout.slots
-                    ],
+                    "parameters": [asdict(slot) for slot in layout.slots],
                 }
                 for layout in self.groups
             ],
-            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "files": {name: asdict(file) for name, file in self.files.items()},
         }
         text = json.dumps({"sha256": index_checksum(content), "checkpoint": content}, indent=1)
         write_text(folder / INDEX_FILE, text)
@@ -121,13 +113,7 @@ class Index:
         content = read_index(folder)
         try:
             return cls(
-                step=content["step"],
-                world_size=content["world_size"],
-                zero_stage=content["zero_stage"],
-                precision=content["precision"],
-                optimizer_steps=content["optimizer_steps"],
-                ema_updates=content["ema_updates"],
-                trainer=content["trainer"],
+                **{name: content[name] for name in PLAIN},
                 groups=tuple(
                     GroupLayout(
                         str(entry["group"]),
@@ -150,7 +136,7 @@ class SliceReader:
     """Reads any slice of a group's buffer, whatever number of processes wrote it."""
 
     def __init__(self, folder: Path, index: Index) -> None:
-        self._folder, self._index = folder, index
+        self._index = index
         self._layouts = {layout.group: layout for layout in index.groups}
         self._folder, self._open = folder, contextlib.ExitStack()
         with self._readable():
@@ -273,7 +259,6 @@ class Checkpoint:
         def entry(group: str, slot: ParameterSlot) -> Entry:
             def read() -> Tensor:
                 values = reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel)
-
                 if values.numel() != slot.numel:
                     raise CheckpointError(f"{self.path}: {slot.name}: {values.numel()} values instead of {slot.numel}")
                 return values.view(slot.shape)
@@ -302,9 +287,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
     The checksum is that of the written bytes; nothing is read back. Hashing and writing release Python's lock, so other
     threads keep running. The safetensors package holds the lock while it writes.
-
-    Args:
-        tensors: on the CPU.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.

@@ -60,22 +60,19 @@ class BackgroundSaver:
     def begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
         """Copy the present values; a thread writes them as the checkpoint of `step`."""
         with self._waiting():
-            self._begin(engine, ema, trainer_state, step)
-
-    def _begin(self, engine: Engine, ema: ShardEMA | None, trainer_state: dict[str, Any], step: int) -> None:
-        idle = self._wait(0.0 if self._overdue else self.timeout_seconds)
-        if not distributed.all_agree(idle):
-            self._overdue = not idle
-            self._give_up(
-                f"{self.store.folder}: the checkpoint of step {step} was not saved (a process still writes the one "
-                f"of step {self._step})"
-            )
-            return
-        self._overdue, self._step = False, step
-        snapshot = Snapshot.take(engine, ema, trainer_state, step, self._memory)
-        # A daemon: a failing run must not hang on a dead file system when the interpreter ends.
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{step}", daemon=True)
-        self._thread.start()
+            idle = self._wait(0.0 if self._overdue else self.timeout_seconds)
+            if not distributed.all_agree(idle):
+                self._overdue = not idle
+                self._give_up(
+                    f"{self.store.folder}: the checkpoint of step {step} was not saved (a process still writes the one "
+                    f"of step {self._step})"
+                )
+                return
+            self._overdue, self._step = False, step
+            snapshot = Snapshot.take(engine, ema, trainer_state, step, self._memory)
+            # A daemon: a failing run must not hang on a dead file system when the interpreter ends.
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{step}", daemon=True)
+            self._thread.start()
 
     def wait(self) -> None:
         """Return when nothing is being written."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +115,6 @@ class Snapshot:
 
 # Every process's value, by rank, on every process.
 Gather = Callable[[Any], list[Any]]
-Result = TypeVar("Result")
 # How long an error that may pass is waited for, by default, and the pause between two tries.
 PATIENCE_SECONDS = 15.0
 RETRY_SECONDS = 2.0
@@ -161,7 +160,18 @@ class CheckpointStore:
         first = distributed.rank() == 0
 
         def together(action: Callable[[], Any]) -> list[Any]:
-            return _together(action, gather, self.folder, f"the checkpoint of step {snapshot.index.step}")
+            """The results of all processes by rank, or an error on every process if one of them failed."""
+            result, failure = None, None
+            try:
+                result = action()
+            # Any error: a process that skips the exchange would leave the others waiting.
+            except Exception as error:
+                failure = f"process {distributed.rank()}: {_said(error, self.folder)}"
+            outcomes = gather([result, failure])
+            if failed := next((line for _, line in outcomes if line), None):
+                step = snapshot.index.step
+                raise CheckpointError(f"{self.folder}: the checkpoint of step {step} was not saved: {failed}")
+            return [made for made, _ in outcomes]
 
         try:
             together(lambda: self._prepare(draft) if first else None)
@@ -181,7 +191,13 @@ class CheckpointStore:
 
     def _prepare(self, draft: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_drafts()
+        for left in self.folder.glob(f"*{INCOMPLETE}"):
+            if left.is_dir():
+                _remove(left)
+                # What is left would be taken for a part of the new one.
+                shutil.rmtree(left, ignore_errors=not left.exists())
+            else:
+                left.unlink()
         draft.mkdir()
 
     def _publish(self, draft: Path, final: Path, index: Index) -> None:
@@ -230,15 +246,6 @@ class CheckpointStore:
         for path in [*damaged, *(path for path in surplus if every is None or step_of(path) % every)]:
             _remove(path)
 
-    def _remove_drafts(self) -> None:
-        for draft in self.folder.glob(f"*{INCOMPLETE}"):
-            if draft.is_dir():
-                _remove(draft)
-                # What is left would be taken for a part of the new one.
-                shutil.rmtree(draft, ignore_errors=not draft.exists())
-            else:
-                draft.unlink()
-
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint, as far as that is possible. The removal of a large file takes long."""
@@ -265,7 +272,6 @@ def latest(
     """The checkpoint to resume from: the one that `latest` names, or the newest whole one if that is damaged.
 
     Args:
-        folder: of a run's checkpoints.
         patience: how many seconds an error that may pass is waited for; not for a check of SIZES.
 
     Returns:
@@ -275,42 +281,43 @@ def latest(
         UnreadableError: a checkpoint that may be whole cannot be read, or a newer version of vdtrain wrote it.
         CheckpointError: all are damaged.
     """
-    together, first = check is Verification.TOGETHER, distributed.rank() == 0
-    paths: list[Path] = []
-    named, problem = "", None
-    if first or not together:
-        try:
-            patience_left = 0.0 if check is Verification.SIZES else patience
-            paths, named = patiently(lambda: (candidates(folder), latest_name(folder)), folder, patience_left)
-        except UnreadableError as error:
-            problem = str(error)
-    if together:
-        names, named, problem = distributed.broadcast_json([[path.name for path in paths], named, problem])
-        paths = [folder / name for name in names]
-    if problem is not None:
-        raise UnreadableError(problem)
-    said = check is not Verification.SIZES and first
-    if said and NAME.fullmatch(named) and all(path.name != named for path in paths):
+    names, named = looked(
+        check, lambda: ([path.name for path in candidates(folder)], latest_name(folder)), patience, folder
+    )
+    said = check is not Verification.SIZES and distributed.rank() == 0
+    if said and NAME.fullmatch(named) and named not in names:
         logger.warning("checkpoint %s is passed over: %s names it, and it is not there", named, LATEST_FILE)
     damages: dict[str, str] = {}
-    for path in paths:
+    for name in names:
+        path = folder / name
         try:
             found = verify(path, check, patience)
             check_name(path, found.index.step)
             return replace(found, passed_over=tuple(damages))
         except UnreadableError as error:
-            older = f", or move {path} away to go on from an older one" if path is not paths[-1] else ""
+            older = f", or move {path} away to go on from an older one" if name != names[-1] else ""
             raise UnreadableError(f"{error}{older}") from error
         except CheckpointError as error:
-            damages[path.name] = str(error)
+            damages[name] = str(error)
             if said:
-                logger.warning("checkpoint %s is passed over: %s", path.name, error)
+                logger.warning("checkpoint %s is passed over: %s", name, error)
     if damages:
         raise CheckpointError(next(iter(damages.values())))
     return None
 
 
-def patiently(action: Callable[[], Result], path: Path, patience: float) -> Result:
+def looked(check: Verification, look: Callable[[], Any], patience: float, path: Path = Path()) -> Any:
+    """What a look at files finds: after a check TOGETHER, what rank 0 finds, on every process.
+
+    Raises:
+        UnreadableError: they cannot be read.
+    """
+    if check is Verification.TOGETHER:
+        return distributed.on_first(lambda: patiently(look, path, patience))
+    return patiently(look, path, 0.0 if check is Verification.SIZES else patience)
+
+
+def patiently(action: Callable[[], Any], path: Path, patience: float) -> Any:
     """The result of a reading action, which is repeated while its error may pass.
 
     Raises:
@@ -411,9 +418,8 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
             ema.load(read, index.ema_updates)
     except (CheckpointError, ConfigError, OSError) as error:
         failure = one_line(error)
-    failures = [each for each in distributed.gather_json(failure) if each is not None]
-    if failures:
-        raise CheckpointError(failures[0])
+    if (failed := distributed.first_failure(failure)) is not None:
+        raise CheckpointError(failed)
     first = distributed.rank() == 0
     if thawed and first:
         logger.warning("%s: frozen until now, so the optimiser state starts at zero", ", ".join(thawed))
@@ -424,25 +430,6 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
     if ema is not None and index.ema_updates is None:
         logger.warning("%s holds no EMA: the EMA starts at its weights", path)
         ema.restart()
-
-
-def _together(action: Callable[[], Any], gather: Gather, folder: Path, what: str) -> list[Any]:
-    """Run `action` on every process: its results by rank, or an error on every process if one of them failed.
-
-    Args:
-        folder: the written folder, for the error.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    # Any error: a process that skips the exchange would leave the others waiting.
-    except Exception as error:
-        failure = f"process {distributed.rank()}: {_said(error, folder)}"
-    outcomes = gather({"result": result, "failure": failure})
-    failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
-    if failures:
-        raise CheckpointError(f"{folder}: {what} was not saved: {failures[0]}")
-    return [outcome["result"] for outcome in outcomes]
 
 
 def _said(error: Exception, folder: Path) -> str:
@@ -468,13 +455,7 @@ def _write_own_files(draft: Path, snapshot: Snapshot) -> dict[str, dict[str, Any
 def _difference(
     index: Index, weights: Iterable[str], own: Mapping[str, GroupLayout], carried_over: Iterable[str]
 ) -> str | None:
-    """A line on how the weights of a checkpoint differ from the engine's; None if they do not.
-
-    Args:
-        weights: names of all weights in it.
-        own: what the engine trains, by layer group.
-        carried_over: names of what it does not train.
-    """
+    """A line on how the weights of a checkpoint differ from the engine's; None if they do not."""
     trained = {slot.name for layout in own.values() for slot in layout.slots}
     if strange := {*trained, *carried_over} ^ set(weights):
         theirs = ", ".join(layout.group for layout in index.groups)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import trained_groups
@@ -25,32 +25,9 @@ SIZES = (1, 2, 4, 32, 64)
 FILES = ("weights", "tokenizer", "encoder_tokenizer", "decoder_tokenizer")
 
 
-class Counts(Protocol):
-    """What a plan needs of a `DryRun`.
-
-    Attributes:
-        frozen_bytes, frozen_parameters: of the frozen parts, in the compute dtype.
-        unmeasured: setting names of the frozen parts whose encoding was not measured.
-    """
-
-    @property
-    def frozen_bytes(self) -> int: ...
-    @property
-    def frozen_parameters(self) -> int: ...
-    @property
-    def unmeasured(self) -> Collection[str]: ...
-    def measure(self, resolution: int, micro_batch: int) -> MicroBatchMemory:
-        """Memory and operations of a micro-batch."""
-        ...
-
-
 @dataclass(frozen=True)
 class Stored:
-    """Counts from the file.
-
-    Attributes:
-        sizes: what was counted, by resolution and pairs.
-    """
+    """Counts from the file, with what a plan needs of a `DryRun`."""
 
     frozen_bytes: int
     frozen_parameters: int
@@ -66,7 +43,7 @@ class Stored:
         return MicroBatchMemory(**{name: round(low[name] + share * (high[name] - low[name])) for name in low})
 
 
-def counts(config: TrainConfig) -> Counts:
+def counts(config: TrainConfig) -> Stored | DryRun:
     """The stored counts of a stage and its model; a dry run if they were not counted before."""
     entry = json.loads(FILE.read_text(encoding="utf-8")).get(key(config))
     if entry is None or not all(str(phase.resolution) in entry["sizes"] for phase in config.stage.phases):

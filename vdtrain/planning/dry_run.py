@@ -7,7 +7,7 @@ are on the CPU, whose fused attention keeps the same tensors for the backward pa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +177,9 @@ class DryRun:
 
     def _encoding(self, resolution: int, rows: int) -> int:
         """The largest peak of the frozen parts, which run one after another."""
-        samples = _pairs(resolution, rows)
+        # As from `vdtrain.data.stream.PairStream`; those of other streams are unknown.
+        images = torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8)
+        samples: dict[str, Any] = {"image": images, "text": [LONG_CAPTION] * rows}
         cached = {MODALITY} if self.config.data.latents == "cached" else set()
         peak = 0
         for kind, parts, names in (
@@ -211,14 +213,6 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _pairs(resolution: int, rows: int) -> Mapping[str, Any]:
-    """Samples as from `vdtrain.data.stream.PairStream`; those of other streams are unknown."""
-    return {
-        "image": torch.empty(rows, 3, resolution, resolution, dtype=torch.uint8),
-        "text": [LONG_CAPTION] * rows,
-    }
-
-
 def with_stand_ins(config: ModelConfig) -> ModelConfig:
     """The model with the package's own small vocabularies for missing ones of the text VAE, and without other ones."""
 
@@ -247,18 +241,17 @@ def _fake(module: nn.Module, dtype: torch.dtype) -> Any:
     """A meta module with its tensors replaced by fake ones: shared ones stay shared, and floats get `dtype`."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
-        for name, tensor in _own_tensors(child):
+        own: list[tuple[str, Tensor]] = [
+            *child.named_parameters(recurse=False, remove_duplicate=False),
+            *child.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name, tensor in own:
             if id(tensor) not in made:
                 empty = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             setattr(child, name, made[id(tensor)])
     return module
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from list(module.named_parameters(recurse=False, remove_duplicate=False))
-    yield from list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, trained_groups
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
 from vdtrain.engine.flat import GroupLayout
 from vdtrain.models.diffuser import parameters_by_group
-from vdtrain.planning.counts import Counts, counts
-from vdtrain.planning.dry_run import MicroBatchMemory, meta_diffuser
+from vdtrain.planning.counts import Stored, counts
+from vdtrain.planning.dry_run import DryRun, MicroBatchMemory, meta_diffuser
 
 GB = 10**9
 FLOAT32 = 4
@@ -37,8 +36,6 @@ class StandingMemory:
         weights: of the diffuser, in the compute dtype.
         masters: float32 weights; 0 if `weights` are the masters.
         gradients: between the micro-batches of a step.
-        moments: AdamW's two moving averages.
-        ema: EMA weights.
         frozen: VAEs and context encoders, in the compute dtype.
         untrained: what the stage uses of the diffuser and does not train, in the compute dtype.
     """
@@ -63,10 +60,8 @@ class PhaseMemory:
     Attributes:
         samples: pairs in whole steps.
         micro_batch: pairs in one forward pass.
-        measured: memory of one micro-batch.
         exchange: communication buffers of the gradients during backward.
         update: peak of the gradient reduction and the weight update, after the activations are freed.
-        peak: of the whole phase.
         largest_micro_batch: the largest divisor of the batch that fits; 0 if none fits, None if the GPU's memory is
             unknown.
         learning_rate: of its first and of its last step.
@@ -112,9 +107,6 @@ class StagePlan:
     warnings: list[str] = field(default_factory=list)
     untrained_parameters: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     """Plan every phase of a stage.
@@ -130,7 +122,8 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     standing = standing_memory(config, layouts, gpus, counted.frozen_bytes, untrained)
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
     phases = [_plan_phase(config, index, counted, standing.total, layouts, gpus) for index in range(len(stage.phases))]
-    checkpoint = checkpoint_bytes(config, layouts) + FLOAT32 * untrained
+    checkpoint, every = checkpoint_bytes(config, layouts) + FLOAT32 * untrained, config.checkpoint.keep_every_steps
+    kept = config.checkpoint.keep + (sum(phase.steps for phase in phases) // every if every else 0)
     return StagePlan(
         stage=config.stage.name,
         gpus=gpus,
@@ -141,7 +134,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
         standing=standing,
         phases=phases,
         checkpoint=checkpoint,
-        checkpoints=_kept_checkpoints(config, sum(phase.steps for phase in phases)) * checkpoint,
+        checkpoints=kept * checkpoint,
         left_out=[*LEFT_OUT, *(f"encoding by {setting}" for setting in sorted(counted.unmeasured))],
         warnings=[_warning(phase, memory) for phase in phases if memory is not None and phase.peak > memory],
         untrained_parameters=untrained,
@@ -151,7 +144,7 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
 def _plan_phase(
     config: TrainConfig,
     index: int,
-    counted: Counts,
+    counted: Stored | DryRun,
     standing: int,
     layouts: Sequence[GroupLayout],
     gpus: int,
@@ -162,11 +155,9 @@ def _plan_phase(
     micro = local // count
     exchange, update = exchange_bytes(config, gpus), update_bytes(config, layouts, gpus)
 
-    def peak(of: MicroBatchMemory) -> int:
-        return standing + max(of.encoding, of.peak + exchange, update)
-
     def peak_at(size: int) -> int:
-        return peak(counted.measure(phase.resolution, size))
+        of = counted.measure(phase.resolution, size)
+        return standing + max(of.encoding, of.peak + exchange, update)
 
     measured = counted.measure(phase.resolution, micro)
     memory = config.hardware.memory_gb
@@ -182,7 +173,7 @@ def _plan_phase(
         measured=measured,
         exchange=exchange,
         update=update,
-        peak=peak(measured),
+        peak=peak_at(micro),
         largest_micro_batch=largest,
     )
 
@@ -214,10 +205,9 @@ def standing_memory(
     """The engine's bytes for a diffuser that trains `layouts`, on the first of `gpus` processes.
 
     Args:
-        frozen: bytes of the frozen parts.
         untrained: number of the diffuser's other parameters.
     """
-    kind, stage, size = _strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
+    kind, stage, size = strategy(config, gpus), config.hardware.zero_stage, compute_bytes(config)
     partitions = sum(layout.partition_size(gpus) for layout in layouts)
     buffers = partitions * gpus
     held = buffers if kind == REPLICATED else partitions
@@ -241,7 +231,7 @@ def standing_memory(
 def exchange_bytes(config: TrainConfig, gpus: int) -> int:
     """DeepSpeed's bucket that communicates gradients during backward; under bf16, with its reduced float32 copy."""
     stage, size = config.hardware.zero_stage, compute_bytes(config)
-    if _strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
+    if strategy(config, gpus) != DEEPSPEED or (stage == 1 and size < FLOAT32):
         return 0
     return BUCKET_ELEMENTS * (size if size == FLOAT32 else size + FLOAT32)
 
@@ -249,7 +239,7 @@ def exchange_bytes(config: TrainConfig, gpus: int) -> int:
 def update_bytes(config: TrainConfig, layouts: Sequence[GroupLayout], gpus: int) -> int:
     """After backward, DeepSpeed's ZeRO 1 reduces copies of buffers; in float32 it copies its partition twice."""
     stage, size = config.hardware.zero_stage, compute_bytes(config)
-    if _strategy(config, gpus) != DEEPSPEED:
+    if strategy(config, gpus) != DEEPSPEED:
         return 0
     partitions = [layout.partition_size(gpus) for layout in layouts]
     if size == FLOAT32:
@@ -273,12 +263,7 @@ def checkpoint_bytes(config: TrainConfig, layouts: Sequence[GroupLayout]) -> int
     return kinds * FLOAT32 * sum(layout.numel for layout in layouts)
 
 
-def _kept_checkpoints(config: TrainConfig, steps: int) -> int:
-    every = config.checkpoint.keep_every_steps
-    return config.checkpoint.keep + (steps // every if every else 0)
-
-
-def _strategy(config: TrainConfig, gpus: int) -> str:
+def strategy(config: TrainConfig, gpus: int) -> str:
     return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, gpus)
 
 

@@ -14,16 +14,18 @@ from typing import Any
 
 from vdtrain.config.schema import HardwareConfig, PlanConfig, RatesConfig, TrainConfig
 from vdtrain.config.validation import stage_flows
-from vdtrain.engine.deepspeed import DEEPSPEED, REPLICATED, SHARDED, strategy_kind
+from vdtrain.engine.deepspeed import DEEPSPEED, REPLICATED, SHARDED
 from vdtrain.errors import ConfigError, described
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.flows import by_output
-from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes
+from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes, strategy
 from vdtrain.run.surroundings import processor
 
 # Where results are by default. Nothing is amiss if they are not there.
 RESULTS = "benchmarks/results"
 MEASURED = ("tflops", "memory", "link")
+# Settings of the hardware that decide how a micro-batch is computed.
+COMPUTING = ("precision", "activation_checkpointing", "compile", "channels_last")
 PARTS = ("encode", "forward", "backward")
 
 
@@ -33,7 +35,6 @@ class Result:
 
     Attributes:
         place: its file, and its name in a file of several.
-        settings: of the step that was measured.
         device, name, processes: what it was measured on.
         rates: those of a `RatesConfig` that were measured; `micro_batch_ms` is the time of computing a micro-batch.
     """
@@ -64,14 +65,8 @@ class Result:
     def fits(self, config: TrainConfig) -> bool:
         """Whether it measured this hardware, computing in the same way."""
         hardware = config.hardware
-        wanted = {
-            "model": config.model.name,
-            "precision": hardware.precision,
-            "compile": hardware.compile,
-            "channels_last": hardware.channels_last,
-            "activation_checkpointing": hardware.activation_checkpointing,
-        }
-        same = all(self.settings.get(name) == value for name, value in wanted.items())
+        same = all(self.settings.get(name) == getattr(hardware, name) for name in COMPUTING)
+        same = same and self.settings.get("model") == config.model.name
         return same and self.device == hardware.device and is_named(hardware, self.name)
 
     def nearness(self, config: TrainConfig, phase: PhaseMemory) -> tuple[float, ...]:
@@ -168,8 +163,6 @@ class StepTime:
         update: seconds of the passes over gradients, weights and moments.
         exchange: seconds of the collectives.
         exposed: of them, those in which nothing is computed.
-        seconds: of a step.
-        days, gpu_hours: of the phase.
     """
 
     flops: float
@@ -229,7 +222,7 @@ def crossing(rates: RatesConfig, gpus: int, size: float) -> float:
 
 def updated_bytes(config: TrainConfig, plan: StagePlan) -> float:
     """Bytes that the update of a step reads and writes on one GPU."""
-    weights, kind = sum(plan.parameters.values()), _strategy(config, plan)
+    weights, kind = sum(plan.parameters.values()), strategy(config, plan.gpus)
     own = weights / plan.gpus
     gradients = plan.standing.gradients / FLOAT32
     passes = ZEROED + (JOINED if kind == DEEPSPEED and config.hardware.zero_stage == 1 else 0)
@@ -245,7 +238,7 @@ def exchanged_bytes(config: TrainConfig, plan: StagePlan, phase: PhaseMemory) ->
 
     Gradients travel in float32, weights in the compute dtype.
     """
-    weights, kind = sum(plan.parameters.values()), _strategy(config, plan)
+    weights, kind = sum(plan.parameters.values()), strategy(config, plan.gpus)
     gradients, gathered = float(FLOAT32 * weights), float(compute_bytes(config) * weights)
     if kind == REPLICATED:
         return [gradients] * 2
@@ -259,14 +252,10 @@ def hidden_bytes(config: TrainConfig, plan: StagePlan) -> tuple[float, float]:
 
     Backward begins with the last output modality, whose data layers then have all their gradients.
     """
-    kind, outputs = _strategy(config, plan), list(by_output(stage_flows(config)))
+    kind, outputs = strategy(config, plan.gpus), list(by_output(stage_flows(config)))
     if kind == DEEPSPEED:
         return 0.0, 0.0
     early = FLOAT32 * sum(plan.parameters[f"data.{output}"] for output in outputs[1:])
     if kind == REPLICATED:
         return float(2 * early), 0.0
     return float(early), float(compute_bytes(config) * sum(plan.parameters.values()))
-
-
-def _strategy(config: TrainConfig, plan: StagePlan) -> str:
-    return strategy_kind(config.hardware.zero_stage, config.hardware.exchange, plan.gpus)

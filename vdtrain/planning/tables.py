@@ -25,7 +25,6 @@ class Bill:
     Attributes:
         times: of each phase; empty if a rate is not known.
         rates: of each phase, and where they come from.
-        price: of a GPU hour; None if it is not known.
     """
 
     plan: StagePlan
@@ -58,7 +57,7 @@ class Bill:
             {**asdict(rates), "share_of_peak": share_of_peak(rates), "source": source} for rates, source in self.rates
         ]
         unknown = [None for _ in self.plan.phases]
-        return {**self.plan.to_dict(), "times": times or unknown, "rates": rates, **sums([self])}
+        return {**asdict(self.plan), "times": times or unknown, "rates": rates, **sums([self])}
 
 
 def sums(bills: Sequence[Bill]) -> dict[str, float | None]:

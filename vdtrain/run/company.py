@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,6 @@ class Company:
     """All processes of a run, which have come and have no group yet. Every process must make it.
 
     Args:
-        rank: of this process.
         seconds: how long it waits for the others.
 
     Attributes:
@@ -88,7 +87,6 @@ class Company:
         """The end of a sentence on which process is late; empty if it is this one, or unknown.
 
         Args:
-            still: seconds for which this process has stood still.
             silence: a process that has told nothing for longer, and for ANSWER_SECONDS more, does not run.
         """
         answer: list[str] = []
@@ -121,14 +119,8 @@ class Company:
         So the watchdog ends the wait for a process that stands still, even if that one cannot end itself.
         """
         self.store.set(f"vdtrain/done/{self.rank}", "")
-        over = threading.Event()
-        thread = threading.Thread(target=self._follow, args=(over, watchdog), name="following", daemon=True)
-        thread.start()
-        try:
+        with _beside(lambda over: self._follow(over, watchdog)):
             yield
-        finally:
-            over.set()
-            thread.join(ANSWER_SECONDS)
 
     def _follow(self, over: threading.Event, watchdog: Watchdog) -> None:
         store, before = self.store.clone(), dict.fromkeys(range(len(self.peers)), -1)
@@ -160,14 +152,8 @@ class Company:
         Args:
             seconds: the longest time for the block. It bounds the wait for a process of another machine.
         """
-        over = threading.Event()
-        watching = threading.Thread(target=self._watch, args=(over, seconds), name="company", daemon=True)
-        watching.start()
-        try:
+        with _beside(lambda over: self._watch(over, seconds)):
             yield
-        finally:
-            over.set()
-            watching.join()
 
     def _watch(self, over: threading.Event, seconds: float | None) -> None:
         began, here, line = time.monotonic(), on_this_machine(self.peers), ""
@@ -185,6 +171,19 @@ class Company:
             if not (gone and started_by_command()):
                 print(f"error: process {self.rank}: {line}", file=sys.stderr, flush=True)
             os._exit(LOST_STATUS)
+
+
+@contextlib.contextmanager
+def _beside(watch: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Watch on another thread while the block runs; the event says that it is over."""
+    over = threading.Event()
+    thread = threading.Thread(target=watch, args=(over,), name="company", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(ANSWER_SECONDS)
 
 
 def _store(rank: int, world_size: int, limit: timedelta) -> Store:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from vdtrain.checkpoint.folder import CheckpointError, UnreadableError
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError, described, one_line
 from vdtrain.run.company import JOIN_SECONDS, Company, this_process
@@ -49,6 +50,10 @@ class SharedError(RuntimeError):
     """An error that every process raises, whichever of them met it."""
 
 
+# Errors that `on_first` passes on, the narrower ones first.
+KINDS = (ConfigError, UnreadableError, CheckpointError, SharedError)
+
+
 @dataclass(frozen=True)
 class RankInfo:
     """This process's rank, local rank and device."""
@@ -63,12 +68,11 @@ def start(device: str, timeout_seconds: float = TIMEOUT_SECONDS, control_only: b
     """Join the processes of this run and choose this process's device.
 
     Args:
-        device: "cuda" or "cpu".
         timeout_seconds: time limit of every collective.
         control_only: gloo group only, no NCCL and no engine.
 
     Raises:
-        ValueError: the launcher's variables are incomplete, or this process has no GPU.
+        ConfigError: the launcher's variables are incomplete, or this process has no GPU.
         JoinError: another process did not come.
     """
     global _company, _control, _timeout, _has_joined
@@ -215,29 +219,34 @@ def joined(rows: Tensor) -> Tensor:
     return rows
 
 
+def first_failure(failure: str | None) -> str | None:
+    """The first `failure` of all processes, on every process; None if it is None on all."""
+    return next((found for found in gather_json(failure) if found is not None), None)
+
+
 def raise_if_any(failure: str | None) -> None:
     """Raise a SharedError with the first `failure` on every process, unless it is None on all."""
-    failures = [found for found in gather_json(failure) if found is not None]
-    if failures:
-        raise SharedError(failures[0])
+    if (found := first_failure(failure)) is not None:
+        raise SharedError(found)
 
 
 def on_first(action: Callable[[], Any]) -> Any:
     """The JSON value of `action` on rank 0, on every process; so all processes decide by one look at the files.
 
     Raises:
-        ConfigError, SharedError: on every process, if it failed.
+        ConfigError, UnreadableError, CheckpointError, SharedError: on every process, what it raised; for an OSError, a
+            SharedError.
     """
     value, failure = None, None
     if rank() == 0:
         try:
             value = action()
-        except (ConfigError, RuntimeError, OSError) as error:
-            text = described(error) if isinstance(error, OSError) else one_line(error)
-            failure = [isinstance(error, ConfigError), text]
+        except (*KINDS, OSError) as error:
+            kind = next((number for number, each in enumerate(KINDS) if isinstance(error, each)), -1)
+            failure = [kind, described(error) if isinstance(error, OSError) else one_line(error)]
     value, failure = broadcast_json([value, failure])
     if failure is not None:
-        raise (ConfigError if failure[0] else SharedError)(failure[1])
+        raise KINDS[failure[0]](failure[1])
     return value
 
 
@@ -250,19 +259,19 @@ def local_device(kind: str, local_rank: int) -> torch.device:
     """The device of a process ("cuda" or "cpu") by its local rank.
 
     Raises:
-        ValueError: there is no GPU for it.
+        ConfigError: there is no GPU for it.
     """
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
-        raise ValueError(f"hardware.device: {kind!r} is neither cuda nor cpu")
+        raise ConfigError(f"hardware.device: {kind!r} is neither cuda nor cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
+        raise ConfigError("hardware.device: cuda, but PyTorch finds no GPU; choose hardware=cpu or repair the driver")
     # With --gpus-per-task=1 each process sees only its own GPU, as number 0.
     index = 0 if count == 1 else local_rank
     if index >= count:
-        raise ValueError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
+        raise ConfigError(f"hardware.device: process {local_rank} of its node, {count} GPUs; start one process per GPU")
     return torch.device("cuda", index)
 
 

@@ -17,12 +17,7 @@ from typing import Any
 
 from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.run.launcher import (
-    OWN_RUN,
-    children,
-    in_step,
-    started_by_command,
-)
+from vdtrain.run.launcher import OWN_RUN, children, in_step, started_by_command
 from vdtrain.run.signals import HELD, ending
 
 ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
@@ -61,21 +56,21 @@ def world_size(config: ProcessesConfig) -> int:
     return (gpus or 1) * nodes
 
 
-def starts_ranks(config: ProcessesConfig, environment: Mapping[str, str] = os.environ) -> bool:
+def starts_ranks(config: ProcessesConfig) -> bool:
     """Whether this process has to start others, which do the command's work, and does none itself.
 
     Raises:
         ConfigError: another launcher has started this process, or has to.
     """
-    if started_by_command(environment):
+    if started_by_command():
         return False
     given = [
         (each.name, value) for each in fields(ProcessesConfig) if (value := getattr(config, each.name)) != each.default
     ]
-    launcher = "torchrun" if "RANK" in environment else "Slurm" if "SLURM_JOB_ID" in environment else ""
-    if given and (launcher or in_step(environment)):
+    launcher = "torchrun" if "RANK" in os.environ else "Slurm" if "SLURM_JOB_ID" in os.environ else ""
+    if given and (launcher or in_step(os.environ)):
         name, value = given[0]
-        instead = "it has started the processes" if "RANK" in environment else "srun starts the processes of a job"
+        instead = "it has started the processes" if "RANK" in os.environ else "srun starts the processes of a job"
         raise ConfigError(f"{name}={value}: this runs under {launcher or 'Slurm'}, and {instead}; take {name} out")
     return world_size(config) > 1
 
@@ -85,7 +80,6 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
 
     Args:
         words: after the interpreter's name; what each of them runs.
-        device: "cuda" or "cpu".
 
     Raises:
         ConfigError: the node has too few GPUs.
@@ -93,7 +87,7 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
     ending.passes_on = _pass_on
     for number in HELD:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _do_nothing)
+            signal.signal(number, lambda *_: None)
     if ending.received:
         # It came before there was anything to pass it on to.
         ending.leave(ending.received)
@@ -113,12 +107,15 @@ def start(config: ProcessesConfig, words: Sequence[str], device: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.CRITICAL)
+    # Processes that start meanwhile receive HELD signals when they can act on them, see `signals.begin`.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
-        with tempfile.TemporaryDirectory(prefix="vdtrain-") as logs, _held():
+        with tempfile.TemporaryDirectory(prefix="vdtrain-") as logs:
             _launch(config, words, logs)
     except ChildFailedError as error:
         return _status(error.failures)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         logging.disable(logging.NOTSET)
     return 0
 
@@ -179,16 +176,6 @@ def _status(failures: Mapping[int, Any]) -> int:
     return int(128 - status if status < 0 else status)
 
 
-@contextlib.contextmanager
-def _held() -> Any:
-    """Processes that start meanwhile receive HELD signals when they can act on them, see `signals.begin`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _pass_on(number: int) -> None:
     """Send a signal to the processes; before there are any, it ends this one. Called by the thread of `signals`."""
     ranks = children()
@@ -199,10 +186,6 @@ def _pass_on(number: int) -> None:
             os.kill(rank, number)
 
 
-def _do_nothing(number: int, frame: Any) -> None:
-    pass
-
-
 def words_of(command: str, argv: Sequence[str]) -> list[str]:
     """What started this process, after the interpreter's name: the flags and program of the user's own command."""
     typed = sys.orig_argv[1:]
@@ -211,14 +194,14 @@ def words_of(command: str, argv: Sequence[str]) -> list[str]:
     return ["-m", "vdtrain", *command.split(), *argv]
 
 
-def unused_gpus(config: ProcessesConfig, device: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def unused_gpus(config: ProcessesConfig, device: str) -> str | None:
     """A line about the idle GPUs of a node on which one process is about to start, by itself; None if all is well."""
-    if config.gpus is not None or device == "cpu" or "RANK" in environment or in_step(environment):
+    if config.gpus is not None or device == "cpu" or "RANK" in os.environ or in_step(os.environ):
         return None
-    idle = idle_gpus(environment)
+    idle = idle_gpus()
     if idle < 2:
         return None
-    instead = "`srun` starts a process on each" if "SLURM_JOB_ID" in environment else f"gpus={idle} takes all of them"
+    instead = "`srun` starts a process on each" if "SLURM_JOB_ID" in os.environ else f"gpus={idle} takes all of them"
     return f"{idle} GPUs of this machine are idle, and one process uses one of them; {instead}, gpus=1 takes one"
 
 

@@ -65,12 +65,12 @@ def launch_variables() -> dict[str, str]:
     """
     environment = os.environ
     for name in NUMBERS:
-        number(environment, name)
+        number(name)
     if "RANK" in environment or "WORLD_SIZE" in environment:
         missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
         if missing:
             raise ConfigError(f"launcher: {', '.join(missing)} not set beside RANK or WORLD_SIZE; use torchrun or srun")
-        rank, processes = number(environment, "RANK"), number(environment, "WORLD_SIZE")
+        rank, processes = number("RANK"), number("WORLD_SIZE")
         if rank >= processes:
             raise OwnNumberError(f"launcher: RANK={rank}: {processes} processes count from 0; use torchrun or srun")
         return {name: environment[name] for name in TORCHRUN_VARIABLES}
@@ -89,13 +89,13 @@ def launch_variables() -> dict[str, str]:
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-def number(environment: Mapping[str, str], name: str) -> int:
+def number(name: str) -> int:
     """A numeric variable of a launcher; its minimum if it is not set.
 
     Raises:
         ConfigError: it is not a number, or below its minimum.
     """
-    value, least = environment.get(name, ""), NUMBERS[name]
+    value, least = os.environ.get(name, ""), NUMBERS[name]
     if not value:
         return least
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
@@ -184,7 +184,8 @@ def _tell_mistake(launch: Mapping[str, str], text: str = "a mistake in its setti
     if distributed is not None and distributed.has_joined():
         return
     place = launch["MASTER_ADDR"], int(launch["MASTER_PORT"])
-    here = _is_local(place[0])
+    own = socket.gethostname()
+    here = place[0] in ("127.0.0.1", "localhost", "::1", own, own.partition(".")[0])
     end = time.monotonic() + (TELL_HERE_SECONDS if here else TELL_SECONDS)
     while not _answers(place):
         if time.monotonic() >= end or (here and not _first_is_here(launch)):
@@ -202,11 +203,6 @@ def _answers(place: tuple[str, int]) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_local(host: str) -> bool:
-    own = socket.gethostname()
-    return host in ("127.0.0.1", "localhost", "::1", own, own.partition(".")[0])
 
 
 def _first_is_here(launch: Mapping[str, str]) -> bool:
@@ -229,7 +225,7 @@ def _slurm_launch() -> dict[str, str]:
     if tasks != "1":
         # Rank 0 is on the step's first node, which may differ from the job's.
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-        offset = number(environment, "SLURM_JOB_ID") + number(environment, "SLURM_STEP_ID")
+        offset = number("SLURM_JOB_ID") + number("SLURM_STEP_ID")
         launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
         launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
     return launch

@@ -79,10 +79,19 @@ def children() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _parent(int(name)) == os.getpid()]
 
 
+def stat_of(pid: int) -> list[str]:
+    """What the system tells of a process of this machine: its state, its parent and further fields of proc(5).
+
+    Raises:
+        OSError: it has ended, or the system does not tell.
+    """
+    # The program's name before them, in parentheses, may hold any character.
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
 def _parent(pid: int) -> int:
     try:
-        # The program's name, in parentheses, may hold any character.
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        return int(stat_of(pid)[1])
     except (OSError, IndexError):
         return 0
 

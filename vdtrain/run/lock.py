@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from enum import Enum
@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unwritable
+from vdtrain.run.launcher import stat_of
 from vdtrain.run.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
@@ -62,8 +63,7 @@ def process_start(pid: int) -> str | None:
     except PermissionError:
         pass
     try:
-        # The program's name, in parentheses, may hold any character.
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, *rest = stat_of(pid)
     except FileNotFoundError:
         return None if Path("/proc/self/stat").exists() else ""
     except OSError:
@@ -85,18 +85,9 @@ class Holder:
     token: str = ""
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Holder:
-        job, count = slurm_job(environment)
-        return cls(
-            machine(),
-            os.getpid(),
-            process_start(os.getpid()) or "",
-            job,
-            count,
-            environment.get("SLURM_ARRAY_TASK_ID"),
-            time.time(),
-            uuid.uuid4().hex,
-        )
+    def here(cls) -> Holder:
+        pid, task = os.getpid(), os.environ.get("SLURM_ARRAY_TASK_ID")
+        return cls(machine(), pid, process_start(pid) or "", *slurm_job(), task, time.time(), uuid.uuid4().hex)
 
     @classmethod
     def read(cls, text: str) -> Holder:
@@ -122,7 +113,7 @@ class Holder:
         return f"process {self.pid} on {(self.machine or ['another host'])[0]}{job}{task}, since {since}"
 
 
-class HeldError(RuntimeError):
+class HeldError(ConfigError):
     """Another job holds the lock; the message names it in one line."""
 
 
@@ -136,15 +127,12 @@ class RunLock:
     Args:
         folder: on a file system that all jobs share; created with the lock.
         setting: the folder's setting, for errors.
-        lost: called on its own thread when another job has taken the lock, which happens after this process stood
-            still for long. By default it prints an error and ends the process.
     """
 
-    def __init__(self, folder: Path, setting: str = "run_dir", lost: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path, setting: str = "run_dir") -> None:
         self.folder, self.setting = folder, setting
         self.path = folder / LOCK_FILE
         self.own: Holder | None = None
-        self._lost = lost or _end
         self._released = threading.Event()
         self._heartbeats: threading.Thread | None = None
         # The watched holder: its token, its last heartbeat, and when this process began to watch.
@@ -270,7 +258,7 @@ class RunLock:
                 if holder.token == self.own.token:
                     os.utime(self.path)
                 elif holder.pid:
-                    self._lost(f"{self.setting}={self.folder}: was taken over by {holder}; this process ends unsaved")
+                    _end(f"{self.setting}={self.folder}: was taken over by {holder}; this process ends unsaved")
                     return
 
     def _refusal(self, holder: Holder) -> str:
@@ -280,7 +268,7 @@ class RunLock:
         return f"{self.setting}={self.folder}: is in use by {holder}; {remedy}"
 
 
-def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, needed: bool = True) -> None:
+def take_together(lock: RunLock, waiting: Callable[[], None], needed: bool = True) -> None:
     """Take a lock on rank 0 for all processes of a job; every process calls this.
 
     Args:
@@ -292,27 +280,23 @@ def take_together(lock: RunLock, waiting: Callable[[], None] = lambda: None, nee
         SharedError: on every process, if the folder cannot be written.
     """
     # Imported late, because it imports PyTorch.
-    from vdtrain.run import distributed
+    from vdtrain.run.distributed import SharedError, on_first
 
-    while True:
-        waiting()
-        taken, held, failure = True, None, None
-        if distributed.rank() == 0:
-            try:
-                taken = lock.attempt()
-            except HeldError as error:
-                held = str(error)
-            except OSError as error:
-                failure = f"{lock.setting}={lock.folder}: {unwritable(error, lock.folder)}" if needed else None
-        taken, held, failure = distributed.broadcast_json([taken, held, failure])
-        if held is not None:
-            raise ConfigError(held)
-        distributed.raise_if_any(failure)
-        if taken:
-            return
+    def attempt() -> bool:
+        try:
+            return lock.attempt()
+        except OSError as error:
+            if needed:
+                raise SharedError(f"{lock.setting}={lock.folder}: {unwritable(error, lock.folder)}") from error
+            return True
+
+    waiting()
+    while not on_first(attempt):
         time.sleep(POLL_SECONDS)
+        waiting()
 
 
 def _end(line: str) -> None:
+    """End this process: another job has taken its lock, which happens after it stood still for long."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(LOST_STATUS)

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vdtrain.run.launcher import stat_of
+
 # Threads whose reading and writing counts: the main one, and those that prepare the first batch.
 WORKERS = ("MainThread", "prepare", "decode")
 # Share of the time that a working process keeps a processor busy, at least.
@@ -115,12 +117,10 @@ def _children_seconds() -> float:
     """Processor time of the processes that this one started, such as compilers."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        # The process may have ended.
+    for process in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        # It may have ended.
         with suppress(OSError, ValueError, IndexError):
-            # After the name, which may hold anything: state, parent, ..., and four processor times.
-            fields = file.read_text(errors="replace").rpartition(") ")[2].split()
-            process = int(file.parent.name)
+            fields = stat_of(process)
             parents[process], ticks[process] = int(fields[1]), sum(map(int, fields[11:15]))
     found, level = 0, {os.getpid()}
     while level := {process for process, parent in parents.items() if parent in level}:

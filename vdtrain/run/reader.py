@@ -20,14 +20,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def quietly(action: Callable[[], int]) -> int:
-    """The exit status of a command: that of `action`, or GONE_STATUS if nobody reads its output any more.
-
-    Args:
-        action: prints by sys.stdout and sys.stderr.
-    """
+    """The exit status of a command: that of `action`, or GONE_STATUS if nobody reads its output any more."""
     try:
         status = _status(action)
-        _flush()
+        # Python itself would fail at its very end.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # It may be another pipe than that to the reader.
         if not (gone := [each for each in OUTPUTS if _is_gone(each)]):
@@ -52,12 +50,6 @@ def _status(action: Callable[[], int]) -> int:
         if not isinstance(end.code, int):
             raise
         return end.code
-
-
-def _flush() -> None:
-    """Write what is still to be printed: Python itself would fail at its very end."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def _is_gone(descriptor: int) -> bool:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -27,8 +27,7 @@ from vdtrain.run import distributed
 from vdtrain.run.speed import StepClock
 from vdtrain.run.summary import PACE_LINES, age, pace, tracked_at
 from vdtrain.run.surroundings import environment, processor
-from vdtrain.run.tracking import Tracker
-from vdtrain.run.wandb_run import INIT_SECONDS
+from vdtrain.run.tracking import INIT_SECONDS, Tracker
 
 if TYPE_CHECKING:
     from vdtrain.training.agreement import StepOutcome
@@ -39,10 +38,8 @@ class Meters:
     """Sums since the last log line: losses, gradient norms, waiting, pairs. docs/metrics.md explains the figures.
 
     Attributes:
-        device: that this process trains on.
         peak: FLOP/s of a matrix product on it.
         flops: of a step of this process; None until they are counted.
-        clock: of the parts of the steps.
     """
 
     device: torch.device
@@ -118,6 +115,12 @@ def _rank_times(steps: list[list[float]]) -> dict[str, Any]:
     return {"step_times": {"slowest": slowest, "fastest": min(means)}, "slowest_rank": means.index(slowest)}
 
 
+def environment_of(config: TrainConfig) -> dict[str, Any]:
+    """The `environment` of a run's processes."""
+    hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
+    return environment(hosts, torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor())
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory of this process in GB (1e9 bytes): of the GPU if there is one, else resident."""
     if device.type == "cuda":
@@ -152,32 +155,18 @@ class Reporter:
 
     Args:
         raw_config: the resolved configuration, for the tracker and for config.yaml in the run folder.
-        step: the step that the run continues from.
     """
 
     def __init__(self, config: TrainConfig, raw_config: Any, step: int, rank: int) -> None:
         self.tracker: Tracker | None = None
-        self._open: Callable[[], Tracker] | None = None
         self.progress: Progress | None = None
-        self._config = config
+        self._config, self._raw_config, self._step, self._rank = config, raw_config, step, rank
         # Of the present phase.
         self._records: deque[Mapping[str, Any]] = deque(maxlen=PACE_LINES)
         self._began = time.monotonic()
         self.console = Console(soft_wrap=True, highlight=False, quiet=rank != 0)
-        if rank != 0:
-            return
-        limit = config.watchdog_seconds
-        seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
-        run_dir, batch = Path(config.run_dir), config.stage.global_batch_size
-        hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
-
-        def opened() -> Tracker:
-            device = torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor()
-            content = {**raw_config, "environment": redacted(environment(hosts, device))}
-            return Tracker(run_dir, config.tracking, content, step, self.warn, seconds, batch, config.stage.init_from)
-
-        self._open = opened
-        if self.console.is_terminal:
+        if rank == 0 and self.console.is_terminal:
+            batch = config.stage.global_batch_size
             total = sum(phase_steps(config, phase) for phase in config.stage.phases) * batch
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)
@@ -186,10 +175,15 @@ class Reporter:
 
     def begin(self) -> None:
         """Open the tracker, unless it is open: the start has succeeded, and figures of lost steps may be dropped."""
-        if self._open is None:
+        if self._rank != 0 or self.tracker is not None:
             return
-        self.tracker, self._open = self._open(), None
-        run_dir, tracking = Path(self._config.run_dir), self._config.tracking
+        config = self._config
+        limit, run_dir, tracking, stage = config.watchdog_seconds, Path(config.run_dir), config.tracking, config.stage
+        seconds = INIT_SECONDS if limit is None else min(INIT_SECONDS, WANDB_OF_WATCHDOG * limit)
+        content = {**self._raw_config, "environment": redacted(environment_of(config))}
+        self.tracker = Tracker(
+            run_dir, tracking, content, self._step, self.warn, seconds, stage.global_batch_size, stage.init_from
+        )
         if self.tracker.on_wandb:
             self.note(f"Weights & Biases: {tracked_at(run_dir, tracking)}")
         if tracking.tensorboard:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,9 @@ class Event:
     """A line of the record: a start of the trainer, or a decision to requeue its job.
 
     Attributes:
-        kind: "start" or "requeue".
         step: of the checkpoint that the start, or the next start, continues from; 0 at the beginning of a stage.
         time: seconds since 1970.
         job: Slurm's job id, which survives a requeue; None outside Slurm.
-        restart_count: how often Slurm has restarted the job.
         total_steps, max_restarts, hosts, world_size: of a start only.
         changed: settings that differ from the start before, each with what it was and what it is.
         environment: commit, versions and device of a start.
@@ -59,13 +57,13 @@ class Event:
     environment: dict[str, Any] = field(default_factory=dict)
 
 
-def slurm_job(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
+def slurm_job() -> tuple[str | None, int]:
     """The Slurm job of this process, and how often Slurm has restarted it.
 
     Raises:
         ConfigError: Slurm's count is not a number.
     """
-    return environment.get("SLURM_JOB_ID"), number(environment, "SLURM_RESTART_COUNT")
+    return os.environ.get("SLURM_JOB_ID"), number("SLURM_RESTART_COUNT")
 
 
 def record_start(
@@ -83,27 +81,17 @@ def record_start(
     Raises:
         OSError: it cannot be written.
     """
-    job, count = slurm_job()
     _append(
         run_dir,
-        Event(
-            START,
-            step,
-            job=job,
-            restart_count=count,
-            total_steps=total_steps,
-            max_restarts=max_restarts,
-            world_size=world_size,
-            hosts=list(dict.fromkeys(hosts)),
-            changed=dict(changed or {}),
-            environment=dict(environment or {}),
-        ),
+        START,
+        step,
+        total_steps=total_steps,
+        max_restarts=max_restarts,
+        world_size=world_size,
+        hosts=list(dict.fromkeys(hosts)),
+        changed=dict(changed or {}),
+        environment=dict(environment or {}),
     )
-
-
-def read_events(run_dir: Path) -> list[Event]:
-    """The record, oldest first; truncated lines are skipped."""
-    return list(_events(run_dir))
 
 
 def restarts(events: Sequence[Event], job: str | None = None, count: int = 0) -> int:
@@ -156,24 +144,26 @@ def note_requeue(run_dir: Path) -> None:
         OSError: it cannot be written.
     """
     latest, _ = latest_by_sizes(run_dir / CHECKPOINTS)
-    job, count = slurm_job()
-    _append(run_dir, Event(REQUEUE, 0 if latest is None else latest.step, job=job, restart_count=count))
+    _append(run_dir, REQUEUE, 0 if latest is None else latest.step)
 
 
-def _append(run_dir: Path, event: Event) -> None:
-    path = run_dir / RECORD_FILE
+def _append(run_dir: Path, kind: str, step: int, **about: Any) -> None:
+    path, (job, count) = run_dir / RECORD_FILE, slurm_job()
+    event = Event(kind, step, job=job, restart_count=count, **about)
     new = not path.exists()
     append_line(path, json.dumps(asdict(event)), durable=True)
     if new:
         sync(run_dir)
 
 
-def _events(run_dir: Path) -> Iterator[Event]:
+def read_events(run_dir: Path) -> list[Event]:
+    """The record, oldest first; truncated lines are skipped."""
+    events: list[Event] = []
     try:
         with opened(run_dir / RECORD_FILE) as file:
             lines = file.read().decode(errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return
+        return events
     known = {each.name for each in fields(Event)}
     for line in lines:
         try:
@@ -186,7 +176,8 @@ def _events(run_dir: Path) -> Iterator[Event]:
         tables = isinstance(event.changed, dict) and isinstance(event.environment, dict)
         pairs = tables and all(isinstance(each, list) and len(each) == 2 for each in event.changed.values())
         if numbers and pairs and isinstance(event.hosts, list):
-            yield replace(event, hosts=[str(host) for host in event.hosts])
+            events.append(replace(event, hosts=[str(host) for host in event.hosts]))
+    return events
 
 
 def main(argv: Sequence[str] | None = None) -> int:

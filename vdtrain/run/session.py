@@ -31,10 +31,11 @@ from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.launcher import started_by_command
 from vdtrain.run.lock import RunLock, take_together
+from vdtrain.run.reporting import environment_of
 from vdtrain.run.restarts import record_start
 from vdtrain.run.signals import StopSignal, ending
 from vdtrain.run.summary import CONFIG_FILE, next_command, read_config
-from vdtrain.run.surroundings import environment, processor
+from vdtrain.run.surroundings import processor
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
 from vdtrain.training.agreement import DataError
 from vdtrain.training.build import build_trainer
@@ -122,12 +123,9 @@ def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchd
         early = resolve_start(config, raw_config, Verification.SIZES)
     limit = config.watchdog_seconds
     timeout = distributed.TIMEOUT_SECONDS if limit is None else TIMEOUT_OVER_WATCHDOG * limit
-    try:
-        # Imports from a slow disk take long too.
-        with watchdog.patient("joining the other processes"):
-            place = distributed.start(config.hardware.device, timeout)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    # Imports from a slow disk take long too.
+    with watchdog.patient("joining the other processes"):
+        place = distributed.start(config.hardware.device, timeout)
     distributed.watch(watchdog)
     lock = RunLock(Path(config.run_dir))
     try:
@@ -169,8 +167,7 @@ def _begin(
 ) -> None:
     """Record the start in the run folder and print it."""
     step = 0 if start.position is None else start.position.step
-    hosts = [str(machine[0]) for machine, *_ in distributed.peers()]
-    distributed.raise_if_any(_prepare_folder(config, raw_config, step, hosts) if place.rank == 0 else None)
+    distributed.raise_if_any(_prepare_folder(config, raw_config, step) if place.rank == 0 else None)
     if place.rank == 0:
         origin = (
             f"continues from {start.resume}" if start.resume else f"starts from {start.weights or 'random weights'}"
@@ -189,11 +186,8 @@ def _processes(config: TrainConfig, place: distributed.RankInfo) -> str:
     """Processes, nodes and precision: "16 processes on 2 nodes, each on a NVIDIA H100 in bf16"."""
     count, nodes = place.world_size, len({str(machine) for machine, *_ in distributed.peers()})
     processes = f"{count} processes on {nodes} node{'s' * (nodes != 1)}, each" if count > 1 else "one process"
-    return f"{processes} on {_device(config)} in {config.hardware.precision}"
-
-
-def _device(config: TrainConfig) -> str:
-    return torch.cuda.get_device_name() if config.hardware.device == "cuda" else f"the CPU ({processor()})"
+    device = torch.cuda.get_device_name() if config.hardware.device == "cuda" else f"the CPU ({processor()})"
+    return f"{processes} on {device} in {config.hardware.precision}"
 
 
 def _say_where(config: TrainConfig, trainer: Trainer, place: distributed.RankInfo) -> None:
@@ -218,7 +212,7 @@ def _micro_batches(config: TrainConfig, world_size: int) -> str:
     return ", ".join(f"{count} x {local // count} pairs at {pixels} pixels" for pixels, count in counts.items())
 
 
-def _prepare_folder(config: TrainConfig, raw_config: DictConfig, step: int, hosts: list[str]) -> str | None:
+def _prepare_folder(config: TrainConfig, raw_config: DictConfig, step: int) -> str | None:
     """Write the configuration and the start into the run folder; a line on what failed, or None."""
     run_dir, total = Path(config.run_dir), sum(stage_steps(config.stage))
     try:
@@ -226,8 +220,8 @@ def _prepare_folder(config: TrainConfig, raw_config: DictConfig, step: int, host
         before = read_config(run_dir)
         changed = differences(before, shown) if before else {}
         OmegaConf.save(OmegaConf.create(shown), run_dir / CONFIG_FILE)
-        device = torch.cuda.get_device_name() if config.hardware.device == "cuda" else processor()
-        record_start(run_dir, step, total, config.max_restarts, len(hosts), hosts, changed, environment(hosts, device))
+        here = environment_of(config)
+        record_start(run_dir, step, total, config.max_restarts, here["processes"], here["hosts"], changed, here)
     except OSError as error:
         return f"run_dir={run_dir}: {unwritable(error, run_dir)}"
     return None

@@ -67,7 +67,8 @@ class _Ending:
         if not self.number and not self._deferred:
             self.number = number
             # The exception may arise in a destructor, or end another thread by way of this one.
-            sys.unraisablehook = threading.excepthook = _say_nothing
+            sys.unraisablehook = lambda *_: None
+            threading.excepthook = lambda *_: None
             raise KeyboardInterrupt
 
     def check(self) -> None:
@@ -92,7 +93,6 @@ class _Ending:
 
         Args:
             reader: a pipe that receives the number of every signal with a handler.
-            launching: pidfds of the launchers, with their names.
         """
         interruptions, repeated, deadline, latest, waited = 0, 0, float("inf"), 0.0, [reader, *launching]
         while True:
@@ -191,10 +191,6 @@ def _leave() -> NoReturn:
     ending.leave(ending.number)
 
 
-def _say_nothing(problem: Any) -> None:
-    pass
-
-
 def _say(line: str) -> None:
     # Not by sys.stderr, whose lock the main thread may hold.
     with suppress(OSError):
@@ -212,11 +208,7 @@ def _name(number: int) -> str:
 
 
 class StopSignal:
-    """Records the first stop signal. A second SIGINT ends the process at once, as users expect of Ctrl-C.
-
-    Args:
-        numbers: the signals to record.
-    """
+    """Records the first stop signal. A second SIGINT ends the process at once, as users expect of Ctrl-C."""
 
     def __init__(self, numbers: Sequence[signal.Signals] = (signal.SIGINT, *SCHEDULER_SIGNALS)) -> None:
         self.number = 0

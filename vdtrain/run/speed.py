@@ -37,11 +37,7 @@ class StepClock:
         self._marks: list[tuple[str | None, Any]] = []
 
     def mark(self, part: str | None) -> Any:
-        """End a part; None ends time that belongs to no part, such as the time between two steps.
-
-        Returns:
-            The mark, for `between`.
-        """
+        """End a part; None ends time that belongs to no part, such as the time between two steps."""
         if self._on_gpu:
             stamp: Any = torch.cuda.Event(enable_timing=True)
             stamp.record()

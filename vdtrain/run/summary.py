@@ -50,9 +50,6 @@ def next_command(config: TrainConfig, overrides: Sequence[str], environment: Map
     """The command after a complete stage, quoted for a shell. After the last stage it is a sampling command.
 
     It keeps the user's overrides, except those that define the stage, and the launcher: sbatch, torchrun or none.
-
-    Args:
-        overrides: of the command line.
     """
     name = next_stage(config.stage.name)
     if name is None:
@@ -79,14 +76,11 @@ def _overrides(config: TrainConfig, name: str, given: Sequence[str], environment
             words.append(override)
     run_dir = Path(config.run_dir)
     if run_dir != Path(config.runs_dir) / config.stage.name:
-        following = _moved(run_dir, config.stage.name, name)
+        # A sibling whose name has the next stage in place of this one.
+        stage = config.stage.name
+        following = run_dir.with_name(run_dir.name.replace(stage, name) if stage in run_dir.name else name)
         words += [word_for("stage.init_from", str(run_dir)), word_for("run_dir", str(following))]
     return words
-
-
-def _moved(run_dir: Path, stage: str, following: str) -> Path:
-    """A sibling of `run_dir` whose name has the next stage in place of this one."""
-    return run_dir.with_name(run_dir.name.replace(stage, following) if stage in run_dir.name else following)
 
 
 def _launcher(name: str, environment: Mapping[str, str]) -> list[str]:
@@ -198,6 +192,7 @@ def summarise(folder: Path) -> RunSummary:
     total = sum(steps) or (starts[-1].total_steps if starts else record.get("total_samples", 0) // max(1, batch))
     phase = next((number for number in range(len(steps)) if step < sum(steps[: number + 1])), max(0, len(steps) - 1))
     resolutions = [each.resolution for each in stage.phases] if stage is not None else [record.get("resolution", 0)]
+    since = starts[-1].time if starts else 0.0
     return RunSummary(
         folder=folder,
         stage=folder.name if stage is None else stage.name,
@@ -216,7 +211,7 @@ def summarise(folder: Path) -> RunSummary:
         damages=damages,
         starts=starts,
         tracked=tracked_at(folder, tracking),
-        dumps=_dumps(folder, starts[-1].time if starts else 0.0),
+        dumps=sorted(path for path in (folder / "dumps").glob("rank-*.txt") if path.stat().st_mtime >= since),
     )
 
 
@@ -268,10 +263,6 @@ def tracked_at(folder: Path, tracking: TrackingConfig | None) -> str | None:
         return (folder / WANDB_URL_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return f"online: project {tracking.project}"
-
-
-def _dumps(folder: Path, since: float) -> list[Path]:
-    return sorted(path for path in (folder / "dumps").glob("rank-*.txt") if path.stat().st_mtime >= since)
 
 
 def age(seconds: float) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,9 @@ SLURM = (
 )
 
 
-def environment(hosts: Sequence[str], device: str, variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What a tracker records beside the configuration: commit, versions, machines, and the Slurm job if there is one.
-
-    Args:
-        hosts: of the processes, by rank.
-        device: name of the first process's.
-    """
-    job = {name.lower(): variables[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in variables}
+def environment(hosts: Sequence[str], device: str) -> dict[str, Any]:
+    """What a run records beside its configuration: commit, versions, machines, and the Slurm job if there is one."""
+    job = {name.lower(): os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
     machines = {"hosts": list(dict.fromkeys(hosts)), "processes": len(hosts), "device": device}
     return {"commit": commit(), "versions": versions(*PACKAGES), **machines} | ({"slurm": job} if job else {})
 

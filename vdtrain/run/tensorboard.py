@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from vdtrain.errors import missing, one_line
-from vdtrain.run.figures import Line, flat
+from vdtrain.run.tracking import Line, flat
 
 FOLDER = "tensorboard"
 # Figures that records alone write, so that each has one value at a place.
@@ -35,9 +35,6 @@ class TensorBoard:
 
     Args:
         file: holds all figures, whatever is written here.
-        run_config: shown as text.
-        lines: of the run so far.
-        samples: that training has seen.
     """
 
     def __init__(

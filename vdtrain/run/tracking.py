@@ -16,9 +16,8 @@ from typing import Any, Protocol
 
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.files import ABSENT, append_line, atomic_write, opened
-from vdtrain.run.figures import Line
-from vdtrain.run.wandb_run import INIT_SECONDS, start_run
 
+Line = Mapping[str, Any]
 METRICS_FILE = "metrics.jsonl"
 # Figures of a record that others than the tracker read; each may be absent. None is infinite, or NaN.
 FIGURES = (
@@ -26,6 +25,8 @@ FIGURES = (
     *("skipped", "replaced", "failed_saves", "time"),
 )
 MOST = 1e18
+# All processes wait for the one that opens the run on W&B, so an outage may delay them only this long.
+INIT_SECONDS = 20.0
 # Enough for a hundred records.
 TAIL_BYTES = 1 << 18
 
@@ -48,15 +49,11 @@ class Tracker:
 
     Args:
         run_dir: holds metrics.jsonl, the W&B run id and the offline W&B files, and TensorBoard's files.
-        run_config: the configuration, for people.
         step: the step that the run continues from; later lines, of lost work, are dropped.
         warn: receives a line on figures that could not be written or sent.
         wandb_seconds: time limit for W&B to open the run.
         batch: samples of a step.
         init_from: the run that this one starts from; both are in one group.
-
-    Attributes:
-        on_wandb: whether W&B took the run.
     """
 
     def __init__(
@@ -85,7 +82,9 @@ class Tracker:
         self._sinks: list[Sink] = []
         self.on_wandb = False
         if config.mode != "disabled":
-            run = start_run(run_dir, self.path, config, run_config, kept, warn, wandb_seconds, init_from)
+            from vdtrain.run.wandb_run import WandbRun
+
+            run = WandbRun(self.path, config, run_config, kept, warn, wandb_seconds, init_from)
             self.on_wandb = run.accepted
             self._sinks.append(run)
         if config.tensorboard:
@@ -116,7 +115,6 @@ class Tracker:
 
         Args:
             name: of the series of images, such as "samples/text-to-image".
-            samples: that training had seen.
         """
         relative = os.path.relpath(path, self.path.parent)
         self.log({"step": samples // self._batch, "samples": samples, "image": name, "path": relative})
@@ -169,6 +167,28 @@ def last_metrics(run_dir: Path, count: int) -> list[dict[str, Any]]:
             return []
         raise
     return [line for line in _lines(lines[size > TAIL_BYTES :]) if _is_record(line)][-count:]
+
+
+def flat(line: Line) -> dict[str, float]:
+    """The numbers of a line under the names that trackers show (docs/metrics.md).
+
+    {"learning_rates": {"global": 1e-4}} is {"learning_rate/global": 1e-4}.
+
+    A table loses the s at its end, so that its parts stand below the figure that they are parts of.
+    """
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if key != "time":
+            table = isinstance(value, Mapping) and key != "loss"
+            found |= _named(key.removesuffix("s") if table else key, value)
+    return found
+
+
+def _named(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        parts = (_named(f"{name}/{key}", each) for key, each in value.items())
+        return {key: each for part in parts for key, each in part.items()}
+    return {name: value} if isinstance(value, int | float) else {}
 
 
 def _kind(line: Line) -> str:

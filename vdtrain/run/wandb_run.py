@@ -23,12 +23,10 @@ from vdtrain.config.schema import TrackingConfig
 from vdtrain.errors import missing
 from vdtrain.files import atomic_write
 from vdtrain.redaction import redacted, redacted_arguments
-from vdtrain.run.figures import Line, flat
+from vdtrain.run.tracking import INIT_SECONDS, Line, flat
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)
-# All processes wait for the one that opens the run, so an outage may delay them only this long.
-INIT_SECONDS = 20.0
 # A scheduler that has asked a job to stop does not wait for uploads.
 FINISH_SECONDS = 20.0
 # For the end of W&B's own process.
@@ -44,7 +42,6 @@ def open_run(tracking: TrackingConfig, seconds: float = INIT_SECONDS, **argument
     """Open a run with the wandb package, without any prompt at a terminal.
 
     Args:
-        tracking: its mode is "online" or "offline".
         seconds: time limit for W&B's server.
         arguments: of `wandb.init`, where the settings name nothing else.
 
@@ -183,21 +180,90 @@ Warn = Callable[[str], None]
 
 
 class WandbRun:
-    """Sends lines to W&B. After a failure it warns once and sends nothing more.
+    """See tracking.Sink. The run folder's run on W&B, or a new one.
 
     Args:
-        run: of the wandb package; None if W&B did not accept it.
-        file: holds all figures, whatever W&B received.
+        file: in the run folder; holds all figures, whatever W&B received.
+        lines: of the run so far; those that W&B lacks are sent.
+        seconds: time limit for W&B to open the run.
+        init_from: the run that this one starts from; both are in one group.
     """
 
-    def __init__(self, run: Any, file: Path, warn: Warn) -> None:
-        self._run, self._file, self._warn = run, file, warn
+    def __init__(
+        self,
+        file: Path,
+        tracking: TrackingConfig,
+        run_config: Mapping[str, Any],
+        lines: Sequence[Line],
+        warn: Warn,
+        seconds: float,
+        init_from: str | None,
+    ) -> None:
+        self._run_dir, self._file, self._tracking, self._warn = file.parent, file, tracking, warn
+        self._run: Any = None
         self._newest: int | None = None
+        try:
+            if tracking.mode == "offline":
+                _set_aside(self._run_dir)
+            run, new = self._open(run_config, seconds, init_from)
+            run.define_metric("samples")
+            run.define_metric("*", step_metric="samples")
+            for name, summary in SUMMARIES.items():
+                run.define_metric(name, step_metric="samples", summary=summary)
+            newest = -1 if new else self._newest_step(run)
+            if run.url and tracking.mode == "online":
+                _write(self._run_dir / WANDB_URL_FILE, run.url + "\n")
+            if tracking.mode == "offline":
+                _write(self._run_dir / WANDB_OPEN_FILE, Path(run.settings.sync_dir).name)
+        except Exception as error:
+            warn(
+                f"tracking.mode={tracking.mode}: W&B does not take this run ({reason(error)}); its figures go to "
+                f"{file}, and the next start tries again"
+            )
+            return
+        self._run = run
+        self.send([line for line in lines if line["step"] > newest])
 
     @property
     def accepted(self) -> bool:
         """Whether W&B takes this run."""
         return self._run is not None
+
+    def _open(self, run_config: Mapping[str, Any], seconds: float, init_from: str | None) -> tuple[Any, bool]:
+        """The run of the wandb package, and whether it is new."""
+
+        def opened(number: str) -> Any:
+            return open_run(
+                self._tracking,
+                seconds,
+                dir=str(self._run_dir),
+                id=number,
+                name=self._run_dir.name,
+                group=_group(self._run_dir, self._tracking, number, init_from),
+                job_type="train",
+                resume="allow" if self._tracking.mode == "online" else None,
+                config=dict(run_config),
+            )
+
+        path = self._run_dir / WANDB_ID_FILE
+        number, new = _run_id(path, self._warn)
+        try:
+            return opened(number), new
+        except WandbError as error:
+            if not DELETED.search(str(error)):
+                raise
+        fresh = _new_id(path)
+        as_new = f"it goes on as {fresh}, with all its figures"
+        self._warn(f"W&B: run {number} was deleted there, and W&B takes no id twice; {as_new}")
+        return opened(fresh), True
+
+    def _newest_step(self, run: Any) -> float:
+        """The step of W&B's newest line; offline, of those before the last end in order. -1 if it is not known."""
+        newest = run.summary.get("step")
+        if self._tracking.mode == "offline":
+            with contextlib.suppress(OSError, ValueError):
+                newest = int((self._run_dir / WANDB_SENT_FILE).read_text())
+        return newest if isinstance(newest, int | float) else -1
 
     def send(self, lines: Sequence[Line]) -> None:
         """Send lines, oldest first."""
@@ -212,18 +278,17 @@ class WandbRun:
 
     def alert(self, title: str, text: str, line: Line) -> None:
         """Send an alert; W&B may mail it."""
-        run = self._run
-        if run is None:
+        if self._run is None:
             return
         try:
-            run.alert(title, text, level="WARN")
+            self._run.alert(title, text, level="WARN")
         except Exception as error:
             self._give_up(error)
 
     def _content(self, line: Line) -> dict[str, Any]:
         # Lines sent later keep their time.
         content: dict[str, Any] = flat(line) | ({"_timestamp": line["time"]} if "time" in line else {})
-        path = self._file.parent / line.get("path", "")
+        path = self._run_dir / line.get("path", "")
         if "image" in line and path.is_file():
             import wandb
 
@@ -239,8 +304,8 @@ class WandbRun:
         try:
             self._run.finish()
             if self._newest is not None:
-                _write(self._file.parent / WANDB_SENT_FILE, f"{self._newest}\n")
-            (self._file.parent / WANDB_OPEN_FILE).unlink(missing_ok=True)
+                _write(self._run_dir / WANDB_SENT_FILE, f"{self._newest}\n")
+            (self._run_dir / WANDB_OPEN_FILE).unlink(missing_ok=True)
         except TimeoutError:
             self._warn(
                 f"W&B did not take the last figures within {FINISH_SECONDS:.0f} s; they are in {self._file}, and "
@@ -259,48 +324,6 @@ class WandbRun:
         self._warn(f"W&B takes no more of this run ({reason(error)}); its figures are in {self._file}")
 
 
-def start_run(
-    run_dir: Path,
-    file: Path,
-    tracking: TrackingConfig,
-    run_config: Mapping[str, Any],
-    records: Sequence[Line],
-    warn: Warn,
-    seconds: float,
-    init_from: str | None = None,
-) -> WandbRun:
-    """Open a run folder's run on W&B, or a new one; warn in one line if W&B does not accept it.
-
-    Args:
-        file: holds all figures.
-        records: lines of the run so far; those that W&B lacks are sent.
-        seconds: time limit for W&B.
-        init_from: the run that this one starts from.
-    """
-    try:
-        if tracking.mode == "offline":
-            _set_aside(run_dir)
-        run, new = _open(run_dir, tracking, run_config, warn, seconds, init_from)
-        run.define_metric("samples")
-        run.define_metric("*", step_metric="samples")
-        for name, summary in SUMMARIES.items():
-            run.define_metric(name, step_metric="samples", summary=summary)
-        newest = -1 if new else _newest_step(run, tracking, run_dir)
-        if run.url and tracking.mode == "online":
-            _write(run_dir / WANDB_URL_FILE, run.url + "\n")
-        if tracking.mode == "offline":
-            _write(run_dir / WANDB_OPEN_FILE, Path(run.settings.sync_dir).name)
-    except Exception as error:
-        warn(
-            f"tracking.mode={tracking.mode}: W&B does not take this run ({reason(error)}); its figures go to {file}, "
-            "and the next start tries again"
-        )
-        return WandbRun(None, file, warn)
-    opened = WandbRun(run, file, warn)
-    opened.send([record for record in records if record["step"] > newest])
-    return opened
-
-
 def _set_aside(run_dir: Path) -> None:
     """Rename the offline folder of a start that was killed: `wandb sync` would stop at it.
 
@@ -313,50 +336,6 @@ def _set_aside(run_dir: Path) -> None:
     folder = run_dir / "wandb" / name
     if name.startswith("offline-run-") and folder.is_dir():
         folder.rename(folder.with_name(CUT_SHORT + name))
-
-
-def _newest_step(run: Any, tracking: TrackingConfig, run_dir: Path) -> float:
-    """The step of W&B's newest line; offline, of those before the last end in order. -1 if it is not known."""
-    newest = run.summary.get("step")
-    if tracking.mode == "offline":
-        with contextlib.suppress(OSError, ValueError):
-            newest = int((run_dir / WANDB_SENT_FILE).read_text())
-    return newest if isinstance(newest, int | float) else -1
-
-
-def _open(
-    run_dir: Path,
-    tracking: TrackingConfig,
-    run_config: Mapping[str, Any],
-    warn: Warn,
-    seconds: float,
-    init_from: str | None,
-) -> tuple[Any, bool]:
-    """The run of the wandb package, and whether it is new."""
-
-    def opened(number: str) -> Any:
-        return open_run(
-            tracking,
-            seconds,
-            dir=str(run_dir),
-            id=number,
-            name=run_dir.name,
-            group=_group(run_dir, tracking, number, init_from),
-            job_type="train",
-            resume="allow" if tracking.mode == "online" else None,
-            config=dict(run_config),
-        )
-
-    path = run_dir / WANDB_ID_FILE
-    number, new = _run_id(path, warn)
-    try:
-        return opened(number), new
-    except WandbError as error:
-        if not DELETED.search(str(error)):
-            raise
-    fresh = _new_id(path)
-    warn(f"W&B: run {number} was deleted there, and W&B takes no id twice; it goes on as {fresh}, with all its figures")
-    return opened(fresh), True
 
 
 def _run_id(path: Path, warn: Warn) -> tuple[str, bool]:

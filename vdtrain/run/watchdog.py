@@ -56,7 +56,6 @@ class Watchdog:
     Args:
         seconds: longest time between two heartbeats; with None only `record` has an effect.
         folder: for the records; created when needed.
-        rank: of this process.
     """
 
     def __init__(self, seconds: float | None, folder: Path, rank: int) -> None:
@@ -70,7 +69,9 @@ class Watchdog:
         # Receives a line when training has stood still for STALL of the limit; it must return at once.
         self.on_stall: Callable[[str], None] | None = None
         self._alerted = False
-        self._patience, self._still = 1.0, 0.0
+        self._patience = 1.0
+        # Seconds without a heartbeat or a sign of work; 0 without a limit.
+        self.still = 0.0
         # Of the actions under way that may take long: whether the main thread reads or computes.
         self._long: list[bool] = []
         self._closed = threading.Event()
@@ -84,14 +85,9 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, args=(seconds,), name="watchdog", daemon=True)
             self._thread.start()
 
-    @property
-    def still(self) -> float:
-        """Seconds without a heartbeat or a sign of work; 0 without a limit."""
-        return self._still
-
     def heartbeat(self, place: str) -> None:
         """Report progress: the main thread has reached `place`."""
-        self.place, self._still = place, 0.0
+        self.place, self.still = place, 0.0
         self.heartbeats += 1
 
     @contextlib.contextmanager
@@ -160,20 +156,20 @@ class Watchdog:
                 passed = pause
             before, worked = now, work
             self._arm()
-            self._still += passed
+            self.still += passed
             long = self._long[-1:]
             if long and self._pulse.beats(long[0]):
-                self._still = 0.0
+                self.still = 0.0
             if self.company is not None and now - told > TELL * seconds:
-                self.company.tell(self._still, self.heartbeats, self.place)
+                self.company.tell(self.still, self.heartbeats, self.place)
                 told = now
             limit = self._patience * seconds
-            stalls = self._still > STALL * limit
+            stalls = self.still > STALL * limit
             if stalls and not self._alerted and self.on_stall is not None:
-                self.on_stall(f"no step for {self._still:.0f} s, at: {self.place}; the run ends after {limit:g} s")
+                self.on_stall(f"no step for {self.still:.0f} s, at: {self.place}; the run ends after {limit:g} s")
             self._alerted = stalls
-            if self._still > limit:
-                self._end(self._still)
+            if self.still > limit:
+                self._end(self.still)
 
     def _arm(self) -> None:
         """Rearm the watchdog's own watchdog: the watching thread needs Python's lock."""

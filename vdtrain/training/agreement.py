@@ -98,7 +98,6 @@ class StepOutcome:
     """A step as all processes saw it.
 
     Attributes:
-        step: its number.
         losses: mean over the processes of each flow that ran.
         gradient_norm: see StepReport.
         applied: False if the step was skipped because a loss or a gradient was not finite.
@@ -127,7 +126,6 @@ class StepSync:
 
     Args:
         flows: names of all flows that a step may run, the same on every process.
-        device: of the losses and reports.
         groups: names of the layer groups that the engine reports on.
     """
 
@@ -137,7 +135,8 @@ class StepSync:
         processes = distributed.world_size()
         # Losses; what `submit` names; sums by layer group; sums by flow and quarter; seconds by rank.
         self._sizes = [len(self.flows), 6, 3 * len(self.groups), 2 * QUARTERS * len(self.flows), processes]
-        self._pending: _Pending | None = None
+        # Of the submitted step: its number, the flows that ran, the exchanged vector, and what waits for that.
+        self._pending: tuple[int, list[str], Tensor, Callable[[], object]] | None = None
 
     def submit(
         self,
@@ -181,9 +180,9 @@ class StepSync:
             vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self._pending = _Pending(step, ran, vector, arrived.synchronize)
+            self._pending = step, ran, vector, arrived.synchronize
         else:
-            self._pending = _Pending(step, ran, vector, None if work is None else work.wait)
+            self._pending = step, ran, vector, (lambda: None) if work is None else work.wait
 
     def collect(self) -> StepOutcome | None:
         """The outcome of the submitted step; None if no step was submitted since.
@@ -193,24 +192,23 @@ class StepSync:
         """
         if self._pending is None:
             return None
-        pending, self._pending = self._pending, None
-        if pending.wait is not None:
-            pending.wait()
-        losses, words, groups, parts, times = (part.tolist() for part in pending.vector.split(self._sizes))
+        (step, ran, vector, wait), self._pending = self._pending, None
+        wait()
+        losses, words, groups, parts, times = (part.tolist() for part in vector.split(self._sizes))
         norm, applied, signals, replaced, number, squares = words
         processes = distributed.world_size()
         # Equality holds only if all numbers are equal (Cauchy-Schwarz).
         if processes * int(squares) != int(number) ** 2:
             raise SharedError(
-                f"step {pending.step}: the processes differ in their step or flows (process {distributed.rank()} ran "
-                f"{', '.join(pending.ran)}), so their weights are wrong; give all processes the same configuration and "
+                f"step {step}: the processes differ in their step or flows (process {distributed.rank()} ran "
+                f"{', '.join(ran)}), so their weights are wrong; give all processes the same configuration and "
                 "seed, and run the same command again"
             )
-        means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in pending.ran}
+        means = {name: loss / processes for name, loss in zip(self.flows, losses, strict=True) if name in ran}
         sums = dict(zip(self.groups, _rows(groups, 3), strict=True))
         quarters = zip(self.flows, _rows(_rows(parts, 2), QUARTERS), strict=True)
         return StepOutcome(
-            step=pending.step,
+            step=step,
             losses=means,
             gradient_norm=norm / processes,
             applied=applied == processes,
@@ -220,7 +218,7 @@ class StepSync:
             update_ratios={
                 group: math.sqrt(update / weights) for group, (_, weights, update) in sums.items() if weights > 0
             },
-            quarters={name: each for name, each in quarters if name in pending.ran},
+            quarters={name: each for name, each in quarters if name in ran},
             seconds=times,
         )
 
@@ -259,14 +257,6 @@ class BadSteps:
 
 def _rows(values: list[Any], width: int) -> list[list[Any]]:
     return [values[first : first + width] for first in range(0, len(values), width)]
-
-
-@dataclass(frozen=True)
-class _Pending:
-    step: int
-    ran: list[str]
-    vector: Tensor
-    wait: Callable[[], object] | None
 
 
 def fingerprint(step: int, flows: Sequence[str]) -> int:

@@ -35,6 +35,7 @@ from vdtrain.files import atomic_write
 from vdtrain.models.frozen_weights import without_weights
 from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.planning.memory import plan_stage
+from vdtrain.planning.speed import COMPUTING
 from vdtrain.run import distributed
 from vdtrain.run.reporting import memory_gb
 from vdtrain.run.speed import (
@@ -69,8 +70,6 @@ class SyntheticStream:
     Args:
         rows: pairs of this process in a batch.
         resolution: R, side of the images [rows, 3, R, R], uint8.
-        seed: of everything.
-        rank: of this process.
         moments: shape of one image's cached moments, which are float16 like those on disk; None delivers none.
     """
 
@@ -151,18 +150,12 @@ class Result:
 def run(config: BenchConfig, raw_config: DictConfig, words: Sequence[str]) -> int:
     """Measure a stage of one phase, whose settings have been checked; the exit status.
 
-    Args:
-        words: of the command line, for the result.
-
     Raises:
         ConfigError: this process has no device, or a network cannot be built or does not fit into the GPU.
     """
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    try:
-        place = distributed.start(config.hardware.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    place = distributed.start(config.hardware.device)
     result = Result(None if config.output is None else Path(config.output), place.rank == 0)
     try:
         with tempfile.TemporaryDirectory(prefix="vdtrain-bench-") as folder:
@@ -199,11 +192,8 @@ def _about(config: BenchConfig, place: distributed.RankInfo, result: Result, wor
         "model": config.model.name,
         "resolution": phase.resolution,
         "latents": config.data.latents,
-        "precision": config.hardware.precision,
         "zero_stage": config.hardware.zero_stage,
-        "activation_checkpointing": config.hardware.activation_checkpointing,
-        "compile": config.hardware.compile,
-        "channels_last": config.hardware.channels_last,
+        **{name: getattr(config.hardware, name) for name in COMPUTING},
         "pairs": batch,
         "micro_batch": batch // place.world_size // count,
         "micro_batches": count,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError
+from vdtrain.checkpoint.folder import CHECKPOINTS
 from vdtrain.checkpoint.saver import BackgroundSaver
 from vdtrain.checkpoint.store import CheckpointStore, load
 from vdtrain.config.compose import ConfigError
@@ -21,7 +20,6 @@ from vdtrain.diffusion.objective import Objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.errors import one_line
 from vdtrain.flows import active_groups
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, allocated, layer_group
@@ -33,9 +31,8 @@ from vdtrain.run import distributed
 from vdtrain.run.pulse import moved
 from vdtrain.run.reporting import Reporter
 from vdtrain.run.watchdog import DUMPS, Watchdog
-from vdtrain.training.continuation import CONFIG, FROZEN, frozen_contents
+from vdtrain.training.continuation import CONFIG, FROZEN, TrainState, frozen_contents
 from vdtrain.training.start import Start, checkpoint_weights, model_of
-from vdtrain.training.state import TrainState
 from vdtrain.training.trainer import Trainer
 from vdtrain.weights.folder import open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors
@@ -56,9 +53,6 @@ def build_trainer(
     Args:
         config: checked by `vdtrain.config.validation.check`.
         raw_config: the same configuration, unresolved, for the checkpoints.
-        start: from `resolve_start`.
-        place: from `distributed.start`.
-        watchdog: None disables it.
         draw_on: where random weights are drawn; a GPU is faster, and draws other numbers than a CPU.
 
     Raises:
@@ -69,7 +63,9 @@ def build_trainer(
     flows = stage_flows(config)
     engine = Engine(diffuser, trained_parameters(diffuser, config), engine_settings(config))
     try:
-        record = {CONFIG: recorded_config(raw_config), FROZEN: frozen_contents(config.model)}
+        # Interpolations stay, so that a checkpoint can move between machines.
+        recorded = redacted(OmegaConf.to_container(raw_config, resolve=False))
+        record = {CONFIG: recorded, FROZEN: frozen_contents(config.model)}
         with draw_on:
             frozen = build_frozen(config.model)
         frozen.to(place.device, engine.compute_dtype)
@@ -115,23 +111,20 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device, d
     fills them in afterwards.
 
     Raises:
-        ConfigError, SharedError: on every process, if the weights do not fit or cannot be read.
+        ConfigError, CheckpointError, SharedError: on every process, if the weights do not fit or cannot be read.
     """
-    drawn, failure, names = None, None, [] if start.resume is None else start.resume.weight_names()
-    if start.resume is None and distributed.rank() == 0:
-        try:
-            weights = initial_weights(start, config.model)
-            names = list(weights)
-            with draw_on:
-                drawn = Diffuser(config.model, layer_groups(config, names), seed=config.seed)
-            load_weights(drawn, weights)
-        except (ConfigError, CheckpointError, OSError) as error:
-            failure = [isinstance(error, ConfigError), one_line(error)]
-    failed, names = distributed.broadcast_json([failure, names])
-    if failed is not None:
-        raise (ConfigError if failed[0] else distributed.SharedError)(failed[1])
-    if drawn is not None:
-        diffuser = drawn.to(device)
+    drawn: list[Diffuser] = []
+
+    def draw() -> list[str]:
+        weights = initial_weights(start, config.model)
+        with draw_on:
+            drawn.append(Diffuser(config.model, layer_groups(config, weights), seed=config.seed))
+        load_weights(drawn[0], weights)
+        return list(weights)
+
+    names = distributed.on_first(draw) if start.resume is None else start.resume.weight_names()
+    if drawn:
+        diffuser = drawn.pop().to(device)
     else:
         diffuser = allocated(config.model, layer_groups(config, names), device)
         for tensor in diffuser.state_dict().values():
@@ -222,10 +215,3 @@ def initial_weights(start: Start, model: ModelConfig, verify_checksums: bool = T
     if isinstance(start.weights, Path):
         return open_weights_folder(start.weights, "stage.init_from", hashed=verify_checksums)
     return checkpoint_weights(start.weights, verify_checksums=verify_checksums)
-
-
-def recorded_config(raw_config: DictConfig) -> dict[str, Any]:
-    """The configuration for a checkpoint, without credentials. Interpolations stay, so it can move between machines."""
-    container = OmegaConf.to_container(raw_config, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in redacted(container).items()}

@@ -7,7 +7,7 @@ become longer, or end at any later step. Phases after it may change freely.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,65 @@ from vdtrain.files import FileRecord
 from vdtrain.models.frozen_weights import locate, named_files, names_file, reads_weights
 from vdtrain.redaction import redacted
 from vdtrain.run import distributed
-from vdtrain.training.state import TrainState
+
+
+@dataclass
+class TrainState:
+    """Position in a stage. Data order, noise and learning rate are functions of it and the configuration.
+
+    Attributes:
+        step: optimiser steps since the start of the stage.
+        phase: index of the next step's phase.
+        phase_step: finished optimiser steps of that phase.
+        skipped: steps skipped because a loss or a gradient was not finite.
+        replaced: bad samples replaced by others.
+        data: identity of the stream's files; "" if it has none.
+    """
+
+    step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    skipped: int = 0
+    replaced: int = 0
+    data: str = ""
+
+    def done(self, steps: Sequence[int]) -> list[int]:
+        """Finished steps of every started phase, in order.
+
+        Args:
+            steps: of each phase, in the configuration that the position belongs to.
+
+        Raises:
+            ValueError: a run with these phases cannot reach this position.
+        """
+        done = [*steps[: self.phase], self.phase_step]
+        while len(done) > 1 and done[-1] == 0:
+            done.pop()
+        if self.phase > len(steps) or sum(done) != self.step or len(done) > len(steps):
+            raise ValueError(f"step {self.step} is not step {self.phase_step} of phase {self.phase}, of {list(steps)}")
+        return done
+
+    def settled(self, steps: Sequence[int]) -> TrainState:
+        """The same position, expressed as the end of a phase: the next phase may change."""
+        done = self.done(steps)
+        return replace(self, phase=len(done) - 1, phase_step=done[-1])
+
+    def completes(self, steps: Sequence[int]) -> bool:
+        """Whether phases with these numbers of steps are complete."""
+        return self.phase >= len(steps) or (self.phase == len(steps) - 1 and self.phase_step >= steps[-1])
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of `asdict`.
+
+        Raises:
+            TypeError, ValueError: the values are not those of a position.
+        """
+        found = cls(**values)
+        numbers = (found.step, found.phase, found.phase_step, found.skipped, found.replaced)
+        if any(type(each) is not int or each < 0 for each in numbers):
+            raise ValueError(f"no position: {values}")
+        return found
 
 
 def frozen_files(model: ModelConfig | Mapping[str, Any]) -> dict[str, str]:
@@ -67,11 +125,6 @@ def sha256(path: Path) -> str:
 @lru_cache
 def _sha256(path: Path, *version: int) -> str:
     return FileRecord.of(path).sha256
-
-
-def differing(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
-    """Settings whose file differs from the record; settings in only one of the two are not compared."""
-    return [setting for setting, value in contents.items() if recorded.get(setting, value) != value]
 
 
 # These define a run's weights and position: they must not change.
@@ -234,21 +287,16 @@ def _check_position(content: Mapping[str, Any], stage: StageConfig, run_dir: str
         last = index == len(done) - 1
         if trained == new[index] or (last and trained < new[index]):
             continue
-        changed: tuple[str, float, float] = (
-            f"{place}.samples",
-            before.phases[index].samples,
-            stage.phases[index].samples,
-        )
+        change = f"{place}.samples={stage.phases[index].samples}: was {before.phases[index].samples}"
         if stage.samples_scale != before.samples_scale:
-            changed = ("stage.samples_scale", before.samples_scale, stage.samples_scale)
-        setting, was_value, value = changed
+            change = f"stage.samples_scale={stage.samples_scale}: was {before.samples_scale}"
         remedy = "restore it"
         if sum(new) > sum(old):
             remedy += f" and train as long with {_longer(before, sum(new) - sum(old[:-1]))}"
         done_there = f"all {trained}" if trained == old[index] else f"{trained}"
         raise ConfigError(
-            f"{setting}={value}: was {was_value}; run_dir={run_dir} has trained {done_there} steps at {was} pixels, "
-            f"but this setting gives {new[index]}; {remedy}, or {other_run}"
+            f"{change}; run_dir={run_dir} has trained {done_there} steps at {was} pixels, but this setting gives "
+            f"{new[index]}; {remedy}, or {other_run}"
         )
 
 

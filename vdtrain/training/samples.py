@@ -41,7 +41,6 @@ class Drawn:
 
     Attributes:
         given, made: of its context and output modality: uint8 [n, 3, H, W] or n captions.
-        names: of the inputs.
     """
 
     flow: Flow
@@ -50,45 +49,45 @@ class Drawn:
     names: list[str]
 
 
+@dataclass(frozen=True)
 class Inputs:
-    """The inputs of a stage's flows at one resolution, on every process.
+    """Samples by modality, with their names; the same on every process."""
 
-    Raises:
-        ConfigError, ManifestError, StreamError, OSError: they cannot be read.
-    """
+    batches: dict[str, Any]
+    names: dict[str, list[str]]
 
-    def __init__(self, config: TrainConfig, resolution: int) -> None:
-        settings = config.samples
-        self.batches: dict[str, Any] = {}
-        self.names: dict[str, list[str]] = {}
+    @classmethod
+    def of(cls, config: TrainConfig, resolution: int) -> Inputs:
+        """The inputs of a stage's flows at one resolution.
+
+        Raises:
+            ConfigError, ManifestError, StreamError, OSError: they cannot be read.
+        """
+        settings, batches, names = config.samples, dict[str, Any](), dict[str, list[str]]()
         wanted = {flow.context for flow in stage_flows(config) if {flow.context, flow.output} <= {*SHOWN}}
         if "text" in wanted and settings.prompts:
-            self._add("text", list(settings.prompts), list(settings.prompts))
+            batches["text"] = names["text"] = list(settings.prompts)
         if "image" in wanted and settings.images:
-            images = read_images(settings.images, (resolution, resolution))
-            self._add("image", images, [Path(image).name for image in settings.images])
-        if left := sorted(wanted - self.batches.keys()):
+            batches["image"] = read_images(settings.images, (resolution, resolution))
+            names["image"] = [Path(image).name for image in settings.images]
+        if left := sorted(wanted - batches.keys()):
             pairs, _ = fixed_pairs(config, resolution, settings.count)
             for modality in left:
                 if len(pairs.samples.get(modality, ())):
                     captions = dict(zip(_rows(pairs, "text"), pairs.samples.get("text", ()), strict=False))
-                    names = [captions.get(row, "") for row in _rows(pairs, modality)]
-                    self._add(modality, pairs.samples[modality], names)
+                    batches[modality] = pairs.samples[modality]
+                    names[modality] = [captions.get(row, "") for row in _rows(pairs, modality)]
+        return cls(batches, names)
 
     @classmethod
     def of_pairs(cls, config: TrainConfig, resolution: int) -> Inputs:
-        """Both sides of the first held-out pairs, as many as are scored."""
-        made = cls.__new__(cls)
+        """Both sides of the first held-out pairs, as many as are scored. It raises the same errors."""
         pairs, numbers = fixed_pairs(config, resolution, config.validation.scored)
         # A score compares both sides of a pair.
         both = [row for row in range(len(numbers)) if all(row in _rows(pairs, each) for each in SHOWN)]
         pairs, numbers = pairs.take(torch.tensor(both, dtype=torch.int64)), [numbers[row] for row in both]
-        made.batches = {each: pairs.samples[each] for each in SHOWN if len(pairs.samples.get(each, ()))}
-        made.names = {modality: [str(number) for number in numbers] for modality in made.batches}
-        return made
-
-    def _add(self, modality: str, batch: Any, names: list[str]) -> None:
-        self.batches[modality], self.names[modality] = batch, names
+        batches = {each: pairs.samples[each] for each in SHOWN if len(pairs.samples.get(each, ()))}
+        return cls(batches, {modality: [str(number) for number in numbers] for modality in batches})
 
 
 def _rows(pairs: Batch, modality: str) -> list[int]:
@@ -143,9 +142,8 @@ def draw(
         except (RuntimeError, ValueError) as error:
             failure = f"{flow}: {one_line(error)[:200]}"
             break
-    failures = [each for each in distributed.gather_json(failure) if each is not None]
-    if failures:
-        return [], failures[0]
+    if (failed := distributed.first_failure(failure)) is not None:
+        return [], failed
     return [
         Drawn(
             flow,
@@ -164,11 +162,7 @@ def _share(count: int, rank: int, world: int) -> range:
 
 
 def gathered(modality: str, own: tuple[range, Any] | None, count: int, resolution: int) -> Any:
-    """The samples of all processes, on every process; every process must call it.
-
-    Args:
-        own: rows of this process, and its samples.
-    """
+    """The samples of all processes, on every process; every process must call it."""
     if modality == "image":
         images = torch.zeros(count, 3, resolution, resolution, dtype=torch.uint8)
         if own is not None:
@@ -209,9 +203,6 @@ def write(
     about: Mapping[str, Any],
 ) -> dict[str, Path]:
     """Write the grids of all flows, whole or not at all; the files by flow.
-
-    Args:
-        about: further entries of the JSON files.
 
     Raises:
         OSError: they cannot be written.

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
 
 from vdtrain.checkpoint.folder import CHECKPOINTS, CheckpointError, UnreadableError, is_checkpoint
 from vdtrain.checkpoint.format import Checkpoint
-from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, patiently, verify
+from vdtrain.checkpoint.store import PATIENCE_SECONDS, Verification, latest, looked, verify
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import check_parts, recorded, recorded_model
 from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
 from vdtrain.errors import one_line
 from vdtrain.models.trained import is_adapter, merged, scale_of
-from vdtrain.run import distributed
 from vdtrain.run.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
     STATE,
+    TrainState,
     changes,
-    differing,
     frozen_contents,
     frozen_files,
     position,
@@ -33,7 +31,6 @@ from vdtrain.training.continuation import (
     stage_steps,
     trained_stage,
 )
-from vdtrain.training.state import TrainState
 from vdtrain.weights.folder import is_weights_folder, located, open_weights_folder, weights_folder_model
 from vdtrain.weights.layouts import import_first, import_of, is_published
 from vdtrain.weights.tensor_files import LazyTensors
@@ -88,7 +85,7 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verificati
         raise UnreadableError(f"run_dir={config.run_dir}: {error}; or begin anew in another run_dir") from error
     except CheckpointError as error:
         damage = str(error)
-    lost = _looked(check, lambda: lost_checkpoints(run_dir, config.checkpoint.every_steps, damage), patience)
+    lost = looked(check, lambda: lost_checkpoints(run_dir, config.checkpoint.every_steps, damage), patience)
     if lost is not None:
         raise (CheckpointError if check is Verification.SIZES else ConfigError)(lost)
     if config.stage.init_from is None:
@@ -98,7 +95,7 @@ def resolve_start(config: TrainConfig, raw_config: DictConfig, check: Verificati
         weights = resolve_weights("stage.init_from", config.stage.init_from, check, config.model.name, patience)
         if isinstance(weights, Checkpoint):
             check_state(weights)
-        _looked(check, lambda: check_schedule(config, weights), patience)
+        looked(check, lambda: check_schedule(config, weights), patience)
         unfinished = unfinished_stage(weights)
     except UnreadableError as error:
         raise UnreadableError(f"{named}: {error}") from error
@@ -112,21 +109,6 @@ def _patience(config: TrainConfig) -> float:
     """How many seconds a start waits for an error that may pass."""
     limit = config.watchdog_seconds
     return START_PATIENCE_SECONDS if limit is None else min(START_PATIENCE_SECONDS, PATIENCE_OF_WATCHDOG * limit)
-
-
-def _looked(check: Verification, look: Callable[[], Any], patience: float) -> Any:
-    """What a look at files finds: after a check TOGETHER, what rank 0 finds, on every process.
-
-    Raises:
-        UnreadableError, SharedError: they cannot be read.
-    """
-    if check is Verification.SIZES:
-        patience = 0.0
-
-    def patient() -> Any:
-        return patiently(look, Path(), patience)
-
-    return distributed.on_first(patient) if check is Verification.TOGETHER else patient()
 
 
 def check_state(checkpoint: Checkpoint) -> None:
@@ -171,12 +153,15 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
                 lines.append(
                     f"{setting}={files[setting]}: was {path}; assumed to be the same file, which cannot be checked"
                 )
-    for setting in differing(recorded, now):
+    for setting, content_now in now.items():
+        # A setting in only one of the two is not compared.
+        if recorded.get(setting, content_now) == content_now:
+            continue
         other = f"{setting}={files[setting]}: contents differ from those that"
         if start.resume is not None:
             raise ConfigError(
                 f"{other} run_dir={config.run_dir} was trained with (SHA-256 {recorded[setting][:12]}, now "
-                f"{now[setting][:12]}); restore that file, or give another run_dir"
+                f"{content_now[:12]}); restore that file, or give another run_dir"
             )
         lines.append(f"{other} stage.init_from={config.stage.init_from} was trained with")
     return lines
@@ -227,7 +212,7 @@ def resolve_weights(
             raise ConfigError(f"{setting}={value}: does not exist; {remedy}") from None
         return RUN
 
-    kind = _looked(check, look, patience)
+    kind = looked(check, look, patience)
     if kind == WEIGHTS:
         return path
     if kind == CHECKPOINT:
@@ -263,14 +248,11 @@ def open_weights(
             check_state(source)
         model = model_of(source, setting)
         check_parts(model, trust, f"{setting}={value}")
-        return model, weights_of(source, setting, which)
+        if isinstance(source, Path):
+            return model, open_weights_folder(source, setting)
+        return model, checkpoint_weights(source, which)
     except CheckpointError as error:
         raise ConfigError(f"{setting}={value}: {error}") from error
-
-
-def weights_of(source: Checkpoint | Path, setting: str, which: str) -> Mapping[str, Tensor]:
-    """The weights of a checkpoint or of a weights folder, by name; each is read on access."""
-    return checkpoint_weights(source, which) if isinstance(source, Checkpoint) else open_weights_folder(source, setting)
 
 
 def checkpoint_weights(checkpoint: Checkpoint, which: str = "model", verify_checksums: bool = True) -> LazyTensors:

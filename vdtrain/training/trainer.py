@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ from vdtrain.run.signals import StopSignal
 from vdtrain.run.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training.agreement import BadSteps, DataError, StepSync, Tried, agreed
-from vdtrain.training.continuation import STATE, stage_steps
-from vdtrain.training.state import TrainState
+from vdtrain.training.continuation import STATE, TrainState, stage_steps
 from vdtrain.training.watching import Watching
 
 # A process whose next batch is not there looks so often for a signal, and gives up at this share of the limit.
@@ -55,7 +54,6 @@ class StepResult:
     Attributes:
         losses: mean over the local batch of each flow. If pairs lack modalities, they are this process's share of the
             mean over the global batch, times the processes, and a flow without any pair there is left out.
-        report: the engine's.
         quarters: see `QuarterLosses.sums`.
         worked: mark of the clock at the end of the last backward, before this process waits for the others.
     """
@@ -70,8 +68,6 @@ class Trainer:
     """Trains one stage on this process's device, from its start to its end. `build_trainer` makes one.
 
     Args:
-        ema: None trains without EMA.
-        watchdog: receives a heartbeat at every step.
         state: the position in the stage; updated in place.
         record: constant content of every checkpoint, beside the state.
     """
@@ -101,7 +97,7 @@ class Trainer:
         # Batches whose reads have not ended.
         self._batches: Prefetcher | None = None
         self.flow_names = [flow.name for flow in stage_flows(config)]
-        self.total_steps = sum(phase_steps(config, phase) for phase in config.stage.phases)
+        self.total_steps = sum(stage_steps(config.stage))
 
     def run(self, stop: StopSignal | None = None) -> bool:
         """Train to the end of the stage, or until a signal asks to stop; True if the stage is complete.
@@ -347,11 +343,7 @@ class Trainer:
         return phase_step == phase_steps(self.config, phase) or step % self.config.log_every_steps == 0
 
     def step(self, batch: Batch, phase: PhaseConfig, clock: StepClock) -> StepResult:
-        """One update over the local batch.
-
-        Args:
-            clock: receives the ends of the step's parts.
-        """
+        """One update over the local batch."""
         worked = clock.mark(None)
         local, count = self._local(phase)
         micro = local // count
@@ -459,7 +451,7 @@ class Trainer:
 
     def _begin_save(self) -> None:
         self.watchdog.heartbeat(f"step {self.state.step}, saving")
-        self.saver.begin(self.engine, self.ema, {STATE: self.state.to_dict(), **self.record}, self.state.step)
+        self.saver.begin(self.engine, self.ema, {STATE: asdict(self.state), **self.record}, self.state.step)
 
     def _finish_saves(self) -> None:
         """Wait for the current save, before shapes change or the process ends."""

@@ -27,7 +27,6 @@ from vdtrain.evaluation.scores import (
     EMBEDDED,
     INCEPTION,
     ClipScorer,
-    Network,
     clip_score,
     distances,
     features_of,
@@ -36,7 +35,7 @@ from vdtrain.evaluation.scores import (
 )
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.models.frozen import Encoded
+from vdtrain.models.frozen import Encoded, each_tensor
 from vdtrain.run import distributed
 from vdtrain.seeds import generator_of, seed_of
 from vdtrain.training.samples import Drawn, Inputs
@@ -69,23 +68,20 @@ class Scoring:
         """
         assert self._scorer is not None
         found = networks(self._scorer.to(self.device), self._inception and self._inception.to(self.device))
+
+        def features(modality: str, batch: Any) -> dict[str, Tensor]:
+            wanted = features_of(modality, self._inception is not None) if modality in EMBEDDED else ()
+            return {feature: in_batches(found[modality, feature], batch) for feature in sorted(wanted)}
+
         try:
-            pairs = {
-                f"{modality}/{feature}": self._features(found, modality, feature, batch)
-                for modality, batch in self.inputs.batches.items()
-                for feature in self._wanted(modality)
-            }
+            own = {modality: features(modality, batch) for modality, batch in self.inputs.batches.items()}
+            pairs = {f"{modality}/{name}": each for modality, some in own.items() for name, each in some.items()}
             real = {
-                feature: Statistics.of(pairs[f"image/{feature}"])
-                for feature in (CLIP, INCEPTION)
-                if f"image/{feature}" in pairs
+                name: Statistics.of(each) for name, each in own.get("image", {}).items() if name in (CLIP, INCEPTION)
             }
             result: dict[str, dict[str, float]] = {}
             for each in drawn:
-                output = each.flow.output
-                generated = {
-                    feature: self._features(found, output, feature, each.made) for feature in self._wanted(output)
-                }
+                generated = features(each.flow.output, each.made)
                 result[each.flow.name] = distances(each.flow, generated, real)
                 if (score := clip_score(each.flow, generated, pairs)) is not None:
                     result[each.flow.name]["clip_score"] = score.mean
@@ -96,14 +92,6 @@ class Scoring:
             if self._inception is not None:
                 self._inception.cpu()
 
-    def _wanted(self, modality: str) -> list[str]:
-        return sorted(features_of(modality, self._inception is not None)) if modality in EMBEDDED else []
-
-    def _features(
-        self, found: dict[tuple[str, str], Network], modality: str, feature: str, samples: Any
-    ) -> torch.Tensor:
-        return in_batches(found[modality, feature], samples)
-
 
 SEED = "validation"
 
@@ -112,7 +100,6 @@ class PairRandom(StepRandom):
     """The random numbers of pairs by their numbers, whatever batch they are in.
 
     Args:
-        numbers: of the pairs.
         quarter: of the timesteps, from 0.
     """
 
@@ -150,9 +137,6 @@ class PairLosses(QuarterLosses):
 class Validation:
     """This process's held-out pairs at one resolution, encoded once.
 
-    Args:
-        batch_size: pairs that go through the networks together.
-
     Raises:
         ConfigError, ManifestError, StreamError, OSError: they cannot be read.
     """
@@ -170,10 +154,7 @@ class Validation:
         for rows in self._batches[len(self._encoded) :]:
             rng = PairRandom(self.numbers[rows], 0, self.device)
             own = self.pairs.cut(rows.start, min(rows.stop, len(self.numbers)))
-            samples = {
-                name: values.to(self.device) if isinstance(values, Tensor) else values
-                for name, values in own.samples.items()
-            }
+            samples = {name: each_tensor(lambda one: one.to(self.device), each) for name, each in own.samples.items()}
             encoded = self.objective.encode(samples, self.resolution, rng, rows=own.rows)
             self._encoded.append(encoded.to(torch.device("cpu")))
 
@@ -182,7 +163,6 @@ class Validation:
 
         Args:
             diffuser: with the weights to validate. Its hooks are not called.
-            beat: called with what is being done, at every batch.
         """
         found: dict[int, dict[str, list[float]]] = {number: {} for number in self.numbers}
         for rows, kept in zip(self._batches, self._encoded, strict=True):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from vdtrain.config.schema import TrainConfig
-from vdtrain.config.validation import phase_steps, stage_flows
+from vdtrain.config.validation import stage_flows
 from vdtrain.data.loading import data_problem
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
@@ -37,7 +37,7 @@ from vdtrain.run.reporting import Reporter
 from vdtrain.run.tracking import read_lines
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training import samples, validation
-from vdtrain.training.state import TrainState
+from vdtrain.training.continuation import TrainState, stage_steps
 from vdtrain.training.validation import Scoring
 
 FILE = "watched.json"
@@ -117,10 +117,9 @@ class Clock:
         Raises:
             OSError: it cannot be written.
         """
+        kept = {"ran": self.ran, "looks": {name: asdict(each) for name, each in looks.items()}}
         with atomic_write(self._path) as draft:
-            draft.write_text(
-                json.dumps({"ran": self.ran, "looks": {name: asdict(each) for name, each in looks.items()}})
-            )
+            draft.write_text(json.dumps(kept))
 
 
 SAMPLES, VALIDATION = KINDS = ("samples", "validation")
@@ -131,7 +130,6 @@ class Watching:
 
     Args:
         ema: None shows the weights as trained.
-        state: the trainer's position.
     """
 
     def __init__(
@@ -157,14 +155,13 @@ class Watching:
         self._pairs: validation.Validation | None = None
         self._scoring: Scoring | None = None
 
-    def begin(self) -> float:
-        """Look before the first step of a start, unless that was done; the seconds that it took.
+    def begin(self) -> None:
+        """Look before the first step of a start, unless that was done.
 
         Grids of steps that the run has lost are removed.
         """
         if not self.looks:
-            return 0.0
-        began = time.monotonic()
+            return
         chosen: list[str] = []
         if self.place.rank == 0:
             self._clock = Clock(self.run_dir)
@@ -177,14 +174,9 @@ class Watching:
                 self.reporter.warn(described(error))
             chosen = [name for name in self.looks if self._missing(name)]
         self._look(distributed.broadcast_json(chosen))
-        return time.monotonic() - began
 
     def due(self, last: bool) -> bool:
-        """Whether a look may come after this step.
-
-        Args:
-            last: this is the last step of its phase.
-        """
+        """Whether a look may come after this step."""
         return bool(self.looks) and (last or bool(self._reached()))
 
     def look(self, last: bool) -> float:
@@ -262,9 +254,7 @@ class Watching:
             chosen = [name for name in chosen if self._prepared(name, phase.resolution, spent)]
             if VALIDATION in chosen:
                 losses["model"] = self._validate(spent)
-            with contextlib.ExitStack() as stack:
-                if self.ema is not None and chosen:
-                    stack.enter_context(self.ema.shown(self.engine))
+            with self.ema.shown(self.engine) if self.ema is not None and chosen else contextlib.nullcontext():
                 if VALIDATION in chosen and self.ema is not None:
                     losses["ema"] = self._validate(spent)
                 scores = self._score(phase.resolution, spent) if VALIDATION in chosen else {}
@@ -282,7 +272,7 @@ class Watching:
         began, failure = time.monotonic(), None
         try:
             if name == SAMPLES and (self._inputs is None or self._inputs[0] != resolution):
-                self._inputs = resolution, samples.Inputs(self.config, resolution)
+                self._inputs = resolution, samples.Inputs.of(self.config, resolution)
             if name == VALIDATION and (self._pairs is None or self._pairs.resolution != resolution):
                 self._pairs = validation.Validation(self.config, self.objective, resolution, self.place.device)
                 if self.config.validation.scored:
@@ -291,11 +281,11 @@ class Watching:
                 self._pairs.encode()
         except (ConfigError, ManifestError, StreamError, OSError, torch.OutOfMemoryError) as error:
             failure = data_problem(error, self.config.data.manifest)
-        failures = [each for each in distributed.gather_json(failure) if each is not None]
+        failed = distributed.first_failure(failure)
         spent[name] += time.monotonic() - began
-        if failures:
-            self.reporter.warn(f"{name}: none after {self._samples():,} training samples ({failures[0]})")
-        return not failures
+        if failed is not None:
+            self.reporter.warn(f"{name}: none after {self._samples():,} training samples ({failed})")
+        return failed is None
 
     def _validate(self, spent: dict[str, float]) -> dict[str, Any]:
         """The losses with the module's present weights; none if they could not be computed on a process."""
@@ -308,10 +298,10 @@ class Watching:
         # It must not end a run: what does not fit into the memory that is left is a warning.
         except RuntimeError as error:
             failure = one_line(error)[:200]
-        failures = [each for each in distributed.gather_json(failure) if each is not None]
-        if failures:
-            self.reporter.warn(f"validation: none after {self._samples():,} training samples ({failures[0]})")
-        means = {} if failures else validation.gathered(found)
+        failed = distributed.first_failure(failure)
+        if failed is not None:
+            self.reporter.warn(f"validation: none after {self._samples():,} training samples ({failed})")
+        means = {} if failed is not None else validation.gathered(found)
         spent[VALIDATION] += time.monotonic() - began
         return means
 
@@ -364,16 +354,14 @@ class Watching:
             "phase": self.state.phase,
             "resolution": resolution,
             "samples": self._samples(),
-            "total_samples": sum(phase_steps(self.config, each) for each in self.config.stage.phases)
-            * self.config.stage.global_batch_size,
+            "total_samples": sum(stage_steps(self.config.stage)) * self.config.stage.global_batch_size,
             **validation.figures(losses),
             **({"validation_scores": scores} if scores else {}),
             "validation_seconds": round(seconds, 3),
         }
         weights = "averaged" if "ema" in losses else "trained"
-        self.reporter.note(f"validation with {weights} weights, {self._samples():,} training samples | {texts}")
-        if self.reporter.tracker is not None:
-            self.reporter.tracker.log(record)
+        line = f"validation with {weights} weights, {self._samples():,} training samples | {texts}"
+        self.reporter.add(record, line)
 
     def _beat(self, doing: str) -> None:
         self.watchdog.heartbeat(f"step {self.state.step}, {doing}")
@@ -393,13 +381,11 @@ class Watching:
 def undisturbed(diffuser: nn.Module, device: torch.device, config: TrainConfig) -> Iterator[None]:
     """While the block runs, layers only evaluate, and nothing is compiled. Random states and modes come back."""
     training = [module for module in diffuser.modules() if module.training]
-    compiled = config.hardware.compile != "none"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        stack.enter_context(torch.no_grad())
-        if compiled:
-            # Samples have shapes of their own, each of which would take minutes to compile.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    # Samples have shapes of their own, each of which would take minutes to compile.
+    eager: Any = contextlib.nullcontext()
+    if config.hardware.compile != "none":
+        eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), eager:
         diffuser.eval()
         try:
             yield
