@@ -57,7 +57,7 @@ def compare(config: CompareConfig, raw_config: DictConfig) -> int:
         print(said, file=sys.stderr)
         print(output)
         return 0
-    from vdtrain.report.comparison import print_results, read_votes, results
+    from vdtrain.report.votes import print_results, read_votes, results
 
     raters = read_votes([Path(each) for each in config.votes], comparison)
     found = results(comparison, raters)
