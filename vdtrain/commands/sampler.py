@@ -1,14 +1,12 @@
 """What the commands that sample share: checks before the model is loaded, reading, loading, and writing the results.
 
-A checkpoint is described by its records; no weights are read for that. An input that looks like something else than
-what the flow takes is a question on a terminal, else an error.
+A checkpoint is described by its records; no weights are read for that.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
 from vdtrain.checkpoint.store import Verification
+from vdtrain.commands.questions import IMAGE, TEXT, confirm, looks_like_caption, looks_like_file
 from vdtrain.config.command_schema import AUTO, BlendConfig, EditConfig, SampleConfig, SamplerConfig, SamplingConfig
 from vdtrain.config.fields import shown
 from vdtrain.config.instantiate import check_parts, import_parts
@@ -28,7 +27,7 @@ from vdtrain.config.schema import ModelConfig
 from vdtrain.config.validation import check_sampling, missing_weights
 from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.errors import ConfigError, printable, unwritable
+from vdtrain.errors import ConfigError, unwritable
 from vdtrain.files import check_output
 from vdtrain.flows import Flow, flow_of
 from vdtrain.media import MODALITY_IO, ModalityIO, next_number
@@ -40,41 +39,6 @@ from vdtrain.training.start import check_state, model_of, resolve_weights
 from vdtrain.weights.folder import INDEX_FILE as WEIGHTS_FILE
 from vdtrain.weights.folder import located, open_weights_folder
 from vdtrain.weights.tensor_files import LazyTensors
-
-IMAGE, TEXT = "image", "text"
-FILE_NAME = re.compile(r".*\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jxl|svg|txt|wav|flac|mp3)", re.IGNORECASE)
-
-
-def looks_like_file(text: str) -> bool:
-    """Whether a caption could be meant as a file."""
-    try:
-        return FILE_NAME.fullmatch(text.strip()) is not None or os.path.isfile(os.path.expanduser(text))
-    except (OSError, ValueError):
-        return False
-
-
-def looks_like_caption(text: str) -> bool:
-    """Whether the name of a file that does not exist could be meant as a caption."""
-    return " " in text.strip() and "/" not in text and not looks_like_file(text)
-
-
-def confirm(place: str, found: str, question: str, remedy: str) -> None:
-    """Ask on a terminal whether something is meant.
-
-    Args:
-        place: the setting and its value.
-        found: what is odd about it.
-        question: for a terminal; a "y" goes on.
-        remedy: for the error, without a terminal or after another answer.
-
-    Raises:
-        ConfigError: it is not meant, or nobody can be asked.
-    """
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"{printable(f'{place}: {found}')}. {question} [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return
-    raise ConfigError(f"{place}: {found}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def _watch_problems(config: TrainConfig) -> Iterator[str]:
     if config.validation.every and config.validation.scored:
         from vdtrain.evaluation.scores import check_clip
         from vdtrain.models.frozen_weights import locate
-        from vdtrain.training.validation import OWN_CLIP
+        from vdtrain.training.scoring import OWN_CLIP
 
         clip = problem_of(lambda: check_clip(OWN_CLIP, config.model))
         yield from (f"validation.scored={config.validation.scored}: {line}" for line in clip)

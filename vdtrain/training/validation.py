@@ -1,10 +1,7 @@
-"""The loss on held-out pairs while a stage trains, by flow and quarter of the timesteps, and scores of a few pairs.
+"""The loss on held-out pairs while a stage trains, by flow and quarter of the timesteps, with fixed noise.
 
 Every pair has one timestep in each quarter. All random numbers of a pair follow from its number alone, so that any
 number of processes computes the same losses, and validations of one run differ by its weights alone.
-
-The scores are CLIP score, the distance on CLIP's features, and FID if asked for. So few samples make distances far too
-large: compare them within a run only.
 """
 
 from __future__ import annotations
@@ -16,82 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.loading import fixed_pairs
 from vdtrain.diffusion.objective import QUARTERS, Objective, QuarterLosses, StepRandom
-from vdtrain.evaluation.distances import Statistics
-from vdtrain.evaluation.inception import InceptionFeatures
-from vdtrain.evaluation.scores import (
-    CLIP,
-    EMBEDDED,
-    INCEPTION,
-    ClipScorer,
-    clip_score,
-    distances,
-    features_of,
-    in_batches,
-    networks,
-)
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen import Encoded, each_tensor
 from vdtrain.run import distributed
 from vdtrain.seeds import generator_of, seed_of
-from vdtrain.training.samples import Drawn, Inputs
-
-# The CLIP of the model's own contexts.
-OWN_CLIP = ClipConfig(architecture=None, weights=None, tokenizer=None)
-
-
-class Scoring:
-    """The pairs to score at one resolution, on every process, and on rank 0 the networks that score.
-
-    Raises:
-        ConfigError: the networks cannot be built, or see `Inputs`.
-    """
-
-    def __init__(self, config: TrainConfig, resolution: int, device: torch.device, scores: bool) -> None:
-        self.inputs, self.resolution, self.device = Inputs.of_pairs(config, resolution), resolution, device
-        self._scorer: ClipScorer | None = None
-        self._inception: InceptionFeatures | None = None
-        if scores:
-            self._scorer = ClipScorer(OWN_CLIP, config.model)
-            if config.validation.fid_weights is not None:
-                self._inception = InceptionFeatures(config.validation.fid_weights)
-
-    def figures(self, drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
-        """The scores of what every flow made of the pairs, by flow and metric; on rank 0.
-
-        Raises:
-            ConfigError: features are not finite.
-        """
-        assert self._scorer is not None
-        found = networks(self._scorer.to(self.device), self._inception and self._inception.to(self.device))
-
-        def features(modality: str, batch: Any) -> dict[str, Tensor]:
-            wanted = features_of(modality, self._inception is not None) if modality in EMBEDDED else ()
-            return {feature: in_batches(found[modality, feature], batch) for feature in sorted(wanted)}
-
-        try:
-            own = {modality: features(modality, batch) for modality, batch in self.inputs.batches.items()}
-            pairs = {f"{modality}/{name}": each for modality, some in own.items() for name, each in some.items()}
-            real = {
-                name: Statistics.of(each) for name, each in own.get("image", {}).items() if name in (CLIP, INCEPTION)
-            }
-            result: dict[str, dict[str, float]] = {}
-            for each in drawn:
-                generated = features(each.flow.output, each.made)
-                result[each.flow.name] = distances(each.flow, generated, real)
-                if (score := clip_score(each.flow, generated, pairs)) is not None:
-                    result[each.flow.name]["clip_score"] = score.mean
-            return result
-        finally:
-            # Between two validations their memory belongs to training.
-            self._scorer.cpu()
-            if self._inception is not None:
-                self._inception.cpu()
-
 
 SEED = "validation"
 

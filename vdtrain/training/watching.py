@@ -38,7 +38,7 @@ from vdtrain.run.tracking import read_lines
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training import samples, validation
 from vdtrain.training.continuation import TrainState, stage_steps
-from vdtrain.training.validation import Scoring
+from vdtrain.training.scoring import Scoring
 
 FILE = "watched.json"
 
