@@ -106,9 +106,11 @@ def _read_and_written() -> int:
     total = 0
     for thread in threading.enumerate():
         if thread.name.startswith(WORKERS):
+            # In a fork, Python 3.11 keeps the number that the main thread had before.
+            number = os.getpid() if thread is threading.main_thread() else thread.native_id
             # The thread may have ended.
             with suppress(OSError, ValueError):
-                text = Path(f"/proc/self/task/{thread.native_id}/io").read_text()
+                text = Path(f"/proc/self/task/{number}/io").read_text()
                 total += sum(int(line.split(": ")[1]) for line in text.splitlines())
     return total
 
