@@ -30,7 +30,7 @@ drill: .venv/.distributed  ## kills, faults, odd inputs and a long run: hours (d
 JOBS := 2
 PYTEST = $(RUN) python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-test: .venv/.distributed  ## the tests, but for those at full size: about ten minutes on two cores (JOBS=N: on N)
+test: .venv/.distributed  ## the tests, but for those at full size: a quarter of an hour on two cores (JOBS=N: on N)
 	@$(PYTEST) -m "not slow"
 
 test-slow: .venv/.distributed  ## the others: full size, Spark and Ray, long drills, real starts of every program
