@@ -27,7 +27,7 @@ COMMANDS = {
     "processes": ["vdtrain", "train", *RUN, "gpus=2"],
     "plan": ["vdtrain", "plan", *RUN, "gpus=1"],
     "bench": ["vdtrain", "bench", *RUN[:-1], "micro_batches=1", "output=OUT/bench.json", "resolution=32"],
-    "import": ["vdtrain", "weights", "import", "versatile_diffusion", "FOLDER/model", "model=tiny", "output=OUT/weights"],
+    "import": ["vdtrain", "weights", "import", "versatile_diffusion", "FOLDER/model", "model=tiny", "output=OUT/w"],
     "help": ["vdtrain", "--help"],
 }
 # The interpreter itself takes as long until the first line of a command.
