@@ -258,6 +258,31 @@ def test_a_damaged_list_of_samples_is_one_line(world: World, case: str) -> None:
     assert "samples-" in one_line(said)
 
 
+READERS = {
+    "inspect": ["python", "-m", "data_pipeline", "inspect", *DATA, "data.inspect.output=FOLDER/a.png"],
+    "index": INDEX,
+    "latents": LATENTS,
+    "train": ["vdtrain", "train", "stage=stage1_single_flow", *TRAIN, "run_dir=FOLDER/run"],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize(("file", "name"), [(SHARDS_FILE, b"sha256"), ("samples-00000.parquet", b"caption")])
+def test_names_of_columns_that_are_not_utf8_are_one_line(world: World, file: str, name: bytes, command: str) -> None:
+    """pyarrow raises a UnicodeDecodeError there, which is not one of its own errors."""
+    damaged = world / "manifest" / file
+    damaged.write_bytes(damaged.read_bytes().replace(name, name[:-1] + b"\xbb"))
+    status, said = world.type(*READERS[command])
+    if (command, file) == ("index", "samples-00000.parquet"):
+        # The index reads the shards of a damaged file of samples anew.
+        assert (status, "Traceback" in said) == (0, False), said
+        return
+    # Trouble with data ends a run by 1, mistakes in settings end a command by 2.
+    assert status == (1 if command == "train" else 2), said
+    assert f"{file} " in one_line(said)
+    assert "move the folder" in said
+
+
 # --- weights and pictures --------------------------------------------------------------------------------------------
 
 
