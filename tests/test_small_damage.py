@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import tarfile
 import zipfile
@@ -281,6 +282,28 @@ def test_names_of_columns_that_are_not_utf8_are_one_line(world: World, file: str
     assert status == (1 if command == "train" else 2), said
     assert f"{file} " in one_line(said)
     assert "move the folder" in said
+
+
+@pytest.mark.parametrize("setting", ["pack", "data.select.block_lists.url"])
+def test_a_parquet_file_that_is_not_utf8_is_not_to_be_converted(world: World, setting: str) -> None:
+    """`iconv` would damage it further."""
+    table = pa.table(
+        {"image": ["a.jpg"], "caption": ["a"]} if setting == "pack" else {"address": ["http://a.org/b.jpg"]}
+    )
+    file = world / "table.parquet"
+    pq.write_table(table, file)
+    for name in (b"caption", b"address"):
+        file.write_bytes(file.read_bytes().replace(name, name[:-1] + b"\xbb"))
+    words = ["pack", "FOLDER/table.parquet", "data.pack.output=FOLDER/packed"]
+    if setting != "pack":
+        rows = {"url": ["http://a.org/c.jpg"], "caption": ["a"]}
+        pq.write_table(pa.table(rows), world / "rows.parquet")
+        sources = [f"data.sources.{name}.metadata=FOLDER/rows.parquet" for name in ("laion2b_en", "coyo700m")]
+        sources += [f"data.sources.{name}.selected=FOLDER/selected/{name}" for name in ("laion2b_en", "coyo700m")]
+        words = ["select", *sources, f"{setting}=[FOLDER/table.parquet]"]
+    status, said = world.type("python", "-m", "data_pipeline", *words)
+    assert status == 2, said
+    assert re.search(r"table\.parquet:? cannot be read \(.*can't decode.*\); give another file$", one_line(said)), said
 
 
 # --- weights and pictures --------------------------------------------------------------------------------------------

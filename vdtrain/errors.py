@@ -123,7 +123,12 @@ def unlockable(error: OSError, path: Path) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
-    """ "is not UTF-8 ...; REMEDY" for a text file, which is often in a code page of Windows."""
+    """ "is not UTF-8 ...; REMEDY" for a text file, which is often in a code page of Windows.
+
+    A parquet file is binary: a name in it that is not UTF-8 means damage, and no conversion helps.
+    """
+    if path.suffix.lower() == ".parquet":
+        return f"cannot be read ({one_line(error)}); give another file"
     quoted, draft = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
     return (
         f"is not UTF-8 (byte {error.object[error.start]:#04x}); convert it, e.g. from Windows' code page by "
