@@ -27,7 +27,8 @@ from tests.world import one_line
 from vdtrain.app.desk import Desk, Report, StoppedError
 from vdtrain.app.server import is_loopback
 from vdtrain.cli import main
-from vdtrain.commands.sampler import describe, load_model, settled
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import load_model, settled
 from vdtrain.config.compose import SCHEMAS, compose, to_object
 from vdtrain.config.overrides import Override
 from vdtrain.flows import all_flows

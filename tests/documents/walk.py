@@ -122,7 +122,6 @@ SLOW = (
     r"python -m data_pipeline select data=mine 'hydra\.searchpath=\[my/conf\]'",
     r"python -m data_pipeline pack pairs\.csv .*",
     r"python -m data_pipeline inspect data/manifest.*",
-    r"python benchmarks/latents\.py",
     # Each is a dry run of its stages, whose sizes are others than those that were counted before.
     r"vdtrain plan (curriculum|stage=finetune_four_flow) .*",
     r"vdtrain preflight stage=finetune_four_flow .*",

@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.commands import blend, edit, sample
-from vdtrain.commands.sampler import Described, Sampler, notes
+from vdtrain.commands.checkpoint import Described
+from vdtrain.commands.sampler import Sampler, notes
 from vdtrain.config.command_line import shell
 from vdtrain.config.command_schema import AppConfig
 from vdtrain.config.compose import SCHEMAS, compose, to_object

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.app.desk import Desk
-from vdtrain.commands.sampler import check_sampler, describe, load_model, notes, settled
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import check_sampler, load_model, notes, settled
 from vdtrain.config.command_schema import AppConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vdtrain.commands.sampler import describe, settled
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import settled
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.evaluation.evaluator import Evaluator

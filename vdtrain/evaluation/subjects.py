@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vdtrain.commands.sampler import DTYPES, SAMPLING, check_sampler, describe, notes, side_of
+from vdtrain.commands.checkpoint import describe
+from vdtrain.commands.sampler import DTYPES, SAMPLING, check_sampler, notes, side_of
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig
