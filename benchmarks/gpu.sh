@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_wheels.sh             # first, where there is a network: the packages that are missing there
 #   bash benchmarks/gpu.sh                    # then, on the machine with the GPU: the first parts
-#   PARTS="probes compiled_high text_to_image_high" bash benchmarks/gpu.sh    # the others, in a second call
+#   PARTS="eager cached probes" bash benchmarks/gpu.sh    # others, in a second call
 #   DEVICE=cpu PARTS=all bash benchmarks/gpu.sh    # all parts at tiny size, to try the script
 #
 # LIMIT is the seconds for all parts of a call. Settings in MORE go to every bench. OUT, by default
@@ -13,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 device="${DEVICE:-cuda}" python="${PYTHON:-python3}" out="${OUT:-benchmarks/results/gpu}"
-first="eager compiled resume losses commands text_to_image_eager text_to_image_high_eager cached text_to_image"
+first="ahead resume losses compiled compiled_high text_to_image text_to_image_high cached cached_high eager"
 wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-$first} "
 read -ra more <<<"${MORE:-}"
 # How many times its limit a part may take: a CPU may be busy with other things.
@@ -31,8 +31,10 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
     PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# What one part compiled, the next one finds.
+# What one part compiled, the next one finds; Python's own bytecode too.
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}"
+export PYTHONPYCACHEPREFIX="$work/bytecode"
+unset PYTHONDONTWRITEBYTECODE
 
 # start NAME SECONDS COMMAND...: begin a part, within its limit and that of the script.
 declare -A process began command
@@ -97,13 +99,16 @@ print("h200" if torch.cuda.get_device_properties(0).total_memory > 100e9 else "h
     size=(hardware="$preset" micro_batches=1 warmup_steps=2 timed_steps=8)
     low=256 high=512 small=() wide=(--wide)
     # Twice the pairs of a four-flow micro-batch: its two flows to images share a batch, and so the compiled code.
-    if [ "$preset" = h200 ]; then double=("hardware.micro_batch_size={256:128}") behind=start; else
-        double=("hardware.micro_batch_size={256:64}") behind=part
+    if [ "$preset" = h200 ]; then
+        double=("hardware.micro_batch_size={256:128}") double_high=("hardware.micro_batch_size={512:32}")
+    else
+        double=("hardware.micro_batch_size={256:64}") double_high=("hardware.micro_batch_size={512:16}")
     fi
     compiled=(hardware.compile=blocks hardware.channels_last=true)
 else
     size=(hardware=cpu model=tiny micro_batches=1 warmup_steps=1 timed_steps=2 "hardware.micro_batch_size={32:4,64:2}")
-    low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}") behind=start
+    low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}")
+    double_high=("hardware.micro_batch_size={64:4}")
     # A compiler for the CPU takes minutes.
     compiled=(hardware.compile=none hardware.channels_last=true)
 fi
@@ -111,24 +116,40 @@ four=(stage=stage3_four_flow) text_to_image=(stage=stage2_dual_flow "stage.flows
 check=("$python" benchmarks/gpu_checks.py)
 if [ "$device" = cuda ]; then on=(hardware="$preset"); else on=(hardware=cpu); fi
 
-bench part eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
-# Compiling takes one core some minutes, and the GPU little time. Where the memory suffices, other parts run beside it;
-# they end before its steps are timed.
-bench "$behind" compiled 420 "${four[@]}" "${compiled[@]}" resolution="$low"
+# Compiling takes one core of the CPU minutes, and the GPU little. Four processes do it at once for the parts that follow.
+# Meanwhile the GPU has time for checks whose speed is of no interest.
+ahead() {
+    local name="$1"
+    shift
+    [[ "$parts" == *" ahead "* || "$parts" == " all " ]] || return
+    parts+="$name " TORCHINDUCTOR_COMPILE_THREADS=4 start "$name" 300 "$python" benchmarks/gpu_compile.py \
+        "${size[@]}" "${four[@]}" "${compiled[@]}" "$@"
+}
+to_images="stage.flows=[image-to-image,text-to-image]" to_text="stage.flows=[image-to-text,text-to-text]"
+ahead ahead_low "$to_images" resolution="$low"
+ahead ahead_high "$to_images" resolution="$high"
+ahead ahead_low_text "$to_text" resolution="$low"
+ahead ahead_high_text "$to_text" resolution="$high"
 part resume 60 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
-part commands 90 "${check[@]}" commands "${on[@]}" "${eager[@]}" --output "$work/json/commands.json"
-for how in low high; do
-    if [ "$how" = low ]; then name=text_to_image_eager; else name=text_to_image_high_eager; fi
-    bench part "$name" 60 "${text_to_image[@]}" "${eager[@]}" resolution="${!how}" data.latents=cached
-done
-part losses 120 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
+part losses 200 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
     --output "$work/json/losses.json"
-finish compiled
-bench part cached 70 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
-bench part text_to_image 100 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached "${double[@]}"
+for name in ahead_low ahead_high ahead_low_text ahead_high_text; do finish "$name"; done
+
+bench part compiled 300 "${four[@]}" "${compiled[@]}" resolution="$low"
+bench part compiled_high 300 "${four[@]}" "${compiled[@]}" resolution="$high"
+bench part text_to_image_high 200 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" data.latents=cached \
+    "${double_high[@]}"
+bench part cached 100 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
+bench part cached_high 100 "${four[@]}" "${compiled[@]}" resolution="$high" data.latents=cached
+bench part text_to_image 150 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached "${double[@]}"
+bench part eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
+bench part eager_high 90 "${four[@]}" "${eager[@]}" resolution="$high"
+bench part text_to_image_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$low" data.latents=cached \
+    "${double[@]}"
+bench part text_to_image_high_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$high" data.latents=cached \
+    "${double_high[@]}"
+part commands 90 "${check[@]}" commands "${on[@]}" "${eager[@]}" --output "$work/json/commands.json"
 part probes 60 "$python" benchmarks/gpu_probes.py --device "$device" "${small[@]}" --output "$work/json/probes.json"
-bench part compiled_high 420 "${four[@]}" "${compiled[@]}" resolution="$high"
-bench part text_to_image_high 200 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" data.latents=cached
 
 echo "== $SECONDS s; results in $out: gpu.json, gpu.log"
 if [ "${#failed[@]}" -gt 0 ]; then
