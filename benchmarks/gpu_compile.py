@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
@@ -29,7 +30,6 @@ from vdtrain.run import distributed
 from vdtrain.run.launch import run_command_on_ranks
 from vdtrain.training.build import engine_settings, starting_diffuser
 from vdtrain.training.start import Start
-from dataclasses import replace
 
 USAGE = "Usage: python benchmarks/gpu_compile.py [SETTING=VALUE ...]\n"
 
@@ -50,7 +50,6 @@ def compile_step(config: BenchConfig, raw_config: DictConfig, launch: dict[str, 
         for parameter in parameters.values():
             parameter.requires_grad_(True)
     if config.hardware.channels_last:
-        diffuser.channels_last = True
         frozen.to(memory_format=torch.channels_last)
     compile_training(diffuser, frozen, config.hardware.compile)
     objective = Objective(stage_flows(config), Schedule(config.model.schedule, device), frozen, config.objective)
@@ -75,4 +74,6 @@ def compile_step(config: BenchConfig, raw_config: DictConfig, launch: dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_on_ranks(USAGE, "bench", BenchConfig, compile_step, sys.argv[1:], parts=PARTS, prepare=prepared))
+    sys.exit(
+        run_command_on_ranks(USAGE, "bench", BenchConfig, compile_step, sys.argv[1:], parts=PARTS, prepare=prepared)
+    )

@@ -176,7 +176,7 @@ def gather(rows: Sequence[Tensor], layouts: Sequence[GroupLayout]) -> dict[str, 
         dist.all_gather(partitions, padded)
         whole = torch.cat(partitions)
         for slot in layout.slots:
-            weights[slot.name] = whole[slot.offset : slot.offset + slot.numel].view(slot.shape).clone()
+            weights[slot.name] = slot.shaped(whole[slot.offset : slot.offset + slot.numel]).clone()
     return weights
 
 

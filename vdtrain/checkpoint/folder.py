@@ -15,7 +15,8 @@ from typing import Any
 from vdtrain.errors import PASSING, one_line, unreadable
 from vdtrain.files import ABSENT, REPLACED, FileRecord, damage, read_record
 
-FORMAT = 1
+# The newest format. 2 has convolutions' weights with channels last; checkpoints without any are still of format 1.
+FORMAT = 2
 CHECKPOINTS = "checkpoints"
 INDEX_FILE, LATEST_FILE = "checkpoint.json", "latest"
 
@@ -202,7 +203,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_shape(content: dict[str, Any]) -> None:
-    if content["format"] != FORMAT:
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
     for name, least in {"step": 0, "world_size": 1, "optimizer_steps": 0}.items():
         if type(content[name]) is not int or content[name] < least:

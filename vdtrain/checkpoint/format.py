@@ -86,7 +86,8 @@ class Index:
     def write(self, folder: Path) -> None:
         """Write checkpoint.json with its own checksum, and sync it to disk."""
         content = {
-            "format": FORMAT,
+            # Earlier versions would take weights in another order for their own.
+            "format": FORMAT if any(slot.channels_last for layout in self.groups for slot in layout.slots) else 1,
             **{name: getattr(self, name) for name in PLAIN},
             "group_steps": dict(self.group_steps),
             "groups": [
@@ -94,7 +95,7 @@ class Index:
                     "group": layout.group,
                     "numel": layout.numel,
                     "partitions": [layout.partition(rank, self.world_size) for rank in range(self.world_size)],
-                    "parameters": [asdict(slot) for slot in layout.slots],
+                    "parameters": [_slot_entry(slot) for slot in layout.slots],
                 }
                 for layout in self.groups
             ],
@@ -118,7 +119,12 @@ class Index:
                     GroupLayout(
                         str(entry["group"]),
                         tuple(
-                            ParameterSlot(str(p["name"]), tuple(map(int, p["shape"])), int(p["offset"]))
+                            ParameterSlot(
+                                str(p["name"]),
+                                tuple(map(int, p["shape"])),
+                                int(p["offset"]),
+                                bool(p.get("channels_last", False)),
+                            )
                             for p in entry["parameters"]
                         ),
                     )
@@ -130,6 +136,11 @@ class Index:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / INDEX_FILE}: is damaged ({error!r})") from error
+
+
+def _slot_entry(slot: ParameterSlot) -> dict[str, Any]:
+    entry = asdict(slot)
+    return entry if slot.channels_last else {name: value for name, value in entry.items() if name != "channels_last"}
 
 
 class SliceReader:
@@ -261,7 +272,7 @@ class Checkpoint:
                 values = reader.read(group, kinds[which], slot.offset, slot.offset + slot.numel)
                 if values.numel() != slot.numel:
                     raise CheckpointError(f"{self.path}: {slot.name}: {values.numel()} values instead of {slot.numel}")
-                return values.view(slot.shape)
+                return slot.shaped(values).contiguous()
 
             return Entry(torch.Size(slot.shape), torch.float32, read)
 

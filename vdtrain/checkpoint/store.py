@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +410,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: ShardEMA | None) -> None:
 
         def read(group: str, kind: str, start: int, stop: int) -> Tensor:
             if group in theirs:
-                return reader.read_finite(group, kind, start, stop)
+                return own[group].read(theirs[group], partial(reader.read_finite, group, kind), start, stop)
             # The average of weights that did not change is these weights.
             kept = kind in (MASTER, EMA)
             return cut(weights, own[group], start, stop) if kept else torch.zeros(stop - start)

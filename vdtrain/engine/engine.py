@@ -299,8 +299,8 @@ class Engine:
         if distributed.rank() == 0:
             self.carried_over = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
 
-        layouts = [GroupLayout.of(group, parameters) for group, parameters in groups.items()]
         kind = strategy_kind(settings.zero_stage, settings.exchange, distributed.world_size())
+        layouts = [GroupLayout.of(group, parameters, kind != DEEPSPEED) for group, parameters in groups.items()]
         self._strategy: Strategy
         if kind == DEEPSPEED:
             self._strategy = ZeroStrategy(module, groups, layouts, settings)

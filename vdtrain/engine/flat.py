@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,15 +36,33 @@ BufferReader = Callable[[str, str, int, int], Tensor]
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """A parameter's position in its layer group's buffer; `offset` in elements."""
+    """A parameter's position in its layer group's buffer.
+
+    Attributes:
+        offset: in elements.
+        channels_last: whether the buffer has a convolution's weight [O, I, H, W] in the order O, H, W, I. It is no part
+            of what the parameter is, so that slots which differ in it alone are equal.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    channels_last: bool = field(default=False, compare=False)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """The elements [numel] of a tensor of the parameter's shape, in the order of the buffer."""
+        return (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).reshape(-1)
+
+    def shaped(self, elements: Tensor) -> Tensor:
+        """A view of the buffer's elements [numel] in the parameter's shape."""
+        if not self.channels_last:
+            return elements.view(self.shape)
+        rows, channels, height, width = self.shape
+        return elements.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -55,10 +73,17 @@ class GroupLayout:
     slots: tuple[ParameterSlot, ...]
 
     @classmethod
-    def of(cls, group: str, parameters: Mapping[str, nn.Parameter]) -> GroupLayout:
+    def of(cls, group: str, parameters: Mapping[str, nn.Parameter], in_order: bool = False) -> GroupLayout:
+        """Parameters end to end.
+
+        Args:
+            in_order: each weight keeps its order in memory. Otherwise all have that of their shape.
+        """
         slots, offset = [], 0
         for name, parameter in parameters.items():
-            slots.append(ParameterSlot(name, tuple(parameter.shape), offset))
+            turned = in_order and parameter.ndim == 4 and not parameter.is_contiguous()
+            turned = turned and parameter.is_contiguous(memory_format=torch.channels_last)
+            slots.append(ParameterSlot(name, tuple(parameter.shape), offset, turned))
             offset += parameter.numel()
         return cls(group, tuple(slots))
 
@@ -66,6 +91,21 @@ class GroupLayout:
     def numel(self) -> int:
         """Elements of the buffer, padding excluded."""
         return sum(slot.numel for slot in self.slots)
+
+    def read(self, other: GroupLayout, read: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
+        """Elements [start, stop) in this layout's order.
+
+        Args:
+            other: the same parameters, some of them in another order.
+            read: returns elements [start, stop) in the other order, in memory of their own.
+        """
+        elements = read(start, stop)
+        for own, their in zip(self.slots, other.slots, strict=True):
+            first, last = max(start, own.offset), min(stop, own.offset + own.numel)
+            if first < last and own.channels_last != their.channels_last:
+                whole = own.flat(their.shaped(read(own.offset, own.offset + own.numel)))
+                elements[first - start : last - start] = whole[first - own.offset : last - own.offset]
+        return elements
 
     def partition_size(self, world_size: int) -> int:
         """Elements of each process's partition, padding included."""
@@ -101,7 +141,7 @@ def cut(parameters: Mapping[str, Tensor], layout: GroupLayout, start: int, stop:
     for slot in layout.slots:
         first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)
         if first < last:
-            flat = parameters[slot.name].detach().reshape(-1)
+            flat = slot.flat(parameters[slot.name].detach())
             buffer[first - start : last - start] = flat[first - slot.offset : last - slot.offset]
     return buffer
 
@@ -155,8 +195,8 @@ class FlatStrategy:
             for slot in layout.slots:
                 part = slice(slot.offset, slot.offset + slot.numel)
                 parameter = groups[layout.group][slot.name]
-                parameter.data = weights[part].view(slot.shape)
-                add = self._adder(index, gradients[part].view(slot.shape))
+                parameter.data = slot.shaped(weights[part])
+                add = self._adder(index, slot.shaped(gradients[part]))
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +295,8 @@ def _wait(works: list[dist.Work | None]) -> None:
 def _check_same_start(module: nn.Module) -> None:
     same = True
     for tensor in module.state_dict().values():
-        first = tensor.detach().clone()
+        # Collectives take no other order.
+        first = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, src=0)
         same = same and torch.equal(first, tensor)
     if not distributed.all_agree(same):

@@ -41,6 +41,8 @@ class ZeroStrategy:
     ) -> None:
         self._module = module
         partitions = [layout.partition(distributed.rank(), distributed.world_size()) for layout in layouts]
+        # DeepSpeed broadcasts and joins weights in the order of their shape alone.
+        module.to(memory_format=torch.contiguous_format)
         # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
         exact = [
             cut(groups[layout.group], layout, *partition) for layout, partition in zip(layouts, partitions, strict=True)

@@ -93,7 +93,7 @@ class Diffuser(nn.Module):
         sinusoid = timestep_sinusoid(timesteps, self.plan.time_width).to(latents.dtype)
         embedding = self.global_layers(sinusoid)
         if self.channels_last and latents.ndim == 4:
-            # All layers keep this order. The weights stay as they are: they are views of flat buffers.
+            # All layers keep this order.
             latents = latents.contiguous(memory_format=torch.channels_last)
         data_layers = iter(cast(nn.ModuleList, self.data_layers[output]))
         h, skips, position = latents, [], 0

@@ -70,7 +70,6 @@ def build_trainer(
             frozen = build_frozen(config.model)
         frozen.to(place.device, engine.compute_dtype)
         if config.hardware.channels_last:
-            diffuser.channels_last = True
             frozen.to(memory_format=torch.channels_last)
         compile_training(diffuser, frozen, config.hardware.compile)
         objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
@@ -133,6 +132,10 @@ def starting_diffuser(config: TrainConfig, start: Start, device: torch.device, d
         for tensor in diffuser.state_dict().values():
             dist.broadcast(tensor, src=0)
             moved(tensor.nbytes)
+    if config.hardware.channels_last:
+        diffuser.channels_last = True
+        # Before the engine, whose buffers have the weights as they lie here.
+        diffuser.to(memory_format=torch.channels_last)
     use_kernel(diffuser, config.hardware.attention)
     checkpoint_activations(diffuser, config.hardware.activation_checkpointing)
     return diffuser

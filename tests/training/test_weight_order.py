@@ -1,0 +1,151 @@
+"""Convolutions' weights that keep their channels last in the flat buffers, and checkpoints that change their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.training.toy import ZERO, RunOnRanks, full_rows, full_weights, gather, same_bits, settings
+from vdtrain.checkpoint.folder import INDEX_FILE
+from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
+from vdtrain.engine.engine import Engine, ShardEMA
+from vdtrain.engine.flat import GroupLayout
+
+# DeepSpeed's buffers have every weight in the order of its shape.
+KEEPING = [stage for stage in ZERO if not isinstance(stage, int) or stage == 0]
+
+
+class Convolutions(nn.Module):
+    """Odd numbers of elements, so that a partition ends within a weight."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
+        self.linear = nn.Linear(7, 7)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.second(self.first(images).relu()))
+        return out
+
+
+def made(stage: int | str, channels_last: bool, precision: str = "fp32") -> tuple[Engine, ShardEMA]:
+    module = Convolutions(channels_last)
+    engine = Engine(
+        module, {"global": dict(module.named_parameters())}, settings(zero_stage=stage, precision=precision)
+    )
+    return engine, ShardEMA(engine)
+
+
+def trained(engine: Engine, ema: ShardEMA, first: int) -> None:
+    for step in range(first, first + 2):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(2, 3, 7, 7, generator=generator).to(engine.compute_dtype)
+        engine.backward((engine(images).float() - 1).square().mean(), last=True)
+        ema.update(engine.step(1e-2).applied)
+
+
+def held(engine: Engine, ema: ShardEMA) -> dict[str, Tensor]:
+    """Weights, moments and averages by name."""
+    rows = {kind: full_rows(engine, kind) for kind in ("master", "exp_avg", "exp_avg_sq")}
+    rows["ema"] = gather(ema.buffers, [partition.layout for partition in engine.partitions()])
+    return {f"{kind}/{name}": tensor.contiguous() for kind, row in rows.items() for name, tensor in row.items()}
+
+
+def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    results: dict[str, Any] = {}
+    for stage in ZERO:
+        for precision in ("fp32", "bf16"):
+            for last in (False, True):
+                engine, ema = made(stage, last, precision)
+                trained(engine, ema, 0)
+                name = f"{stage}-{precision}-{last}"
+                store = CheckpointStore(folder / name, keep=1)
+                path = store.write(Snapshot.take(engine, ema, {}, 2, HostMemory()))
+                before = held(engine, ema)
+                index = json.loads((path / INDEX_FILE).read_text())["checkpoint"]
+                turned = [slot for slot in index["groups"][0]["parameters"] if "channels_last" in slot]
+                checkpoint = latest(folder / name, Verification.TOGETHER)
+                assert checkpoint is not None
+                public = {name: tensor.clone() for name, tensor in checkpoint.weights().items()}
+                results[name] = {
+                    "format": index["format"],
+                    "turned": [slot["name"] for slot in turned],
+                    "strides": list(engine.module.first.weight.stride()),  # type: ignore[union-attr, operator]
+                    "public_bits": same_bits(
+                        public, {key: each.contiguous() for key, each in full_weights(engine).items()}
+                    ),
+                    "taken_up": {},
+                    "weights": {key: each.tolist() for key, each in full_weights(engine).items()},
+                }
+                engine.close()
+                for other in ZERO:
+                    for order in (False, True):
+                        engine, ema = made(other, order, precision)
+                        load(checkpoint, engine, ema)
+                        results[name]["taken_up"][f"{other}-{order}"] = same_bits(held(engine, ema), before)
+                        module = {key: each.contiguous() for key, each in engine.module.state_dict().items()}
+                        rounded = {key: each.to(engine.compute_dtype).contiguous() for key, each in public.items()}
+                        results[name]["taken_up"][f"{other}-{order}-module"] = same_bits(module, rounded)
+                        trained(engine, ema, 2)
+                        engine.close()
+    report(results)
+
+
+@pytest.fixture(scope="module")
+def results(run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> dict[str, Any]:
+    found: dict[str, Any] = run_on_ranks(cases, 2, tmp_path_factory.mktemp("order"))[0]
+    return found
+
+
+@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_lie_as_the_strategy_keeps_them(results: dict[str, Any], stage: int | str, precision: str) -> None:
+    plain, last = results[f"{stage}-{precision}-False"], results[f"{stage}-{precision}-True"]
+    assert (plain["format"], plain["turned"], plain["strides"]) == (1, [], [27, 9, 3, 1])
+    if stage in KEEPING:
+        assert (last["format"], last["strides"]) == (2, [27, 1, 9, 3])
+        assert last["turned"] == ["first.weight", "second.weight"]
+    else:
+        assert (last["format"], last["turned"], last["strides"]) == (1, [], [27, 9, 3, 1])
+
+
+@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_order_changes_no_update(results: dict[str, Any], stage: int | str, precision: str) -> None:
+    plain, last = results[f"{stage}-{precision}-False"]["weights"], results[f"{stage}-{precision}-True"]["weights"]
+    bound = 1e-5 if precision == "fp32" else 1e-3
+    for name, values in plain.items():
+        torch.testing.assert_close(torch.tensor(last[name]), torch.tensor(values), rtol=0.0, atol=bound)
+
+
+def test_every_strategy_and_order_takes_up_every_other(results: dict[str, Any]) -> None:
+    assert len(results) == 4 * len(ZERO)
+    for name, found in results.items():
+        assert found["public_bits"], name
+        assert len(found["taken_up"]) == 4 * len(ZERO)
+        assert all(found["taken_up"].values()), (name, found["taken_up"])
+
+
+def test_a_part_of_a_buffer_is_read_in_another_order() -> None:
+    plain, last = Convolutions(False), Convolutions(True)
+    own, other = (GroupLayout.of("global", dict(module.named_parameters()), in_order=True) for module in (last, plain))
+    assert own == other
+    whole = torch.cat([tensor.detach().reshape(-1) for tensor in plain.parameters()])
+    turned = torch.cat([slot.flat(tensor.detach()) for slot, tensor in zip(own.slots, last.parameters(), strict=True)])
+    assert not torch.equal(whole, turned)
+
+    def read(start: int, stop: int) -> Tensor:
+        return whole[start:stop].clone()
+
+    for start in range(0, own.numel, 17):
+        for stop in (start, start + 1, start + 40, own.numel):
+            torch.testing.assert_close(own.read(other, read, start, stop), turned[start:stop], rtol=0.0, atol=0.0)
