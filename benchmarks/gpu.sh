@@ -107,7 +107,7 @@ print("h200" if torch.cuda.get_device_properties(0).total_memory > 100e9 else "h
     compiled=(hardware.compile=blocks hardware.channels_last=true)
 else
     size=(hardware=cpu model=tiny micro_batches=1 warmup_steps=1 timed_steps=2 "hardware.micro_batch_size={32:4,64:2}")
-    low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}")
+    preset=cpu low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}")
     double_high=("hardware.micro_batch_size={64:4}")
     # A compiler for the CPU takes minutes.
     compiled=(hardware.compile=none hardware.channels_last=true)
@@ -121,19 +121,25 @@ if [ "$device" = cuda ]; then on=(hardware="$preset"); else on=(hardware=cpu); f
 ahead() {
     local name="$1"
     shift
-    [[ "$parts" == *" ahead "* || "$parts" == " all " ]] || return
-    parts+="$name " TORCHINDUCTOR_COMPILE_THREADS=4 start "$name" 300 "$python" benchmarks/gpu_compile.py \
+    if [[ "$parts" != *" ahead "* && "$parts" != " all " ]]; then return; fi
+    parts+="$name "
+    start "$name" 300 env TORCHINDUCTOR_COMPILE_THREADS=4 "$python" benchmarks/gpu_compile.py \
         "${size[@]}" "${four[@]}" "${compiled[@]}" "$@"
 }
 to_images="stage.flows=[image-to-image,text-to-image]" to_text="stage.flows=[image-to-text,text-to-text]"
-ahead ahead_low "$to_images" resolution="$low"
-ahead ahead_high "$to_images" resolution="$high"
-ahead ahead_low_text "$to_text" resolution="$low"
-ahead ahead_high_text "$to_text" resolution="$high"
+for how in low high; do
+    ahead "ahead_$how" "$to_images" resolution="${!how}"
+    ahead "ahead_text_$how" "$to_text" resolution="${!how}"
+    if [ "$preset" = h100 ]; then
+        # Its memory holds one resolution at a time.
+        finish "ahead_$how"
+        finish "ahead_text_$how"
+    fi
+done
 part resume 60 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
 part losses 200 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
     --output "$work/json/losses.json"
-for name in ahead_low ahead_high ahead_low_text ahead_high_text; do finish "$name"; done
+for name in ahead_low ahead_text_low ahead_high ahead_text_high; do finish "$name"; done
 
 bench part compiled 300 "${four[@]}" "${compiled[@]}" resolution="$low"
 bench part compiled_high 300 "${four[@]}" "${compiled[@]}" resolution="$high"

@@ -105,6 +105,10 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
     assert results["resume"]["largest_difference"] == 0 < results["resume"]["largest_movement"]
     assert results["losses"]["largest_relative_difference"] < 1e-3
     assert results["commands"]["passed"]
-    flows = ("compiled", "text_to_image")
-    for name in ("eager", "cached", *flows, *(f"{flow}_high" for flow in flows), "text_to_image_eager"):
-        assert results[name]["speed"]["pairs_per_second"] > 0
+    for name in ("compiled", "cached", "text_to_image", "eager", "text_to_image_eager"):
+        high = "text_to_image_high_eager" if name == "text_to_image_eager" else f"{name}_high"
+        for each in (name, high):
+            assert results[each]["speed"]["pairs_per_second"] > 0
+    for how in ("low", "high"):
+        assert f"== ahead_{how}: exit 0" in done.stdout
+        assert f"== ahead_text_{how}: exit 0" in done.stdout

@@ -38,8 +38,9 @@ from vdtrain.run import distributed
 PIECE = 256
 # Elements that change places at a time.
 PLACES = 1 << 24
-# Elements whose update is computed together when it is measured: 16 MB each for a few temporary tensors.
-MEASURED_PIECE = 1 << 22
+# Elements whose update is computed together when it is measured: 16 MB each for a few temporary tensors on a CPU, and
+# 128 MB on a GPU, where the launches of many small pieces took 190 ms of a step (benchmarks/results/gpu.json).
+MEASURED_PIECE, MEASURED_PIECE_GPU = 1 << 22, 1 << 25
 
 
 class FlatAdamW:
@@ -111,7 +112,8 @@ class FlatAdamW:
         first_bias, second_bias = (1 - first**count).float(), (1 - second**count).float()
         squares = torch.zeros(2, dtype=torch.float64, device=count.device)
         buffers = (self.masters[index], self.first_moments[index], self.second_moments[index])
-        pieces = zip(*(buffer[part].split(MEASURED_PIECE) for buffer in buffers), strict=True)
+        size = MEASURED_PIECE_GPU if count.is_cuda else MEASURED_PIECE
+        pieces = zip(*(buffer[part].split(size) for buffer in buffers), strict=True)
         for weights, first_moment, second_moment in pieces:
             direction = (second_moment / second_bias).sqrt_().add_(self._settings.epsilon)
             direction = (first_moment / first_bias).div_(direction).add_(weights, alpha=decay)
