@@ -26,11 +26,12 @@ rehearsal: .venv/.complete  ## the whole full-size road on a CPU, in less than a
 drill: .venv/.distributed  ## kills, faults, odd inputs and a long run: hours (docs/reliability.md)
 	@$(RUN) python -m tests.drill --record
 
-# Two processes, each of which takes whole modules (tests/order.py); JOBS=0 runs all tests in one.
-JOBS := 2
+# Three processes, each of which takes whole modules (tests/order.py): some tests wait more than they compute. JOBS=0
+# runs all tests in one.
+JOBS := 3
 PYTEST = $(RUN) python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-test: .venv/.distributed  ## the tests, but for those at full size: a quarter of an hour on two cores (JOBS=N: on N)
+test: .venv/.distributed  ## the tests, but for those at full size: some twelve minutes on two cores (JOBS=N: in N processes)
 	@$(PYTEST) -m "not slow"
 
 test-slow: .venv/.distributed  ## the others: full size, Spark and Ray, long drills, real starts of every program
