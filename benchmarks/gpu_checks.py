@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdtrain.run.surroundings import commit, versions
+from vdtrain.tracking.surroundings import commit, versions
 
 # The root, whose tests draw the images.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,7 +32,7 @@ from tests.pairs import write_pairs
 from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
 from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.commands import train
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 # A difference as a share of what the steps moved the weights; kernels may add in another order. Losses in bf16.
 RESUME_SHARE, LOSS_TOLERANCE = 0.01, 0.01

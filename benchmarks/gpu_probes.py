@@ -23,7 +23,7 @@ from timing import seconds_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vdtrain.run.surroundings import commit, processor, versions
+from vdtrain.tracking.surroundings import commit, processor, versions
 
 RESULT = Path(__file__).parent / "results" / "gpu" / "probes.json"
 BACKENDS = {

@@ -27,7 +27,7 @@ from loader_images import write_set
 
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import read_shard
-from vdtrain.run.surroundings import processor, versions
+from vdtrain.tracking.surroundings import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PIECE = 1 << 20

@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vdtrain.run.surroundings import processor, versions
+from vdtrain.tracking.surroundings import processor, versions
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "loader.json"

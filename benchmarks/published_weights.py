@@ -38,15 +38,22 @@ from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.caption_tokenizers import END_OF_TEXT, RELEASED_ENCODER, RELEASED_ENCODER_SIZE
-from vdtrain.weights.checks import schedule_buffers
-from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.exports import write_torch
-from vdtrain.weights.frozen_names import to_hugging_face
-from vdtrain.weights.frozen_parts import CLIP, IMAGE_VAE, TEXT_VAE, FrozenPart
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
+from vdtrain.weights.frozen_parts import (
+    CLIP,
+    END_OF_TEXT,
+    IMAGE_VAE,
+    RELEASED_ENCODER,
+    RELEASED_ENCODER_SIZE,
+    TEXT_VAE,
+    FrozenPart,
+)
+from vdtrain.weights.published.checks import schedule_buffers
+from vdtrain.weights.published.diffusers_names import translated
+from vdtrain.weights.published.frozen_names import to_hugging_face
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, compvis_modules
+from vdtrain.weights.published.versatile_diffusion import to_released
 from vdtrain.weights.tensor_files import Entry, LazyTensors
-from vdtrain.weights.versatile_diffusion import to_released
 
 VAE_PREFIX, CLIP_TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."
 MASK, HEAD, WORDS = "decoder.transformer.h.{}.attn.bias", "decoder.lm_head.weight", "decoder.transformer.wte.weight"

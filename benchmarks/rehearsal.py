@@ -30,8 +30,8 @@ import psutil
 from rehearsal_road import SIZES, Interruption, Part, Size, road
 from watched import GB, Watched, disk_bytes
 
-from vdtrain.run.surroundings import processor
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
+from vdtrain.tracking.surroundings import processor
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "rehearsal.json", HERE.parent / "docs" / "rehearsal.md"

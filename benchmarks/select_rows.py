@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from watched import Watched
 
 from data_pipeline.select.selection import read_selection
-from vdtrain.run.surroundings import processor, versions
+from vdtrain.tracking.surroundings import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]

@@ -37,7 +37,7 @@ from train_step_contestants import CPU, Contestant, Ours, Script, Work, largest_
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError
 from vdtrain.run import distributed
-from vdtrain.run.surroundings import commit, processor, versions
+from vdtrain.tracking.surroundings import commit, processor, versions
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "train_step.json"

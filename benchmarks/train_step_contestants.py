@@ -25,11 +25,11 @@ from vdtrain.models.diffuser import Diffuser, DiffuserInput, parameters_by_group
 from vdtrain.models.frozen import Encoded, FrozenParts, build_frozen
 from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.run.distributed import RankInfo
-from vdtrain.run.speed import StepClock
+from vdtrain.tracking.speed import StepClock
 from vdtrain.training.build import build_trainer, starting_diffuser
 from vdtrain.training.start import Start
-from vdtrain.weights.diffusers_folder import meta_unet
-from vdtrain.weights.diffusers_names import UnetNames
+from vdtrain.weights.published.diffusers_folder import meta_unet
+from vdtrain.weights.published.diffusers_names import UnetNames
 
 CPU = torch.device("cpu")
 EMA_DECAY = 0.9999

@@ -25,7 +25,7 @@ from tests.pairs import write_pairs
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.run import distributed
-from vdtrain.run.surroundings import commit, processor, versions
+from vdtrain.tracking.surroundings import commit, processor, versions
 from vdtrain.training import watching
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import resolve_start

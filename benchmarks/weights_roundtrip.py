@@ -28,8 +28,8 @@ from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.config.compose import compose, to_object
 from vdtrain.weights.exports import write_torch
 from vdtrain.weights.folder import open_weights_folder
+from vdtrain.weights.published.versatile_diffusion import to_released
 from vdtrain.weights.tensor_files import LazyTensors
-from vdtrain.weights.versatile_diffusion import to_released
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

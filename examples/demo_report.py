@@ -28,7 +28,7 @@ from rich.table import Table
 from miniature.detector import caption_attributes, detect
 from miniature.shapes import COLOURS, SHAPES, Scene, caption, draw, sample_scene
 from vdtrain.pipeline import VersatileDiffusion
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")

@@ -220,10 +220,10 @@ def test_a_removed_setting_is_accepted_with_its_only_value(tmp_path: Path, capsy
 def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
     from data_pipeline.download.download import ENGINES
     from data_pipeline.select.sources import SCHEMAS as METADATA
-    from vdtrain.commands.sampler import DTYPES
     from vdtrain.diffusion.contexts import MIXINGS
     from vdtrain.diffusion.sampling import SOLVERS
     from vdtrain.engine.deepspeed import PRECISIONS
+    from vdtrain.inference.sampler import DTYPES
 
     for schema, key, known in (
         (TrainConfig, "hardware.precision", PRECISIONS),

@@ -21,7 +21,7 @@ from vdtrain.commands.preflight import main, rank_count
 from vdtrain.commands.weights import main as weights
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.run.wandb_run import _unreachable
+from vdtrain.tracking.wandb_run import _unreachable
 from vdtrain.training.checks import checkpoint_size
 from vdtrain.training.start import Start
 

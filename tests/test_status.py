@@ -16,9 +16,9 @@ import pytest
 from tests.tiny_runs import BATCH, JOB, LOW, STEPS, TinyRuns
 from vdtrain.commands.status import main
 from vdtrain.run.restarts import RECORD_FILE
-from vdtrain.run.summary import CONFIG_FILE, age, summarise
-from vdtrain.run.tracking import METRICS_FILE, last_metrics, read_metrics
-from vdtrain.run.wandb_run import WANDB_URL_FILE
+from vdtrain.tracking.metrics import METRICS_FILE, last_metrics, read_metrics
+from vdtrain.tracking.summary import CONFIG_FILE, age, summarise
+from vdtrain.tracking.wandb_run import WANDB_URL_FILE
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from data_pipeline.index.samples import Endings
 from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
 from data_pipeline.workers import alone, workers
 from vdtrain.data.manifest import Manifest, read_shards
-from vdtrain.data.members import IMAGES, METADATA, TEXTS
+from vdtrain.data.tar_samples import IMAGES, METADATA, TEXTS
 from vdtrain.errors import ConfigError, NothingError
 from vdtrain.progress import Progress
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vdtrain.data.decode import CENTRE, TURNED, DecodeError, decode, image_format, image_size, stored_orientation
 from vdtrain.data.manifest import content_hash
-from vdtrain.data.members import (
+from vdtrain.data.tar_samples import (
     IMAGES,
     METADATA,
     TEXTS,

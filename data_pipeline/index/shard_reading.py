@@ -27,7 +27,7 @@ from data_pipeline.index.samples import (
 from data_pipeline.index.tar_members import TarDamageError, TarMembers
 from data_pipeline.shards import STATISTICS, successes
 from vdtrain.data.manifest import STORED_SCHEMA, downloaded, pair_uid
-from vdtrain.data.members import BrokenSampleError
+from vdtrain.data.tar_samples import BrokenSampleError
 from vdtrain.errors import ConfigError, unreadable
 
 READ_AHEAD = 1 << 20

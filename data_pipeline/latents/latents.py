@@ -22,12 +22,12 @@ from vdtrain.config.instantiate import instantiate
 from vdtrain.config.validation import check_indexed, check_resolution, latent_encoder
 from vdtrain.data.latents import DESCRIPTION_FILE, MODALITY, LatentDescription, LatentFolder
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.patience import Patience, StreamError, patience_of
 from vdtrain.data.shards import ShardReader
 from vdtrain.errors import ConfigError, one_line, unwritable
 from vdtrain.files import atomic_write, check_output
 from vdtrain.run.launch import PROCESSES, run_command_on_ranks
 from vdtrain.run.signals import ending
+from vdtrain.storage.patience import Patience, StreamError, patience_of
 
 if TYPE_CHECKING:
     from data_pipeline.latents.encoding import Encoder, Made

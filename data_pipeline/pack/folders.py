@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.pack.found import MISSING, NO_CAPTION, Entry, LeftOut, relative, stamp_of
 from data_pipeline.pack.tables import FILE_NAME, table_entries
 from vdtrain.config.data_schema import PackConfig
-from vdtrain.data.members import IMAGES
+from vdtrain.data.tar_samples import IMAGES
 from vdtrain.errors import ConfigError, unreadable
 
 EXTENSIONS = {f".{extension}" for extension in (*IMAGES, "jpe")}

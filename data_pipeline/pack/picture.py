@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vdtrain.config.data_schema import PackConfig
-from vdtrain.data.decode import IMAGE_ERRORS, ORIENTATION_TAG, rgb, upright
-from vdtrain.data.jpeg import decode_jpeg
-from vdtrain.data.members import BrokenSampleError, read_text
+from vdtrain.data.decode import IMAGE_ERRORS, ORIENTATION_TAG, decode_jpeg, rgb, upright
+from vdtrain.data.tar_samples import BrokenSampleError, read_text
 from vdtrain.errors import missing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")

@@ -14,7 +14,7 @@ from data_pipeline.select.block_lists import BlockLists
 from data_pipeline.select.sources import CAPTION, STATUS, URL, Column, Schema
 from data_pipeline.select.urls import addresses, changed, url_problems
 from vdtrain.config.data_schema import FilterConfig
-from vdtrain.data.members import UNCLEAN, clean_caption
+from vdtrain.data.tar_samples import UNCLEAN, clean_caption
 from vdtrain.errors import ConfigError
 
 DUPLICATE_URL = "duplicate URL"

@@ -27,11 +27,11 @@ from tests.world import one_line
 from vdtrain.app.desk import Desk, Report, StoppedError
 from vdtrain.app.server import is_loopback
 from vdtrain.cli import main
-from vdtrain.commands.checkpoint import describe
-from vdtrain.commands.sampler import load_model, settled
 from vdtrain.config.compose import SCHEMAS, compose, to_object
 from vdtrain.config.overrides import Override
 from vdtrain.flows import all_flows
+from vdtrain.inference.checkpoint import describe
+from vdtrain.inference.sampler import load_model, settled
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 SETTINGS = ["resolution=32", "steps=2", "threads=1", "output_dir=results"]

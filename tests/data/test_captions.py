@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from vdtrain.data.members import UNCLEAN, clean_caption
+from vdtrain.data.tar_samples import UNCLEAN, clean_caption
 
 CLEAN = [
     "",

@@ -18,12 +18,12 @@ from tests.data.test_remote_shards import Server
 from tests.pairs import write_pairs
 from tests.programs import program
 from tests.settings import TINY, phases
-from vdtrain.data.followed import leading_away
 from vdtrain.data.manifest import ManifestError, read_shards, write_shards
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.data.webdataset_stream import WebDatasetStream
 from vdtrain.errors import ConfigError
 from vdtrain.media import read_images
+from vdtrain.storage.stores import leading_away
 
 
 @pytest.fixture

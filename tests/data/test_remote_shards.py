@@ -22,11 +22,12 @@ import torch
 
 from tests.pairs import write_pairs
 from tests.ranges import Ranges
-from vdtrain.data import patience, shards
+from vdtrain.data import shards
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.shards import ShardCache, ShardReader, StreamError
 from vdtrain.data.stream import PairStream
+from vdtrain.storage import patience
 
 
 class Server(ThreadingHTTPServer):

@@ -24,12 +24,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from data_pipeline.index.index import index
 from tests.pairs import write_pairs, write_shard
 from tests.ranges import Ranges
-from vdtrain.data import patience
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.stores import Stores
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.redaction import without_secrets
+from vdtrain.storage import patience
+from vdtrain.storage.stores import Stores
 
 Fault = Callable[["Faulty", bytes, int, int], None]
 

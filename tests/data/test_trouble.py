@@ -18,9 +18,9 @@ from data_pipeline.__main__ import main
 from tests import faults
 from tests.data.test_remote_shards import Server
 from tests.pairs import write_pairs
-from vdtrain.data.patience import Patience, StreamError
 from vdtrain.data.stream import PairStream
 from vdtrain.errors import passes
+from vdtrain.storage.patience import Patience, StreamError
 
 BATCHES = 9
 
@@ -120,7 +120,7 @@ def test_what_cannot_pass_is_not_repeated(folder: Path, capfd: pytest.CaptureFix
 def test_outages_without_number_are_some_lines(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vdtrain.data.patience.FIRST_PAUSE_SECONDS", 0.0001)
+    monkeypatch.setattr("vdtrain.storage.patience.FIRST_PAUSE_SECONDS", 0.0001)
     patience = Patience(60)
     for _ in range(120):
         errors = [OSError(errno.EIO, "no")]

@@ -25,12 +25,12 @@ from PIL import Image
 
 from tests.data.test_remote_shards import Handler, Server
 from tests.pairs import write_pairs
-from vdtrain.data import patience
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.data.webdataset_stream import WebDatasetStream
 from vdtrain.errors import ConfigError
+from vdtrain.storage import patience
 
 COUNT = 12
 

@@ -31,7 +31,7 @@ from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.data_schema import DataConfig, SourceConfig
 from vdtrain.data.manifest import pair_uid
-from vdtrain.data.members import clean_caption
+from vdtrain.data.tar_samples import clean_caption
 from vdtrain.files import locked
 
 OFF = [

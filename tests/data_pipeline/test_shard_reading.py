@@ -18,7 +18,7 @@ from PIL import Image
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from tests.pairs import write_shard
 from vdtrain.data.manifest import pair_uid
-from vdtrain.data.members import ORIENTATIONS
+from vdtrain.data.tar_samples import ORIENTATIONS
 
 PLACES = (
     "at a member's boundary",

@@ -22,10 +22,10 @@ from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus,
 from tests.weights.test_tokenizer_files import asset
 from vdtrain.config.data_schema import ShapesConfig
 from vdtrain.evaluation.inception import InceptionFeatures
-from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
 from vdtrain.weights.hub import ADDRESS
 from vdtrain.weights.imports import ADDRESSES
-from vdtrain.weights.versatile_diffusion import to_released
+from vdtrain.weights.published.frozen_names import to_diffusers, to_hugging_face
+from vdtrain.weights.published.versatile_diffusion import to_released
 
 IMAGES, PIXELS = 20, 256
 # Repository -> the folder of its tables.

@@ -17,7 +17,7 @@ from tests.settings import TINY, phases
 from vdtrain.checkpoint.folder import CHECKPOINTS
 from vdtrain.checkpoint.format import Index
 from vdtrain.files import INCOMPLETE, damage
-from vdtrain.run.tracking import last_metrics, read_metrics
+from vdtrain.tracking.metrics import last_metrics, read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 # Two phases, and epochs of five steps.

@@ -36,7 +36,7 @@ from vdtrain.evaluation.inception import InceptionFeatures
 from vdtrain.evaluation.scores import ClipScorer, Mean, clip_scores
 from vdtrain.models.frozen_weights import ASSETS
 from vdtrain.models.tokenizers import END, START
-from vdtrain.weights.frozen_names import to_hugging_face
+from vdtrain.weights.published.frozen_names import to_hugging_face
 
 SIDE, COUNT = 32, 8
 THOUSANDTH = 1e-3

@@ -37,7 +37,7 @@ def record(folder: Path, *overrides: str) -> dict[str, Curves]:
     """Train in `folder`, each stage from the one before; the losses by stage."""
     from tests.pairs import write_pairs
     from vdtrain.commands.train import main
-    from vdtrain.run.tracking import read_metrics
+    from vdtrain.tracking.metrics import read_metrics
 
     manifest = write_pairs(folder / "data")
     curves: dict[str, Curves] = {}

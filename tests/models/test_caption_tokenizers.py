@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers,
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
-from vdtrain.weights.caption_tokenizers import bert_tokenizer, gpt2_tokenizer
+from vdtrain.weights.frozen_parts import bert_tokenizer, gpt2_tokenizer
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 CAPTIONS = [

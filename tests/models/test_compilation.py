@@ -22,7 +22,7 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.models.execution import blocks, checkpoint_activations, compile_training
 from vdtrain.models.frozen import FrozenParts, build_frozen
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 # Compiled code sums in another order. Measured: 4e-7 by blocks, 4e-6 with channels last.
 TOLERANCE = 1e-5

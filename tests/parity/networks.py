@@ -15,7 +15,7 @@ from vdtrain.config.schema import DiffuserConfig, ModalityConfig, ModelConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.diffusers_names import Kind, UnetNames
+from vdtrain.weights.published.diffusers_names import Kind, UnetNames
 
 MODALITIES = ["image", "text"]
 KINDS: dict[str, Kind] = {"image": "image", "text": "flat"}

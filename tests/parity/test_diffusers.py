@@ -42,7 +42,7 @@ from vdtrain.models.diffuser import Context, Diffuser, by_rows, timestep_sinusoi
 from vdtrain.models.image_layers import ResidualBlock
 from vdtrain.models.layer_plan import DataStep, Role, make_plan
 from vdtrain.models.text_layers import FullyConnectedBlock
-from vdtrain.weights.diffusers_names import BLOCK
+from vdtrain.weights.published.diffusers_names import BLOCK
 
 PLAN = make_plan(model_config().diffuser)
 TOKENS = {"image": 7, "text": 5}

@@ -28,7 +28,7 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser
 from vdtrain.models.frozen import FrozenParts, build_frozen
-from vdtrain.weights.diffusers_folder import write_pipeline
+from vdtrain.weights.published.diffusers_folder import write_pipeline
 
 MODEL: ModelConfig = to_object(compose("train", ["model=tiny"]), TrainConfig).model
 CAPTIONS = ["a red circle on a white background", "A  BLUE star, isn't it?", "", "ünïcode 12 ☃ " * 9]

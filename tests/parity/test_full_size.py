@@ -13,7 +13,7 @@ from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.clip import build_clip
 from vdtrain.models.diffuser import Diffuser
-from vdtrain.weights.versatile_diffusion import to_released
+from vdtrain.weights.published.versatile_diffusion import to_released
 
 
 @pytest.fixture(scope="module")

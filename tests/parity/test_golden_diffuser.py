@@ -10,7 +10,7 @@ from vdtrain.diffusion.sampling import DDIM, ddim_timesteps, denoise, guided
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput, layer_group, timestep_sinusoid
-from vdtrain.weights.versatile_diffusion import from_released, to_released
+from vdtrain.weights.published.versatile_diffusion import from_released, to_released
 
 SCHEDULE = Schedule(ScheduleConfig())
 FLOWS = [flow.name for flow in all_flows(["image", "text"])]

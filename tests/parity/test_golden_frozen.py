@@ -146,7 +146,7 @@ def test_optimus_loss(optimus, mode, name):
 @pytest.fixture(scope="module")
 def clip() -> tuple[ClipTextContext, ClipImageContext, dict[str, Any]]:
     from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
-    from vdtrain.weights.frozen_names import to_open_clip
+    from vdtrain.weights.published.frozen_names import to_open_clip
 
     reference = recorded("clip")
     text_sizes, vision_sizes = reference["config"]["text_config"], reference["config"]["vision_config"]

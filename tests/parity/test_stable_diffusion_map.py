@@ -4,9 +4,9 @@ from tests.parity.recorded import rows
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.diffusers_names import translated
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
-from vdtrain.weights.versatile_diffusion import to_released
+from vdtrain.weights.published.diffusers_names import translated
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, compvis_modules
+from vdtrain.weights.published.versatile_diffusion import to_released
 
 
 def test_every_key_goes_where_the_reference_map_sends_it() -> None:

@@ -24,7 +24,7 @@ from tests.parity.networks import (
 from vdtrain.models.diffuser import Context, Diffuser, by_rows
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names, open_stable_diffusion
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, layer_names, open_stable_diffusion
 
 MODEL = model_config()
 PLAN = make_plan(MODEL.diffuser)

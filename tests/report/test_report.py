@@ -19,8 +19,8 @@ from tests.tiny_runs import BATCH, STEPS, TinyRuns
 from vdtrain.cli import main
 from vdtrain.report.curves import POINTS, sections
 from vdtrain.run.restarts import read_events
-from vdtrain.run.summary import CONFIG_FILE
-from vdtrain.run.tracking import METRICS_FILE, read_metrics
+from vdtrain.tracking.metrics import METRICS_FILE, read_metrics
+from vdtrain.tracking.summary import CONFIG_FILE
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">{{ 7 * 7 }}"
 FLOWS = ("image-to-image", "text-to-image")

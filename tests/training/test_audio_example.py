@@ -23,7 +23,7 @@ from vdtrain.commands.evaluate import main as evaluate
 from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
 from vdtrain.flows import all_flows
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "modalities.md").read_text()

@@ -18,7 +18,7 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import RatesConfig, TrainConfig
 from vdtrain.planning.memory import PhaseMemory, StagePlan, plan_stage
 from vdtrain.planning.speed import step_time
-from vdtrain.run.speed import BACKWARD, EXCHANGE, INSIDE, OPTIMISER, OperatorCount, StepClock
+from vdtrain.tracking.speed import BACKWARD, EXCHANGE, INSIDE, OPTIMISER, OperatorCount, StepClock
 from vdtrain.training.bench import kernel_kind
 
 STAGE = ("stage=stage3_four_flow", *TINY)
@@ -105,7 +105,7 @@ def test_two_processes_exchange(tmp_path: Path) -> None:
 
 def test_collectives_are_taken_out_of_the_parts_that_they_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, now = StepClock(torch.device("cpu")), iter([0.0, 1.0, 1.5, 3.5, 4.0, 10.0])
-    monkeypatch.setattr("vdtrain.run.speed.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("vdtrain.tracking.speed.time.perf_counter", lambda: next(now))
     for part in (None, INSIDE, EXCHANGE, BACKWARD, None, OPTIMISER):
         clock.mark(part)
     assert clock.seconds() == {EXCHANGE: 0.5, BACKWARD: 3.0, OPTIMISER: 6.0}

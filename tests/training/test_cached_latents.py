@@ -11,7 +11,7 @@ from data_pipeline.__main__ import main
 from tests.pairs import write_pairs
 from tests.tiny_runs import HIGH, LOW, overrides
 from tests.training.forks import Case, run_cases
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 # Of a loss; a latent is rounded by 2^-11 of itself at most, and Adam's first steps are the same for any small change.
 BOUND = 2e-3

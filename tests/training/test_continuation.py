@@ -24,7 +24,7 @@ from vdtrain.checkpoint.folder import CHECKPOINTS, INDEX_FILE, index_checksum, l
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train
 from vdtrain.models.frozen_weights import ASSETS
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.continuation import TrainState
 
 LONGER = 5

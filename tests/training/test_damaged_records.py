@@ -17,8 +17,8 @@ from tests.tiny_runs import STAGES, STEPS, TinyRuns
 from tests.world import MAINS
 from vdtrain.checkpoint.folder import CHECKPOINTS, FORMAT, INDEX_FILE, LATEST_FILE, candidates, index_checksum
 from vdtrain.run.restarts import RECORD_FILE
-from vdtrain.run.summary import SAVED_FILE
-from vdtrain.run.tracking import METRICS_FILE
+from vdtrain.tracking.metrics import METRICS_FILE
+from vdtrain.tracking.summary import SAVED_FILE
 
 BEFORE = 4
 

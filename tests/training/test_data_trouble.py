@@ -24,7 +24,7 @@ from tests.settings import TINY, phases
 from tests.training.forks import Case, run_cases
 from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
 from vdtrain.checkpoint.format import Index
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 STEPS, BATCH, SHARDS, COUNT, LIMIT = 12, 2, 4, 10, 16
 MINIATURE = [

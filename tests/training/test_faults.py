@@ -16,8 +16,8 @@ from tests.programs import Ending, run_ranks
 from tests.settings import TINY, phases
 from tests.training.forks import Case, run_cases
 from vdtrain.checkpoint.folder import CHECKPOINTS, candidates
-from vdtrain.run.tracking import METRICS_FILE
 from vdtrain.run.watchdog import EXIT_STATUS
+from vdtrain.tracking.metrics import METRICS_FILE
 
 LIMIT = 10
 NEWEST = "step-000000002"

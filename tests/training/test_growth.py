@@ -12,7 +12,7 @@ import pytest
 from tests.settings import phases
 from tests.tiny_runs import BATCH, STAGES, TinyRuns
 from vdtrain.commands.train import main as train
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 
 def test_a_micro_batch_is_the_largest_that_divides_and_the_log_shows_it(

@@ -149,7 +149,7 @@ LOST = {
     ),
     # gloo may notice it first.
     "while it builds": (
-        {"at": "vdtrain.run.session:build_trainer", "what": "dies"},
+        {"at": "vdtrain.training.session:build_trainer", "what": "dies"},
         "lost .*process 1.*; see its log, then run the same command again",
     ),
     "does not come": (

@@ -27,9 +27,9 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrackingConfig, TrainConfig
 from vdtrain.data.batch import Batch
 from vdtrain.data.stream import PairStream
-from vdtrain.run.tensorboard import FOLDER, PLACE
-from vdtrain.run.tracking import Tracker, flat, read_lines, read_metrics
-from vdtrain.run.wandb_run import WANDB_ID_FILE
+from vdtrain.tracking.metrics import Tracker, flat, read_lines, read_metrics
+from vdtrain.tracking.tensorboard import FOLDER, PLACE
+from vdtrain.tracking.wandb_run import WANDB_ID_FILE
 from vdtrain.training import checks
 
 ROOT = Path(__file__).parents[2]

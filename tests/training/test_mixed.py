@@ -25,7 +25,7 @@ from vdtrain.data.loading import open_stream
 from vdtrain.diffusion.objective import StepRandom
 from vdtrain.flows import Flow
 from vdtrain.run import distributed
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer

@@ -12,7 +12,7 @@ from tests.tiny_runs import ROOT, STAGES, TinyRuns
 from vdtrain.cli import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.run.summary import next_command, next_stage
+from vdtrain.tracking.summary import next_command, next_stage
 
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT)}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}

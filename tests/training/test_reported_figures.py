@@ -20,9 +20,9 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.engine.engine import Engine, FlatAdamW, StepReport
 from vdtrain.planning.dry_run import DryRun
-from vdtrain.run.reporting import Meters, log_line
-from vdtrain.run.speed import PARTS
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
+from vdtrain.tracking.reporting import Meters, log_line
+from vdtrain.tracking.speed import PARTS
 from vdtrain.training.agreement import StepOutcome
 
 BATCH, LOW, HIGH = 4, 6, 4

@@ -25,7 +25,7 @@ from tests.pairs import write_pairs
 from tests.settings import TINY, phases
 from tests.training.forks import Case, Ending, run_cases
 from vdtrain.checkpoint.format import Index, SliceReader
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 STAGES = ("stage1_single_flow", "stage2_dual_flow", "stage3_four_flow")
 # Two phases, of another resolution and another number of micro-batches; epochs of five steps.

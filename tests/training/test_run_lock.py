@@ -23,7 +23,7 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.run import lock as run_lock
 from vdtrain.run.lock import LOCK_FILE, HeldError, Holder, RunLock, process_start
 from vdtrain.run.restarts import read_events
-from vdtrain.run.tracking import last_metrics, read_metrics
+from vdtrain.tracking.metrics import last_metrics, read_metrics
 
 ELSEWHERE = ["n7", "another boot", "pid:[1]"]
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -15,8 +15,8 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.run.restarts import RECORD_FILE
-from vdtrain.run.summary import SAVED_FILE, lost_checkpoints, note_saved
-from vdtrain.run.tracking import METRICS_FILE, Tracker, read_metrics
+from vdtrain.tracking.metrics import METRICS_FILE, Tracker, read_metrics
+from vdtrain.tracking.summary import SAVED_FILE, lost_checkpoints, note_saved
 
 
 @pytest.fixture(autouse=True)

@@ -35,8 +35,8 @@ from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.engine.flat import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
-from vdtrain.run.reporting import Meters
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
+from vdtrain.tracking.reporting import Meters
 from vdtrain.training.agreement import NAMED_CHARACTERS, BadSteps, StepOutcome, StepSync, Tried
 
 PRECISIONS = ("fp32", "bf16")

@@ -32,7 +32,7 @@ from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models.diffuser import layer_group
 from vdtrain.pipeline import ContextInput, VersatileDiffusion
 from vdtrain.run import distributed
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer
@@ -288,7 +288,7 @@ def test_the_page_shows_the_example_as_it_is() -> None:
 MODALITY = "image|text|sound"
 NAMING = re.compile(rf"(?:(?:data|context)\.)?(?:{MODALITY})|(?:{MODALITY})-to-(?:{MODALITY})")
 ROOMS = ("training/*", "engine/*", "checkpoint/*", "diffusion/*", "planning/memory")
-PLACES = (*ROOMS, "config/validation", "pipeline", "commands/sampler")
+PLACES = (*ROOMS, "config/validation", "pipeline", "inference/sampler")
 MODELS = ("diffuser", "layer_plan", "context_layers", "frozen")
 PATTERNS = (*PLACES, *(f"models/{name}" for name in MODELS))
 # Editing is defined as image-to-text-to-image, so it names both modalities.

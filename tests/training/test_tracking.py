@@ -10,20 +10,20 @@ import pytest
 
 from tests.programs import program
 from vdtrain.config.schema import TrackingConfig
-from vdtrain.run.reporting import log_line
-from vdtrain.run.tracking import (
+from vdtrain.tracking.metrics import (
     METRICS_FILE,
     Tracker,
     last_metrics,
     read_metrics,
 )
+from vdtrain.tracking.reporting import log_line
 
 # A run whose W&B process gets the SIGTERM that Slurm sends to all processes of a job.
 WITHOUT_WANDB = """
 import os, signal, sys
 from pathlib import Path
 from vdtrain.config.schema import TrackingConfig
-from vdtrain.run.tracking import Tracker
+from vdtrain.tracking.metrics import Tracker
 
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig(name="offline", mode="offline", project="test", entity=None), {}, 0)
 states = [path.read_text().rpartition(")") for path in Path("/proc").glob("[0-9]*/stat")]

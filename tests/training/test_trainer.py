@@ -26,7 +26,7 @@ from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.run import distributed
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import resolve_start
 from vdtrain.training.trainer import Trainer

@@ -30,7 +30,7 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import learning_rate
 from vdtrain.models.diffuser import Diffuser, layer_group, parameters_by_group
 from vdtrain.models.trained import is_adapter
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.start import open_weights
 from vdtrain.weights.folder import open_weights_folder
 

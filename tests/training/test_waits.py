@@ -27,7 +27,7 @@ from vdtrain.diffusion import objective
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.run import distributed
-from vdtrain.run.speed import StepClock
+from vdtrain.tracking.speed import StepClock
 from vdtrain.training.build import build_trainer, layer_groups
 from vdtrain.training.start import Start
 from vdtrain.training.trainer import Trainer

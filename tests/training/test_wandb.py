@@ -28,10 +28,10 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.config.compose import compose
 from vdtrain.config.schema import TrackingConfig
 from vdtrain.evaluation.report import log_to_wandb
-from vdtrain.run import wandb_run
-from vdtrain.run import wandb_run as wandb_access
-from vdtrain.run.tracking import METRICS_FILE, Tracker, read_metrics
-from vdtrain.run.wandb_run import WANDB_ID_FILE, WANDB_URL_FILE
+from vdtrain.tracking import wandb_run
+from vdtrain.tracking import wandb_run as wandb_access
+from vdtrain.tracking.metrics import METRICS_FILE, Tracker, read_metrics
+from vdtrain.tracking.wandb_run import WANDB_ID_FILE, WANDB_URL_FILE
 
 BATCH, STEPS, EVERY = 4, 18, 4
 MINIATURE = [

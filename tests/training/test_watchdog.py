@@ -16,8 +16,8 @@ from tests.pairs import write_pairs
 from tests.programs import program
 from tests.settings import TINY, phases
 from tests.training.forks import Case, Ending, run_cases
-from vdtrain.run.tracking import read_metrics
 from vdtrain.run.watchdog import EXIT_STATUS, Watchdog
+from vdtrain.tracking.metrics import read_metrics
 
 MINIATURE = [
     "stage=stage1_single_flow",

@@ -30,7 +30,7 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.data.order import Split
 from vdtrain.data.stream import PairStream
 from vdtrain.run import distributed
-from vdtrain.run.tracking import METRICS_FILE, read_lines, read_metrics
+from vdtrain.tracking.metrics import METRICS_FILE, read_lines, read_metrics
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import resolve_start
 from vdtrain.training.watching import Clock, Moments

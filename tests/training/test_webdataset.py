@@ -13,7 +13,7 @@ from tests.pairs import write_pairs
 from tests.settings import TINY, phases
 from tests.training.forks import Case, run_cases
 from vdtrain.cli import main
-from vdtrain.run.tracking import read_metrics
+from vdtrain.tracking.metrics import read_metrics
 
 BATCH, FIRST, STEPS = 8, 2, 4
 WEB = "data.stream=webdataset"

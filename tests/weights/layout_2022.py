@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vdtrain.models.layer_plan import LayerPlan
-from vdtrain.weights.diffusers_names import translated
-from vdtrain.weights.versatile_diffusion import modules_2022
+from vdtrain.weights.published.diffusers_names import translated
+from vdtrain.weights.published.versatile_diffusion import modules_2022
 
 
 def to_2022(plan: LayerPlan, name: str) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.weights.small import MODEL, PLAN, weights
 from vdtrain.config.schema import ScheduleConfig
-from vdtrain.weights.checks import schedule_buffers
-from vdtrain.weights.diffusers_names import UnetNames
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, layer_names
+from vdtrain.weights.published.checks import schedule_buffers
+from vdtrain.weights.published.diffusers_names import UnetNames
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, layer_names
 
 NAMES = UnetNames(PLAN, "image", "image", "image")
 

@@ -17,9 +17,9 @@ from tests.weights.published import compvis_whole, diffusers_unet, write_diffuse
 from tests.weights.small import MODEL, PLAN, weights
 from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus
 from vdtrain.cli import main
-from vdtrain.weights.diffusers_folder import write_pipeline
 from vdtrain.weights.folder import is_weights_folder, write_weights_folder
-from vdtrain.weights.versatile_diffusion import to_released
+from vdtrain.weights.published.diffusers_folder import write_pipeline
+from vdtrain.weights.published.versatile_diffusion import to_released
 
 
 def vd_2023(folder: Path) -> Path:

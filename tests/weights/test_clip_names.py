@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from vdtrain.models.clip import build_clip
-from vdtrain.weights.frozen_names import to_hugging_face, to_open_clip
+from vdtrain.weights.published.frozen_names import to_hugging_face, to_open_clip
 
 
 @pytest.fixture(scope="module")

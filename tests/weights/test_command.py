@@ -22,7 +22,7 @@ from vdtrain.weights.exports import PRECISIONS
 from vdtrain.weights.folder import open_weights_folder, write_weights_folder
 from vdtrain.weights.hub import ADDRESS, COMMIT
 from vdtrain.weights.imports import ADDRESSES, FOLDERS, SOURCES
-from vdtrain.weights.versatile_diffusion import to_released
+from vdtrain.weights.published.versatile_diffusion import to_released
 
 
 @pytest.fixture(scope="module")

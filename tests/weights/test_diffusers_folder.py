@@ -19,10 +19,10 @@ from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import GLOBAL_GROUP, active_groups, all_flows
 from vdtrain.models.diffuser import Diffuser, layer_group
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights import diffusers_folder
 from vdtrain.weights import folder as shards
-from vdtrain.weights.diffusers_folder import write_pipeline
-from vdtrain.weights.diffusers_names import open_pipeline, unets
+from vdtrain.weights.published import diffusers_folder
+from vdtrain.weights.published.diffusers_folder import write_pipeline
+from vdtrain.weights.published.diffusers_names import open_pipeline, unets
 from vdtrain.weights.tensor_files import Entry, LazyTensors
 
 MODEL: ModelConfig = to_object(compose("train", ["model=tiny"]), TrainConfig).model

@@ -15,7 +15,12 @@ from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
 from vdtrain.models.frozen_weights import WeightsError, untied
 from vdtrain.models.tokenizers import ClipTokenizer
-from vdtrain.weights.diffusers_folder import _write_tokenizer, write_image_encoder, write_text_encoder, write_vae
+from vdtrain.weights.published.diffusers_folder import (
+    _write_tokenizer,
+    write_image_encoder,
+    write_text_encoder,
+    write_vae,
+)
 
 CAPTIONS = ["a red circle", "It's 12 o'clock; ÜNÏCODE ☃ & <tags>", "", "two\n\tlines", "word " * 100]
 

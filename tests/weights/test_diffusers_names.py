@@ -13,7 +13,7 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.layer_plan import make_plan
-from vdtrain.weights.diffusers_names import Kind, UnetNames
+from vdtrain.weights.published.diffusers_names import Kind, UnetNames
 
 MODEL: ModelConfig = to_object(compose("train", []), TrainConfig).model
 KINDS: dict[Kind, tuple[str, Any, dict[str, Any]]] = {

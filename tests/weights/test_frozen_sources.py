@@ -18,9 +18,9 @@ from tests.models.tiny import arguments, tiny
 from tests.weights.layout_2022 import to_2022
 from tests.weights.small import PLAN, same, weights
 from vdtrain.cli import main
-from vdtrain.weights.frozen_names import to_diffusers, to_hugging_face
+from vdtrain.weights.published.frozen_names import to_diffusers, to_hugging_face
+from vdtrain.weights.published.versatile_diffusion import to_released
 from vdtrain.weights.tensor_files import LazyTensors
-from vdtrain.weights.versatile_diffusion import to_released
 
 HEAD, WORDS = "decoder.lm_head.weight", "decoder.transformer.wte.weight"
 

@@ -14,11 +14,11 @@ from tests.weights.layout_2022 import to_2022
 from tests.weights.small import MODEL, PLAN, same, weights
 from vdtrain.cli import main
 from vdtrain.config.schema import ScheduleConfig
-from vdtrain.weights.checks import schedule_buffers
-from vdtrain.weights.diffusers_names import translated
 from vdtrain.weights.folder import open_weights_folder, weights_folder_model, write_weights_folder
+from vdtrain.weights.published.checks import schedule_buffers
+from vdtrain.weights.published.diffusers_names import translated
+from vdtrain.weights.published.versatile_diffusion import modules_2022, to_released
 from vdtrain.weights.tensor_files import open_tensors
-from vdtrain.weights.versatile_diffusion import modules_2022, to_released
 
 DTYPES = [torch.float32, torch.float16]
 

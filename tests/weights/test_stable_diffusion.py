@@ -13,7 +13,7 @@ from tests.weights.small import GROUPS, MODEL, PLAN, weights
 from vdtrain.config.compose import ConfigError
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.training.build import load_weights
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, open_stable_diffusion
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, open_stable_diffusion
 from vdtrain.weights.tensor_files import LazyTensors
 
 
@@ -54,7 +54,7 @@ def test_global_image_and_both_contexts_start_from_it(
 
 
 def test_a_diffusers_folder_gives_the_same(unet: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    from vdtrain.weights.diffusers_names import UnetNames
+    from vdtrain.weights.published.diffusers_names import UnetNames
 
     names = UnetNames(PLAN, "image", "image", "image")
     theirs = {names.to_diffusers(name): tensor for name, tensor in weights().items()}

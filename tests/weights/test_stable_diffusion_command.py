@@ -22,8 +22,8 @@ from tests.weights.test_frozen_sources import clip, compvis, image_vae
 from tests.weights.test_torch_reading import packages, training_state
 from vdtrain.cli import main
 from vdtrain.weights.folder import open_weights_folder
-from vdtrain.weights.layouts import ema_name
-from vdtrain.weights.stable_diffusion import UNET_PREFIX
+from vdtrain.weights.published.layouts import ema_name
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX
 
 
 def imported(source: Path, output: Path) -> int:

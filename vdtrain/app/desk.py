@@ -15,14 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vdtrain.commands import blend, edit, sample
-from vdtrain.commands.checkpoint import Described
-from vdtrain.commands.sampler import Sampler, notes
 from vdtrain.config.command_line import shell
 from vdtrain.config.command_schema import AppConfig
 from vdtrain.config.compose import SCHEMAS, compose, to_object
 from vdtrain.config.fields import check_values
 from vdtrain.config.overrides import Override, word_for
 from vdtrain.diffusion.sampling import Progress
+from vdtrain.inference.checkpoint import Described
+from vdtrain.inference.sampler import Sampler, notes
 from vdtrain.pipeline import VersatileDiffusion
 
 # Settings of the command line that hold for every request.

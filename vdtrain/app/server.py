@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vdtrain.app.desk import Desk
-from vdtrain.commands.checkpoint import describe
-from vdtrain.commands.sampler import check_sampler, load_model, notes, settled
 from vdtrain.config.command_schema import AppConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
+from vdtrain.inference.checkpoint import describe
+from vdtrain.inference.sampler import check_sampler, load_model, notes, settled
 
 # Uploads above it are refused before they are stored.
 MAX_UPLOAD_BYTES = 100_000_000

@@ -41,7 +41,7 @@ from vdtrain.errors import ConfigError, one_line, system_error, unwritable
 from vdtrain.files import INCOMPLETE, REPLACED, FileRecord, sync, write_text
 from vdtrain.run import distributed
 from vdtrain.run.pulse import moved
-from vdtrain.run.summary import note_saved
+from vdtrain.tracking.summary import note_saved
 
 
 class HostMemory:

@@ -13,7 +13,7 @@ from vdtrain.config.command_schema import BlendConfig
 from vdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdtrain.commands.sampler import Sampler
+    from vdtrain.inference.sampler import Sampler
     from vdtrain.pipeline import ContextInput
 
 USAGE = """\
@@ -47,8 +47,8 @@ def blend(config: BlendConfig, raw_config: DictConfig, made: Callable[..., Sampl
     """Sample and write the results; returns the exit status. `made` makes the sampler from the two configurations."""
     if not config.contexts:
         raise ConfigError("contexts: empty; give at least one caption or image, e.g. 'text:a red circle'")
-    from vdtrain.commands.sampler import Sampler
     from vdtrain.diffusion.contexts import normalised
+    from vdtrain.inference.sampler import Sampler
     from vdtrain.media import BYTES
 
     sampler = (made or Sampler)(config, raw_config)

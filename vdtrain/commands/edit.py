@@ -13,7 +13,7 @@ from vdtrain.config.command_schema import EditConfig
 from vdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdtrain.commands.sampler import Sampler
+    from vdtrain.inference.sampler import Sampler
 
 USAGE = """\
 Usage: vdtrain edit CHECKPOINT IMAGE ... remove=WORDS add=WORDS [SETTING=VALUE ...]
@@ -34,8 +34,8 @@ def edit(config: EditConfig, raw_config: DictConfig, made: Callable[..., Sampler
         raise ConfigError("remove, add: both are empty; give at least one")
     if not 0 < config.text_share < 1:
         raise ConfigError(f"text_share={config.text_share}: must be between 0 and 1")
-    from vdtrain.commands.sampler import Sampler
     from vdtrain.diffusion.editing import FLOWS, IMAGE, TEXT
+    from vdtrain.inference.sampler import Sampler
     from vdtrain.media import BYTES
 
     sampler = (made or Sampler)(config, raw_config)

@@ -13,7 +13,7 @@ from vdtrain.config.command_schema import SampleConfig
 from vdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdtrain.commands.sampler import Sampler
+    from vdtrain.inference.sampler import Sampler
 
 USAGE = """\
 Usage: vdtrain sample CHECKPOINT INPUT ... [SETTING=VALUE ...]
@@ -47,8 +47,8 @@ def sample(config: SampleConfig, raw_config: DictConfig, made: Callable[..., Sam
         raise ConfigError(f"fidelity={config.fidelity}: must be from 0 (noise) to 1 (start_from itself)")
     if config.fidelity > 0 and not config.start_from:
         raise ConfigError(f"start_from: empty; fidelity={config.fidelity} needs one for each input")
-    from vdtrain.commands.sampler import Sampler
     from vdtrain.diffusion.contexts import check_focus
+    from vdtrain.inference.sampler import Sampler
     from vdtrain.media import BYTES
 
     sampler = (made or Sampler)(config, raw_config)

@@ -12,7 +12,7 @@ from vdtrain.config.command import run_command
 from vdtrain.config.command_line import PlainArguments
 from vdtrain.config.command_schema import StatusConfig
 from vdtrain.errors import ConfigError, unreadable
-from vdtrain.run.summary import RunSummary, age, ago, find_runs, summarise
+from vdtrain.tracking.summary import RunSummary, age, ago, find_runs, summarise
 
 USAGE = """\
 Usage: vdtrain status [RUN_DIR] [SETTING=VALUE ...]

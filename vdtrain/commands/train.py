@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
     def action(config: TrainConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
         # Heavy imports come after the checks, so that a mistake is reported at once.
-        from vdtrain.run import session
+        from vdtrain.training import session
 
         overrides = [argument for argument in arguments if not argument.startswith("-")]
         return session.run(config, raw_config, int(launch["RANK"]), stop, overrides)

@@ -371,7 +371,7 @@ def _latent_problems(config: TrainConfig) -> Iterator[str]:
     """A line on each phase whose cached latents are missing, or were made with other settings."""
     from vdtrain.data.latents import MODALITY, LatentShards
     from vdtrain.data.manifest import Manifest, ManifestError
-    from vdtrain.data.patience import Patience, StreamError, patience_of
+    from vdtrain.storage.patience import Patience, StreamError, patience_of
 
     folder, keep = config.data.latent_cache.folder, Patience(patience_of(config.watchdog_seconds)).keep
     try:

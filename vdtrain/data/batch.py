@@ -89,7 +89,7 @@ class BatchStream(Protocol):
 
     A stream without an index need not guarantee the last two; `remarks` says so, lines that a run prints once at its
     start. After an error that may pass (`vdtrain.errors.passes`), training ends with a status that asks for a restart.
-    A stream may have its `patience` (`vdtrain.data.patience`), which knows what it waits for. A class may have
+    A stream may have its `patience` (`vdtrain.storage.patience`), which knows what it waits for. A class may have
     `check(**arguments)`, which raises a ConfigError for wrong settings before anything is built, and `probe()`, which
     yields a line on each of a few parts of the data that cannot be read.
     """

@@ -26,10 +26,10 @@ from safetensors.numpy import save_file
 
 from vdtrain.data.decode import DecodeError
 from vdtrain.data.manifest import Manifest, ManifestError
-from vdtrain.data.patience import StreamError
 from vdtrain.data.shards import OpenFiles, read_into
 from vdtrain.errors import one_line, unreadable
 from vdtrain.files import SHAPE_ERRORS, atomic_write, read_json
+from vdtrain.storage.patience import StreamError
 
 if TYPE_CHECKING:
     from torch import Tensor

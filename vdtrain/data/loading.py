@@ -17,8 +17,8 @@ from vdtrain.config.instantiate import find_target, instantiate, takes
 from vdtrain.config.schema import TrainConfig
 from vdtrain.data.batch import Batch, BatchStream
 from vdtrain.data.order import Split
-from vdtrain.data.patience import Patience, patience_of
 from vdtrain.errors import ConfigError, described, one_line
+from vdtrain.storage.patience import Patience, patience_of
 
 
 def open_stream(

@@ -1,6 +1,6 @@
 """Bytes from tar shards in local folders, on web servers and in object stores.
 
-A local shard is read at the offset in the manifest. Byte ranges of a remote shard are read (`vdtrain.data.stores`).
+A local shard is read at the offset in the manifest. Byte ranges of a remote shard are read (`vdtrain.storage.stores`).
 With a cache, the whole shard is also fetched in the background, for its later samples.
 
 Every read is compared with the manifest, as a shard may be made anew while a run goes on: a local shard's size and
@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vdtrain.data.decode import DecodeError
-from vdtrain.data.followed import leading_away
 from vdtrain.data.manifest import INDEX, SHARDS_FILE, Manifest, ManifestError, ShardRows
-from vdtrain.data.patience import Patience, StreamError, warn
-from vdtrain.data.stores import TIMEOUT_SECONDS, Stores
 from vdtrain.errors import ConfigError, output_problem, unreadable, unwritable
 from vdtrain.files import LockedError, atomic_write, locked, open_regular
 from vdtrain.redaction import without_secrets
+from vdtrain.storage.patience import Patience, StreamError, warn
+from vdtrain.storage.stores import TIMEOUT_SECONDS, Stores, leading_away
 
 __all__ = ["OpenFiles", "ShardCache", "ShardReader", "StreamError"]
 
@@ -117,7 +116,7 @@ class ShardReader:
         cache: holds whole copies of remote shards; None reads them only by ranges.
         timeout: seconds for one read of a remote shard.
         patience: with reads that fail.
-        follow: kinds of addresses that the manifest's own paths may be (`vdtrain.data.followed`).
+        follow: kinds of addresses that the manifest's own paths may be (`vdtrain.storage.stores`).
 
     Raises:
         ManifestError: the manifest leads to what must not be read, this machine cannot read a shard's kind of address,

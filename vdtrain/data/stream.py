@@ -28,10 +28,10 @@ from vdtrain.data.decode import CENTRE, DecodeError, decode_into
 from vdtrain.data.latents import LatentShards
 from vdtrain.data.manifest import ManifestError, ShardRows, downloaded
 from vdtrain.data.order import Integers, Order, Places, Split, uniform
-from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError
 from vdtrain.data.shards import ShardReader
-from vdtrain.data.stores import TIMEOUT_SECONDS
 from vdtrain.errors import one_line
+from vdtrain.storage.patience import PATIENCE_SECONDS, Patience, StreamError
+from vdtrain.storage.stores import TIMEOUT_SECONDS
 
 __all__ = ["PairStream", "StreamError"]
 
@@ -83,7 +83,7 @@ class PairStream:
             bad one.
         shard_root: folder or address (http, https, s3, gs, ...) that the manifest's shard paths are relative to; the
             manifest's own folder by default.
-        follow: kinds of addresses that the manifest's own paths may be (`vdtrain.data.followed`).
+        follow: kinds of addresses that the manifest's own paths may be (`vdtrain.storage.stores`).
         cache: {folder, gigabytes} for whole copies of remote shards on this machine (`vdtrain.data.shards`).
         timeout: seconds for one read of a remote shard.
         patience: seconds for which a read is repeated whose error may pass.

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from vdtrain.config.fields import About
-from vdtrain.data.addresses import Command, expanded, open_tar
 from vdtrain.data.batch import Batch, BatchMemory
 from vdtrain.data.decode import CENTRE, DecodeError, decode_into, image_size
 from vdtrain.data.order import Split
-from vdtrain.data.patience import PATIENCE_SECONDS, Patience, StreamError, warn
 from vdtrain.data.stream import BAD_ALLOWANCE, LOGGED, _Loading
 from vdtrain.data.tar_samples import CutError, Sample, samples
 from vdtrain.errors import ConfigError, missing, one_line, passes, unreadable
 from vdtrain.redaction import without_secrets
+from vdtrain.storage.addresses import Command, expanded, open_tar
+from vdtrain.storage.patience import PATIENCE_SECONDS, Patience, StreamError, warn
 
 PROMISES = (
     "data.stream=webdataset: no index is read. A resumed run goes on with other samples, a sample may come twice or "
@@ -44,7 +44,7 @@ class WebDatasetStream:
     """Image-text pairs, {"image": uint8 [b, 3, R, R], "text": b captions}; a `BatchStream` of weaker promises.
 
     Args:
-        urls: addresses of tars (`vdtrain.data.addresses`).
+        urls: addresses of tars (`vdtrain.storage.addresses`).
         seed, resolution, global_batch_size, rank, world_size, workers, prefetch, random_crop: as of `PairStream`.
         start: position of the first pair. A stream from another position has another order.
         caption: field of the json member that has the caption; None for the txt member, or else `caption` or `text`.

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from vdtrain.commands.sampler import side_of
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.instantiate import find_target, instantiate
@@ -20,12 +19,13 @@ from vdtrain.data.batch import BatchStream
 from vdtrain.data.loading import check_split, data_problem
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.order import Split
-from vdtrain.data.patience import patience_of
 from vdtrain.data.stream import PairStream, StreamError
 from vdtrain.evaluation.named import Names, read_texts, stem
 from vdtrain.evaluation.parts import NAME, REFERENCES, Part
 from vdtrain.evaluation.pictures import list_pictures, read_real, stamp
 from vdtrain.flows import Flow
+from vdtrain.inference.sampler import side_of
+from vdtrain.storage.patience import patience_of
 
 # Settings of `data.stream` that differ from training, if the stream has them: every image once, unchanged.
 OVERRIDES = {"random_crop": False, "min_side": 1, "weights": None, "latents": None, "prefetch": 0}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from vdtrain.commands.checkpoint import describe
-from vdtrain.commands.sampler import settled
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.evaluation.evaluator import Evaluator
+from vdtrain.inference.checkpoint import describe
+from vdtrain.inference.sampler import settled
 from vdtrain.run import distributed
 from vdtrain.run.distributed import RankInfo
 from vdtrain.run.lock import RunLock, take_together

@@ -17,8 +17,8 @@ from vdtrain.config.schema import TrackingConfig
 from vdtrain.evaluation.scores import MODALITY_FIGURES
 from vdtrain.evaluation.subjects import Variant
 from vdtrain.files import write_text, written_whole
-from vdtrain.run.surroundings import versions
-from vdtrain.run.wandb_run import open_run, reason
+from vdtrain.tracking.surroundings import versions
+from vdtrain.tracking.wandb_run import open_run, reason
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE, CURVE_PLOT = "curve.json", "curve.png"

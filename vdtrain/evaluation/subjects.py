@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vdtrain.commands.checkpoint import describe
-from vdtrain.commands.sampler import DTYPES, SAMPLING, check_sampler, notes, side_of
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig
@@ -19,6 +17,8 @@ from vdtrain.evaluation.parts import Part
 from vdtrain.evaluation.pictures import check_generated, list_pictures, stamp
 from vdtrain.files import FileRecord
 from vdtrain.flows import Flow
+from vdtrain.inference.checkpoint import describe
+from vdtrain.inference.sampler import DTYPES, SAMPLING, check_sampler, notes, side_of
 from vdtrain.media import BYTES, read_images
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.training.continuation import held_out_of

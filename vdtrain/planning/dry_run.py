@@ -29,7 +29,7 @@ from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import Encoded, build_frozen
 from vdtrain.models.frozen_weights import WeightsError, locate, without_weights
 from vdtrain.models.trained import trained_parameters
-from vdtrain.run.speed import OperatorCount
+from vdtrain.tracking.speed import OperatorCount
 
 
 class LiveMemory(TorchDispatchMode):

@@ -19,7 +19,7 @@ from vdtrain.errors import ConfigError, described
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.flows import by_output
 from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes, strategy
-from vdtrain.run.surroundings import processor
+from vdtrain.tracking.surroundings import processor
 
 # Where results are by default. Nothing is amiss if they are not there.
 RESULTS = "benchmarks/results"

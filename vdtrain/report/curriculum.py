@@ -13,8 +13,8 @@ from typing import Any
 from vdtrain.checkpoint.folder import CHECKPOINTS
 from vdtrain.config.instantiate import differences
 from vdtrain.errors import ConfigError
-from vdtrain.run.summary import RunSummary, find_runs, is_run, read_config, summarise
-from vdtrain.run.tracking import read_lines
+from vdtrain.tracking.metrics import read_lines
+from vdtrain.tracking.summary import RunSummary, find_runs, is_run, read_config, summarise
 
 SAMPLES = "samples"
 EVALUATION_FILE = "metrics.json"

@@ -19,7 +19,7 @@ from vdtrain.redaction import redacted
 from vdtrain.report.curriculum import EVALUATION_FILE, Run, evaluation_folders, moments, read_runs, stage_changes
 from vdtrain.report.curves import sections
 from vdtrain.report.page import IMAGE_SUFFIXES, embedded, thinned, write_page
-from vdtrain.run.summary import age
+from vdtrain.tracking.summary import age
 
 # Moments of a flow's samples, longer side of an image in pixels, texts below one, changes of a start.
 MOMENTS, SIDE, CAPTIONS, CHANGES = 30, 1400, 12, 30

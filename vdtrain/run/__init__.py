@@ -1,4 +1,4 @@
-"""What surrounds training: processes, signals, hangs, restarts, the lock of a run folder, logs and tracking.
+"""What surrounds training: processes, signals, hangs, restarts and the lock of a run folder.
 
-Start at `session.py`, which wraps a run in all of these.
+Start at `distributed.py`, which forms the group; `../training/session.py` wraps a run in all of these.
 """

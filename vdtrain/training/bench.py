@@ -35,8 +35,8 @@ from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.planning.memory import plan_stage
 from vdtrain.planning.speed import COMPUTING
 from vdtrain.run import distributed
-from vdtrain.run.reporting import memory_gb
-from vdtrain.run.speed import (
+from vdtrain.tracking.reporting import memory_gb
+from vdtrain.tracking.speed import (
     BACKWARD,
     ENCODE,
     EXCHANGE,
@@ -48,7 +48,7 @@ from vdtrain.run.speed import (
     copy_rate,
     matmul_rate,
 )
-from vdtrain.run.surroundings import commit, processor, versions
+from vdtrain.tracking.surroundings import commit, processor, versions
 from vdtrain.training.agreement import StepSync
 from vdtrain.training.build import build_trainer
 from vdtrain.training.start import Start

@@ -29,8 +29,8 @@ from vdtrain.models.trained import trained_parameters
 from vdtrain.redaction import redacted
 from vdtrain.run import distributed
 from vdtrain.run.pulse import moved
-from vdtrain.run.reporting import Reporter
 from vdtrain.run.watchdog import DUMPS, Watchdog
+from vdtrain.tracking.reporting import Reporter
 from vdtrain.training.continuation import CONFIG, FROZEN, TrainState, frozen_contents
 from vdtrain.training.start import Start, checkpoint_weights, model_of
 from vdtrain.training.trainer import Trainer

@@ -21,7 +21,7 @@ from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.errors import missing, one_line, output_problem, unreadable
 from vdtrain.redaction import without_secrets
 from vdtrain.run.lock import RunLock
-from vdtrain.run.wandb_run import wandb_problem
+from vdtrain.tracking.wandb_run import wandb_problem
 
 if TYPE_CHECKING:
     from vdtrain.data.stream import PairStream

@@ -17,7 +17,7 @@ from vdtrain.config.instantiate import check_parts, recorded, recorded_model
 from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
 from vdtrain.errors import one_line
 from vdtrain.models.trained import is_adapter, merged, scale_of
-from vdtrain.run.summary import lost_checkpoints
+from vdtrain.tracking.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
     STATE,
@@ -32,7 +32,7 @@ from vdtrain.training.continuation import (
     trained_stage,
 )
 from vdtrain.weights.folder import is_weights_folder, located, open_weights_folder, weights_folder_model
-from vdtrain.weights.layouts import import_first, import_of, is_published
+from vdtrain.weights.published.layouts import import_first, import_of, is_published
 from vdtrain.weights.tensor_files import LazyTensors
 
 # What a setting may name.

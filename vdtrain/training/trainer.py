@@ -33,10 +33,10 @@ from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.models.frozen import each_tensor, pairs_of
 from vdtrain.planning.counts import counts
 from vdtrain.run import distributed
-from vdtrain.run.reporting import Meters, Reporter
 from vdtrain.run.signals import StopSignal
-from vdtrain.run.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.run.watchdog import Watchdog
+from vdtrain.tracking.reporting import Meters, Reporter
+from vdtrain.tracking.speed import BACKWARD, ENCODE, FORWARD, OPTIMISER, OperatorCount, StepClock, matmul_rate
 from vdtrain.training.agreement import BadSteps, DataError, StepSync, Tried, agreed
 from vdtrain.training.continuation import STATE, TrainState, stage_steps
 from vdtrain.training.watching import Watching

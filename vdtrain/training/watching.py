@@ -33,9 +33,9 @@ from vdtrain.files import SHAPE_ERRORS, atomic_write, read_record
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.run import distributed
 from vdtrain.run.distributed import RankInfo
-from vdtrain.run.reporting import Reporter
-from vdtrain.run.tracking import read_lines
 from vdtrain.run.watchdog import Watchdog
+from vdtrain.tracking.metrics import read_lines
+from vdtrain.tracking.reporting import Reporter
 from vdtrain.training import samples, validation
 from vdtrain.training.continuation import TrainState, stage_steps
 from vdtrain.training.scoring import Scoring

@@ -25,7 +25,7 @@ OUTPUT = "output"
 
 def versatile_diffusion(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
     """One .pth in the layout of the released vd-four-flow-v1-0."""
-    from vdtrain.weights.versatile_diffusion import to_released
+    from vdtrain.weights.published.versatile_diffusion import to_released
 
     write_torch(output, tensors.renamed({to_released(name): name for name in tensors}), overwrite)
     beside = card_beside(output)
@@ -42,7 +42,7 @@ def safetensors(output: Path, tensors: LazyTensors, model: ModelConfig, overwrit
 
 def diffusers(output: Path, tensors: LazyTensors, model: ModelConfig, overwrite: bool, card: str) -> None:
     """A folder for diffusers' Versatile Diffusion pipelines, with the frozen parts."""
-    from vdtrain.weights.diffusers_folder import write_pipeline
+    from vdtrain.weights.published.diffusers_folder import write_pipeline
 
     write_pipeline(output, tensors, model, OUTPUT, overwrite, card)
 

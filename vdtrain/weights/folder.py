@@ -30,9 +30,9 @@ from vdtrain.files import SHAPE_ERRORS, FileRecord, damage, read_json, sync, wri
 from vdtrain.models.diffuser import layer_group
 from vdtrain.models.frozen_weights import ASSETS, WeightsError
 from vdtrain.progress import track
-from vdtrain.weights.checks import check_diffuser
+from vdtrain.weights.published.checks import check_diffuser
+from vdtrain.weights.published.versatile_diffusion import from_released, to_released
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
-from vdtrain.weights.versatile_diffusion import from_released, to_released
 
 # By name, the weights folder. `examples/ship_miniature.py` makes it.
 SHIPPED = {"tiny": ASSETS / "tiny" / "trained"}

@@ -102,7 +102,7 @@ def _paths(given: Sequence[str], targets: dict[str, list[Path]]) -> dict[str, st
 
 def _recognised(word: str, targets: dict[str, list[Path]]) -> dict[str, str]:
     """The sources that a path without a name holds: one, or those of the files and folders in it."""
-    from vdtrain.weights.layouts import pipeline_source
+    from vdtrain.weights.published.layouts import pipeline_source
 
     path = Path(word).expanduser()
     if not path.exists():
@@ -121,7 +121,7 @@ def _recognised(word: str, targets: dict[str, list[Path]]) -> dict[str, str]:
 def _source_of(path: Path) -> str | None:
     """The source of a file or folder, by what it holds; None if it is not known."""
     from vdtrain.models.frozen_weights import WeightsError
-    from vdtrain.weights.layouts import is_published, pipeline_source, recognised
+    from vdtrain.weights.published.layouts import is_published, pipeline_source, recognised
     from vdtrain.weights.tensor_files import open_tensors
 
     if path.is_dir() and (source := pipeline_source(path)) is not None:

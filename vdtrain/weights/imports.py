@@ -60,7 +60,7 @@ class Output:
 def versatile_diffusion(path: str, config: WeightsConfig) -> list[Output]:
     """Versatile Diffusion: vd-four-flow-v1-0.pth of 2023, or vd-official.pth of 2022 with its frozen parts."""
     from vdtrain.weights.frozen_parts import outputs_of
-    from vdtrain.weights.versatile_diffusion import open_release
+    from vdtrain.weights.published.versatile_diffusion import open_release
 
     local = _fetched("versatile_diffusion", path, config)
     diffuser, frozen = open_release(local, config.model, PATH)
@@ -69,7 +69,7 @@ def versatile_diffusion(path: str, config: WeightsConfig) -> list[Output]:
 
 def diffusers(path: str, config: WeightsConfig) -> list[Output]:
     """Versatile Diffusion as a diffusers folder; its diffuser only."""
-    from vdtrain.weights.diffusers_names import open_pipeline
+    from vdtrain.weights.published.diffusers_names import open_pipeline
 
     local = _fetched("diffusers", path, config, ("image_unet", "text_unet", "scheduler"))
     return [_weights_folder(open_pipeline(local, config.model, PATH), config)]
@@ -85,7 +85,7 @@ def safetensors(path: str, config: WeightsConfig) -> list[Output]:
 
 def stable_diffusion(path: str, config: WeightsConfig) -> list[Output]:
     """Stable Diffusion v1 as the start of stage 1: sd-v1-4.ckpt, or a diffusers folder."""
-    from vdtrain.weights.stable_diffusion import open_stable_diffusion
+    from vdtrain.weights.published.stable_diffusion import open_stable_diffusion
 
     local = _fetched("stable_diffusion", path, config, ("unet", "scheduler"))
     return [_weights_folder(open_stable_diffusion(local, config.model, list(config.model.modalities), PATH), config)]
@@ -95,8 +95,7 @@ def _frozen_part(name: str, text: str) -> Source:
     """The source of a frozen part's weights or of a tokenizer, with its help text."""
 
     def read(path: str, config: WeightsConfig) -> list[Output]:
-        from vdtrain.weights.caption_tokenizers import TOKENIZERS, tokenizer_outputs
-        from vdtrain.weights.frozen_parts import PARTS, part_outputs
+        from vdtrain.weights.frozen_parts import PARTS, TOKENIZERS, part_outputs, tokenizer_outputs
 
         (part,) = [each for each in PARTS if each.source == name]
         return (tokenizer_outputs if part in TOKENIZERS else part_outputs)(part, path, config)
@@ -139,7 +138,7 @@ def source_of(file: str, model: ModelConfig) -> str | None:
 def _fetched(source: str, path: str, config: WeightsConfig, needed: Collection[str] = ()) -> Path:
     """The local path of a published diffuser. Where the diffuser will go is checked first."""
     from vdtrain.weights.hub import fetched
-    from vdtrain.weights.layouts import pipeline_source
+    from vdtrain.weights.published.layouts import pipeline_source
 
     refuse_existing(Path(str(config.output)), f"{OUTPUT}={config.output}", config.overwrite)
     local = fetched(path, needed)

@@ -23,7 +23,7 @@ from vdtrain.config.schema import TrackingConfig
 from vdtrain.errors import missing
 from vdtrain.files import atomic_write
 from vdtrain.redaction import redacted, redacted_arguments
-from vdtrain.run.tracking import INIT_SECONDS, Line, flat
+from vdtrain.tracking.metrics import INIT_SECONDS, Line, flat
 
 PROBE_SECONDS = 8.0
 OUT_OF_ORDER = (500, 502, 503, 504)

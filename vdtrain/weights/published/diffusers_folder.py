@@ -28,9 +28,9 @@ from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.tokenizers import released_tokenizer
 from vdtrain.progress import track
-from vdtrain.weights.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
 from vdtrain.weights.folder import CARD_FILE, write_shards
-from vdtrain.weights.frozen_names import to_hugging_face
+from vdtrain.weights.published.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
+from vdtrain.weights.published.frozen_names import to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
 
 INDEX_FILE = "model_index.json"

@@ -31,12 +31,12 @@ from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
 from vdtrain.run.launcher import started_by_command
 from vdtrain.run.lock import RunLock, take_together
-from vdtrain.run.reporting import environment_of
 from vdtrain.run.restarts import record_start
 from vdtrain.run.signals import StopSignal, ending
-from vdtrain.run.summary import CONFIG_FILE, next_command, read_config
-from vdtrain.run.surroundings import processor
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
+from vdtrain.tracking.reporting import environment_of
+from vdtrain.tracking.summary import CONFIG_FILE, next_command, read_config
+from vdtrain.tracking.surroundings import processor
 from vdtrain.training.agreement import DataError
 from vdtrain.training.build import build_trainer
 from vdtrain.training.continuation import stage_steps

@@ -1,18 +1,25 @@
-"""Ranges of files in object stores and on web servers, through fsspec: each try has a time limit."""
+"""Ranges of files in object stores and on web servers, through fsspec: each try has a time limit.
+
+A stranger may have written a manifest. So its paths are followed only where the user's settings allow it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import math
+import os
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from functools import cache
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -20,11 +27,10 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.registry import known_implementations
 
-from vdtrain.data.followed import is_link_local
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.patience import Patience, StreamError
 from vdtrain.errors import EXTRAS, install, one_line
 from vdtrain.redaction import without_secrets
+from vdtrain.storage.patience import Patience, StreamError
 
 WEB = ("http://", "https://")
 TIMEOUT_SECONDS = 30.0
@@ -250,3 +256,69 @@ def _retry_after(error: BaseException) -> float:
     except (ValueError, OverflowError):
         return 0.0
     return min(max(0.0, seconds), RETRY_AFTER_SECONDS)
+
+
+# Absolute paths, as a kind beside http, s3 and so on.
+FILE = "file"
+# Kinds of addresses whose host could be one of this link.
+WITH_HOST = ("http", "https", "ftp")
+# Where clouds hand out a machine's credentials, if not at a link-local address.
+METADATA = {"fd00:ec2::254", "100.100.100.200"}
+
+
+def leading_away(paths: Sequence[str], root: Path | str, follow: Sequence[str]) -> str | None:
+    """The first path that must not be followed, and why; None if all may be.
+
+    A relative path may leave the root by `..`, as `python -m data_pipeline index` writes such paths for shards in other
+    folders. It must end in .tar, like all shards, so that no other file is read.
+
+    Args:
+        root: that the paths are relative to.
+        follow: kinds of addresses that are allowed, and "file" for absolute paths.
+    """
+    inside = f"{os.path.abspath(root)}/"
+    known: dict[str, bool] = {}
+    return next(filter(None, (_problem(path, inside, follow, known) for path in paths)), None)
+
+
+def _problem(path: str, inside: str, follow: Sequence[str], known: dict[str, bool]) -> str | None:
+    if not path.partition("?")[0].lower().endswith(".tar") or "\0" in path:
+        return f"the path {without_secrets(path)}, which is no .tar; index the shards again"
+    kind, colon, _ = path.partition("://")
+    if not colon:
+        if not os.path.isabs(path) or os.path.normpath(path).startswith(inside) or FILE in follow:
+            return None
+        shown = without_secrets(path)
+        return f"the absolute path {shown}; index the shards here, or allow it by data.stream.follow=[{FILE}]"
+    if kind not in follow:
+        allowed = ",".join((*follow, kind))
+        shown = without_secrets(path)
+        return f"the address {shown}; give data.stream.shard_root, or allow it by data.stream.follow=[{allowed}]"
+    host = _host(path) if kind in WITH_HOST else None
+    if host is not None and host not in known:
+        known[host] = is_link_local(host)
+    if host is not None and known[host]:
+        return f"the link-local address {without_secrets(path)}, which no shard has; do not use this manifest"
+    return None
+
+
+def _host(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def is_link_local(host: str) -> bool:
+    """Whether a host is, or has a name for, an address of this link or of a cloud's metadata."""
+    try:
+        found = {str(place[0]).partition("%")[0] for *_, place in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        # The read will say so.
+        return False
+    for text in found:
+        place = ip_address(text)
+        place = (place.ipv4_mapped or place) if isinstance(place, IPv6Address) else place
+        if place.is_link_local or str(place) in METADATA:
+            return True
+    return False

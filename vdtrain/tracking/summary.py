@@ -29,8 +29,8 @@ from vdtrain.files import atomic_write, read_record
 from vdtrain.redaction import redacted
 from vdtrain.run.launcher import started_by_command
 from vdtrain.run.restarts import RECORD_FILE, START, Event, read_events
-from vdtrain.run.tracking import METRICS_FILE, last_metrics
-from vdtrain.run.wandb_run import WANDB_URL_FILE
+from vdtrain.tracking.metrics import METRICS_FILE, last_metrics
+from vdtrain.tracking.wandb_run import WANDB_URL_FILE
 
 # Settings that define a stage.
 OWN_SETTINGS = ("stage", "stage.name", "stage.flows", "stage.gradient_scales", "stage.init_from", "run_dir")

@@ -20,7 +20,7 @@ from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.image_layers import ImageDataLayers
 from vdtrain.models.layer_plan import ContextStep, LayerPlan, Role
 from vdtrain.models.text_layers import FlatLinear, TextDataLayers
-from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
+from vdtrain.weights.published.checks import check_diffuser, check_schedule, check_unet_config
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 Kind = Literal["image", "flat"]

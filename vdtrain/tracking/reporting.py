@@ -24,10 +24,10 @@ from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import phase_steps
 from vdtrain.redaction import redacted
 from vdtrain.run import distributed
-from vdtrain.run.speed import StepClock
-from vdtrain.run.summary import PACE_LINES, age, pace, tracked_at
-from vdtrain.run.surroundings import environment, processor
-from vdtrain.run.tracking import INIT_SECONDS, Tracker
+from vdtrain.tracking.metrics import INIT_SECONDS, Tracker
+from vdtrain.tracking.speed import StepClock
+from vdtrain.tracking.summary import PACE_LINES, age, pace, tracked_at
+from vdtrain.tracking.surroundings import environment, processor
 
 if TYPE_CHECKING:
     from vdtrain.training.agreement import StepOutcome

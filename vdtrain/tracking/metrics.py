@@ -82,13 +82,13 @@ class Tracker:
         self._sinks: list[Sink] = []
         self.on_wandb = False
         if config.mode != "disabled":
-            from vdtrain.run.wandb_run import WandbRun
+            from vdtrain.tracking.wandb_run import WandbRun
 
             run = WandbRun(self.path, config, run_config, kept, warn, wandb_seconds, init_from)
             self.on_wandb = run.accepted
             self._sinks.append(run)
         if config.tensorboard:
-            from vdtrain.run.tensorboard import TensorBoard
+            from vdtrain.tracking.tensorboard import TensorBoard
 
             self._sinks.append(TensorBoard(run_dir, self.path, run_config, kept, step * batch, warn))
 

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vdtrain.commands.checkpoint import Described, describe
-from vdtrain.commands.questions import IMAGE, TEXT, confirm, looks_like_caption, looks_like_file
 from vdtrain.config.command_schema import AUTO, BlendConfig, EditConfig, SampleConfig, SamplerConfig, SamplingConfig
 from vdtrain.config.fields import shown
 from vdtrain.config.schema import ModelConfig
@@ -24,6 +22,8 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError, unwritable
 from vdtrain.files import check_output
 from vdtrain.flows import Flow
+from vdtrain.inference.checkpoint import Described, describe
+from vdtrain.inference.questions import IMAGE, TEXT, confirm, looks_like_caption, looks_like_file
 from vdtrain.media import MODALITY_IO, ModalityIO, next_number
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.progress import track

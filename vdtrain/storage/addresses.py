@@ -19,11 +19,11 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from vdtrain.data.manifest import ManifestError
-from vdtrain.data.patience import Patience, StreamError
-from vdtrain.data.stores import ask, lasts, system_of
 from vdtrain.errors import ConfigError, one_line, passes, unreadable
 from vdtrain.files import open_regular
 from vdtrain.redaction import without_secrets
+from vdtrain.storage.patience import Patience, StreamError
+from vdtrain.storage.stores import ask, lasts, system_of
 
 PIPE, LISTS, WEB, LOCAL = "pipe:", (".txt", ".list"), ("http", "https"), ("file", "local")
 # More addresses are a mistake in a pattern.

@@ -16,10 +16,10 @@ from vdtrain.config.schema import ModelConfig
 from vdtrain.flows import active_groups, all_flows
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import LayerPlan, make_plan
-from vdtrain.weights.checks import check_diffuser, check_schedule, schedule_buffers
-from vdtrain.weights.diffusers_names import translated
-from vdtrain.weights.layouts import VD_2022, VD_2023, below, contents
-from vdtrain.weights.stable_diffusion import UNET_PREFIX, compvis_modules
+from vdtrain.weights.published.checks import check_diffuser, check_schedule, schedule_buffers
+from vdtrain.weights.published.diffusers_names import translated
+from vdtrain.weights.published.layouts import VD_2022, VD_2023, below, contents
+from vdtrain.weights.published.stable_diffusion import UNET_PREFIX, compvis_modules
 from vdtrain.weights.tensor_files import LazyTensors, equal, open_tensors
 
 if TYPE_CHECKING:

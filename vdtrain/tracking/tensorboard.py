@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from vdtrain.errors import missing, one_line
-from vdtrain.run.tracking import Line, flat
+from vdtrain.tracking.metrics import Line, flat
 
 FOLDER = "tensorboard"
 # Figures that records alone write, so that each has one value at a place.

@@ -17,9 +17,9 @@ from vdtrain.flows import GLOBAL_GROUP
 from vdtrain.models.diffuser import Diffuser
 from vdtrain.models.frozen_weights import WeightsError
 from vdtrain.models.layer_plan import ContextStep, DataStep, LayerPlan, Role, make_plan
-from vdtrain.weights.checks import check_diffuser, check_schedule, check_unet_config
-from vdtrain.weights.diffusers_names import UnetNames, translated
-from vdtrain.weights.layouts import COMPVIS, DIFFUSERS, EMA_UNET, LEFTOVERS, VD_2022, contents, ema_name
+from vdtrain.weights.published.checks import check_diffuser, check_schedule, check_unet_config
+from vdtrain.weights.published.diffusers_names import UnetNames, translated
+from vdtrain.weights.published.layouts import COMPVIS, DIFFUSERS, EMA_UNET, LEFTOVERS, VD_2022, contents, ema_name
 from vdtrain.weights.tensor_files import LazyTensors, open_tensors
 
 UNET_PREFIX = "model.diffusion_model."
