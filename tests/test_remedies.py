@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.cases import with_slow
 from tests.programs import program
 from tests.world import DATA, IMAGES, INDEX, LATENTS, SAMPLER, TRAIN, WRITERS, World, one_line, quoted, with_output
 from vdtrain.data.manifest import SHARDS_FILE, Manifest, read_shards
@@ -354,7 +355,9 @@ def overwrite_images(world: World, keep_time: bool) -> None:
 EVALUATE = ["vdtrain", "evaluate", *SAMPLER, *DATA, "samples=24", "part_samples=24", "flows=[text-to-text]"]
 
 
-@pytest.mark.parametrize("kind", ["written since", "not decoded", "decoded"])
+@pytest.mark.parametrize(
+    "kind", with_slow({kind: kind for kind in ("written since", "not decoded", "decoded")}, ["decoded"])
+)
 def test_images_that_cannot_be_decoded_name_the_index_only_where_it_looks_again(world: World, kind: str) -> None:
     words = [*EVALUATE, "loader_workers=1", "output_dir=FOLDER/out"]
     good = shard(world).read_bytes()

@@ -24,6 +24,7 @@ from data_pipeline import shards
 from data_pipeline.download.plan import Part, Record
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from data_pipeline.index.tar_members import TarMembers
+from tests.cases import with_slow
 from tests.data_pipeline.test_own_shards import J, write_tar
 from tests.world import DATA, INDEX, LATENTS, SAMPLER, TRAIN, World, one_line
 from vdtrain.config.data_schema import DownloadConfig
@@ -46,7 +47,7 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", with_slow({name: name for name in DOCUMENTS}, ["not UTF-8", "other shapes"]))
 def test_damaged_records_are_one_line(world: World, document: str) -> None:
     content = DOCUMENTS[document]
     exported = ["vdtrain", "weights", "export", "safetensors", "FOLDER/weights", "checkpoint=FOLDER/model"]

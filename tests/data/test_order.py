@@ -87,7 +87,7 @@ def _columns(order: Order, positions: int) -> tuple[Any, Any]:
     return places.shard, places.sample
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     pools=st.lists(SIZES, min_size=2, max_size=3),
     weights=st.lists(st.floats(0.01, 10), min_size=3, max_size=3),

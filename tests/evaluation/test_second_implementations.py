@@ -48,6 +48,7 @@ def drawn(count: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
     return [draw(scene, SIDE) for scene in scenes], [caption(scene, generator) for scene in scenes]
 
 
+@pytest.mark.slow
 def test_images_from_files_to_figures(tmp_path: Path) -> None:
     """`vdtrain evaluate images=` against torch-fidelity on the same two folders with the same weights."""
     network = InceptionFeatures(None).network

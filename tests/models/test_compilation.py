@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from tests.cases import with_slow
 from tests.models.test_activation_checkpointing import MODALITIES, make_diffuser, step
 from tests.settings import phases
 from tests.tiny_runs import BATCH, STAGES, TinyRuns
@@ -114,7 +113,8 @@ def losses(tiny_runs: TinyRuns, run: Path, *settings: str, stage: str = STAGES[2
     return [record["loss"] for record in read_metrics(run)]
 
 
-@pytest.mark.parametrize("stage", with_slow({stage: stage for stage in STAGES[::2]}, STAGES[:1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES[::2])
 def test_the_warm_up_changes_nothing(
     tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
