@@ -100,7 +100,7 @@ def walked(command: Command) -> Any:
     return pytest.param(command, marks=pytest.mark.slow if slow(command) else [], id=name(command))
 
 
-@pytest.mark.parametrize("command", map(walked, HERE))
+@pytest.mark.parametrize("command", [walked(command) for command in HERE])
 def test_a_command_does_what_it_is_there_for(command: Command, walk: Walk) -> None:
     assert known(command), f"{command}\nsay in GETS or SAYS of tests/documents/walk.py what the user gets"
     outcome = walk.outcome(command)

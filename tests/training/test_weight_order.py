@@ -15,7 +15,7 @@ from tests.training.toy import ZERO, RunOnRanks, full_rows, full_weights, gather
 from vdtrain.checkpoint.folder import INDEX_FILE
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.flat import GroupLayout
+from vdtrain.engine.flat import GroupLayout, ParameterSlot
 
 # DeepSpeed's buffers have every weight in the order of its shape.
 CASES = [*((stage, "bf16") for stage in ZERO), (0, "fp32")]
@@ -144,3 +144,8 @@ def test_a_part_of_a_buffer_is_read_in_another_order() -> None:
     for start in range(0, own.numel, 17):
         for stop in (start, start + 1, start + 40, own.numel):
             torch.testing.assert_close(own.read(other, read, start, stop), turned[start:stop], rtol=0.0, atol=0.0)
+
+
+def test_only_a_convolution_has_channels_last() -> None:
+    with pytest.raises(ValueError, match=r"x: channels last, but its shape is \[2, 3\]"):
+        ParameterSlot("x", (2, 3), 0, channels_last=True)

@@ -42,12 +42,19 @@ class ParameterSlot:
         offset: in elements.
         channels_last: whether the buffer has a convolution's weight [O, I, H, W] in the order O, H, W, I. It is no part
             of what the parameter is, so that slots which differ in it alone are equal.
+
+    Raises:
+        ValueError: channels_last, and the shape is not a convolution's.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     channels_last: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.channels_last and len(self.shape) != 4:
+            raise ValueError(f"{self.name}: channels last, but its shape is {list(self.shape)}")
 
     @property
     def numel(self) -> int:
