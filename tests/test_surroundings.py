@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,25 @@ from vdtrain.config.settings import REMOVED, RENAMED
 from vdtrain.weights.imports import SOURCES
 
 
-def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(world: World) -> None:
+@pytest.mark.parametrize(
+    ("name", "write", "read"),
+    [("blocked urls.txt", bytes, bytes), ("blocked urls.txt.gz", gzip.compress, gzip.decompress)],
+    ids=["text", "gzip"],
+)
+def test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named(
+    world: World, name: str, write: Callable[[bytes], bytes], read: Callable[[bytes], bytes]
+) -> None:
     assert world.type("python", "-m", "miniature", "draw", *DATA, *IMAGES)[0] == 0
-    (world / "blocked urls.txt").write_bytes("http://café.example/1\n".encode("cp1252"))
-    words = [*with_output("select", "FOLDER/scratch"), "data.select.block_lists.url=['FOLDER/blocked urls.txt']"]
+    file, text = world / name, "http://café.example/1\n"
+    file.write_bytes(write(text.encode("cp1252")))
+    words = [*with_output("select", "FOLDER/scratch"), f"data.select.block_lists.url=['FOLDER/{name}']"]
     status, said = world.type(*words)
     assert status == 2
     assert "data.select.block_lists.url: " in said
     assert "is not UTF-8 (byte 0xe9)" in said
     world.type_all(one_line(said))
-    assert (world / "blocked urls.txt").read_text(encoding="utf-8") == "http://café.example/1\n"
+    assert read(file.read_bytes()).decode() == text
+    assert not list(world.folder.glob("*.utf8*"))
     assert world.type(*words)[0] == 0
 
 
@@ -145,6 +155,7 @@ def test_a_image_that_is_a_folder_or_text_is_asked_for_as_a_image(world: World) 
 # Programs of a remedy, by what tries them.
 TRIED = {
     "iconv": "test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named",
+    "gzip": "test_a_list_that_is_not_utf8_is_converted_by_the_command_that_is_named",
     "mount": "test_each_cause_of_a_folder_that_cannot_be_written_has_its_own_remedy",
     "lsattr": "test_each_cause_of_a_folder_that_cannot_be_written_has_its_own_remedy",
     "chattr": "test_each_cause_of_a_folder_that_cannot_be_written_has_its_own_remedy",

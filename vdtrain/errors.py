@@ -130,10 +130,14 @@ def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
     if path.suffix.lower() == ".parquet":
         return f"cannot be read ({one_line(error)}); give another file"
     quoted, draft = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
-    return (
-        f"is not UTF-8 (byte {error.object[error.start]:#04x}); convert it, e.g. from Windows' code page by "
-        f"`iconv -f WINDOWS-1252 -t UTF-8 {quoted} -o {draft} && mv {draft} {quoted}`"
-    )
+    if path.suffix.lower() == ".gz":
+        packed = shlex.quote(f"{path}.utf8.gz")
+        command = f"gzip -t {quoted} && gzip -dc {quoted} | iconv -f WINDOWS-1252 -t UTF-8 -o {draft}"
+        command += f" && gzip {draft} && mv {packed} {quoted}"
+    else:
+        command = f"iconv -f WINDOWS-1252 -t UTF-8 {quoted} -o {draft} && mv {draft} {quoted}"
+    byte = error.object[error.start]
+    return f"is not UTF-8 (byte {byte:#04x}); convert it, e.g. from Windows' code page by `{command}`"
 
 
 def system_error(error: BaseException) -> OSError | None:
