@@ -36,12 +36,14 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}"
 export PYTHONPYCACHEPREFIX="$work/bytecode"
 unset PYTHONDONTWRITEBYTECODE
 
+wanted() { [[ "$parts" == *" all "* || "$parts" == *" $1 "* ]]; }
+
 # start NAME SECONDS COMMAND...: begin a part, within its limit and that of the script.
 declare -A process began command
 start() {
     local name="$1" limit=$(($2 * patience)) left=$((seconds * patience - SECONDS))
     shift 2
-    if [ "$parts" != " all " ] && [[ "$parts" != *" $name "* ]]; then return; fi
+    if ! wanted "$name"; then return; fi
     if [ "$left" -lt "$limit" ]; then limit="$left"; fi
     began[$name]="$SECONDS" command[$name]="$*"
     if [ "$limit" -lt 5 ]; then
@@ -121,7 +123,7 @@ if [ "$device" = cuda ]; then on=(hardware="$preset"); else on=(hardware=cpu); f
 ahead() {
     local name="$1"
     shift
-    if [[ "$parts" != *" ahead "* && "$parts" != " all " ]]; then return; fi
+    if ! wanted ahead; then return; fi
     parts+="$name "
     start "$name" 300 env TORCHINDUCTOR_COMPILE_THREADS=4 "$python" benchmarks/gpu_compile.py \
         "${size[@]}" "${four[@]}" "${compiled[@]}" "$@"
