@@ -69,6 +69,7 @@ def test_fine_tuning_ends_with_exports(tmp_path: Path) -> None:
     assert (made / "mine-diffusers" / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_a_third_modality_ends_with_nine_flows(tmp_path: Path) -> None:
     transcript(tmp_path, "modality")
     made, flows = tmp_path / "demo" / "audio", all_flows(["image", "text", "audio"])

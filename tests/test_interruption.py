@@ -94,7 +94,7 @@ def check(place: Path, name: str, number: signal.Signals, after: float, times: i
         ("plan", signal.SIGTERM, 0.4, 1),
         pytest.param("train", signal.SIGINT, 1.0, 1, marks=pytest.mark.slow),
         ("sample", signal.SIGINT, 1.5, 2),
-        ("processes", signal.SIGINT, 6.0, 1),
+        pytest.param("processes", signal.SIGINT, 6.0, 1, marks=pytest.mark.slow),
         # With worker processes that start.
         ("index", signal.SIGINT, 2.5, 1),
         pytest.param("index", signal.SIGTERM, 2.0, 2, marks=pytest.mark.slow),

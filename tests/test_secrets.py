@@ -195,6 +195,7 @@ def test_a_server_that_refuses_is_named_without_what_was_sent(place: Place) -> N
     assert place.found() == []
 
 
+@pytest.mark.slow
 def test_credentials_from_a_netrc_file_and_from_the_environment(place: Place) -> None:
     """As docs/data.md says: nothing of them stands in a setting."""
     (place.folder / "home/.netrc").write_text(f"machine 127.0.0.1 login {USER} password plantednetrc\n")

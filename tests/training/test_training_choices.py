@@ -232,6 +232,7 @@ def test_adapters_of_another_size_are_refused(runs: Runs, capsys: Any) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_shows_what_frozen_groups_and_adapters_save(capsys: Any) -> None:
     phases = settings.phases(64, (32, 100))
     base = [
