@@ -129,7 +129,6 @@ SLOW = (
     r"vdtrain weights export diffusers .*",
     r"vdtrain weights import \w+ downloads/.*",
     r"vdtrain train stage=finetune_four_flow .*run_dir=runs/mine",
-    r"vdtrain train stage=stage3_four_flow stage\.init_from=weights/versatile_diffusion",
     r"python -m data_pipeline latents data=own .*",
     r"vdtrain sample runs/finetune_four_flow samples/0000\.png flow=image-to-image .*",
 )

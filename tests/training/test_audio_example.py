@@ -89,10 +89,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_step_of_the_page(folder: Path) -> None:
     check(folder)
 
 
+@pytest.mark.slow
 def test_the_pages_python_makes_and_blends_sounds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"```python\n(from vdtrain.*?)```", PAGE, re.DOTALL)
@@ -102,6 +104,7 @@ def test_the_pages_python_makes_and_blends_sounds(folder: Path, monkeypatch: pyt
     assert made["waveforms"].abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_an_untrusted_module_is_not_imported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"checkpoint={folder}/demo/audio/runs/nine_flow", "flows=[text-to-audio]", "data=shapes"]
     assert evaluate([*arguments, f"output_dir={folder}/untrusted", "device=cpu"]) == 2
