@@ -80,7 +80,7 @@ ELSEWHERE = {
     r"make golden": "tests/golden_losses/test_golden_losses.py::test_losses_are_those_recorded",
     r"make rehearsal|python benchmarks/rehearsal\.py .*": "tests/test_rehearsal.py::"
     "test_the_whole_road_with_the_tiny_model",
-    r"make drill|python -m tests\.drill.*": "tests/drill/test_drill.py::test_random_kills_lose_nothing",
+    r"make drill|python -m tests\.drill.*": "tests/drill/test_drill.py::test_twenty_random_kills_lose_nothing",
     r"python benchmarks/train_step\.py( .*)?": "tests/benchmarks/test_train_step.py::test_contestants_do_the_same_work",
     r"(DEVICE=cpu PARTS=all )?bash benchmarks/gpu(_wheels)?\.sh": "tests/benchmarks/test_gpu.py::test_all_parts",
     r"slurm/all\.sh.*|sbatch slurm/(select_metadata|index_shards)\.sh": "tests/slurm/test_chain.py::"

@@ -1,4 +1,4 @@
-"""A few random kills, as `make drill` holds them by the hundred; and that the drill can fail."""
+"""Twenty random kills, as `make drill` holds them by the hundred; and that the drill can fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import with_slow
 from tests.drill.kills import KINDS
 from tests.drill.others import audited
 from tests.drill.results import PAGE, RESULT, ROOT, Results, held, kills, row, text
@@ -25,20 +24,20 @@ def drill(python: str, folder: Path, *words: str) -> tuple[subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570), result
 
 
-@pytest.mark.parametrize(("count", "runs"), with_slow({"six": (6, 1), "twenty": (20, 2)}, ["six"]))
-def test_random_kills_lose_nothing(tmp_path: Path, count: int, runs: int) -> None:
-    words = ["kills", "--kills", str(count), "--runs", str(runs), "--fresh", "0"]
-    done, path = drill(program("python"), tmp_path, *words)
+# tests/training/test_resume.py has every way to stop in `make test`.
+@pytest.mark.slow
+def test_twenty_random_kills_lose_nothing(tmp_path: Path) -> None:
+    done, path = drill(program("python"), tmp_path, "kills", "--kills", "20", "--runs", "2", "--fresh", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
-    assert len(kills(result)) == count
+    assert len(kills(result)) == 20
     assert {(kill["whom"], kill["when"]) for kill in kills(result)} <= set(KINDS)
     for run in result["runs"]:
         assert (run["equal"], run["lost"], run["repeated"], run["faults"]) == (True, 0, 0, [])
         assert all(kill["ended"] is not None for kill in run["kills"])
     assert text(result) in done.stdout
     # Every one that was killed went on.
-    assert sum(run["starts"] for run in result["runs"]) >= count + 3 * len(result["runs"])
+    assert sum(run["starts"] for run in result["runs"]) >= 20 + 3 * len(result["runs"])
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_one_process_is_measured(single: Path) -> None:
     assert result["kernels"] is None
 
 
+@pytest.mark.slow
 def test_a_plan_from_its_rates_takes_as_long(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its counted operations are those of the step, but for the captions, and so is the time of computing."""
     result = json.loads(single.read_text())
