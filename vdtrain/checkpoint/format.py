@@ -165,7 +165,7 @@ class SliceReader:
         self._open.close()
 
     def read(self, group: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the buffer of `group`: float32, on the CPU. See partitions.BufferReader.
+        """Elements [start, stop) of the buffer of `group`: float32, on the CPU. See engine.flat.BufferReader.
 
         Raises:
             CheckpointError: a file does not hold them.

@@ -134,7 +134,9 @@ class HardwareConfig:
         "what Inductor compiles: nothing, every block by itself, or the whole diffuser as one graph",
         choices=("none", "blocks", "whole"),
     )
-    channels_last: bool = setting("keep the channels of a pixel together in memory; pays with compiled code on a GPU")
+    channels_last: bool = setting(
+        "keep the channels of a pixel together in memory, in states and convolutions; pays with compiled code on a GPU"
+    )
     loader_workers: int = setting("decoding threads of each process", least=1)
     threads: int | None = setting("CPU threads of each process for tensors; null for PyTorch's default", least=1)
     rates: RatesConfig = field(default_factory=RatesConfig)
