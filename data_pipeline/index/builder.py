@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,11 @@ from vdtrain.data.manifest import (
     SHARD_SCHEMA,
     SHARDS_FILE,
     Manifest,
+    ManifestError,
     SamplesWriter,
     counted_sides,
     noted,
+    read_shards,
     shortest_sides,
     write_shards,
 )
@@ -99,7 +103,17 @@ class ManifestBuilder:
         self._next_file = max(numbers, default=-1) + 1
         self._writer: SamplesWriter | None = None
         self._written = self.listed()["path"].equals(before["path"]) and (manifest / SHARDS_FILE).exists()
-        self.remove_leftovers(before)
+        self._remove_leftovers(before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove all files that the manifest does not need: an interrupted run leaves no draft."""
+        self._writer = None
+        # Read again: an interruption may have come between the manifest's file and what this object knows of it.
+        with suppress(OSError, ManifestError):
+            self._remove_leftovers(read_shards(self.manifest))
 
     @property
     def waiting(self) -> int:
@@ -168,9 +182,9 @@ class ManifestBuilder:
         rows = [self._rows[task.name] for task in self._tasks if task.name in self._rows]
         return self.shards.take(pa.array(rows, pa.int64())).combine_chunks()
 
-    def remove_leftovers(self, shards: pa.Table | None = None) -> None:
+    def _remove_leftovers(self, shards: pa.Table) -> None:
         """Remove files of samples that no shard refers to, and drafts of interrupted runs."""
-        named = set((self.listed() if shards is None else shards)["samples_file"].to_pylist())
+        named = set(shards["samples_file"].to_pylist())
         drafts = [f"{SAMPLES_FILES}{INCOMPLETE}", f"{SHARDS_FILE}*{INCOMPLETE}"]
         for file in [each for pattern in (SAMPLES_FILES, *drafts) for each in self.manifest.glob(pattern)]:
             if file.name not in named:

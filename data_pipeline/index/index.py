@@ -85,6 +85,7 @@ def index(
         fields: tuple[str, ...] = ()
         new = builder.missing()
         with (
+            builder,
             workers(processes, "data.index.processes", lock) as run,
             Progress("index", sum(task.bytes for task in new) / 1e6, "MB") as progress,
         ):
@@ -102,8 +103,7 @@ def index(
                 builder.add(task, scan)
                 if builder.waiting == file_shards:
                     builder.write()
-        builder.write()
-        builder.remove_leftovers()
+            builder.write()
         _leave_out_repeated(manifest, builder, drop_repeated, changed=bool(new or builder.dropped))
         broken = _report(manifest, builder, found, len(new) - damaged)
     if not sum(builder.listed()["samples"].to_pylist()):
