@@ -34,12 +34,12 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import TrainConfig
+from vdtrain.config.schema import DEEPSPEED, SHARDED, TrainConfig
 from vdtrain.config.validation import stage_flows
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine import strategies
-from vdtrain.engine.deepspeed import DEEPSPEED, PRECISIONS, SHARDED, EngineSettings, deepspeed_configuration
+from vdtrain.engine.deepspeed import PRECISIONS, EngineSettings, deepspeed_configuration
 from vdtrain.engine.engine import Engine
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import Diffuser, parameters_by_group

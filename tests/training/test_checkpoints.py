@@ -36,7 +36,7 @@ from vdtrain.checkpoint import store as checkpoints
 from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
-from vdtrain.engine.deepspeed import SHARDED
+from vdtrain.config.schema import SHARDED
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.engine.flat import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed

@@ -28,7 +28,7 @@ from tests.training.toy import (
     toy_groups,
     train_step,
 )
-from vdtrain.engine.deepspeed import SHARDED
+from vdtrain.config.schema import SHARDED
 from vdtrain.engine.engine import PIECE, Engine, ShardEMA, sum_of_squares
 from vdtrain.run import distributed
 

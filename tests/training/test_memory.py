@@ -16,11 +16,11 @@ from tests.training.toy import ZERO
 from tests.training.toy import settings as engine_settings
 from vdtrain.commands.plan import main
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import TrainConfig
+from vdtrain.config.schema import SHARDED, TrainConfig
 from vdtrain.config.validation import stage_flows
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS, SHARDED
+from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS
 from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.engine.flat import GroupLayout
 from vdtrain.flows import active_groups

@@ -32,8 +32,9 @@ from tests.training.toy import (
     toy_groups,
     train_step,
 )
+from vdtrain.config.schema import SHARDED
 from vdtrain.engine import strategies as engine_zero
-from vdtrain.engine.deepspeed import SHARDED, deepspeed_configuration
+from vdtrain.engine.deepspeed import deepspeed_configuration
 from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.flat import FIRST_MOMENT, SECOND_MOMENT
 from vdtrain.run import distributed

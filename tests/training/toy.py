@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vdtrain.engine.deepspeed import DEEPSPEED, SHARDED, EngineSettings
+from vdtrain.config.schema import DEEPSPEED, SHARDED
+from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.engine.engine import Engine, StepReport
 from vdtrain.engine.flat import FIRST_MOMENT, MASTER, GroupLayout
 from vdtrain.run import distributed

@@ -110,6 +110,20 @@ class RatesConfig:
     gpus_per_node: int = setting("GPUs of a node", 8, least=1)
 
 
+# How weights and gradients are kept and exchanged.
+REPLICATED, SHARDED, DEEPSPEED = "replicated", "sharded", "deepspeed"
+
+
+def strategy_kind(zero_stage: int, exchange: str, world_size: int) -> str:
+    """REPLICATED, SHARDED or DEEPSPEED, by the settings of the hardware and the number of processes.
+
+    ZeRO partitions between processes, so a single one has nothing to partition. ZeRO 2 is always DeepSpeed's.
+    """
+    if zero_stage == 0 or world_size == 1:
+        return REPLICATED
+    return SHARDED if zero_stage == 1 and exchange == SHARDED else DEEPSPEED
+
+
 @dataclass
 class HardwareConfig:
     name: str = setting("name of the hardware")
@@ -120,7 +134,7 @@ class HardwareConfig:
     exchange: str = setting(
         "who reduces gradients and gathers weights under ZeRO 1: deepspeed by an all-reduce, sharded (our own) by a "
         "reduce-scatter during backward; ZeRO 2 is always DeepSpeed's",
-        choices=("deepspeed", "sharded"),
+        choices=(DEEPSPEED, SHARDED),
     )
     micro_batch_size: dict[int, int] = setting("pairs per process and forward pass, by resolution", least=1)
     attention: str = setting(
@@ -136,6 +150,9 @@ class HardwareConfig:
     )
     channels_last: bool = setting(
         "keep the channels of a pixel together in memory, in states and convolutions; pays with compiled code on a GPU"
+    )
+    cuda_graphs: bool = setting(
+        "replay each micro-batch's forward and backward pass from CUDA graphs, so that the host launches two things"
     )
     loader_workers: int = setting("decoding threads of each process", least=1)
     threads: int | None = setting("CPU threads of each process for tensors; null for PyTorch's default", least=1)

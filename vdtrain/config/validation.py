@@ -12,7 +12,15 @@ from vdtrain.config.command_schema import SamplingConfig
 from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.fields import check_values, shown, value_problems
 from vdtrain.config.instantiate import find_target, takes
-from vdtrain.config.schema import CONSTANT, LINEAR, ModelConfig, PhaseConfig, TrainConfig
+from vdtrain.config.schema import (
+    CONSTANT,
+    DEEPSPEED,
+    LINEAR,
+    ModelConfig,
+    PhaseConfig,
+    TrainConfig,
+    strategy_kind,
+)
 from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError, missing, one_line
 from vdtrain.flows import Flow, active_groups
@@ -293,7 +301,7 @@ def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
                 f"stage.phases.{index}.samples={phase.samples} x samples_scale={stage.samples_scale}: "
                 f"less than one batch of {stage.global_batch_size}"
             )
-    yield from _contradictions(config)
+    yield from _contradictions(config, world_size)
 
 
 def problem_of(action: Callable[[], object]) -> Iterator[str]:
@@ -304,10 +312,18 @@ def problem_of(action: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _contradictions(config: TrainConfig) -> Iterator[str]:
+def _contradictions(config: TrainConfig, world_size: int) -> Iterator[str]:
     """A line on each setting that does not go with another one."""
     if config.hardware.device == "cpu" and config.hardware.attention == "xformers":
         yield "hardware.attention=xformers: has no CPU kernels; choose sdpa"
+    hardware = config.hardware
+    if hardware.cuda_graphs and hardware.device != "cuda":
+        yield f"hardware.cuda_graphs=true: hardware.device={hardware.device} has no CUDA graphs; choose false"
+    if hardware.cuda_graphs and strategy_kind(hardware.zero_stage, hardware.exchange, world_size) == DEEPSPEED:
+        yield (
+            "hardware.cuda_graphs=true: DeepSpeed's hooks cannot be recorded; choose hardware.exchange=sharded with "
+            "hardware.zero_stage=1, or hardware.cuda_graphs=false"
+        )
     for name in config.objective.flow_weights:
         if name not in config.stage.flows:
             yield f"objective.flow_weights.{name}: not a flow of this stage; it has {', '.join(config.stage.flows)}"

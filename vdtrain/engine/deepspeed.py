@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vdtrain.config.schema import HardwareConfig
+from vdtrain.config.schema import DEEPSPEED, REPLICATED, SHARDED, HardwareConfig, strategy_kind
 
 DEEPSPEED_VERSION = "0.19.8"
 
@@ -48,17 +48,6 @@ def _dynamo_disabled() -> Iterator[None]:
 BUCKET_ELEMENTS = 50_000_000
 PRECISIONS = ("fp32", "bf16")
 LEARNING_RATE_MODE, GRADIENT_MODE = "learning_rate", "gradient"
-REPLICATED, SHARDED, DEEPSPEED = "replicated", "sharded", "deepspeed"
-
-
-def strategy_kind(zero_stage: int, exchange: str, world_size: int) -> str:
-    """How weights and gradients are kept and exchanged: REPLICATED, SHARDED or DEEPSPEED.
-
-    ZeRO partitions between processes, so a single one has nothing to partition. ZeRO 2 is always DeepSpeed's.
-    """
-    if zero_stage == 0 or world_size == 1:
-        return REPLICATED
-    return SHARDED if zero_stage == 1 and exchange == SHARDED else DEEPSPEED
 
 
 def strategy_line(hardware: HardwareConfig, world_size: int) -> str:
@@ -93,6 +82,10 @@ class EngineSettings:
     gradient_scales: Mapping[str, float]
     gradient_scale_mode: str
     exchange: str = DEEPSPEED
+
+    def gradient_scale(self, group: str) -> float:
+        """The factor that a group's gradients are multiplied by as they arrive."""
+        return float(self.gradient_scales.get(group, 1.0)) if self.gradient_scale_mode == GRADIENT_MODE else 1.0
 
     @property
     def compute_dtype(self) -> torch.dtype:

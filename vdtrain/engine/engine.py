@@ -12,7 +12,7 @@ the same for every strategy. None of them waits for the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,13 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from vdtrain.config.schema import DEEPSPEED, SHARDED, strategy_kind
 from vdtrain.engine.deepspeed import (
-    DEEPSPEED,
-    GRADIENT_MODE,
     LEARNING_RATE_MODE,
-    SHARDED,
     EngineSettings,
-    strategy_kind,
 )
 from vdtrain.engine.flat import EMA, BufferReader, FlatStrategy, GroupLayout, Partition
 from vdtrain.engine.strategies import ZeroStrategy
@@ -243,7 +240,7 @@ class Strategy(Protocol):
         """Run the module."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a loss; after a step's last loss, average over the processes."""
+        """Add the gradient of a loss, scaled by layer group; after a step's last loss, average over the processes."""
 
     def gradients(self) -> list[Tensor]:
         """The step's float32 gradients in the layout of the masters; the caller may overwrite them."""
@@ -314,12 +311,6 @@ class Engine:
         self._optimizer = FlatAdamW(self._strategy.masters, settings)
         self._partitions = [self._partition(index, layout) for index, layout in enumerate(layouts)]
         self._scales = [float(settings.gradient_scales.get(group, 1.0)) for group in groups]
-        self._gradient_hooks = [
-            parameter.register_hook(_multiply_by(scale))
-            for scale, parameters in zip(self._scales, groups.values(), strict=True)
-            for parameter in parameters.values()
-            if settings.gradient_scale_mode == GRADIENT_MODE
-        ]
         # Of the step in progress: the sum of its losses, and whether the last one was added.
         self._losses = torch.zeros((), dtype=torch.float64, device=self._strategy.masters[0].device)
         self._gradients_begun = self._gradients_complete = False
@@ -454,8 +445,6 @@ class Engine:
         """Release hooks, buffers and process groups; the module keeps its last weights."""
         self._strategy.close()
         self._closed = True
-        for hook in self._gradient_hooks:
-            hook.remove()
         del self._strategy, self._optimizer
         self._partitions = []
 
@@ -525,7 +514,3 @@ def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Param
     if not names:
         raise ValueError("no layer group is trained; name at least one flow")
     return names
-
-
-def _multiply_by(scale: float) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient * scale

@@ -199,11 +199,12 @@ class FlatStrategy:
         self._gathers: list[dist.Work | None] = []
         self._hooks: list[Any] = []
         for index, (layout, weights, gradients) in enumerate(zip(layouts, self._weights, self._gradients, strict=True)):
+            share = settings.gradient_scale(layout.group) / self._world_size
             for slot in layout.slots:
                 part = slice(slot.offset, slot.offset + slot.numel)
                 parameter = groups[layout.group][slot.name]
                 parameter.data = slot.shaped(weights[part])
-                add = self._adder(index, slot.shaped(gradients[part]))
+                add = self._adder(index, slot.shaped(gradients[part]), share)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,13 +257,13 @@ class FlatStrategy:
         """The part of a whole buffer that this process updates."""
         return self._own(buffer) if self._sharded else buffer
 
-    def _adder(self, index: int, total: Tensor) -> Callable[[Tensor], None]:
-        """The hook of a parameter of group `index` whose gradients are added up in `total`."""
+    def _adder(self, index: int, total: Tensor, share: float) -> Callable[[Tensor], None]:
+        """The hook of a parameter of group `index` whose gradients, times `share`, are added up in `total`."""
 
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
             # Each gradient joins the float32 sum as it arrives, and its own memory is free at once.
-            total.add_(parameter.grad, alpha=1.0 / self._world_size)
+            total.add_(parameter.grad, alpha=share)
             parameter.grad = None
             if self._missing is not None:
                 self._missing[index] -= 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class ZeroStrategy:
         # Taken before DeepSpeed rounds the weights to bf16, of which it makes its float32 copy.
         exact = [
             cut(groups[layout.group], layout, *partition) for layout, partition in zip(layouts, partitions, strict=True)
+        ]
+        # Before DeepSpeed, which adds up what they return.
+        self._hooks = [
+            parameter.register_hook(_multiply_by(settings.gradient_scale(group)))
+            for group, parameters in groups.items()
+            for parameter in parameters.values()
+            if settings.gradient_scale(group) != 1.0
         ]
         self._attributes = {name: set(vars(parameter)) for name, parameter in module.named_parameters()}
         # DeepSpeed reads the groups from it; it never steps.
@@ -105,6 +112,8 @@ class ZeroStrategy:
         """Do nothing: DeepSpeed's gather has ended when `broadcast` returns."""
 
     def close(self) -> None:
+        for scaling in self._hooks:
+            scaling.remove()
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.destroy()
         # DeepSpeed's leftovers on the module would keep its engine and the process groups alive.
@@ -114,6 +123,10 @@ class ZeroStrategy:
             for attribute in vars(parameter).keys() - self._attributes[name]:
                 delattr(parameter, attribute)
         del self._engine, self._optimizer
+
+
+def _multiply_by(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * scale
 
 
 def _flat(gradients: Any) -> Tensor:

@@ -1,20 +1,21 @@
-"""How the blocks of networks are executed: compiled, with channels last, or computed again in the backward pass.
+"""How networks are executed: compiled, recomputed in the backward pass, or replayed from CUDA graphs.
 
 Activation checkpointing is that of Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", by PyTorch's
-non-reentrant checkpoints. Inductor compiles.
+non-reentrant checkpoints. Inductor compiles. `torch.cuda.make_graphed_callables` records CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
 from vdtrain.models.frozen import FrozenParts
 
 # Modules that draw no random numbers: these of PyTorch, and all of this package. A new modality's may have dropout.
@@ -120,3 +121,110 @@ def _copy(function: Any) -> FunctionType:
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
+
+
+# Makes a callable that replays a module's passes on tensors of the given form.
+Recorder = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
+
+
+def _cuda_graphs(module: nn.Module, tensors: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    graphed: Any = torch.cuda.make_graphed_callables(module, tensors, allow_unused_input=True)
+    return cast(Callable[..., tuple[Tensor, ...]], graphed)
+
+
+def record_passes(diffuser: Diffuser, recorder: Recorder = _cuda_graphs) -> None:
+    """Let a diffuser's training passes be recorded and replayed; call it after `compile_training`.
+
+    A replay is one launch for the host. The weights must keep their memory.
+
+    Args:
+        recorder: records a module's forward and backward pass.
+    """
+    diffuser.forward = RecordedPasses(diffuser, recorder)  # type: ignore[method-assign]
+
+
+def forget_passes(diffuser: nn.Module) -> None:
+    """Free the recording, if there is one: the next training pass makes a new one."""
+    if isinstance(passes := vars(diffuser).get("forward"), RecordedPasses):
+        passes.forget()
+
+
+@contextmanager
+def plain_passes(diffuser: nn.Module) -> Iterator[None]:
+    """Inside, nothing is replayed, so that each operation can be seen."""
+    passes = vars(diffuser).get("forward")
+    if isinstance(passes, RecordedPasses):
+        diffuser.forward = passes.plain
+    try:
+        yield
+    finally:
+        if isinstance(passes, RecordedPasses):
+            diffuser.forward = passes
+
+
+class RecordedPasses:
+    """A diffuser's forward that replays its passes on batches of one form, and runs them plainly on all others.
+
+    The form is that of the first batch with gradients. A replay takes its inputs, its outputs and the gradients of the
+    weights from the same memory each time: what one call returns is valid until the next.
+
+    Attributes:
+        plain: the forward without recordings.
+    """
+
+    def __init__(self, diffuser: Diffuser, recorder: Recorder) -> None:
+        self.plain: Callable[[Sequence[DiffuserInput]], list[Tensor]] = diffuser.forward
+        self._diffuser, self._recorder = diffuser, recorder
+        self._form: object = None
+        self._replay: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def __call__(self, inputs: Sequence[DiffuserInput]) -> list[Tensor]:
+        if not torch.is_grad_enabled():
+            return self.plain(inputs)
+        tensors = _tensors(inputs)
+        form = _routes(inputs), [(each.shape, each.stride(), each.dtype) for each in tensors]
+        if self._replay is None:
+            passes = _Passes(self._diffuser, self.plain, inputs)
+            # The recording keeps these tensors, and every replay writes its inputs into them.
+            self._replay = self._recorder(passes, tuple(each.detach().clone() for each in tensors))
+            self._form = form
+        return list(self._replay(*tensors)) if form == self._form else self.plain(inputs)
+
+    def forget(self) -> None:
+        self._replay = self._form = None
+
+
+class _Passes(nn.Module):
+    """A diffuser on the tensors of its inputs alone, as recorders need it; it has the diffuser's parameters."""
+
+    def __init__(
+        self,
+        diffuser: Diffuser,
+        forward: Callable[[Sequence[DiffuserInput]], list[Tensor]],
+        like: Sequence[DiffuserInput],
+    ) -> None:
+        super().__init__()
+        self.diffuser, self._forward = diffuser, forward
+        self._routes = _routes(like)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        inputs = [
+            DiffuserInput(output, next(given), next(given), [Context(modality, next(given)) for modality in modalities])
+            for output, modalities in self._routes
+        ]
+        return tuple(self._forward(inputs))
+
+
+def _routes(inputs: Sequence[DiffuserInput]) -> list[tuple[str, list[str]]]:
+    """The output and the modalities of the contexts of each input."""
+    return [(item.output, [context.modality for context in item.contexts]) for item in inputs]
+
+
+def _tensors(inputs: Sequence[DiffuserInput]) -> list[Tensor]:
+    """The tensors of the inputs, in the order in which `_Passes` takes them."""
+    return [
+        tensor
+        for item in inputs
+        for tensor in (item.latents, item.timesteps, *(context.tokens for context in item.contexts))
+    ]

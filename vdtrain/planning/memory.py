@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from vdtrain.config.schema import TrainConfig
+from vdtrain.config.schema import DEEPSPEED, REPLICATED, TrainConfig, strategy_kind
 from vdtrain.config.validation import learning_rate, micro_batches, phase_steps, trained_groups
-from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, DEEPSPEED, REPLICATED, strategy_kind
+from vdtrain.engine.deepspeed import BUCKET_ELEMENTS
 from vdtrain.engine.flat import GroupLayout
 from vdtrain.models.diffuser import parameters_by_group
 from vdtrain.planning.counts import Stored, counts
@@ -155,8 +155,13 @@ def _plan_phase(
     micro = local // count
     exchange, update = exchange_bytes(config, gpus), update_bytes(config, layouts, gpus)
 
+    gradients = compute_bytes(config) * sum(layout.numel for layout in layouts)
+
     def peak_at(size: int) -> int:
         of = counted.measure(phase.resolution, size)
+        if config.hardware.cuda_graphs:
+            # The graphs keep what their passes allocate, and the gradients of all weights at once.
+            return standing + gradients + of.peak + max(of.encoding, exchange, update)
         return standing + max(of.encoding, of.peak + exchange, update)
 
     measured = counted.measure(phase.resolution, micro)

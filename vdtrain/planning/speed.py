@@ -12,9 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vdtrain.config.schema import HardwareConfig, PlanConfig, RatesConfig, TrainConfig
+from vdtrain.config.schema import (
+    DEEPSPEED,
+    REPLICATED,
+    SHARDED,
+    HardwareConfig,
+    PlanConfig,
+    RatesConfig,
+    TrainConfig,
+)
 from vdtrain.config.validation import stage_flows
-from vdtrain.engine.deepspeed import DEEPSPEED, REPLICATED, SHARDED
 from vdtrain.errors import ConfigError, described
 from vdtrain.files import SHAPE_ERRORS, read_json
 from vdtrain.flows import by_output
@@ -25,7 +32,7 @@ from vdtrain.tracking.surroundings import processor
 RESULTS = "benchmarks/results"
 MEASURED = ("tflops", "memory", "link")
 # Settings of the hardware that decide how a micro-batch is computed.
-COMPUTING = ("precision", "activation_checkpointing", "compile", "channels_last")
+COMPUTING = ("precision", "activation_checkpointing", "compile", "channels_last", "cuda_graphs")
 PARTS = ("encode", "forward", "backward")
 
 
@@ -65,7 +72,8 @@ class Result:
     def fits(self, config: TrainConfig) -> bool:
         """Whether it measured this hardware, computing in the same way."""
         hardware = config.hardware
-        same = all(self.settings.get(name) == getattr(hardware, name) for name in COMPUTING)
+        # Results from before a setting existed were measured without what it turns on.
+        same = all(self.settings.get(name, False) == getattr(hardware, name) for name in COMPUTING)
         same = same and self.settings.get("model") == config.model.name
         return same and self.device == hardware.device and is_named(hardware, self.name)
 

@@ -30,6 +30,7 @@ from vdtrain.data.latents import MODALITY
 from vdtrain.data.loading import Prefetcher
 from vdtrain.data.synthetic import SyntheticStream
 from vdtrain.files import atomic_write
+from vdtrain.models.execution import plain_passes
 from vdtrain.models.frozen_weights import without_weights
 from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.planning.memory import plan_stage
@@ -268,10 +269,11 @@ def _timed(steps: _Steps, config: BenchConfig, result: Result) -> dict[str, floa
 def _counted(steps: _Steps, config: BenchConfig, result: Result, parts: dict[str, float]) -> int:
     """Count a step's operations and collectives; moves the time of the collectives to a part of their own.
 
-    Compiled code runs eagerly in this step (`OperatorCount`), so only shares are taken from its times.
+    Compiled code runs eagerly in this step (`OperatorCount`), and nothing is replayed. So its times give only
+    shares.
     """
     clock = StepClock(steps.trainer.place.device)
-    with OperatorCount(clock) as count:
+    with plain_passes(steps.trainer.engine.module), OperatorCount(clock) as count:
         steps.make(clock)
     steps.finish()
     computing, spent = clock.seconds(), 0.0

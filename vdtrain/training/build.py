@@ -23,7 +23,7 @@ from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.flows import active_groups
 from vdtrain.models.context_layers import use_kernel
 from vdtrain.models.diffuser import Diffuser, allocated, layer_group
-from vdtrain.models.execution import checkpoint_activations, compile_training
+from vdtrain.models.execution import checkpoint_activations, compile_training, record_passes
 from vdtrain.models.frozen import build_frozen
 from vdtrain.models.trained import trained_parameters
 from vdtrain.redaction import redacted
@@ -72,6 +72,8 @@ def build_trainer(
         if config.hardware.channels_last:
             frozen.to(memory_format=torch.channels_last)
         compile_training(diffuser, frozen, config.hardware.compile)
+        if config.hardware.cuda_graphs:
+            record_passes(diffuser)
         objective = Objective(flows, Schedule(config.model.schedule, place.device), frozen, config.objective)
         ema = ShardEMA(engine, config.ema.decay, config.ema.length) if config.ema.enabled else None
         if start.resume is not None:

@@ -30,6 +30,7 @@ from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.errors import ConfigError, one_line
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import parameters_by_group
+from vdtrain.models.execution import forget_passes
 from vdtrain.models.frozen import each_tensor, pairs_of
 from vdtrain.planning.counts import counts
 from vdtrain.run import distributed
@@ -150,7 +151,9 @@ class Trainer:
         sync = StepSync(self.flow_names, self.place.device, self.engine.groups)
         bad_steps = BadSteps(config.optimizer.max_bad_steps)
         meters, asked, worked = Meters(self.place.device, self._peak), False, None
-        compiled, first = config.hardware.compile == "none", self.state.phase_step
+        # Compiled code and CUDA graphs are made before the phase's first step, and hide operations from a count.
+        eager = config.hardware.compile == "none" and not config.hardware.cuda_graphs
+        prepared, first = eager, self.state.phase_step
         tried: dict[int, Tried] = {}
 
         def collect() -> bool:
@@ -186,13 +189,12 @@ class Trainer:
                     meters.began += time.monotonic() - opened
                     begun = meters.clock.mark(None)
                 self.watchdog.place = f"step {self.state.step + 1}"
-                if not compiled:
-                    flops = self._compile(batch, phase)
-                    meters, compiled = Meters(self.place.device, self._peak, flops), True
+                if not prepared:
+                    flops = self._prepare(batch, phase)
+                    meters, prepared = Meters(self.place.device, self._peak, flops), True
                     begun = meters.clock.mark(None)
-                # In the second step what happens once is over. Compiled code would run eagerly while it is counted.
-                counts = config.hardware.compile == "none" and self.state.phase_step == first + 1
-                count = OperatorCount() if counts else None
+                # In the second step what happens once is over.
+                count = OperatorCount() if eager and self.state.phase_step == first + 1 else None
                 with count or contextlib.nullcontext():
                     done = self.step(batch, phase, meters.clock)
                 tried[self.state.step] = Tried(batch.names, batch.positions, self._micro_losses)
@@ -302,19 +304,24 @@ class Trainer:
         self.state.data = identity
         return stream
 
-    def _compile(self, batch: Batch, phase: PhaseConfig) -> int | None:
+    def _prepare(self, batch: Batch, phase: PhaseConfig) -> int | None:
         """Run one micro-batch forward and backward without any effect, so that no step waits for the compiler.
+
+        CUDA graphs are recorded in the same pass.
 
         Returns:
             A step's floating-point operations, by the stored counts or a dry run; None if that fails, and on ranks
             that log nothing.
         """
+        hardware = self.config.hardware
         if batch.rows:
+            graphs = " and hardware.cuda_graphs=false" * hardware.cuda_graphs
             raise ConfigError(
-                f"hardware.compile={self.config.hardware.compile}: compiled code needs batches of one shape, and this "
-                "data.stream yields pairs that lack a modality; choose hardware.compile=none"
+                f"hardware.compile={hardware.compile}: compiled code and CUDA graphs need batches of one shape, and "
+                f"this data.stream yields pairs that lack a modality; choose hardware.compile=none{graphs}"
             )
         began, clock = time.monotonic(), StepClock(self.place.device)
+        forget_passes(self.engine.module)
         with self.watchdog.patient(f"compiling for {phase.resolution} pixels"):
             local, count = self._local(phase)
             losses = self._losses(self.engine.module, batch, slice(0, local // count), local, phase, clock)
@@ -330,7 +337,8 @@ class Trainer:
                 except Exception as error:  # layers of one's own may not run without values; training must go on
                     self.reporter.warn(f"no TFLOP/s are logged, because a dry run failed: {one_line(error)}")
             distributed.barrier()
-        self.reporter.note(f"compiled for {phase.resolution} pixels in {time.monotonic() - began:.0f} s")
+        done = "compiled" if hardware.compile != "none" else "recorded"
+        self.reporter.note(f"{done} for {phase.resolution} pixels in {time.monotonic() - began:.0f} s")
         return flops
 
     def _local(self, phase: PhaseConfig) -> tuple[int, int]:

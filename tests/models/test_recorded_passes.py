@@ -1,0 +1,180 @@
+"""Recorded passes change neither losses nor gradients nor a run.
+
+No CUDA graph can be recorded on a CPU: a recorder with the same rules about memory stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.recorder import MemoryRecorder
+from tests.models.test_activation_checkpointing import four_flows, make_diffuser
+from tests.pairs import write_pairs
+from tests.settings import TINY, phases
+from tests.training.read_back import read_weights
+from vdtrain.checkpoint.folder import CHECKPOINTS
+from vdtrain.config.compose import ConfigError, compose, to_object
+from vdtrain.config.schema import TrainConfig
+from vdtrain.config.validation import check_settings
+from vdtrain.models.diffuser import Diffuser, DiffuserInput
+from vdtrain.models.execution import forget_passes, plain_passes, record_passes
+from vdtrain.planning.memory import plan_stage
+from vdtrain.run import distributed
+from vdtrain.tracking.metrics import read_metrics
+from vdtrain.tracking.speed import OperatorCount
+from vdtrain.training import build
+from vdtrain.training.build import build_trainer
+from vdtrain.training.start import resolve_start
+
+BATCH = 4
+SMALL = (
+    *TINY,
+    "stage=stage3_four_flow",
+    "stage.init_from=null",
+    f"stage.global_batch_size={BATCH}",
+    "hardware.micro_batch_size={32:2,64:2}",
+    "log_every_steps=1",
+    phases(BATCH, (32, 2), (64, 2)),
+)
+
+
+def batches(number: int) -> list[DiffuserInput]:
+    """The inputs of four flows, each batch with other values."""
+    return [
+        DiffuserInput(
+            each.output,
+            each.latents + number,
+            each.timesteps + number,
+            [type(c)(c.modality, c.tokens * (1 + number)) for c in each.contexts],
+        )
+        for each in four_flows()
+    ]
+
+
+def gradients(diffuser: Diffuser, inputs: list[DiffuserInput]) -> tuple[Tensor, dict[str, Tensor]]:
+    diffuser.zero_grad()
+    loss = torch.stack([predicted.square().mean() for predicted in diffuser(inputs)]).sum()
+    loss.backward()
+    return loss.detach(), {
+        name: each.grad.clone() for name, each in diffuser.named_parameters() if each.grad is not None
+    }
+
+
+def test_replays_give_the_same_bits(recorder: MemoryRecorder) -> None:
+    plain, diffuser = make_diffuser(), make_diffuser()
+    record_passes(diffuser, recorder)
+    assert list(diffuser.state_dict()) == list(plain.state_dict())
+    for number in range(3):
+        expected, found = gradients(plain, batches(number)), gradients(diffuser, batches(number))
+        assert torch.equal(expected[0], found[0])
+        assert expected[1].keys() == found[1].keys()
+        assert all(torch.equal(each, found[1][name]) for name, each in expected[1].items())
+    assert (recorder.recorded, recorder.replayed) == (1, 3)
+
+
+def test_other_forms_and_passes_without_gradients_are_plain(recorder: MemoryRecorder) -> None:
+    plain, diffuser = make_diffuser(), make_diffuser()
+    record_passes(diffuser, recorder)
+    with torch.no_grad():
+        diffuser(batches(0))
+    assert recorder.recorded == 0
+    gradients(diffuser, batches(0))
+    one_flow = [
+        DiffuserInput(each.output, each.latents[:3], each.timesteps[:3], each.contexts[:1]) for each in batches(1)
+    ]
+    assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
+    gradients(diffuser, batches(0))
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+    # A new phase has another form.
+    forget_passes(diffuser)
+    assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+
+
+def test_operations_can_be_seen_where_nothing_is_replayed(recorder: MemoryRecorder) -> None:
+    diffuser = make_diffuser()
+    record_passes(diffuser, recorder)
+    gradients(diffuser, batches(0))
+    with plain_passes(diffuser), OperatorCount() as count:
+        gradients(diffuser, batches(0))
+    assert count.flops > 0
+    assert recorder.replayed == 1
+    gradients(diffuser, batches(0))
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+@pytest.fixture
+def recorder() -> MemoryRecorder:
+    return MemoryRecorder()
+
+
+@pytest.fixture
+def place() -> Iterator[distributed.RankInfo]:
+    yield distributed.start("cpu")
+    distributed.finish()
+
+
+def trained(folder: Path, place: distributed.RankInfo, *words: str) -> tuple[list[Any], dict[str, Tensor]]:
+    """Losses of the steps and the last weights of a run of two phases, with two micro-batches a step."""
+    document = compose(
+        "train", [*SMALL, f"data.manifest={folder}/data/manifest", f"run_dir={folder}/run{len(words)}", *words]
+    )
+    config = to_object(document, TrainConfig)
+    Path(config.run_dir).mkdir(parents=True)
+    assert build_trainer(config, document, resolve_start(config, document), place).run()
+    newest = max((Path(config.run_dir) / CHECKPOINTS).glob("step-*"))
+    return [record["loss"] for record in read_metrics(Path(config.run_dir))], read_weights(newest)
+
+
+@pytest.mark.parametrize("mode", ["learning_rate", "gradient"])
+def test_a_run_is_the_same_to_the_bit(
+    tmp_path: Path, place: distributed.RankInfo, recorder: MemoryRecorder, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    write_pairs(tmp_path / "data")
+    scales = f"stage.gradient_scale_mode={mode}"
+    losses, weights = trained(tmp_path, place, scales)
+    monkeypatch.setattr(build, "record_passes", lambda diffuser: record_passes(diffuser, recorder))
+    again, same = trained(tmp_path, place, scales, "hardware.cuda_graphs=true")
+    assert again == losses
+    assert all(torch.equal(each, same[name]) for name, each in weights.items())
+    # Once a phase; two steps of two micro-batches in each, and one pass before them.
+    assert (recorder.recorded, recorder.replayed) == (2, 2 * (2 * 2 + 1))
+
+
+def settings_of(*words: str) -> TrainConfig:
+    return to_object(
+        compose("train", ["stage=stage3_four_flow", "hardware=h200", "hardware.cuda_graphs=true", *words]), TrainConfig
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "setting"),
+    [
+        (["hardware.device=cpu"], 1, "hardware.device=cpu"),
+        ([], 8, "hardware.exchange=sharded"),
+        (["hardware.zero_stage=2", "hardware.exchange=sharded"], 8, "hardware.zero_stage=1"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(words: list[str], gpus: int, setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"hardware\.cuda_graphs=true") as refused:
+        check_settings(settings_of(*words), gpus)
+    assert setting in str(refused.value)
+
+
+def test_the_plan_knows_what_graphs_keep() -> None:
+    check_settings(settings_of(), 1)
+    check_settings(settings_of("hardware.exchange=sharded"), 8)
+    (with_graphs, _), (plain, _) = (
+        plan_stage(each, 8).phases
+        for each in (
+            settings_of("hardware.exchange=sharded"),
+            settings_of("hardware.exchange=sharded", "hardware.cuda_graphs=false"),
+        )
+    )
+    assert with_graphs.peak > plain.peak + 2 * 2.5e9
