@@ -1,6 +1,6 @@
 """Recorded passes change neither losses nor gradients nor a run.
 
-No CUDA graph can be recorded on a CPU: a recorder with the same rules about memory stands for it.
+No CUDA graph can be recorded on a CPU: a tape with the same rules about memory stands for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.recorder import MemoryRecorder
+from tests.models.tape import MemoryTape
 from tests.models.test_activation_checkpointing import four_flows, make_diffuser
 from tests.pairs import write_pairs
 from tests.settings import TINY, phases
@@ -66,52 +66,52 @@ def gradients(diffuser: Diffuser, inputs: list[DiffuserInput]) -> tuple[Tensor, 
     }
 
 
-def test_replays_give_the_same_bits(recorder: MemoryRecorder) -> None:
+def test_replays_give_the_same_bits() -> None:
     plain, diffuser = make_diffuser(), make_diffuser()
-    record_passes(diffuser, recorder)
+    record_passes(diffuser, MemoryTape)
     assert list(diffuser.state_dict()) == list(plain.state_dict())
     for number in range(3):
         expected, found = gradients(plain, batches(number)), gradients(diffuser, batches(number))
         assert torch.equal(expected[0], found[0])
         assert expected[1].keys() == found[1].keys()
         assert all(torch.equal(each, found[1][name]) for name, each in expected[1].items())
-    assert (recorder.recorded, recorder.replayed) == (1, 3)
+    assert (MemoryTape.recorded, MemoryTape.replayed) == (2, 6)
 
 
-def test_other_forms_and_passes_without_gradients_are_plain(recorder: MemoryRecorder) -> None:
+def test_other_forms_and_passes_without_gradients_are_plain() -> None:
     plain, diffuser = make_diffuser(), make_diffuser()
-    record_passes(diffuser, recorder)
+    record_passes(diffuser, MemoryTape)
     with torch.no_grad():
         diffuser(batches(0))
-    assert recorder.recorded == 0
+    assert MemoryTape.recorded == 0
     gradients(diffuser, batches(0))
     one_flow = [
         DiffuserInput(each.output, each.latents[:3], each.timesteps[:3], each.contexts[:1]) for each in batches(1)
     ]
     assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
     gradients(diffuser, batches(0))
-    assert (recorder.recorded, recorder.replayed) == (1, 2)
+    assert (MemoryTape.recorded, MemoryTape.replayed) == (2, 4)
     # A new phase has another form.
     forget_passes(diffuser)
     assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
-    assert (recorder.recorded, recorder.replayed) == (2, 3)
+    assert (MemoryTape.recorded, MemoryTape.replayed) == (4, 6)
 
 
-def test_operations_can_be_seen_where_nothing_is_replayed(recorder: MemoryRecorder) -> None:
+def test_operations_can_be_seen_where_nothing_is_replayed() -> None:
     diffuser = make_diffuser()
-    record_passes(diffuser, recorder)
+    record_passes(diffuser, MemoryTape)
     gradients(diffuser, batches(0))
     with plain_passes(diffuser), OperatorCount() as count:
         gradients(diffuser, batches(0))
     assert count.flops > 0
-    assert recorder.replayed == 1
+    assert MemoryTape.replayed == 2
     gradients(diffuser, batches(0))
-    assert (recorder.recorded, recorder.replayed) == (1, 2)
+    assert (MemoryTape.recorded, MemoryTape.replayed) == (2, 4)
 
 
-@pytest.fixture
-def recorder() -> MemoryRecorder:
-    return MemoryRecorder()
+@pytest.fixture(autouse=True)
+def fresh_tape() -> None:
+    MemoryTape.recorded = MemoryTape.replayed = 0
 
 
 @pytest.fixture
@@ -134,17 +134,17 @@ def trained(folder: Path, place: distributed.RankInfo, *words: str) -> tuple[lis
 
 @pytest.mark.parametrize("mode", ["learning_rate", "gradient"])
 def test_a_run_is_the_same_to_the_bit(
-    tmp_path: Path, place: distributed.RankInfo, recorder: MemoryRecorder, monkeypatch: pytest.MonkeyPatch, mode: str
+    tmp_path: Path, place: distributed.RankInfo, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     write_pairs(tmp_path / "data")
     scales = f"stage.gradient_scale_mode={mode}"
     losses, weights = trained(tmp_path, place, scales)
-    monkeypatch.setattr(build, "record_passes", lambda diffuser: record_passes(diffuser, recorder))
+    monkeypatch.setattr(build, "record_passes", lambda diffuser: record_passes(diffuser, MemoryTape))
     again, same = trained(tmp_path, place, scales, "hardware.cuda_graphs=true")
     assert again == losses
     assert all(torch.equal(each, same[name]) for name, each in weights.items())
     # Once a phase; two steps of two micro-batches in each, and one pass before them.
-    assert (recorder.recorded, recorder.replayed) == (2, 2 * (2 * 2 + 1))
+    assert (MemoryTape.recorded, MemoryTape.replayed) == (4, 2 * 2 * (2 * 2 + 1))
 
 
 def settings_of(*words: str) -> TrainConfig:

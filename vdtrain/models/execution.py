@@ -1,7 +1,7 @@
 """How networks are executed: compiled, recomputed in the backward pass, or replayed from CUDA graphs.
 
 Activation checkpointing is that of Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", by PyTorch's
-non-reentrant checkpoints. Inductor compiles. `torch.cuda.make_graphed_callables` records CUDA graphs.
+non-reentrant checkpoints. Inductor compiles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,24 +123,119 @@ def _copy(function: Any) -> FunctionType:
     return copied
 
 
-# Makes a callable that replays a module's passes on tensors of the given form.
-Recorder = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]
+# What is recorded, and what a recording gives: the memory of the results, and a function that computes them again.
+Pass = Callable[[], Sequence[Tensor | None]]
+Recorded = tuple[list[Tensor | None], Callable[[], object]]
 
 
-def _cuda_graphs(module: nn.Module, tensors: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    graphed: Any = torch.cuda.make_graphed_callables(module, tensors, allow_unused_input=True)
-    return cast(Callable[..., tuple[Tensor, ...]], graphed)
+class Tape(Protocol):
+    """Records what functions compute, so that it can be computed again from the same memory into the same memory."""
+
+    def rehearse(self, function: Callable[[], object]) -> None:
+        """Call the function as it will be called to record it."""
+
+    def record(self, function: Pass) -> Recorded:
+        """Record a call of the function."""
 
 
-def record_passes(diffuser: Diffuser, recorder: Recorder = _cuda_graphs) -> None:
+class CudaTape:
+    """Records CUDA graphs. `torch.cuda.make_graphed_callables` would do, but for the data's threads.
+
+    They pin memory while a graph is captured, which that function forbids before PyTorch 2.14.
+    """
+
+    def __init__(self) -> None:
+        # All graphs of a tape share them: the backward pass reads what the forward pass left.
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def rehearse(self, function: Callable[[], object]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, function: Pass) -> Recorded:
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            results = function()
+        return [None if each is None else each.detach() for each in results], graph.replay
+
+
+# The first calls choose kernels and fill caches, which cannot be recorded.
+REHEARSALS = 3
+
+
+class Recording:
+    """The forward and the backward pass of a module on tensors of one form. The parameters must keep their memory.
+
+    Args:
+        tensors: the inputs; every replay writes into them.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Sequence[Tensor], tape: Tape) -> None:
+        self.inputs, self.trained = list(tensors), [each for each in module.parameters() if each.requires_grad]
+        found: tuple[Tensor, ...] = ()
+        self.given: list[Tensor] = []
+
+        def forward() -> tuple[Tensor, ...]:
+            nonlocal found
+            found = module(*self.inputs)
+            return found
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(found, self.trained, self.given, allow_unused=True)
+
+        def rehearsal() -> None:
+            self.given = [torch.zeros_like(each) for each in forward()]
+            backward()
+
+        for _ in range(REHEARSALS):
+            tape.rehearse(rehearsal)
+        self.outputs, self.replay_forward = tape.record(forward)
+        self.gradients, self.replay_backward = tape.record(backward)
+        # They would keep the parameters' gradients on the stream of the recording.
+        found = ()
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in memory that the next call overwrites; gradients flow back to the parameters alone."""
+        found: tuple[Tensor, ...] = _Replay.apply(self, *given, *self.trained)
+        return found
+
+
+class _Replay(torch.autograd.Function):
+    """Calls a recording."""
+
+    @staticmethod
+    def forward(context: Any, recording: Recording, *given: Tensor) -> tuple[Tensor | None, ...]:
+        context.recording = recording
+        for own, each in zip(recording.inputs, given[: len(recording.inputs)], strict=True):
+            own.copy_(each)
+        recording.replay_forward()
+        return _views(recording.outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        recording: Recording = context.recording
+        for own, each in zip(recording.given, given, strict=True):
+            own.copy_(each)
+        recording.replay_backward()
+        return (None, *[None] * len(recording.inputs), *_views(recording.gradients))
+
+
+def _views(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if each is None else each.detach() for each in tensors)
+
+
+def record_passes(diffuser: Diffuser, tape: Callable[[], Tape] = CudaTape) -> None:
     """Let a diffuser's training passes be recorded and replayed; call it after `compile_training`.
 
     A replay is one launch for the host. The weights must keep their memory.
 
     Args:
-        recorder: records a module's forward and backward pass.
+        tape: makes the tape of a recording.
     """
-    diffuser.forward = RecordedPasses(diffuser, recorder)  # type: ignore[method-assign]
+    diffuser.forward = RecordedPasses(diffuser, tape)  # type: ignore[method-assign]
 
 
 def forget_passes(diffuser: nn.Module) -> None:
@@ -165,37 +260,35 @@ def plain_passes(diffuser: nn.Module) -> Iterator[None]:
 class RecordedPasses:
     """A diffuser's forward that replays its passes on batches of one form, and runs them plainly on all others.
 
-    The form is that of the first batch with gradients. A replay takes its inputs, its outputs and the gradients of the
-    weights from the same memory each time: what one call returns is valid until the next.
+    The form is that of the first batch with gradients. What one call returns is valid until the next.
 
     Attributes:
         plain: the forward without recordings.
     """
 
-    def __init__(self, diffuser: Diffuser, recorder: Recorder) -> None:
+    def __init__(self, diffuser: Diffuser, tape: Callable[[], Tape]) -> None:
         self.plain: Callable[[Sequence[DiffuserInput]], list[Tensor]] = diffuser.forward
-        self._diffuser, self._recorder = diffuser, recorder
+        self._diffuser, self._tape = diffuser, tape
         self._form: object = None
-        self._replay: Callable[..., tuple[Tensor, ...]] | None = None
+        self._recording: Recording | None = None
 
     def __call__(self, inputs: Sequence[DiffuserInput]) -> list[Tensor]:
         if not torch.is_grad_enabled():
             return self.plain(inputs)
         tensors = _tensors(inputs)
         form = _routes(inputs), [(each.shape, each.stride(), each.dtype) for each in tensors]
-        if self._replay is None:
+        if self._recording is None:
             passes = _Passes(self._diffuser, self.plain, inputs)
-            # The recording keeps these tensors, and every replay writes its inputs into them.
-            self._replay = self._recorder(passes, tuple(each.detach().clone() for each in tensors))
+            self._recording = Recording(passes, [each.detach().clone() for each in tensors], self._tape())
             self._form = form
-        return list(self._replay(*tensors)) if form == self._form else self.plain(inputs)
+        return list(self._recording(*tensors)) if form == self._form else self.plain(inputs)
 
     def forget(self) -> None:
-        self._replay = self._form = None
+        self._recording = self._form = None
 
 
 class _Passes(nn.Module):
-    """A diffuser on the tensors of its inputs alone, as recorders need it; it has the diffuser's parameters."""
+    """A diffuser on the tensors of its inputs alone, as a recording needs it; it has the diffuser's parameters."""
 
     def __init__(
         self,
