@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_wheels.sh             # first, where there is a network: the packages that are missing there
 #   bash benchmarks/gpu.sh                    # then, on the machine with the GPU: the first parts
-#   PARTS="eager cached probes" bash benchmarks/gpu.sh    # others, in a second call
+#   PARTS="eager cached probes" bash benchmarks/gpu.sh    # others, in a second call; TRACES="cached" keeps its trace
 #   DEVICE=cpu PARTS=all bash benchmarks/gpu.sh    # all parts at tiny size, to try the script
 #
 # LIMIT is the seconds for all parts of a call. Settings in MORE go to every bench. OUT, by default
@@ -13,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 device="${DEVICE:-cuda}" python="${PYTHON:-python3}" out="${OUT:-benchmarks/results/gpu}"
-first="ahead resume losses compiled compiled_high text_to_image text_to_image_high cached cached_high eager"
+first="ahead resume graphs graphs_high cached graphs_cached graphs_cached_high graphs_text_to_image_high losses"
 wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-$first} "
 read -ra more <<<"${MORE:-}"
 # How many times its limit a part may take: a CPU may be busy with other things.
@@ -36,7 +36,8 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}"
 export PYTHONPYCACHEPREFIX="$work/bytecode"
 unset PYTHONDONTWRITEBYTECODE
 
-wanted() { [[ "$parts" == *" all "* || "$parts" == *" $1 "* ]]; }
+# A CPU has no CUDA graphs: there the parts would repeat others.
+wanted() { [[ ("$parts" == *" all "* || "$parts" == *" $1 "*) && ("$device" == cuda || "$1" != graphs*) ]]; }
 
 # start NAME SECONDS COMMAND...: begin a part, within its limit and that of the script.
 declare -A process began command
@@ -65,6 +66,7 @@ finish() {
     echo "== $name: $status, $((SECONDS - began[$name])) s"
     tail -n "${LINES_SHOWN:-45}" "$work/$name.log"
     { echo "== $name: $status: ${command[$name]}"; cat "$work/$name.log"; } >>"$out/gpu.log"
+    if [[ " ${TRACES:-} " == *" $name "* ]]; then gzip -c "$work/json/$name.trace.json" >"$out/$name.trace.json.gz"; fi
     rm -f "$work/json/$name.trace.json"
     "$python" - "$work/json" "$out/gpu.json" <<'JOIN'
 import json, sys
@@ -106,13 +108,13 @@ print("h200" if torch.cuda.get_device_properties(0).total_memory > 100e9 else "h
     else
         double=("hardware.micro_batch_size={256:64}") double_high=("hardware.micro_batch_size={512:16}")
     fi
-    compiled=(hardware.compile=blocks hardware.channels_last=true)
+    compiled=(hardware.compile=blocks hardware.channels_last=true) graphs=(hardware.cuda_graphs=true)
 else
     size=(hardware=cpu model=tiny micro_batches=1 warmup_steps=1 timed_steps=2 "hardware.micro_batch_size={32:4,64:2}")
     preset=cpu low=32 high=64 small=(--small) wide=() double=("hardware.micro_batch_size={32:8}")
     double_high=("hardware.micro_batch_size={64:4}")
     # A compiler for the CPU takes minutes.
-    compiled=(hardware.compile=none hardware.channels_last=true)
+    compiled=(hardware.compile=none hardware.channels_last=true) graphs=()
 fi
 four=(stage=stage3_four_flow) text_to_image=(stage=stage2_dual_flow "stage.flows=[text-to-image]")
 check=("$python" benchmarks/gpu_checks.py)
@@ -139,22 +141,31 @@ for how in low high; do
     fi
 done
 part resume 60 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
-part losses 200 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]}" \
-    --output "$work/json/losses.json"
 for name in ahead_low ahead_text_low ahead_high ahead_text_high; do finish "$name"; done
 
+bench part graphs 300 "${four[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$low"
+bench part graphs_high 300 "${four[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$high"
+cached=(data.latents=cached)
+bench part cached 100 "${four[@]}" "${compiled[@]}" resolution="$low" "${cached[@]}"
+bench part graphs_cached 100 "${four[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$low" "${cached[@]}"
+bench part graphs_cached_high 100 "${four[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$high" "${cached[@]}"
+bench part graphs_text_to_image_high 150 "${text_to_image[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$high" \
+    "${cached[@]}" "${double_high[@]}"
+part losses 150 "${check[@]}" losses "${on[@]}" "${eager[@]}" "${wide[@]}" --other "${compiled[*]} ${graphs[*]}" \
+    --output "$work/json/losses.json"
+bench part graphs_text_to_image 150 "${text_to_image[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$low" \
+    "${cached[@]}" "${double[@]}"
 bench part compiled 300 "${four[@]}" "${compiled[@]}" resolution="$low"
 bench part compiled_high 300 "${four[@]}" "${compiled[@]}" resolution="$high"
-bench part text_to_image_high 200 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" data.latents=cached \
+bench part cached_high 100 "${four[@]}" "${compiled[@]}" resolution="$high" "${cached[@]}"
+bench part text_to_image_high 200 "${text_to_image[@]}" "${compiled[@]}" resolution="$high" "${cached[@]}" \
     "${double_high[@]}"
-bench part cached 100 "${four[@]}" "${compiled[@]}" resolution="$low" data.latents=cached
-bench part cached_high 100 "${four[@]}" "${compiled[@]}" resolution="$high" data.latents=cached
-bench part text_to_image 150 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" data.latents=cached "${double[@]}"
+bench part text_to_image 150 "${text_to_image[@]}" "${compiled[@]}" resolution="$low" "${cached[@]}" "${double[@]}"
 bench part eager 90 "${four[@]}" "${eager[@]}" resolution="$low"
 bench part eager_high 90 "${four[@]}" "${eager[@]}" resolution="$high"
-bench part text_to_image_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$low" data.latents=cached \
+bench part text_to_image_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$low" "${cached[@]}" \
     "${double[@]}"
-bench part text_to_image_high_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$high" data.latents=cached \
+bench part text_to_image_high_eager 60 "${text_to_image[@]}" "${eager[@]}" resolution="$high" "${cached[@]}" \
     "${double_high[@]}"
 part commands 90 "${check[@]}" commands "${on[@]}" "${eager[@]}" --output "$work/json/commands.json"
 part probes 60 "$python" benchmarks/gpu_probes.py --device "$device" "${small[@]}" --output "$work/json/probes.json"
