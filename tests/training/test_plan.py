@@ -167,6 +167,11 @@ def test_the_nearest_result_on_this_hardware_is_taken(
     for each, name in zip(rates, ("small", "large"), strict=True):
         assert each["source"].startswith("measured on 8 x NVIDIA H200: stage3_four_flow at ")
         assert each["source"].endswith(f"({folder}/together.json, {name})")
+    # Flows to images alone are nearer to one flow to images than to all four, whatever else differs.
+    found["to_images"] = result_of("NVIDIA H200", 700.0, flows=["text-to-image"], latents="cached", micro_batch=128)
+    (folder / "together.json").write_text(json.dumps(found))
+    assert [each["tflops"] for each in planned(*words)["rates"]] == [500.0, 600.0]
+    assert [each["tflops"] for each in planned("stage=stage2_dual_flow", *words[1:])["rates"]] == [700.0, 600.0]
     # Another card has no result there.
     assert "estimated" in planned(*words, "hardware=b200")["rates"][0]["source"]
     # A file that is named is taken as it is.

@@ -24,7 +24,7 @@ from vdtrain.config.schema import (
 from vdtrain.config.validation import stage_flows
 from vdtrain.errors import ConfigError, described
 from vdtrain.files import SHAPE_ERRORS, read_json
-from vdtrain.flows import by_output
+from vdtrain.flows import Flow, by_output
 from vdtrain.planning.memory import FLOAT32, GB, PhaseMemory, StagePlan, compute_bytes, strategy
 from vdtrain.tracking.surroundings import processor
 
@@ -43,11 +43,13 @@ class Result:
     Attributes:
         place: its file, and its name in a file of several.
         device, name, processes: what it was measured on.
+        outputs: what its flows generate.
         rates: those of a `RatesConfig` that were measured; `micro_batch_ms` is the time of computing a micro-batch.
     """
 
     place: str
     settings: Mapping[str, Any]
+    outputs: frozenset[str]
     resolution: int
     micro_batch: int
     device: str
@@ -64,10 +66,10 @@ class Result:
         rates["micro_batch_ms"] = sum(float(parts[part]) for part in PARTS) / int(settings["micro_batches"])
         if any(not 0 < rate < math.inf for rate in rates.values()):
             raise ValueError("a rate is not above 0")
+        outputs = frozenset(Flow.parse(name).output for name in settings["flows"])
         sizes = int(settings["resolution"]), int(settings["micro_batch"])
-        return cls(
-            place, settings, *sizes, str(hardware["device"]), str(hardware["name"]), int(hardware["processes"]), rates
-        )
+        device, name = str(hardware["device"]), str(hardware["name"])
+        return cls(place, settings, outputs, *sizes, device, name, int(hardware["processes"]), rates)
 
     def fits(self, config: TrainConfig) -> bool:
         """Whether it measured this hardware, computing in the same way."""
@@ -82,6 +84,8 @@ class Result:
         return (
             self.resolution == phase.resolution,
             self.settings.get("flows") == config.stage.flows,
+            # Flows to text have many small kernels, whose launches take longer than they do.
+            self.outputs == set(by_output(stage_flows(config))),
             self.settings.get("latents") == config.data.latents,
             -abs(self.micro_batch - phase.micro_batch),
             self.processes,
