@@ -104,6 +104,17 @@ def test_an_interruption_is_one_line(place: Path, name: str, number: signal.Sign
     check(place, name, number, after, times)
 
 
+def test_the_last_line_is_a_line_of_its_own() -> None:
+    """The signal comes after a line's text and before its end, which print writes by itself."""
+    code = (
+        "from vdtrain.run.signals import begin; begin(); import os, signal, sys; "
+        "sys.stderr.write('takes: a model'); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "takes: a model\nstopped by Ctrl-C\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_at_random_moments(place: Path, name: str) -> None:

@@ -104,12 +104,17 @@ def _without_values(text: str) -> str:
 
 
 class _Redacted:
-    """A text stream whose lines lose their credentials; all else is the stream's own."""
+    """A text stream whose lines lose their credentials; all else is the stream's own.
+
+    Attributes:
+        unfinished: whether the last line has no end yet.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self.unfinished = stream, False
 
     def write(self, text: str) -> int:
+        self.unfinished = not text.endswith("\n") if text else self.unfinished
         self._stream.write(without_secrets(text))
         return len(text)
 

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+import data_pipeline.index.builder as builder_module
+import data_pipeline.index.index as index_module
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, read_shard
@@ -122,6 +125,35 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, read: list[s
     index({"drawn": shards}, tmp_path / "fresh", file_shards=1)
     assert sorted(os.listdir(tmp_path / "manifest")) == sorted(os.listdir(tmp_path / "fresh"))
     assert content(tmp_path / "manifest") == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("where", ["read_shard", "write_shards"])
+def test_an_interrupted_run_leaves_what_was_there_and_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    shards = write_shards(tmp_path, range(3))
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=1)
+    before = content(tmp_path / "manifest")
+    write_shards(tmp_path, range(3, 6))
+    # While a shard is read beside a draft with another; between a file of samples and the list that names it.
+    module = index_module if where == "read_shard" else builder_module
+    whole, calls = getattr(module, where), []
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2 or where == "write_shards":
+            raise KeyboardInterrupt
+        return whole(*given, **named)
+
+    monkeypatch.setattr(module, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index({"drawn": shards}, tmp_path / "manifest", file_shards=2)
+    monkeypatch.undo()
+    names = {f"samples-{number:05d}.parquet" for number in range(3)} | {SHARDS_FILE}
+    assert {file.name for file in (tmp_path / "manifest").iterdir()} == names
+    assert content(tmp_path / "manifest") == before
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest").paths) == 6
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -187,6 +187,9 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 def _leave() -> NoReturn:
     with suppress(OSError, ValueError):
+        # A signal may come between a line and its end.
+        if getattr(sys.stderr, "unfinished", False):
+            print(file=sys.stderr, flush=True)
         sys.stdout.flush()
     ending.leave(ending.number)
 
