@@ -21,6 +21,7 @@ from vdtrain.config.validation import stage_flows
 from vdtrain.data.synthetic import BATCHES, SyntheticStream
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
+from vdtrain.engine.flat import lay_out_zeros
 from vdtrain.models.execution import compile_training
 from vdtrain.models.frozen import build_frozen, each_tensor
 from vdtrain.models.frozen_weights import without_weights
@@ -36,6 +37,9 @@ USAGE = "Usage: python benchmarks/gpu_compile.py [SETTING=VALUE ...]\n"
 
 def compile_step(config: BenchConfig, raw_config: DictConfig, launch: dict[str, str]) -> int:
     """Run forward and backward of one micro-batch, on all shapes that the benchmark's batches have."""
+    if config.hardware.threads is not None:
+        # The compiler's code for a CPU depends on it.
+        torch.set_num_threads(config.hardware.threads)
     place = distributed.start(config.hardware.device)
     device, dtype = place.device, engine_settings(config).compute_dtype
     config = replace(config, model=with_stand_ins(config.model))
@@ -45,10 +49,9 @@ def compile_step(config: BenchConfig, raw_config: DictConfig, launch: dict[str, 
         diffuser = starting_diffuser(config, Start(), device, device)
         frozen = build_frozen(config.model).to(device, dtype)
     groups = trained_parameters(diffuser, config)
-    diffuser.requires_grad_(False).to(dtype)
-    for parameters in groups.values():
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+    diffuser.to(dtype)
+    # The compiler finds its code by the strides of the weights, among other things.
+    lay_out_zeros(groups, dtype)
     if config.hardware.channels_last:
         frozen.to(memory_format=torch.channels_last)
     compile_training(diffuser, frozen, config.hardware.compile)

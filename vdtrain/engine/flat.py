@@ -60,6 +60,10 @@ class ParameterSlot:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def part(self, buffer: Tensor) -> Tensor:
+        """The parameter's elements [numel] of its group's buffer."""
+        return buffer[self.offset : self.offset + self.numel]
+
     def flat(self, tensor: Tensor) -> Tensor:
         """The elements [numel] of a tensor of the parameter's shape, in the order of the buffer."""
         return (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).reshape(-1)
@@ -158,6 +162,18 @@ def cut(parameters: Mapping[str, Tensor], layout: GroupLayout, start: int, stop:
 ALIGNED_ELEMENTS = 64
 
 
+def lay_out_zeros(groups: Mapping[str, Mapping[str, nn.Parameter]], dtype: torch.dtype) -> None:
+    """Let parameters lie as in a single process that trains them, with the value 0: without masters and gradients.
+
+    What is compiled for them is then what training runs: it depends on where the weights lie in memory.
+    """
+    layouts = [GroupLayout.of(group, parameters, in_order=True) for group, parameters in groups.items()]
+    sizes = _sizes(layouts, world_size=1)
+    device = next(iter(groups[layouts[0].group].values())).device
+    for layout, weights in zip(layouts, _buffers(_whole(sizes, dtype, device), sizes), strict=True):
+        _make_views(groups[layout.group], layout, weights)
+
+
 class FlatStrategy:
     """See engine.Strategy.
 
@@ -179,8 +195,8 @@ class FlatStrategy:
         self._module, self._sharded = module, sharded
         _check_same_start(module)
         self._world_size = distributed.world_size()
-        sizes = [layout.partition_size(self._world_size) * self._world_size for layout in layouts]
-        whole = torch.zeros(sum(map(_aligned, sizes)), device=next(module.parameters()).device)
+        sizes = _sizes(layouts, self._world_size)
+        whole = _whole(sizes, torch.float32, next(module.parameters()).device)
         for layout, buffer in zip(layouts, _buffers(whole, sizes), strict=True):
             buffer[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
         module.to(settings.compute_dtype)
@@ -200,12 +216,10 @@ class FlatStrategy:
         self._hooks: list[Any] = []
         for index, (layout, weights, gradients) in enumerate(zip(layouts, self._weights, self._gradients, strict=True)):
             share = settings.gradient_scale(layout.group) / self._world_size
+            _make_views(groups[layout.group], layout, weights)
             for slot in layout.slots:
-                part = slice(slot.offset, slot.offset + slot.numel)
-                parameter = groups[layout.group][slot.name]
-                parameter.data = slot.shaped(weights[part])
-                add = self._adder(index, slot.shaped(gradients[part]), share)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
+                add = self._adder(index, slot.shaped(slot.part(gradients)), share)
+                self._hooks.append(groups[layout.group][slot.name].register_post_accumulate_grad_hook(add))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
@@ -280,6 +294,22 @@ class FlatStrategy:
         else:
             work = dist.all_reduce(whole, async_op=True)
         self._reductions.append(work)
+
+
+def _sizes(layouts: Sequence[GroupLayout], world_size: int) -> list[int]:
+    """Elements of each group's whole buffer."""
+    return [layout.partition_size(world_size) * world_size for layout in layouts]
+
+
+def _whole(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for all buffers; see `_buffers`."""
+    return torch.zeros(sum(map(_aligned, sizes)), dtype=dtype, device=device)
+
+
+def _make_views(parameters: Mapping[str, nn.Parameter], layout: GroupLayout, weights: Tensor) -> None:
+    """Let a group's parameters be views of its buffer."""
+    for slot in layout.slots:
+        parameters[slot.name].data = slot.shaped(slot.part(weights))
 
 
 def _aligned(size: int) -> int:
