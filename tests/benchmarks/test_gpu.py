@@ -1,5 +1,7 @@
 """benchmarks/gpu.sh on a CPU, in an environment as on the machine that it is for: PyTorch 2.11, and our wheels.
 
+What its first part compiles is tried apart, with the PyTorch that is installed here: compiling takes minutes on a CPU.
+
 Python 3.12, PyTorch 2.11 and what that machine has are installed first, and `vdtrain train` runs there: what it needs
 beside them, `gpu_wheels.sh` has gathered. Some minutes, and 600 MB to fetch the first time.
 """
@@ -10,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -27,6 +30,20 @@ THERE = (
     "matplotlib",
 )
 WHEELS = 18
+COMPILED = (
+    *("stage=stage3_four_flow", "hardware=cpu", "model=tiny", "hardware.compile=blocks", "hardware.channels_last=true"),
+    *("hardware.micro_batch_size={32:2}", "micro_batches=1", "warmup_steps=1", "timed_steps=1"),
+)
+HALVES = ("[image-to-image,text-to-image]", "[image-to-text,text-to-text]")
+# Prints how often the bench found its code in the compiler's caches, and how often it did not.
+COUNTING = """
+import json, sys
+from torch._dynamo.utils import counters
+from vdtrain.commands.bench import main
+status = main(sys.argv[1:])
+print(json.dumps({**counters["inductor"], **counters["aot_autograd"]}))
+sys.exit(status)
+"""
 
 
 def uv() -> str:
@@ -112,3 +129,25 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
     for how in ("low", "high"):
         assert f"== ahead_{how}: exit 0" in done.stdout
         assert f"== ahead_text_{how}: exit 0" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, for Inductor's CPU code")
+def test_bench_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    script = str(ROOT / "benchmarks" / "gpu_compile.py")
+    # At once, as in gpu.sh.
+    ahead = [
+        subprocess.Popen([sys.executable, script, *COMPILED, f"stage.flows={flows}"], env=environment)
+        for flows in HALVES
+    ]
+    assert [process.wait() for process in ahead] == [0, 0]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, *COMPILED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    missed = {name: count for name, count in counts.items() if "cache_miss" in name or "cache_bypass" in name}
+    assert not missed
+    # Graphs, and the code of their forward and backward passes.
+    assert counts["autograd_cache_hit"] > 20
+    assert counts["fxgraph_cache_hit"] > 40
