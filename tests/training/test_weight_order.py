@@ -15,7 +15,7 @@ from tests.training.toy import ZERO, RunOnRanks, full_rows, full_weights, gather
 from vdtrain.checkpoint.folder import INDEX_FILE
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.flat import GroupLayout, ParameterSlot
+from vdtrain.engine.flat import GroupLayout, ParameterSlot, lay_out_zeros
 
 # DeepSpeed's buffers have every weight in the order of its shape.
 CASES = [*((stage, "bf16") for stage in ZERO), (0, "fp32")]
@@ -149,3 +149,36 @@ def test_a_part_of_a_buffer_is_read_in_another_order() -> None:
 def test_only_a_convolution_has_channels_last() -> None:
     with pytest.raises(ValueError, match=r"x: channels last, but its shape is \[2, 3\]"):
         ParameterSlot("x", (2, 3), 0, channels_last=True)
+
+
+def where(module: nn.Module) -> dict[str, list[Any]]:
+    """Type, strides and place of each parameter."""
+    return {
+        name: [str(each.dtype), each.stride(), each.storage_offset(), each.requires_grad]
+        for name, each in module.named_parameters()
+    }
+
+
+def pointwise() -> tuple[nn.Module, dict[str, dict[str, nn.Parameter]]]:
+    """Convolutions of 1x1, whose weights are contiguous in both orders, and a layer that is not trained."""
+    module = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 3), nn.Conv2d(3, 3, 1), nn.Linear(2, 2))
+    module.to(memory_format=torch.channels_last)
+    module[3].requires_grad_(False)
+    groups = {"first": dict(module[0].named_parameters(prefix="0")), "data": {}}
+    groups["data"] = {name: each for name, each in module.named_parameters() if name[0] in "12"}
+    return module, groups
+
+
+def placed(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    module, groups = pointwise()
+    engine = Engine(module, groups, settings(zero_stage=1, precision="bf16"))
+    alone, groups = pointwise()
+    alone.to(torch.bfloat16)
+    lay_out_zeros(groups, torch.bfloat16)
+    report({"engine": where(engine.module), "zeros": where(alone)})
+    engine.close()
+
+
+def test_zeros_lie_as_weights_in_training(run_on_ranks: RunOnRanks, tmp_path: Path) -> None:
+    found = run_on_ranks(placed, 1, tmp_path)[0]
+    assert found["zeros"] == found["engine"]
