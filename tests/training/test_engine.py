@@ -29,7 +29,8 @@ from tests.training.toy import (
     train_step,
 )
 from vdtrain.config.schema import SHARDED
-from vdtrain.engine.engine import PIECE, Engine, ShardEMA, sum_of_squares
+from vdtrain.engine.adamw import PIECE, sum_of_squares
+from vdtrain.engine.engine import Engine, ShardEMA
 from vdtrain.run import distributed
 
 TRAINED = ("global", "data.image", "context.text")

@@ -18,7 +18,8 @@ from vdtrain.commands.sample import main as sample
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
-from vdtrain.engine.engine import Engine, FlatAdamW, StepReport
+from vdtrain.engine.adamw import FlatAdamW
+from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.planning.dry_run import DryRun
 from vdtrain.tracking.metrics import read_metrics
 from vdtrain.tracking.reporting import Meters, log_line
@@ -55,9 +56,9 @@ def applied(folder: Path) -> list[tuple[float, list[float]]]:
     taken: list[list[float]] = []
     step, update = Engine.step, FlatAdamW.update
 
-    def watched_step(engine: Engine, learning_rate: float, measure: bool = False) -> StepReport:
+    def watched_step(engine: Engine, learning_rate: float, measure: bool, ema: ShardEMA | None) -> StepReport:
         told.append(learning_rate)
-        return step(engine, learning_rate, measure)
+        return step(engine, learning_rate, measure, ema)
 
     def watched_update(optimizer: FlatAdamW, gradients: Any, rates: Any, *rest: Any) -> None:
         taken.append(list(rates))

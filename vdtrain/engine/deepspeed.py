@@ -71,6 +71,7 @@ class EngineSettings:
         gradient_scales: factor of each layer group; 1 by default.
         gradient_scale_mode: "learning_rate" (the factor multiplies the group's learning rate) or "gradient".
         exchange: who exchanges gradients and weights under ZeRO 1; see `strategy_kind`.
+        fused: whether a compiled pass updates the buffers, if the strategy can let it write its weights.
     """
 
     zero_stage: int
@@ -82,6 +83,7 @@ class EngineSettings:
     gradient_scales: Mapping[str, float]
     gradient_scale_mode: str
     exchange: str = DEEPSPEED
+    fused: bool = False
 
     def gradient_scale(self, group: str) -> float:
         """The factor that a group's gradients are multiplied by as they arrive."""

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from vdtrain.config.schema import DEEPSPEED, SHARDED, strategy_kind
+from vdtrain.engine.adamw import FlatAdamW, FusedTargets, sum_of_squares
 from vdtrain.engine.deepspeed import (
     LEARNING_RATE_MODE,
     EngineSettings,
@@ -31,93 +31,8 @@ from vdtrain.engine.strategies import ZeroStrategy
 from vdtrain.errors import one_line
 from vdtrain.run import distributed
 
-# Elements whose squares are summed in float32.
-PIECE = 256
 # Elements that change places at a time.
 PLACES = 1 << 24
-# Elements whose update is computed together when it is measured: 16 MB each for a few temporary tensors on a CPU, and
-# 128 MB on a GPU, where the launches of many small pieces took 190 ms of a step (benchmarks/results/gpu.json).
-MEASURED_PIECE, MEASURED_PIECE_GPU = 1 << 22, 1 << 25
-
-
-class FlatAdamW:
-    """AdamW (arXiv 1711.05101) on flat float32 buffers, one per layer group, each with its own learning rate.
-
-    Args:
-        masters: the trained buffers; updated in place.
-        settings: betas, epsilon and weight decay.
-    """
-
-    def __init__(self, masters: Sequence[Tensor], settings: EngineSettings) -> None:
-        self.masters = list(masters)
-        self.first_moments = [torch.zeros_like(master) for master in self.masters]
-        self.second_moments = [torch.zeros_like(master) for master in self.masters]
-        # On the device, which decides whether a step counts.
-        self._steps = [torch.zeros((), device=master.device) for master in self.masters]
-        self._settings = settings
-
-    @property
-    def counts(self) -> list[int]:
-        """Updates applied so far to each buffer, for the bias correction. Reading them waits for the device."""
-        return [int(count) for count in torch.stack(self._steps).tolist()]
-
-    @counts.setter
-    def counts(self, counts: Sequence[int]) -> None:
-        for step, count in zip(self._steps, counts, strict=True):
-            step.fill_(count)
-
-    @torch.no_grad()
-    def update(self, gradients: Sequence[Tensor], rates: Sequence[float], divisor: Tensor, finite: Tensor) -> None:
-        """Update every buffer without waiting for the device.
-
-        Args:
-            gradients: one per buffer; their contents are undefined afterwards.
-            rates: learning rate of each buffer.
-            divisor: scalar; the gradients are divided by it first.
-            finite: boolean scalar; if false, buffers, moments and the count of updates keep every bit.
-        """
-        skipped = (~finite).float()
-        buffers = zip(self.masters, gradients, self.first_moments, self.second_moments, self._steps, rates, strict=True)
-        for master, gradient, first_moment, second_moment, step, rate in buffers:
-            adamw(
-                [master],
-                [gradient],
-                [first_moment],
-                [second_moment],
-                [],
-                [step],
-                fused=True,
-                grad_scale=divisor.float(),
-                found_inf=skipped,
-                amsgrad=False,
-                beta1=self._settings.betas[0],
-                beta2=self._settings.betas[1],
-                lr=rate,
-                weight_decay=self._settings.weight_decay,
-                eps=self._settings.epsilon,
-                maximize=False,
-            )
-
-    @torch.no_grad()
-    def measure(self, index: int, part: slice, rate: float) -> Tensor:
-        """Sums of squares of part of a buffer and of its last applied update: float64 [2], on the device.
-
-        The update follows from the moments, so that no copy of the weights from before it is needed.
-        """
-        first, second = self._settings.betas
-        decay, count = self._settings.weight_decay, self._steps[index].double()
-        first_bias, second_bias = (1 - first**count).float(), (1 - second**count).float()
-        squares = torch.zeros(2, dtype=torch.float64, device=count.device)
-        buffers = (self.masters[index], self.first_moments[index], self.second_moments[index])
-        size = MEASURED_PIECE_GPU if count.is_cuda else MEASURED_PIECE
-        pieces = zip(*(buffer[part].split(size) for buffer in buffers), strict=True)
-        for weights, first_moment, second_moment in pieces:
-            direction = (second_moment / second_bias).sqrt_().add_(self._settings.epsilon)
-            direction = (first_moment / first_bias).div_(direction).add_(weights, alpha=decay)
-            squares += torch.stack([sum_of_squares(weights), sum_of_squares(direction)])
-        # From the weights after the update: w' = (1 - rate decay) w - rate u.
-        squares[1] *= (rate / (1 - rate * decay)) ** 2
-        return squares
 
 
 def kept_share(number: Tensor, length: float, decay: float | None = None) -> Tensor:
@@ -165,12 +80,19 @@ class ShardEMA:
         Args:
             applied: boolean scalar; if false, the EMA and its count keep every bit.
         """
-        counts = self._always if applied is None else applied
-        number = self._updates + 1
-        share = torch.where(counts, 1 - kept_share(number, self.length, self.decay), 0.0).float()
+        applied = self._always if applied is None else applied
+        share = self.share(applied)
         for buffer, partition in zip(self.buffers, self._partitions, strict=True):
             buffer.lerp_(partition.master, share)
-        self._updates += counts
+        self.count(applied)
+
+    def share(self, applied: Tensor) -> Tensor:
+        """How far the next update moves the EMA: float32 scalar, 0 if `applied` is false."""
+        return torch.where(applied, 1 - kept_share(self._updates + 1, self.length, self.decay), 0.0).float()
+
+    def count(self, applied: Tensor) -> None:
+        """Count an update."""
+        self._updates += applied
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -254,8 +176,15 @@ class Strategy(Protocol):
     def all_gather(self, buffers: Sequence[Tensor]) -> None:
         """All-gather each flat buffer from the ranks' partitions."""
 
-    def broadcast(self) -> None:
-        """Copy the masters into every process's module; they have arrived after `settle` or at the next forward."""
+    def lowered(self) -> Sequence[Tensor] | None:
+        """This process's weights in the compute dtype, laid out as the masters; None if only `broadcast` writes."""
+
+    def broadcast(self, written: bool = False) -> None:
+        """Copy the masters into every process's module; they have arrived after `settle` or at the next forward.
+
+        Args:
+            written: the weights that `lowered` returned have the masters' values already.
+        """
 
     def settle(self) -> None:
         """Wait for the module's weights; under NCCL the stream waits, not the host."""
@@ -352,11 +281,12 @@ class Engine:
         self._gradients_complete = last
 
     @torch.no_grad()
-    def step(self, learning_rate: float, measure: bool = False) -> StepReport:
+    def step(self, learning_rate: float, measure: bool = False, ema: ShardEMA | None = None) -> StepReport:
         """Clip, update and broadcast the weights, or skip the step on all processes.
 
         Args:
             measure: also sum the squares of weights and updates, which reads them and the moments once more.
+            ema: of this engine; it moves towards the new weights.
         """
         if not self._gradients_complete:
             raise RuntimeError("engine.step without engine.backward(loss, last=True) before it")
@@ -367,17 +297,52 @@ class Engine:
         if clip > 0:
             divisor = torch.clamp((report.gradient_norm + 1e-6) / clip, min=1.0)
         rates = list(self.rates(learning_rate).values())
-        self._optimizer.update(gradients, rates, divisor, report.applied)
+        fused = self._update(gradients, rates, divisor, report.applied, ema)
         del gradients
         if measure:
             for index, (partition, rate) in enumerate(zip(self._partitions, rates, strict=True)):
                 part = self._strategy.local_slice(partition.start, partition.stop)
                 report.squares[index, 1:] = self._optimizer.measure(index, part, rate)
-        self._strategy.zero_grad()
-        self._strategy.broadcast()
+        # One process's pass has cleared all gradients; several hold more than their own.
+        if not fused or distributed.world_size() > 1:
+            self._strategy.zero_grad()
+        self._strategy.broadcast(written=fused)
         self._losses.zero_()
         self._gradients_begun = self._gradients_complete = False
         return report
+
+    def _update(
+        self,
+        gradients: Sequence[Tensor],
+        rates: Sequence[float],
+        divisor: Tensor,
+        applied: Tensor,
+        ema: ShardEMA | None,
+    ) -> bool:
+        """Update masters, moments and EMA; True if the weights in the compute dtype are written too."""
+        weights = self._strategy.lowered() if self.settings.fused else None
+        if weights is None:
+            self._optimizer.update(gradients, rates, divisor, applied)
+            if ema is not None:
+                ema.update(applied)
+            return False
+        averages = [None] * len(weights) if ema is None else ema.buffers
+        share = torch.zeros_like(divisor) if ema is None else ema.share(applied)
+        targets = FusedTargets(weights, averages, share, clear=distributed.world_size() == 1)
+        self._optimizer.update_fused(gradients, rates, divisor, applied, targets)
+        if ema is not None:
+            ema.count(applied)
+        return True
+
+    @torch.no_grad()
+    def prepare_step(self, ema: ShardEMA | None) -> None:
+        """Let the compiler make what `step` runs, without any effect; there must be no gradients."""
+        if self.settings.fused:
+            device = self._losses.device
+            never, one = torch.zeros((), dtype=torch.bool, device=device), torch.ones_like(self._losses)
+            weights = self._strategy.lowered()
+            if weights is not None:
+                self._update(self._strategy.gradients(), [0.0] * len(weights), one, never, ema)
 
     @property
     def groups(self) -> list[str]:
@@ -482,18 +447,6 @@ class Engine:
         applied = torch.isfinite(sums.float()).all()
         kinds = torch.stack([squares, torch.zeros_like(squares), torch.zeros_like(squares)], dim=1)
         return StepReport(torch.where(applied, sums[0].sqrt(), torch.inf), applied, kinds)
-
-
-def sum_of_squares(values: Tensor) -> Tensor:
-    """Sum of the squares of a flat float32 tensor: a float64 scalar on its device.
-
-    Short pieces are summed in float32 and joined in float64. The relative error is below 2e-6, without a float64 copy
-    of the tensor. Squares below 1e-38 may count as 0; a piece whose sum overflows float32 is infinite.
-    """
-    pieces = values.numel() // PIECE
-    body, rest = values.split([pieces * PIECE, values.numel() - pieces * PIECE])
-    norms = [torch.linalg.vector_norm(body.view(pieces, PIECE), dim=1), torch.linalg.vector_norm(rest).view(1)]
-    return torch.cat(norms).double().square().sum()
 
 
 def _checked_names(module: nn.Module, groups: Mapping[str, Mapping[str, nn.Parameter]]) -> set[str]:

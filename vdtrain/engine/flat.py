@@ -247,10 +247,17 @@ class FlatStrategy:
             for buffer in buffers:
                 dist.all_gather_into_tensor(buffer, self._own(buffer))
 
-    def broadcast(self) -> None:
+    def lowered(self) -> list[Tensor] | None:
+        # Several replicas average a partition each, so that a pass over whole masters does not fit them.
+        if not self._separate or (self._world_size > 1 and not self._sharded):
+            return None
+        self.settle()
+        return [self._held(weights) for weights in self._weights]
+
+    def broadcast(self, written: bool = False) -> None:
         self.settle()
         for weights, master in zip(self._weights, self.masters, strict=True):
-            if self._separate:
+            if self._separate and not written:
                 self._held(weights).copy_(master)
             if self._sharded:
                 self._gathers.append(dist.all_gather_into_tensor(weights, self._own(weights), async_op=True))

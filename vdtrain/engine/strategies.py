@@ -105,7 +105,10 @@ class ZeroStrategy:
     def all_gather(self, buffers: Sequence[Tensor]) -> None:
         """Do nothing: a process needs only its own partitions."""
 
-    def broadcast(self) -> None:
+    def lowered(self) -> None:
+        """None: DeepSpeed copies the weights itself."""
+
+    def broadcast(self, written: bool = False) -> None:
         self._optimizer.update_lp_params()
 
     def settle(self) -> None:

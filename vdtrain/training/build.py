@@ -189,6 +189,7 @@ def engine_settings(config: TrainConfig) -> EngineSettings:
     return EngineSettings(
         zero_stage=hardware.zero_stage,
         exchange=hardware.exchange,
+        fused=hardware.compile != "none",
         precision=hardware.precision,
         gradient_clip=optimizer.gradient_clip,
         betas=(first, second),

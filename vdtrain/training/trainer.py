@@ -330,6 +330,7 @@ class Trainer:
             trained = parameters_by_group(self.engine.module, trained=True)
             first = [next(iter(parameters.values())) for parameters in trained.values()]
             torch.autograd.grad(self.objective.total(losses), first)
+            self.engine.prepare_step(self.ema)
             flops = None
             if self.place.rank == 0:
                 try:
@@ -372,9 +373,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + loss / count
         number = self.state.step + 1
         measure = self._logs(phase, number, self.state.phase_step + 1)
-        report = self.engine.step(learning_rate(self.config, number), measure)
-        if self.ema is not None:
-            self.ema.update(report.applied)
+        report = self.engine.step(learning_rate(self.config, number), measure, self.ema)
         clock.mark(OPTIMISER)
         self.state.step += 1
         self.state.phase_step += 1
