@@ -315,10 +315,12 @@ class Trainer:
         """
         hardware = self.config.hardware
         if batch.rows:
-            graphs = " and hardware.cuda_graphs=false" * hardware.cuda_graphs
+            compiled = hardware.compile != "none"
+            remedies = ["hardware.compile=none"] * compiled + ["hardware.cuda_graphs=false"] * hardware.cuda_graphs
+            what = f"compile={hardware.compile}: compiled code needs" if compiled else "cuda_graphs=true: graphs need"
             raise ConfigError(
-                f"hardware.compile={hardware.compile}: compiled code and CUDA graphs need batches of one shape, and "
-                f"this data.stream yields pairs that lack a modality; choose hardware.compile=none{graphs}"
+                f"hardware.{what} batches of one shape, and this data.stream yields pairs that lack a modality; choose "
+                f"{' and '.join(remedies)}"
             )
         began, clock = time.monotonic(), StepClock(self.place.device)
         forget_passes(self.engine.module)
