@@ -23,6 +23,7 @@ from tests.training.toy import (
 )
 from vdtrain.config.schema import SHARDED
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
+from vdtrain.tracking.speed import OperatorCount
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, for Inductor's CPU code")
 STEPS, SKIPPED = 12, 5
@@ -77,7 +78,11 @@ def steps(decay: float | None) -> dict[str, Any]:
         differences["squares"] = float(squares.max())
         for kind, difference in differences.items():
             found[kind] = max(found.get(kind, 0.0), difference)
-    found["counts"] = engine.group_steps == plain.group_steps and ema.updates == plain_ema.updates == STEPS - 1
+    engine._optimizer.update_fused = None  # type: ignore[assignment, method-assign]
+    with OperatorCount():
+        found["counted"] = bool(stepped(engine, ema, STEPS).applied)
+    stepped(plain, plain_ema, STEPS)
+    found["counts"] = engine.group_steps == plain.group_steps and ema.updates == plain_ema.updates == STEPS
     found["cleared"] = all(not gradient.any() for gradient in engine._strategy.gradients())
     for each in (engine, plain):
         each.close()
@@ -98,6 +103,7 @@ def test_equals_the_separate_passes(run_on_ranks: Callable[..., Any], tmp_path: 
         assert case["prepared"]
         assert case["lowered"]
         assert case["skipped"]
+        assert case["counted"]
         assert case["counts"]
         assert case["cleared"]
         for kind in ("master", "exp_avg", "exp_avg_sq", "ema", "squares"):

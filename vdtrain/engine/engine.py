@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vdtrain.config.schema import DEEPSPEED, SHARDED, strategy_kind
 from vdtrain.engine.adamw import FlatAdamW, FusedTargets, sum_of_squares
@@ -320,7 +321,9 @@ class Engine:
         ema: ShardEMA | None,
     ) -> bool:
         """Update masters, moments and EMA; True if the weights in the compute dtype are written too."""
-        weights = self._strategy.lowered() if self.settings.fused else None
+        # Compiled code runs eagerly while operations are counted, and would make temporary buffers as large as these.
+        fused = self.settings.fused and not is_in_torch_dispatch_mode()
+        weights = self._strategy.lowered() if fused else None
         if weights is None:
             self._optimizer.update(gradients, rates, divisor, applied)
             if ema is not None:
