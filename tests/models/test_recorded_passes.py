@@ -23,7 +23,7 @@ from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check_settings
 from vdtrain.models.diffuser import Diffuser, DiffuserInput
-from vdtrain.models.execution import forget_passes, plain_passes, record_passes
+from vdtrain.models.execution import Pass, Recorded, forget_passes, plain_passes, record_passes
 from vdtrain.planning.memory import plan_stage
 from vdtrain.run import distributed
 from vdtrain.tracking.metrics import read_metrics
@@ -95,6 +95,19 @@ def test_other_forms_and_passes_without_gradients_are_plain() -> None:
     forget_passes(diffuser)
     assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
     assert (MemoryTape.recorded, MemoryTape.replayed) == (4, 6)
+
+
+def test_passes_that_cannot_be_recorded_are_refused_in_one_line() -> None:
+    class Refusing(MemoryTape):
+        def record(self, function: Pass) -> Recorded:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    diffuser = make_diffuser()
+    record_passes(diffuser, Refusing)
+    with pytest.raises(ConfigError, match=r"hardware\.cuda_graphs=true: .* when stream is capturing") as refused:
+        gradients(diffuser, batches(0))
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).endswith("; choose false")
 
 
 def test_operations_can_be_seen_where_nothing_is_replayed() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vdtrain.errors import ConfigError, one_line, out_of_memory
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
 from vdtrain.models.frozen import FrozenParts
 
@@ -279,7 +280,15 @@ class RecordedPasses:
         form = _routes(inputs), [(each.shape, each.stride(), each.dtype) for each in tensors]
         if self._recording is None:
             passes = _Passes(self._diffuser, self.plain, inputs)
-            self._recording = Recording(passes, [each.detach().clone() for each in tensors], self._tape())
+            try:
+                self._recording = Recording(passes, [each.detach().clone() for each in tensors], self._tape())
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                # For instance a layer that waits for the device, or that draws and is recomputed.
+                raise ConfigError(
+                    f"hardware.cuda_graphs=true: the passes cannot be recorded: {one_line(error)}; choose false"
+                ) from error
             self._form = form
         return list(self._recording(*tensors)) if form == self._form else self.plain(inputs)
 
