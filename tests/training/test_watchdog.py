@@ -107,7 +107,8 @@ def test_a_rank_that_hangs_with_pythons_lock_ends_too(endings: dict[str, Ending]
     (line,) = errors(endings["holds_the_lock"], 1)
     assert line.endswith("holds Python's lock; its stacks:")
     assert "_befall" in endings["holds_the_lock"].logs[1]
-    assert "engine" in record(folder, "holds_the_lock", 0)
+    # The batch is read ahead, so that the other rank may stand still at any place where it waits for this one.
+    assert "trainer.py" in record(folder, "holds_the_lock", 0)
 
 
 def test_a_rank_that_is_killed_ends_the_job(endings: dict[str, Ending], folder: Path) -> None:
