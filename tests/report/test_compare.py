@@ -74,8 +74,13 @@ def test_samples_are_compared_from_the_command_to_the_result(
     assert "Pair 3 of 5" in page.run("document.body.innerText")
     page.click("#equal")
     page.press("ArrowLeft")
-    page.open(file.as_uri())
-    assert "Pair 5 of 5" in page.run("document.body.innerText")
+
+    def goes_on() -> bool:
+        # The browser writes what a page stores a moment later.
+        page.open(file.as_uri())
+        return "Pair 5 of 5" in page.run("document.body.innerText")
+
+    page.until(goes_on)
     page.click("#left")
     assert page.run("!document.getElementById('done').hidden && document.getElementById('progress').value") == 5
     page.click("#download")
