@@ -22,6 +22,7 @@ from tests.training.toy import (
     toy_groups,
 )
 from vdtrain.config.schema import SHARDED
+from vdtrain.engine import adamw
 from vdtrain.engine.engine import Engine, ShardEMA, StepReport
 from vdtrain.tracking.speed import OperatorCount
 
@@ -55,6 +56,8 @@ def same(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]])
 
 
 def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    # So that these small buffers have whole parts and rests.
+    adamw.WHOLE = 16
     report({str(decay): steps(decay) for decay in (None, 0.9)})
 
 

@@ -19,6 +19,10 @@ PIECE = 256
 MEASURED_PIECE, MEASURED_PIECE_GPU = 1 << 22, 1 << 25
 
 
+# The compiled pass takes whole multiples of so many elements together, and the rest of a buffer by itself.
+WHOLE = 1024
+
+
 @dataclass(frozen=True)
 class FusedTargets:
     """What else one pass over the buffers updates.
@@ -113,8 +117,14 @@ class FlatAdamW:
             # The padding is 0 and stays 0.
             length = self.masters[index].numel() if average is None else average.numel()
             buffers = (self.masters[index], gradient, self.first_moments[index], self.second_moments[index], weights)
-            own = [buffer[:length] for buffer in buffers]
-            _compiled_pass()(index, *own, average, numbers[index], *self._constants, targets.clear)
+            # A GPU loads several elements at once only where their number is known to divide.
+            body = length - length % WHOLE
+            for number, part in enumerate((slice(0, body), slice(body, length))):
+                own = [buffer[part] for buffer in buffers]
+                if len(own[0]):
+                    averaged = None if average is None else average[part]
+                    which = 2 * index + number
+                    _compiled_pass()(which, *own, averaged, numbers[index], *self._constants, targets.clear)
         for step in self._steps:
             step += finite
 
@@ -172,10 +182,10 @@ def _pass(
     epsilon: float,
     clear: bool,
 ) -> None:
-    """One update of a buffer, in place; the compiler makes one kernel of it.
+    """One update of part of a buffer, in place; the compiler makes one loop of it, and one that clears gradients.
 
     Args:
-        index: of the buffer. Each has compiled code of its own, which may rely on where the buffer lies.
+        index: of the part of a buffer. Each has compiled code of its own, which may rely on where the part lies.
         numbers: weight decay and step size, both times the learning rate; the root of the second moment's bias; the
             gradient's divisor; the share of the EMA; whether the update counts.
     """
@@ -189,7 +199,7 @@ def _pass(
     first_moment.copy_(torch.where(applied, moment, first_moment))
     second_moment.copy_(torch.where(applied, square, second_moment))
     if average is not None:
-        average.lerp_(updated, share)
+        average.copy_(torch.where(applied, torch.lerp(average, updated, share), average))
     master.copy_(updated)
     weights.copy_(updated)
     if clear:
