@@ -18,7 +18,9 @@ from tests.models.test_activation_checkpointing import four_flows, make_diffuser
 from tests.pairs import write_pairs
 from tests.settings import TINY, phases
 from tests.training.read_back import read_weights
+from tests.world import last_words
 from vdtrain.checkpoint.folder import CHECKPOINTS
+from vdtrain.commands.train import main as train
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check_settings
@@ -178,6 +180,16 @@ def test_what_cannot_be_recorded_is_refused(words: list[str], gpus: int, setting
     with pytest.raises(ConfigError, match=r"hardware\.cuda_graphs=true") as refused:
         check_settings(settings_of(*words), gpus)
     assert setting in str(refused.value)
+
+
+def test_the_command_refuses_a_device_without_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path / "data")
+    words = [*SMALL, f"data.manifest={tmp_path}/data/manifest", f"run_dir={tmp_path}/run", "hardware.cuda_graphs=true"]
+    capsys.readouterr()
+    assert train(words) == 2
+    (line,) = last_words(capsys.readouterr().err)
+    assert line == "error: hardware.cuda_graphs=true: hardware.device=cpu has no CUDA graphs; choose false"
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_knows_what_graphs_keep() -> None:
