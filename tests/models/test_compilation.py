@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from vdtrain.checkpoint.format import Checkpoint
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
+from vdtrain.engine.adamw import FlatAdamW
 from vdtrain.models.execution import blocks, checkpoint_activations, compile_training
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.tracking.metrics import read_metrics
@@ -136,9 +138,9 @@ def test_a_compiled_stage_has_the_plain_ones_losses(tiny_runs: TinyRuns, tmp_pat
         assert other == pytest.approx(one, rel=1e-4)
 
 
-def last_weights(run: Path) -> dict[str, Tensor]:
+def last_weights(run: Path, which: str = "model") -> dict[str, Tensor]:
     last = candidates(run / CHECKPOINTS)[0]
-    return {key: tensor.clone() for key, tensor in Checkpoint.open(last).unchecked_weights("model").items()}
+    return {key: tensor.clone() for key, tensor in Checkpoint.open(last).unchecked_weights(which).items()}
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -199,3 +201,31 @@ def test_a_run_goes_on_with_and_without_channels_last(tiny_runs: TinyRuns, tmp_p
     without_the_last(tmp_path / "last", tmp_path / "two")
     resumed = run("two", orders["last"], "gpus=2", "hardware.zero_stage=1")
     assert apart(resumed, whole["plain"]) < SMALL
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_update_trains_what_the_separate_passes_do(
+    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks stay as they are, so that only the update of the bf16 weights is compiled."""
+    passes: list[int] = []
+
+    def counted(optimizer: FlatAdamW, *given: Any) -> None:
+        passes.append(len(given))
+        update_fused(optimizer, *given)
+
+    update_fused = FlatAdamW.update_fused
+    monkeypatch.setattr(FlatAdamW, "update_fused", counted)
+    compile_plainly = functools.partial(compile_training, backend="eager")
+    monkeypatch.setattr("vdtrain.training.build.compile_training", compile_plainly)
+    small = ["hardware.precision=bf16", f"optimizer.learning_rate_scale={SMALL}"]
+    plain = losses(tiny_runs, tmp_path / "plain", *small)
+    assert not passes
+    found = losses(tiny_runs, tmp_path / "compiled", *small, "hardware.compile=blocks")
+    for one, other in zip(plain, found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    # Once before each phase, and in each step.
+    assert len(passes) == 4
+    for which in ("model", "ema"):
+        assert apart(last_weights(tmp_path / "compiled", which), last_weights(tmp_path / "plain", which)) <= 1e-6
