@@ -58,6 +58,8 @@ def same(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]])
 def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
     # So that these small buffers have whole parts and rests.
     adamw.WHOLE = 16
+    # An error, where more forms than allowed would run eagerly. Here are six.
+    torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit = True, 3
     report({str(decay): steps(decay) for decay in (None, 0.9)})
 
 

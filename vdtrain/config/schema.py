@@ -152,7 +152,7 @@ class HardwareConfig:
         "keep the channels of a pixel together in memory, in states and convolutions; pays with compiled code on a GPU"
     )
     cuda_graphs: bool = setting(
-        "replay each micro-batch's forward and backward pass from CUDA graphs, so that the host launches two things"
+        "replay each micro-batch's forward and backward pass as CUDA graphs, for hosts that launch kernels too slowly"
     )
     loader_workers: int = setting("decoding threads of each process", least=1)
     threads: int | None = setting("CPU threads of each process for tensors; null for PyTorch's default", least=1)

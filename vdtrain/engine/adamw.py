@@ -17,10 +17,10 @@ PIECE = 256
 # Elements whose update is computed together when it is measured: 16 MB each for a few temporary tensors on a CPU, and
 # 128 MB on a GPU, where the launches of many small pieces took 190 ms of a step (benchmarks/results/gpu.json).
 MEASURED_PIECE, MEASURED_PIECE_GPU = 1 << 22, 1 << 25
-
-
 # The compiled pass takes whole multiples of so many elements together, and the rest of a buffer by itself.
 WHOLE = 1024
+# Compiled forms of the pass: two for each size of a layer group. Beyond PyTorch's default of 8, others run eagerly.
+FORMS = 64
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,11 @@ class FlatAdamW:
             buffers = (self.masters[index], gradient, self.first_moments[index], self.second_moments[index], weights)
             # A GPU loads several elements at once only where their number is known to divide.
             body = length - length % WHOLE
-            for number, part in enumerate((slice(0, body), slice(body, length))):
+            for part in (slice(0, body), slice(body, length)):
                 own = [buffer[part] for buffer in buffers]
                 if len(own[0]):
                     averaged = None if average is None else average[part]
-                    which = 2 * index + number
-                    _compiled_pass()(which, *own, averaged, numbers[index], *self._constants, targets.clear)
+                    _compiled_pass()(*own, averaged, numbers[index], *self._constants, targets.clear)
         for step in self._steps:
             step += finite
 
@@ -169,7 +168,6 @@ class FlatAdamW:
 
 
 def _pass(
-    index: int,
     master: Tensor,
     gradient: Tensor,
     first_moment: Tensor,
@@ -185,7 +183,6 @@ def _pass(
     """One update of part of a buffer, in place; the compiler makes one loop of it, and one that clears gradients.
 
     Args:
-        index: of the part of a buffer. Each has compiled code of its own, which may rely on where the part lies.
         numbers: weight decay and step size, both times the learning rate; the root of the second moment's bias; the
             gradient's divisor; the share of the EMA; whether the update counts.
     """
@@ -208,6 +205,7 @@ def _pass(
 
 @cache
 def _compiled_pass() -> Callable[..., None]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     return torch.compile(_pass, dynamic=False)
 
 
