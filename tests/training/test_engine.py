@@ -77,7 +77,10 @@ def carried_passengers(stage: int | str) -> dict[str, Any]:
 
 
 def first_addresses(stage: int | str) -> dict[str, Any]:
-    """Of each group's first weights, to 16 bytes. A bias of odd size ends the first group."""
+    """Of each group's first weights and of the partitions that an update reads, to 16 bytes.
+
+    A bias of odd size ends the first group.
+    """
     module = Toy()
     groups = toy_groups(module)
     first = next(iter(groups))
@@ -88,6 +91,10 @@ def first_addresses(stage: int | str) -> dict[str, Any]:
         "odd": sum(parameter.numel() for parameter in groups[first].values()) % 8,
         "offsets": [next(iter(parameters.values())).data_ptr() % 16 for parameters in groups.values()],
     }
+    if stage in (0, SHARDED):
+        strategy = engine._strategy
+        updated = [*strategy.masters, *strategy.gradients(), *(strategy.lowered() or ())]
+        results["partitions"] = [buffer.data_ptr() % 16 for buffer in updated]
     engine.close()
     return results
 
@@ -240,6 +247,15 @@ def test_a_step_needs_complete_gradients(results: list[dict[str, Any]], stage: i
 def test_groups_are_reduced_as_soon_as_they_are_complete(results: list[dict[str, Any]], stage: int | str) -> None:
     for rank in results:
         assert rank[f"order-{stage}"] == [["data.image", "context.image", "global"], ["data.text", "context.text"]]
+
+
+@pytest.mark.parametrize("stage", (0, SHARDED))
+def test_buffers_and_partitions_begin_where_a_gpu_reads_them_fast(
+    results: list[dict[str, Any]], stage: int | str
+) -> None:
+    for found in (rank[f"aligned-{stage}"] for rank in results):
+        assert found["odd"] and not any(found["offsets"])
+        assert len(found["partitions"]) >= 4 and not any(found["partitions"])
 
 
 @pytest.mark.parametrize("stage", ZERO)

@@ -16,7 +16,7 @@ from tests.training.toy import ZERO
 from tests.training.toy import settings as engine_settings
 from vdtrain.commands.plan import main
 from vdtrain.config.compose import compose, to_object
-from vdtrain.config.schema import SHARDED, TrainConfig
+from vdtrain.config.schema import DEEPSPEED, SHARDED, TrainConfig
 from vdtrain.config.validation import stage_flows
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
@@ -28,7 +28,7 @@ from vdtrain.models.diffuser import Diffuser, parameters_by_group
 from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import build_frozen
 from vdtrain.planning.dry_run import DryRun, LiveMemory
-from vdtrain.planning.memory import checkpoint_bytes, standing_memory, update_bytes
+from vdtrain.planning.memory import checkpoint_bytes, standing_memory, strategy, update_bytes
 from vdtrain.run import distributed
 
 TINY = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none", "stage=stage3_four_flow"]
@@ -58,7 +58,8 @@ def standing(way: int | str, precision: str) -> dict[str, Any]:
     before = storages(everything())
     diffuser = Diffuser(config.model, active_groups(stage_flows(config)))
     groups = parameters_by_group(diffuser)
-    layouts = [GroupLayout.of(*item) for item in groups.items()]
+    deepspeed = strategy(config, distributed.world_size()) == DEEPSPEED
+    layouts = [GroupLayout.of(*item, deepspeed=deepspeed) for item in groups.items()]
     predicted = standing_memory(config, layouts, distributed.world_size())
     chosen = engine_settings(zero_stage=way, precision=precision)
     engine = Engine(diffuser, groups, chosen)

@@ -106,12 +106,13 @@ def results(run_on_ranks: RunOnRanks, tmp_path_factory: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_weights_lie_as_the_strategy_keeps_them(results: dict[str, Any], stage: int | str, precision: str) -> None:
     plain, last = results[f"{stage}-{precision}-False"], results[f"{stage}-{precision}-True"]
-    assert (plain["format"], plain["turned"], plain["strides"]) == (1, [], [27, 9, 3, 1])
+    assert (plain["turned"], plain["strides"]) == ([], [27, 9, 3, 1])
+    # Partitions of the engine's own exchange end elsewhere than DeepSpeed's.
+    assert plain["format"] == last["format"] == (3 if stage in KEEPING else 1)
     if stage in KEEPING:
-        assert (last["format"], last["strides"]) == (2, [27, 1, 9, 3])
-        assert last["turned"] == ["first.weight", "second.weight"]
+        assert (last["turned"], last["strides"]) == (["first.weight", "second.weight"], [27, 1, 9, 3])
     else:
-        assert (last["format"], last["turned"], last["strides"]) == (1, [], [27, 9, 3, 1])
+        assert (last["turned"], last["strides"]) == ([], [27, 9, 3, 1])
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
@@ -132,7 +133,7 @@ def test_every_strategy_and_order_takes_up_every_other(results: dict[str, Any]) 
 
 def test_a_part_of_a_buffer_is_read_in_another_order() -> None:
     plain, last = Convolutions(False), Convolutions(True)
-    own, other = (GroupLayout.of("global", dict(module.named_parameters()), in_order=True) for module in (last, plain))
+    own, other = (GroupLayout.of("global", dict(module.named_parameters()), deepspeed=False) for module in (last, plain))
     assert own == other
     whole = torch.cat([tensor.detach().reshape(-1) for tensor in plain.parameters()])
     turned = torch.cat([slot.flat(tensor.detach()) for slot, tensor in zip(own.slots, last.parameters(), strict=True)])

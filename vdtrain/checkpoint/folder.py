@@ -15,8 +15,9 @@ from typing import Any
 from vdtrain.errors import PASSING, one_line, unreadable
 from vdtrain.files import ABSENT, REPLACED, FileRecord, damage, read_record
 
-# The newest format. 2 has convolutions' weights with channels last; checkpoints without any are still of format 1.
-FORMAT = 2
+# The newest format. 2 has convolutions' weights with channels last, 3 partitions of several processes at multiples of
+# another number than 2. A checkpoint without them is still of an earlier format.
+FORMAT = 3
 CHECKPOINTS = "checkpoints"
 INDEX_FILE, LATEST_FILE = "checkpoint.json", "latest"
 
@@ -203,7 +204,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_shape(content: dict[str, Any]) -> None:
-    if content["format"] not in (1, FORMAT):
+    if content["format"] not in range(1, FORMAT + 1):
         raise ValueError(f"format {content['format']!r}")
     for name, least in {"step": 0, "world_size": 1, "optimizer_steps": 0}.items():
         if type(content[name]) is not int or content[name] < least:

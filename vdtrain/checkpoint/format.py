@@ -39,7 +39,7 @@ from vdtrain.checkpoint.folder import (
     index_checksum,
     read_index,
 )
-from vdtrain.engine.flat import EMA, MASTER, GroupLayout, ParameterSlot
+from vdtrain.engine.flat import DEEPSPEED_ALIGNMENT, EMA, MASTER, GroupLayout, ParameterSlot
 from vdtrain.errors import one_line
 from vdtrain.files import FileRecord, write_text
 from vdtrain.models.frozen_weights import is_finite
@@ -86,14 +86,14 @@ class Index:
     def write(self, folder: Path) -> None:
         """Write checkpoint.json with its own checksum, and sync it to disk."""
         content = {
-            # Earlier versions would take weights in another order for their own.
-            "format": FORMAT if any(slot.channels_last for layout in self.groups for slot in layout.slots) else 1,
+            "format": self._format(),
             **{name: getattr(self, name) for name in PLAIN},
             "group_steps": dict(self.group_steps),
             "groups": [
                 {
                     "group": layout.group,
                     "numel": layout.numel,
+                    "alignment": layout.alignment,
                     "partitions": [layout.partition(rank, self.world_size) for rank in range(self.world_size)],
                     "parameters": [_slot_entry(slot) for slot in layout.slots],
                 }
@@ -103,6 +103,12 @@ class Index:
         }
         text = json.dumps({"sha256": index_checksum(content), "checkpoint": content}, indent=1)
         write_text(folder / INDEX_FILE, text)
+
+    def _format(self) -> int:
+        """The least format that tells everything, so that earlier versions read what they can."""
+        if self.world_size > 1 and any(layout.alignment != DEEPSPEED_ALIGNMENT for layout in self.groups):
+            return FORMAT
+        return 2 if any(slot.channels_last for layout in self.groups for slot in layout.slots) else 1
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -127,6 +133,7 @@ class Index:
                             )
                             for p in entry["parameters"]
                         ),
+                        int(entry.get("alignment", DEEPSPEED_ALIGNMENT)),
                     )
                     for entry in content["groups"]
                 ),

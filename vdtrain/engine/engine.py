@@ -229,8 +229,7 @@ class Engine:
             self.carried_over = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carried.items()}
 
         kind = strategy_kind(settings.zero_stage, settings.exchange, distributed.world_size())
-        in_order = kind != DEEPSPEED
-        layouts = [GroupLayout.of(group, parameters, in_order=in_order) for group, parameters in groups.items()]
+        layouts = [GroupLayout.of(group, parameters, kind == DEEPSPEED) for group, parameters in groups.items()]
         self._strategy: Strategy
         if kind == DEEPSPEED:
             self._strategy = ZeroStrategy(module, groups, layouts, settings)

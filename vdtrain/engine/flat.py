@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from vdtrain.engine.deepspeed import EngineSettings
 from vdtrain.run import distributed
 
-# DeepSpeed pads each buffer so that all partitions have the same even number of elements.
-ALIGNMENT = 2
+# Each partition has a multiple of so many elements: DeepSpeed's, and 128 bytes in bf16 with the engine's own exchange.
+# On a GPU, matrix products, compiled passes and collectives that begin elsewhere take slower kernels or copies. Matrix
+# products took twice the time (benchmarks/results/gpu.json).
+DEEPSPEED_ALIGNMENT, OWN_ALIGNMENT = 2, 64
 
 # What a process holds of each layer group, as flat float32 buffers; "ema" only if EMA is enabled.
 MASTER, FIRST_MOMENT, SECOND_MOMENT, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
@@ -78,25 +80,38 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The buffer of a layer group. Only its partitions depend on the number of processes."""
+    """The buffer of a layer group. Only its partitions depend on the number of processes.
+
+    Attributes:
+        alignment: each partition has a multiple of so many elements. Layouts that differ in it alone are equal.
+
+    Raises:
+        ValueError: the alignment is not positive.
+    """
 
     group: str
     slots: tuple[ParameterSlot, ...]
+    alignment: int = field(default=DEEPSPEED_ALIGNMENT, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.alignment < 1:
+            raise ValueError(f"{self.group}: alignment={self.alignment}")
 
     @classmethod
-    def of(cls, group: str, parameters: Mapping[str, nn.Parameter], in_order: bool = False) -> GroupLayout:
+    def of(cls, group: str, parameters: Mapping[str, nn.Parameter], deepspeed: bool = True) -> GroupLayout:
         """Parameters end to end.
 
         Args:
-            in_order: each weight keeps its order in memory. Otherwise all have that of their shape.
+            deepspeed: the layout is that of DeepSpeed, where every weight has the order of its shape. Otherwise each
+                keeps its order in memory.
         """
         slots, offset = [], 0
         for name, parameter in parameters.items():
-            turned = in_order and parameter.ndim == 4 and not parameter.is_contiguous()
+            turned = not deepspeed and parameter.ndim == 4 and not parameter.is_contiguous()
             turned = turned and parameter.is_contiguous(memory_format=torch.channels_last)
             slots.append(ParameterSlot(name, tuple(parameter.shape), offset, turned))
             offset += parameter.numel()
-        return cls(group, tuple(slots))
+        return cls(group, tuple(slots), DEEPSPEED_ALIGNMENT if deepspeed else OWN_ALIGNMENT)
 
     @property
     def numel(self) -> int:
@@ -120,7 +135,7 @@ class GroupLayout:
 
     def partition_size(self, world_size: int) -> int:
         """Elements of each process's partition, padding included."""
-        return math.ceil(self.numel / (ALIGNMENT * world_size)) * ALIGNMENT
+        return math.ceil(self.numel / (self.alignment * world_size)) * self.alignment
 
     def partition(self, rank: int, world_size: int) -> tuple[int, int]:
         """Bounds [start, stop) of a process's partition without padding; the last ones may be short or empty."""
@@ -157,20 +172,15 @@ def cut(parameters: Mapping[str, Tensor], layout: GroupLayout, start: int, stop:
     return buffer
 
 
-# Each group's buffer begins at a multiple of so many elements: 128 bytes in bf16. Matrix products on a GPU read weights
-# that are not at a multiple of 16 bytes with older kernels, at half the rate (benchmarks/results/gpu.json).
-ALIGNED_ELEMENTS = 64
-
-
 def lay_out_zeros(groups: Mapping[str, Mapping[str, nn.Parameter]], dtype: torch.dtype) -> None:
     """Let parameters lie as in a single process that trains them, with the value 0: without masters and gradients.
 
     What is compiled for them is then what training runs: it depends on where the weights lie in memory.
     """
-    layouts = [GroupLayout.of(group, parameters, in_order=True) for group, parameters in groups.items()]
+    layouts = [GroupLayout.of(group, parameters, deepspeed=False) for group, parameters in groups.items()]
     sizes = _sizes(layouts, world_size=1)
     device = next(iter(groups[layouts[0].group].values())).device
-    for layout, weights in zip(layouts, _buffers(_whole(sizes, dtype, device), sizes), strict=True):
+    for layout, weights in zip(layouts, torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes), strict=True):
         _make_views(groups[layout.group], layout, weights)
 
 
@@ -196,18 +206,18 @@ class FlatStrategy:
         _check_same_start(module)
         self._world_size = distributed.world_size()
         sizes = _sizes(layouts, self._world_size)
-        whole = _whole(sizes, torch.float32, next(module.parameters()).device)
-        for layout, buffer in zip(layouts, _buffers(whole, sizes), strict=True):
+        whole = torch.zeros(sum(sizes), device=next(module.parameters()).device)
+        for layout, buffer in zip(layouts, whole.split(sizes), strict=True):
             buffer[: layout.numel] = cut(groups[layout.group], layout, 0, layout.numel)
         module.to(settings.compute_dtype)
-        self._weights = _buffers(whole.to(settings.compute_dtype), sizes)
-        self.masters = [self._held(buffer) for buffer in _buffers(whole, sizes)]
+        self._weights = whole.to(settings.compute_dtype).split(sizes)
+        self.masters = [self._held(buffer) for buffer in whole.split(sizes)]
         # In float32 the masters are the module's weights.
         self._separate = settings.compute_dtype != torch.float32
         if sharded and self._separate:
             self.masters = [master.clone() for master in self.masters]
         self._gradient = torch.zeros_like(whole)
-        self._gradients = _buffers(self._gradient, sizes)
+        self._gradients = self._gradient.split(sizes)
         self._parameters = [len(groups[layout.group]) for layout in layouts]
         # In a step's last backward: how many parameters of each group still have no gradient.
         self._missing: list[int] | None = None
@@ -308,25 +318,10 @@ def _sizes(layouts: Sequence[GroupLayout], world_size: int) -> list[int]:
     return [layout.partition_size(world_size) * world_size for layout in layouts]
 
 
-def _whole(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros for all buffers; see `_buffers`."""
-    return torch.zeros(sum(map(_aligned, sizes)), dtype=dtype, device=device)
-
-
 def _make_views(parameters: Mapping[str, nn.Parameter], layout: GroupLayout, weights: Tensor) -> None:
     """Let a group's parameters be views of its buffer."""
     for slot in layout.slots:
         parameters[slot.name].data = slot.shaped(slot.part(weights))
-
-
-def _aligned(size: int) -> int:
-    return math.ceil(size / ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-
-
-def _buffers(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The groups' buffers in one, each from an aligned element on."""
-    padded = whole.split([_aligned(size) for size in sizes])
-    return [buffer[:size] for buffer, size in zip(padded, sizes, strict=True)]
 
 
 def _wait(works: list[dist.Work | None]) -> None:

@@ -117,7 +117,8 @@ def plan_stage(config: TrainConfig, gpus: int) -> StagePlan:
     counted, diffuser, stage = counts(config), meta_diffuser(config), config.stage
     groups = parameters_by_group(diffuser, trained=True)
     # In the engine's order.
-    layouts = [GroupLayout.of(group, groups[group]) for group in trained_groups(config) if group in groups]
+    deepspeed = strategy(config, gpus) == DEEPSPEED
+    layouts = [GroupLayout.of(group, groups[group], deepspeed) for group in trained_groups(config) if group in groups]
     untrained = sum(parameter.numel() for parameter in diffuser.parameters() if not parameter.requires_grad)
     standing = standing_memory(config, layouts, gpus, counted.frozen_bytes, untrained)
     memory = None if config.hardware.memory_gb is None else int(config.hardware.memory_gb * GB)
