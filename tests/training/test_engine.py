@@ -249,13 +249,15 @@ def test_groups_are_reduced_as_soon_as_they_are_complete(results: list[dict[str,
         assert rank[f"order-{stage}"] == [["data.image", "context.image", "global"], ["data.text", "context.text"]]
 
 
-@pytest.mark.parametrize("stage", (0, SHARDED))
+@pytest.mark.parametrize("stage", [0, SHARDED])
 def test_buffers_and_partitions_begin_where_a_gpu_reads_them_fast(
     results: list[dict[str, Any]], stage: int | str
 ) -> None:
     for found in (rank[f"aligned-{stage}"] for rank in results):
-        assert found["odd"] and not any(found["offsets"])
-        assert len(found["partitions"]) >= 4 and not any(found["partitions"])
+        assert found["odd"]
+        assert not any(found["offsets"])
+        assert len(found["partitions"]) >= 4
+        assert not any(found["partitions"])
 
 
 @pytest.mark.parametrize("stage", ZERO)

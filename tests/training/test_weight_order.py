@@ -133,7 +133,8 @@ def test_every_strategy_and_order_takes_up_every_other(results: dict[str, Any]) 
 
 def test_a_part_of_a_buffer_is_read_in_another_order() -> None:
     plain, last = Convolutions(False), Convolutions(True)
-    own, other = (GroupLayout.of("global", dict(module.named_parameters()), deepspeed=False) for module in (last, plain))
+    modules = (dict(module.named_parameters()) for module in (last, plain))
+    own, other = (GroupLayout.of("global", parameters, deepspeed=False) for parameters in modules)
     assert own == other
     whole = torch.cat([tensor.detach().reshape(-1) for tensor in plain.parameters()])
     turned = torch.cat([slot.flat(tensor.detach()) for slot, tensor in zip(own.slots, last.parameters(), strict=True)])
