@@ -47,7 +47,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Samples of one shard: row numbers and offsets [b], images uint8 [b, 3, R, R] (black if bad), bool [b] whether bad."""
+    """Samples of one shard: numbers and offsets [b], images uint8 [b, 3, R, R] (black if bad), bool [b] whether bad."""
 
     shard: int
     rows: NDArray[np.int32]

@@ -480,7 +480,8 @@ class ShardCache:
                     break
                 if path != keep:
                     used -= size
-                    path.unlink(missing_ok=True)
+                    for each in (path, path.with_suffix(".lock")):
+                        each.unlink(missing_ok=True)
 
 
 def read_into(descriptor: int, memory: memoryview, offset: int) -> int:
