@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.failures import DownloadStats
+from data_pipeline.index.tar_members import BLOCK, parse
 from vdtrain.errors import one_line
 from vdtrain.files import SHAPE_ERRORS, read_json
 
 STATISTICS = "_stats.json"
 BEFORE = ".before"
-BLOCK = 512
-SIZE_FIELD = slice(124, 136)
-NAME_FIELD = slice(0, 100)
 
 
 def finished(folder: Path) -> list[Path]:
@@ -69,10 +67,8 @@ def samples(tar: Path) -> int:
                 if any(file.read(BLOCK)) or file.tell() < position + 2 * BLOCK:
                     raise ValueError("cut short")
                 return count
-            count += header[NAME_FIELD].rstrip(b"\0").endswith(b".jpg")
-            length = int(header[SIZE_FIELD].rstrip(b" \0"), 8)
-            if length < 0:
-                raise ValueError("damaged")
+            name, length, _ = parse(header, position)
+            count += name.endswith(".jpg")
             position += BLOCK + -(-length // BLOCK) * BLOCK
 
 

@@ -9,10 +9,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
@@ -28,6 +29,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 # How long a command waits for the processes of one that was killed.
 LOCK_SECONDS = 10.0
+# Tasks for each process that are given out before their results are taken: results can be large.
+AHEAD = 8
 # A worker keeps its lock file open as long as it lives.
 _HELD: list[IO[str]] = []
 
@@ -78,7 +81,7 @@ def workers(processes: int, setting: str, lock: Path) -> Iterator[Run]:
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(lock,)
     )
     try:
-        yield partial(_run_in, pool)
+        yield partial(_run_in, pool, processes)
     except BrokenProcessPool as error:
         raise ConfigError(
             f"{setting}={processes}: a worker process was killed, perhaps because memory ran out; choose fewer "
@@ -98,16 +101,21 @@ def _run_here(function: Callable[[Task], Result], tasks: Sequence[Task], descrip
 
 
 def _run_in(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], description: str
+    pool: ProcessPoolExecutor,
+    processes: int,
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    description: str,
 ) -> Iterator[Result]:
-    # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM those of a job. The workers inherit this
-    # mask, and their parent ends them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        futures = deque(pool.submit(function, task) for task in tasks)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for _ in track(range(len(futures)), description, "tasks"):
+    waiting, futures = iter(tasks), deque[Future[Result]]()
+    for _ in track(range(len(tasks)), description, "tasks"):
+        # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM those of a job. The workers inherit this
+        # mask, and their parent ends them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            futures.extend(pool.submit(function, each) for each in islice(waiting, AHEAD * processes - len(futures)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield futures.popleft().result()
 
 

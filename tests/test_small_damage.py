@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from data_pipeline import shards
-from data_pipeline.download.plan import Part, Record
+from data_pipeline.download.part import Part, Record
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from data_pipeline.index.tar_members import TarMembers
 from tests.cases import with_slow

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline import shards
-from data_pipeline.download.part import PartRun
-from data_pipeline.download.plan import Part, Record
+from data_pipeline.download.part import Part, PartRun, Record
 from data_pipeline.failures import DownloadStats
 from data_pipeline.select.selection import read_selection
 from vdtrain.config.data_schema import DownloadConfig, SourceConfig

@@ -255,10 +255,11 @@ class _Connection(http.client.HTTPConnection):
             if problem:
                 raise RefusedError(problem)
         failure = OSError("no address")
-        for family, kind, protocol, _, place in found:
+        for left, (family, kind, protocol, _, place) in zip(range(len(found), 0, -1), found, strict=True):
             sock = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(_patience(self._limits, self._deadline))
+                # An address that does not answer leaves time for the others: IPv6 often leads nowhere.
+                sock.settimeout(_patience(self._limits, self._deadline) / left)
                 sock.connect(place)
             except OSError as error:
                 sock.close()
@@ -268,6 +269,7 @@ class _Connection(http.client.HTTPConnection):
                 raise
             else:
                 # The socket's timeout bounds the handshake as a whole.
+                sock.settimeout(_patience(self._limits, self._deadline))
                 self.sock = _tls().wrap_socket(sock, server_hostname=self.host) if self._secure else sock
                 return
         raise failure

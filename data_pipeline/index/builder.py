@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from vdtrain.data.manifest import (
 )
 from vdtrain.files import INCOMPLETE
 
+# The list of a large set takes seconds to write. Each such time is followed by so many times as long without.
+QUICK_SECONDS, REST = 0.5, 20
 # In the metadata of SHARDS_FILE.
 CAPTION = "data.index.caption"
 
@@ -102,6 +105,7 @@ class ManifestBuilder:
         # Numbers are not reused: a reader of the old manifest must not find other samples under a known name.
         self._next_file = max(numbers, default=-1) + 1
         self._writer: SamplesWriter | None = None
+        self._rests_until = 0.0
         self._written = self.listed()["path"].equals(before["path"]) and (manifest / SHARDS_FILE).exists()
         self._remove_leftovers(before)
 
@@ -144,17 +148,24 @@ class ManifestBuilder:
         }
         self._writer.add(row, scan.samples)
 
-    def write(self) -> None:
-        """Write the manifest with all shards that were added and without those that were dropped."""
+    def write(self, last: bool = True) -> None:
+        """Write the manifest with all shards that were added and without those that were dropped.
+
+        Args:
+            last: False lets the list of shards wait if it has just taken long.
+        """
         if self._writer is not None:
             self._writer.close()
             for number, row in enumerate(self._writer.rows, start=len(self.shards)):
                 self._rows[row["path"]] = number
             self.shards = pa.concat_tables([self.shards, pa.Table.from_pylist(self._writer.rows, SHARD_SCHEMA)])
-            self._writer = None
-        elif self._written:
+            self._writer, self._written = None, False
+        if self._written or (not last and time.monotonic() < self._rests_until):
             return
+        began = time.monotonic()
         self._publish()
+        ended = time.monotonic()
+        self._rests_until = ended + REST * max(0.0, ended - began - QUICK_SECONDS)
         self._written = True
 
     def leave_out(self, hashes: NDArray[np.int64]) -> None:

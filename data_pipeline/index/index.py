@@ -29,7 +29,7 @@ from vdtrain.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# Shards whose samples share a file. An interruption loses at most so many.
+# Shards whose samples share a file.
 FILE_SHARDS = 100
 # Names in a line about many shards.
 NAMED = 5
@@ -60,7 +60,8 @@ def index(
         drop_repeated: leave out all samples of an image that comes more often; None for none.
         members: by modality beside images and captions, the endings of its files. Two of an image, a caption and such
             files then make a sample. Shards that were indexed with other ones are read again.
-        file_shards: shards whose samples share a file; the manifest is written after each such file.
+        file_shards: shards whose samples share a file. The manifest is written after each such file, or less often if
+            that takes long.
 
     Raises:
         ConfigError: another run is at work, or an ending is taken twice, or belongs to images or captions.
@@ -102,7 +103,7 @@ def index(
                 fields = fields or scan.fields
                 builder.add(task, scan)
                 if builder.waiting == file_shards:
-                    builder.write()
+                    builder.write(last=False)
             builder.write()
         _leave_out_repeated(manifest, builder, drop_repeated, changed=bool(new or builder.dropped))
         broken = _report(manifest, builder, found, len(new) - damaged)

@@ -125,7 +125,7 @@ class TarMembers:
                 if ended and self._strict:
                     raise TarDamageError("only one block of zeros at the end")
                 try:
-                    return _parse(block, self._position - BLOCK)
+                    return parse(block, self._position - BLOCK)
                 except TarDamageError as error:
                     self._fail(str(error))
             elif ended and self._strict:
@@ -171,7 +171,7 @@ class TarMembers:
         self._position += len(data)
 
 
-def _parse(header: bytes, position: int) -> tuple[str, int, bytes]:
+def parse(header: bytes, position: int) -> tuple[str, int, bytes]:
     """Name, size and type of a member."""
     expected = _number(header[148:156], position)
     summed = header[:148] + 8 * b" " + header[156:]

@@ -47,10 +47,11 @@ Encoder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Samples of one shard: row numbers [b], images uint8 [b, 3, R, R] (black if bad), and bool [b] whether bad."""
+    """Samples of one shard: numbers and offsets [b], images uint8 [b, 3, R, R] (black if bad), bool [b] whether bad."""
 
     shard: int
     rows: NDArray[np.int32]
+    offsets: NDArray[np.int64]
     images: Tensor
     bad: NDArray[np.bool_]
 
@@ -119,12 +120,13 @@ class LatentEncoding:
 
     def _write(self, shard: int, batches: Iterable[tuple[Decoded, Moments]], made: Made, progress: Progress) -> None:
         """Write the file of one shard from its batches in order."""
-        rows, bad, moments = [], [], []
+        rows, offsets, bad, moments = [], [], [], []
         for batch, found in batches:
             # Such a value would poison a training run.
             is_bad = batch.bad | out_of_range(found)
             found[is_bad] = 0
             rows.append(batch.rows)
+            offsets.append(batch.offsets)
             bad.append(is_bad)
             moments.append(found)
             progress.advance(len(found))
@@ -135,6 +137,7 @@ class LatentEncoding:
             self._description,
             self._manifest.hashes[shard],
             np.concatenate(rows),
+            np.concatenate(offsets),
             joined,
             np.concatenate(moments),
         )
@@ -166,7 +169,7 @@ class LatentEncoding:
                 bad[place] = True
                 key = samples.keys[int(row)].as_py()
                 logger.warning("no latent: %s, key %s (%s)", self._manifest.shards[shard], key, one_line(error))
-        return Decoded(shard, rows, images.permute(0, 3, 1, 2), bad)
+        return Decoded(shard, rows, samples.offset[rows], images.permute(0, 3, 1, 2), bad)
 
     def _encoded(self, batches: Iterator[Decoded]) -> Iterator[tuple[Decoded, Moments]]:
         """Moments of the batches, float16 on the CPU; the next batch is encoded while one is copied."""

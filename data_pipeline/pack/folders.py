@@ -9,8 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.pack.found import MISSING, NO_CAPTION, Entry, LeftOut, relative, stamp_of
-from data_pipeline.pack.tables import FILE_NAME, table_entries
+from data_pipeline.pack.tables import FILE_NAME, MISSING, NO_CAPTION, Entry, LeftOut, relative, stamp_of, table_entries
 from vdtrain.config.data_schema import PackConfig
 from vdtrain.data.tar_samples import IMAGES
 from vdtrain.errors import ConfigError, unreadable

@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.pack.folders import folder_entries
-from data_pipeline.pack.found import Entry, LeftOut
 from data_pipeline.pack.picture import LeftOutError, prepare, read_caption
-from data_pipeline.pack.tables import coco_document, coco_entries, coco_folder, table_entries
+from data_pipeline.pack.tables import Entry, LeftOut, coco_document, coco_entries, coco_folder, table_entries
 from data_pipeline.workers import alone, workers
 from vdtrain.config.command_line import shell
 from vdtrain.config.data_schema import DataConfig, PackConfig

@@ -15,6 +15,7 @@ from vdtrain.data.order import Split, is_held_out, pair_name
 from vdtrain.data.shards import StreamError
 from vdtrain.data.stream import PairStream
 from vdtrain.data.webdataset_stream import WebDatasetStream
+from vdtrain.run.pulse import Pulse
 
 SHARE, PAIRS = 0.3, 60
 ARGUMENTS: dict[str, Any] = {"seed": 0, "resolution": 32, "workers": 1}
@@ -92,6 +93,15 @@ def test_a_stream_without_an_index_holds_the_same_pairs_out(manifest: Path) -> N
         stream = WebDatasetStream(urls=content.shards, global_batch_size=2, split=Split(SHARE, held_out), **ARGUMENTS)
         assert set(captions(iter(stream), 2 * PAIRS)) <= expected
         stream.close()
+
+
+def test_reading_the_names_of_all_pairs_is_a_sign_of_work(manifest: Path) -> None:
+    """Without one, the watchdog would end a run whose billion names come from a slow disk."""
+    pulse = Pulse(1.0, 1.0)
+    pulse.beats(reads=False)
+    assert not pulse.beats(reads=False)
+    Split(SHARE).counts(Manifest(manifest), 32)
+    assert pulse.beats(reads=False)
 
 
 def test_a_share_without_pairs_is_an_error(manifest: Path) -> None:

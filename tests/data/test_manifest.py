@@ -70,6 +70,17 @@ def test_a_manifest_with_a_column_of_an_earlier_version_is_read(tmp_path: Path) 
     assert Manifest(tmp_path).rows(0).captions.to_pylist() == tables[0]["caption"].to_pylist()
 
 
+def test_a_reader_keeps_few_footers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A footer takes more than a megabyte; 300,000 shards have 3,000 of them."""
+    tables = write(tmp_path, file_shards=1)
+    monkeypatch.setattr(manifest_module, "FOOTERS", 2)
+    manifest = Manifest(tmp_path)
+    for _ in range(2):
+        for shard, table in enumerate(tables):
+            assert manifest.columns(shard, ["key"])["key"].to_pylist() == table["key"].to_pylist()
+    assert manifest._footer.cache_info().currsize == 2
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     tables = write(tmp_path)
     manifest = Manifest(tmp_path)

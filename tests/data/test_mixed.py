@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from vdtrain.data.batch import Batch, Mirror
 from vdtrain.data.manifest import Manifest, ManifestError
@@ -150,6 +151,28 @@ def test_held_out_samples_are_no_others(manifest: Path) -> None:
     assert sum(map(len, sides)) == 30
     captions = [{each[1] for batch in first(side, 40 // 5) for each in told(batch)} for side in sides]
     assert not captions[0] & captions[1]
+
+
+def test_an_image_without_a_caption_has_no_cached_latent(tmp_path: Path) -> None:
+    samples = {f"b{n}": {"png": picture(n), "wav": b"12", **({"txt": b"told"} if n % 2 else {})} for n in range(8)}
+    write_tar(tmp_path / "shards" / "both.tar", samples)
+    manifest, folder = tmp_path / "manifest", tmp_path / "latents"
+    index({}, manifest, own=[tmp_path / "shards"], members=MEMBERS)
+    settings = ["model=tiny", "data=shapes", "hardware=cpu", "data.latent_cache.resolutions=[32]"]
+    assert main(["latents", *settings, f"data.manifest={manifest}", f"data.latent_cache.folder={folder}"]) == 0
+
+    def first(need: list[str]) -> Batch:
+        stream = PairStream(
+            manifest, seed=0, resolution=32, global_batch_size=4, latents=str(folder), members=READERS, need=need
+        )
+        try:
+            return next(iter(stream))
+        finally:
+            stream.close()
+
+    assert first(["text"]).moments["image"].shape == (4, 8, 4, 4)
+    with pytest.raises(StreamError, match=r"latents=cached: .*/b\d is an image without a caption.*need=\[text\]"):
+        first([])
 
 
 def test_a_bad_file_is_replaced_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

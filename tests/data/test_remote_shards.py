@@ -176,6 +176,7 @@ def test_the_cache_stays_within_its_bound_and_drops_the_oldest(folder: Path, ser
     kept = list(tmp_path.glob("*.tar"))
     assert len(kept) == 1
     assert sum(path.stat().st_size for path in kept) <= cache.limit_bytes
+    assert {path.stem for path in tmp_path.glob("*.lock")} == {kept[0].stem, "drop"}
     # Ranges serve a dropped shard again, until it is fetched again.
     for shard in range(3):
         assert len(reader.read(shard, 0, 512)) == 512

@@ -30,7 +30,7 @@ from PIL import Image
 from data_pipeline.__main__ import main
 from data_pipeline.download import part as download_part
 from data_pipeline.download.download import check, check_environment, download, own_parts
-from data_pipeline.download.plan import Part
+from data_pipeline.download.part import Part
 from data_pipeline.select.selection import Selection, part_file, write_selection
 from data_pipeline.shards import finished
 from tests.data_pipeline.hostile_server import HostileServer, hostile_server, jpeg

@@ -182,6 +182,28 @@ def test_a_name_is_refused_for_any_private_address_behind_it(
         fetch(f"http://bad.example:{port}/good/0.jpg", LIMITS)
 
 
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    server: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, silent = server.server_address[1], socket.socket()
+    # Once its queue is full, it answers no more, as an address behind a firewall.
+    silent.bind(("127.0.0.2", port))
+    silent.listen(0)
+    waiting = [socket.socket() for _ in range(4)]
+    for each in waiting:
+        each.setblocking(False)
+        each.connect_ex(("127.0.0.2", port))
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *given, **named: [each for n in (2, 1) for each in real(f"127.0.0.{n}", *given, **named)],
+    )
+    assert fetch(f"http://two.example:{port}/good/0.jpg", replace(LIMITS, timeout=2.0, seconds=2.0)) == jpeg()
+    for each in (silent, *waiting):
+        each.close()
+
+
 @pytest.mark.usefixtures("impatient")
 def test_only_failures_that_may_pass_are_tried_again(server: HostileServer) -> None:
     server.requests.clear()

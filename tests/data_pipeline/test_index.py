@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import data_pipeline.index.index as index_module
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, read_shard
+from data_pipeline.workers import AHEAD, workers
 from tests.pairs import all_samples, write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
 from vdtrain.errors import ConfigError, NothingError
@@ -125,6 +127,45 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, read: list[s
     index({"drawn": shards}, tmp_path / "fresh", file_shards=1)
     assert sorted(os.listdir(tmp_path / "manifest")) == sorted(os.listdir(tmp_path / "fresh"))
     assert content(tmp_path / "manifest") == content(tmp_path / "fresh")
+
+
+def test_a_list_that_takes_long_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of 300,000 shards takes five seconds, and its files of samples come every three."""
+    shards, clock, written = write_shards(tmp_path, range(24)), [0.0], []
+
+    def reading(*given: Any) -> Any:
+        clock[0] += 3
+        return read_shard(*given)
+
+    def writing(folder: Path, table: Any) -> None:
+        clock[0] += 5
+        written.append(len(table))
+        write_whole(folder, table)
+
+    write_whole = builder_module.write_shards
+    monkeypatch.setattr(builder_module, "write_shards", writing)
+    monkeypatch.setattr(builder_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(index_module, "read_shard", reading)
+    index({"drawn": shards}, tmp_path / "manifest", file_shards=1)
+    assert written == [1, 24]
+    monkeypatch.undo()
+    index({"drawn": shards}, tmp_path / "fresh", file_shards=1)
+    assert content(tmp_path / "manifest") == content(tmp_path / "fresh")
+
+
+def touch(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def test_workers_are_not_far_ahead_of_whoever_takes_their_results(tmp_path: Path) -> None:
+    tasks = [tmp_path / str(number) for number in range(100)]
+    with locked(tmp_path / "lock"), workers(2, "processes", tmp_path / "lock") as run:
+        results = run(touch, tasks, "")
+        assert next(results) == tasks[0]
+        time.sleep(1)
+        assert sum(task.exists() for task in tasks) <= 2 * AHEAD
+        assert list(results) == tasks[1:]
 
 
 @pytest.mark.parametrize("where", ["read_shard", "write_shards"])

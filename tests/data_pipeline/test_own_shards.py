@@ -23,7 +23,7 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.__main__ import main
-from data_pipeline.download.plan import Part, Record
+from data_pipeline.download.part import Part, Record
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, ShardScan, read_shard
 from tests.pairs import all_samples, write_shard

@@ -24,7 +24,7 @@ from pillow_heif import from_pillow
 
 from data_pipeline.__main__ import main
 from data_pipeline.pack import pack as module
-from data_pipeline.pack.found import Entry
+from data_pipeline.pack.tables import Entry
 from miniature.shapes import caption, draw, sample_scene
 from vdtrain.commands.evaluate import main as evaluate
 from vdtrain.config.command_schema import EvaluateConfig

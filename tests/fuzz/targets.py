@@ -249,7 +249,8 @@ def whole_latents() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path, count = Path(folder) / "a.safetensors", 3
         moments = np.ones((count, 2, 2, 2), np.float16)
-        write_latents(path, DESCRIPTION, "0" * 64, np.arange(3, dtype=np.int32), np.zeros(3, bool), moments)
+        rows = np.arange(3, dtype=np.int32)
+        write_latents(path, DESCRIPTION, "0" * 64, rows, 512 * (rows + 1), np.zeros(3, bool), moments)
         return path.read_bytes()
 
 
@@ -275,7 +276,7 @@ def read_latents(content: bytes) -> None:
         path = Path(folder) / "a.safetensors"
         path.write_bytes(content)
         with path.open("rb") as opened:
-            file = LatentFile(path, opened.fileno(), DESCRIPTION, "0" * 64)
+            file = LatentFile(path, opened.fileno(), DESCRIPTION, "0" * 64, 512 * np.arange(1, 5))
             for row in range(4):
                 try:
                     assert file.read(opened.fileno(), row).shape == (2, 2, 2)

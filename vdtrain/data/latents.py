@@ -1,8 +1,11 @@
 """Cached latents: for every sample of a manifest the moments that the image VAE's encoder gives for its centre crop.
 
-One safetensors file per shard, of which readers read single rows: moments float16 [n, *shape], the samples' row numbers
-in the shard int32 [n], a mark for images that could not be decoded uint8 [n], and a checksum of each sample's moments
-int32 [n]. Its metadata tell the encoder's settings and the shard's checksum.
+One safetensors file per shard, of which readers read single rows: moments float16 [n, *shape], the images' offsets in
+the tar int64 [n], a mark for images that could not be decoded uint8 [n], a checksum of each sample's moments int32 [n],
+and the samples' row numbers in the shard int32 [n]. Its metadata tell the encoder's settings and the shard's checksum.
+
+A sample is found by its offset: an index with other settings lists other samples of the same shard, and numbers them
+anew.
 """
 
 from __future__ import annotations
@@ -37,12 +40,13 @@ if TYPE_CHECKING:
 LAYOUT = 2
 CROP = "centre"
 SUFFIX = ".safetensors"
-MOMENTS, ROWS, BAD, CHECKS = "moments", "rows", "bad", "checks"
+MOMENTS, ROWS, OFFSETS, BAD, CHECKS = "moments", "rows", "offsets", "bad", "checks"
 # Moments of a working encoder are far below it; NaN and infinity are above it.
 LARGEST = 1000
 # Numbers of one sample: those of an image of 16,384 pixels at an eighth of its side.
 MOST_MOMENTS = 8 * 2048 * 2048
 COMMAND = "python -m data_pipeline latents"
+OTHERWISE = "remove it or, if the shards were indexed with other settings since, all files of"
 REMEDY = f"encode its images again with `{COMMAND}` and the same settings"
 
 Moments = NDArray[np.float16]
@@ -89,6 +93,7 @@ def write_latents(
     description: LatentDescription,
     sha256: str,
     rows: NDArray[np.int32],
+    offsets: NDArray[np.int64],
     bad: NDArray[np.bool_],
     moments: Moments,
 ) -> None:
@@ -97,13 +102,15 @@ def write_latents(
     Args:
         sha256: of the shard.
         rows: [n] ascending numbers of the samples in the shard.
+        offsets: [n] of their images in the tar.
         bad: [n] whether the image could not be encoded.
         moments: [n, *shape].
     """
     # safetensors writes memory as it lies, and encoders give channels last.
     moments = np.ascontiguousarray(moments)
     checks = np.fromiter((checksum(each) for each in moments), np.int32, len(moments))
-    tensors: dict[str, NDArray[Any]] = {MOMENTS: moments, ROWS: rows, BAD: bad.astype(np.uint8), CHECKS: checks}
+    tensors: dict[str, NDArray[Any]] = {MOMENTS: moments, ROWS: rows, OFFSETS: offsets, CHECKS: checks}
+    tensors[BAD] = bad.astype(np.uint8)
     with atomic_write(path) as draft:
         save_file(tensors, draft, _metadata(description, sha256))
 
@@ -127,7 +134,9 @@ def _metadata(description: LatentDescription, sha256: str) -> dict[str, str]:
 
 
 # Types of numpy by their names in a header; other ones are in no file of latents.
-KINDS: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8)}
+KINDS: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind) for name, kind in (("F16", np.float16), ("I64", np.int64), ("I32", np.int32), ("U8", np.uint8))
+}
 HEADER_BYTES = 1 << 20
 
 
@@ -185,13 +194,16 @@ class LatentFile:
 
     Args:
         file: descriptor of the open file.
+        offsets: int64 [m] of the images of the shard's rows in the manifest.
 
     Raises:
         OSError: it cannot be read.
         StreamError: it is truncated, of another shard or made with other settings.
     """
 
-    def __init__(self, path: Path, file: int, description: LatentDescription, sha256: str) -> None:
+    def __init__(
+        self, path: Path, file: int, description: LatentDescription, sha256: str, offsets: NDArray[np.int64]
+    ) -> None:
         self.path = path
         try:
             metadata, columns = read_header(file)
@@ -200,27 +212,38 @@ class LatentFile:
             self.moments = columns[MOMENTS]
             self.rows: NDArray[np.int32] = _values(file, columns[ROWS])
             self.bad: NDArray[np.uint8] = _values(file, columns[BAD])
-            # Earlier versions wrote none.
+            # Earlier versions wrote none of these two.
             self.checks: NDArray[np.int32] | None = _values(file, columns[CHECKS]) if CHECKS in columns else None
-            self._check_shapes(description.shape)
+            stored: NDArray[np.int64] | None = _values(file, columns[OFFSETS]) if OFFSETS in columns else None
+            self._check_shapes(description.shape, stored)
+            # int64 [m]: for each of the shard's rows the place of its moments here; -1 without any.
+            self.places = np.full(len(offsets), -1)
+            if stored is None:
+                self.places[self.rows] = np.arange(len(self.rows))
+            elif len(stored):
+                by_offset = np.argsort(stored)
+                found = np.minimum(np.searchsorted(stored, offsets, sorter=by_offset), len(stored) - 1)
+                same = stored[by_offset[found]] == offsets
+                self.places[same] = by_offset[found[same]]
         except SHAPE_ERRORS as error:
             reason = one_line(error)[:200]
             raise StreamError(f"{path}: not the latents of its shard ({reason}); remove it and {REMEDY}") from error
 
-    def _check_shapes(self, shape: tuple[int, ...]) -> None:
+    def _check_shapes(self, shape: tuple[int, ...], offsets: NDArray[np.int64] | None) -> None:
         """Raise a ValueError if the tensors are not what `write_latents` writes."""
         count = len(self.rows) if self.rows.ndim == 1 else -1
         columns: dict[str, tuple[NDArray[Any] | None, Any]] = {
             ROWS: (self.rows, np.int32),
             BAD: (self.bad, np.uint8),
             CHECKS: (self.checks, np.int32),
+            OFFSETS: (offsets, np.int64),
         }
         for name, (column, kind) in columns.items():
             if column is not None and (column.dtype != kind or column.shape != (count,)):
                 raise ValueError(f"{name} is {column.dtype} {column.shape}")
         if self.moments.kind != np.float16 or self.moments.shape != (count, *shape):
             raise ValueError(f"{MOMENTS} is {self.moments.kind} {self.moments.shape}")
-        if (np.diff(self.rows) <= 0).any():
+        if (np.diff(self.rows, prepend=-1) <= 0).any():
             raise ValueError(f"{ROWS} do not ascend")
 
     def read(self, file: int, row: int) -> Moments:
@@ -231,9 +254,11 @@ class LatentFile:
             StreamError: the file lacks it.
             DecodeError: its image could not be encoded, or the moments are damaged.
         """
-        place = int(np.searchsorted(self.rows, row))
-        if place == len(self.rows) or self.rows[place] != row:
-            raise StreamError(f"{self.path}: has no latent of sample {row}; remove it and {REMEDY}")
+        place = int(self.places[row])
+        if place < 0:
+            raise StreamError(
+                f"{self.path}: has no latent of sample {row}; {OTHERWISE} {self.path.parent}, and {REMEDY}"
+            )
         if self.bad[place]:
             raise DecodeError("no latent: its image could not be decoded")
         kind, (_, *shape), offset = self.moments
@@ -398,7 +423,8 @@ class LatentShards:
             if shard in self._files:
                 self._files.move_to_end(shard)
                 return self._files[shard]
-        found = LatentFile(path, file, self._description, self._manifest.hashes[shard])
+        offsets = self._manifest.columns(shard, ["offset"])["offset"].to_numpy()
+        found = LatentFile(path, file, self._description, self._manifest.hashes[shard], offsets)
         with self._lock:
             self._files[shard] = found
             while len(self._files) > OPEN_FILES:

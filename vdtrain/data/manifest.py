@@ -14,8 +14,8 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,8 @@ SHARD_COLUMNS = [name for name in SHARD_SCHEMA.names if name not in ("broken", "
 # Columns that may have nulls.
 NULLABLE = (*LATER_COLUMNS, "content", "members")
 TAR_BLOCK = 512
+# Footers of files of samples that a reader keeps: each takes more than a megabyte, and a large set has thousands.
+FOOTERS = 32
 # Rows of a list of shards: more than that are damage, and would fill the memory.
 MOST_SHARDS = 10_000_000
 # Characters of a library's message that are shown.
@@ -199,8 +201,7 @@ class Manifest:
         self._sides, self._side_counts = table["sides"].combine_chunks(), table["side_counts"].combine_chunks()
         self._left_out = table["left_out"].combine_chunks()
         self.left_out: NDArray[np.int64] = pc.list_value_length(self._left_out).fill_null(0).to_numpy().astype(np.int64)
-        self._footers: dict[str, pq.FileMetaData] = {}
-        self._lock = Lock()
+        self._footer = lru_cache(FOOTERS)(lambda name: pq.read_metadata(folder / name))
 
     def __len__(self) -> int:
         """Number of samples that take part."""
@@ -265,10 +266,7 @@ class Manifest:
         """Columns of STORED_SCHEMA of a shard's samples; a ManifestError if their file is missing or damaged."""
         name, group = self._files[shard], int(self._row_groups[shard])
         try:
-            with self._lock:
-                if name not in self._footers:
-                    self._footers[name] = pq.read_metadata(self.folder / name)
-                footer = self._footers[name]
+            footer = self._footer(name)
             if group >= footer.num_row_groups or footer.row_group(group).num_rows != self.samples[shard]:
                 raise pa.ArrowInvalid(f"{self.paths[shard]} has other rows than in {SHARDS_FILE}")
             with pq.ParquetFile(self.folder / name, metadata=footer) as file:

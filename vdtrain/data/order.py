@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vdtrain.data.manifest import Manifest, ShardRows
+from vdtrain.run.pulse import moved
 
 # The file name of a tar in a path, an address with a query, or a command.
 TAR_NAME = re.compile(r"[^/\s?#]+\.tar(?:\.\w+)?(?=$|[\s?#])")
@@ -94,7 +95,9 @@ class Split:
             return found
 
         def count(shard: int) -> int:
-            return len(self.rows(manifest.paths[shard], manifest.rows(shard), min_side, partial, need))
+            rows = manifest.rows(shard)
+            moved()  # a large set takes longer than the watchdog waits
+            return len(self.rows(manifest.paths[shard], rows, min_side, partial, need))
 
         shards = np.flatnonzero(found)
         with ThreadPoolExecutor(THREADS) as pool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vdtrain.data.decode import DecodeError
-from vdtrain.data.manifest import INDEX, SHARDS_FILE, Manifest, ManifestError, ShardRows
+from vdtrain.data.manifest import INDEX, SHARDS_FILE, TAR_BLOCK, Manifest, ManifestError, ShardRows
 from vdtrain.errors import ConfigError, output_problem, unreadable, unwritable
 from vdtrain.files import LockedError, atomic_write, locked, open_regular
 from vdtrain.redaction import without_secrets
@@ -42,8 +42,7 @@ READ_BYTES = 1_000_000
 CACHE_PAUSE_SECONDS = 60.0
 # A whole shard is read in pieces; each piece of a remote one has the time limit of a read.
 PIECE = 8_000_000
-# A tar header, and the places of its fields. Longer names than NAME_BYTES have another header.
-HEADER = 512
+# Places of a tar header's fields. Longer names than NAME_BYTES have another header.
 NAME_BYTES, SIZE_FIELD = 100, slice(124, 136)
 
 Found = TypeVar("Found")
@@ -209,13 +208,13 @@ class ShardReader:
         """
         size = rows.size.item(row)
         right = partial(_is_header_of, rows.keys[row].as_py(), size)
-        place = rows.offset.item(row) - HEADER, HEADER + size
+        place = rows.offset.item(row) - TAR_BLOCK, TAR_BLOCK + size
         data = self.read(shard, *place, right)
         if shard not in self._proven and not right(data):
             # Some programs write names in another way, so that the header alone proves nothing.
             self._prove(shard)
             data = self.read(shard, *place)
-        return memoryview(data)[HEADER:]
+        return memoryview(data)[TAR_BLOCK:]
 
     def read(self, shard: int, offset: int, size: int, right: Callable[[Bytes], bool] = lambda data: True) -> Bytes:
         """`size` bytes of a shard, possibly in memory that this thread's next read overwrites.
@@ -250,13 +249,13 @@ class ShardReader:
             StreamError: it cannot be read, or has another size.
         """
         rows = self.manifest.rows(shard)
-        start, right = rows.offset.item(0) - HEADER, partial(_is_header_of, rows.keys[0].as_py(), rows.size.item(0))
+        start, right = rows.offset.item(0) - TAR_BLOCK, partial(_is_header_of, rows.keys[0].as_py(), rows.size.item(0))
         if self._remote[shard]:
-            return right(self._range(shard, start, HEADER, right))
+            return right(self._range(shard, start, TAR_BLOCK, right))
         path = Path(self.manifest.shards[shard])
         try:
             with open(path, "rb", opener=open_regular) as file:
-                status, header = os.fstat(file.fileno()), os.pread(file.fileno(), HEADER, start)
+                status, header = os.fstat(file.fileno()), os.pread(file.fileno(), TAR_BLOCK, start)
         except OSError as error:
             raise StreamError(f"{path}: {self._unreadable(error, path)}") from error
         if status.st_size != self.manifest.bytes[shard]:
@@ -480,7 +479,8 @@ class ShardCache:
                     break
                 if path != keep:
                     used -= size
-                    path.unlink(missing_ok=True)
+                    for each in (path, path.with_suffix(".lock")):
+                        each.unlink(missing_ok=True)
 
 
 def read_into(descriptor: int, memory: memoryview, offset: int) -> int:
@@ -508,7 +508,7 @@ def _is_header_of(key: str, size: int, data: Bytes) -> bool:
 
     Folders before the name are ignored, and names that may stand in an extended header.
     """
-    header = bytes(data[:HEADER])
+    header = bytes(data[:TAR_BLOCK])
     try:
         if int(header[SIZE_FIELD].strip(b" \0"), 8) != size:
             return False

@@ -300,6 +300,11 @@ class PairStream:
                 if not rows.pictured[row]:
                     self._load_members(loading, place, shard, rows, row)
                     break
+                if self._moments is not None and rows.side[row] == 0:
+                    raise StreamError(
+                        f"data.latents=cached: {self._name(shard, rows, row)} is an image without a caption, which has "
+                        "no latent; choose inline, or leave such samples out by data.stream.need=[text]"
+                    )
                 if self._moments is not None:
                     out = loading.moments["image"][place]
                     self.patience.keep(self._moments.name(shard), partial(self._moments.read, shard, row, out))
