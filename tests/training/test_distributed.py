@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,12 +55,8 @@ def test_incomplete_torchrun_names_what_is_missing(environment: pytest.MonkeyPat
 
 
 def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
-    def scontrol(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command == ["scontrol", "show", "hostnames", "gpu[07-08]"]
-        return subprocess.CompletedProcess(command, 0, stdout="gpu07\ngpu08\n")
-
-    environment.setattr(subprocess, "run", scontrol)
-    set_all(environment, SLURM_STEP)
+    """It needs no program of Slurm, which a container may lack."""
+    set_all(environment, SLURM_STEP | {"PATH": ""})
     found = launch.launch_variables()
     assert found == {
         "RANK": "9",
@@ -69,14 +67,46 @@ def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_slurm_on_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch) -> None:
-    set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"})
-    assert launch.launch_variables()["MASTER_ADDR"] == "gpu-07"
+NODE_LISTS = {
+    "gpu-07": "gpu-07",
+    "gpu[07-10,12],login1": "gpu07",
+    "gpu[3,1]": "gpu3",
+    "login1,gpu[07-10]": "login1",
+    "rack[1-2]gpu[07-08]": "rack1gpu07",
+    "gpu-ib[0007-0010]": "gpu-ib0007",
+}
 
 
-def test_slurm_without_scontrol_says_what_to_set(environment: pytest.MonkeyPatch) -> None:
-    set_all(environment, SLURM_STEP | {"PATH": ""})
-    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+@pytest.mark.parametrize("nodes", NODE_LISTS)
+def test_the_processes_of_a_step_meet_at_its_first_node(environment: pytest.MonkeyPatch, nodes: str) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": nodes})
+    assert launch.launch_variables()["MASTER_ADDR"] == NODE_LISTS[nodes]
+
+
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's scontrol")
+def test_slurm_itself_names_the_same_first_node(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = tmp_path / "slurm.conf"
+    settings.write_text("ClusterName=c\nSlurmctldHost=localhost\nNodeName=n1\n")
+    environment.setenv("SLURM_CONF", str(settings))
+    for nodes, first in NODE_LISTS.items():
+        named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        assert named.stdout.split()[0] == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"SLURM_JOB_NODELIST": ""}, "launcher: SLURM_JOB_NODELIST=: not a list of nodes; set MASTER_ADDR"),
+        ({"SLURM_JOB_NODELIST": "gpu[07"}, "launcher: SLURM_JOB_NODELIST=gpu[07: not a list of nodes; set MASTER_ADDR"),
+        ({"SLURM_LOCALID": ""}, "launcher: SLURM_LOCALID is not set beside SLURM_PROCID; let srun start the processes"),
+        ({"SLURM_STEP_NUM_TASKS": "", "SLURM_NTASKS": ""}, "launcher: SLURM_PROCID=9: SLURM_STEP_NUM_TASKS or"),
+    ],
+)
+def test_variables_of_slurm_that_a_wrapper_took_away_are_one_line(
+    environment: pytest.MonkeyPatch, changes: dict[str, str], line: str
+) -> None:
+    set_all(environment, SLURM_STEP | changes)
+    with pytest.raises(ValueError, match=re.escape(line)):
         launch.launch_variables()
 
 
