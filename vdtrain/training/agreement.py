@@ -31,8 +31,8 @@ from vdtrain.run.distributed import SharedError
 from vdtrain.run.watchdog import Watchdog
 from vdtrain.training.continuation import SAID, UNSAID, UNSET, within
 
-# Settings that a process may have of its own: of its node, or used by process 0 alone. Of the data, those that say which
-# samples a position stands for must be the same. A value with a slash is a place, which may differ, too.
+# Settings that a process may have of its own: of its node, or used by process 0 alone. Of the data, only those that say
+# which samples are trained on must be the same. A value with a slash is a place, which may differ, too.
 OWN = (
     *(each.name for each in fields(ProcessesConfig)),
     *("runs_dir", "run_dir", "tracking", "max_restarts", "watchdog_seconds"),

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
+from vdtrain.config.fields import shown
 from vdtrain.config.instantiate import leaves, recorded, resolved
 from vdtrain.config.schema import CONSTANT, ModelConfig, StageConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
@@ -238,9 +239,9 @@ def changes(
         if within(setting, FIXED):
             # Weights fit only their own model.
             remedy = "give another run_dir" if setting.startswith("model.") else other_run
-            earlier = f"run_dir={run_dir} has {_shown(was)}"
-            raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; restore it, or {remedy}")
-        line = f"{setting}={_shown(becomes)}: was {_shown(was)} until now"
+            earlier = f"run_dir={run_dir} has {shown(was)}"
+            raise ConfigError(f"{setting}={shown(becomes)}: {earlier}; restore it, or {remedy}")
+        line = f"{setting}={shown(becomes)}: was {shown(was)} until now"
         if not within(setting, SAID) or within(setting, UNSAID):
             others.append(line)
             continue
@@ -314,13 +315,6 @@ def _at(value: Any, setting: str) -> Any:
     for name in setting.split("."):
         value = value[name]
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value as a user would write it."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def within(setting: str, groups: Sequence[str]) -> bool:
