@@ -156,13 +156,19 @@ LOST = {
         {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "4"},
         "process 1 did not come within 4 s; see why in the log there, then start all of them again",
     ),
+    # To the watchdog, a process that waits for another one has not hung.
+    "watchdog": (
+        {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "9", "watchdog": "5"},
+        "process 1 did not come within 9 s; see why in the log there, then start all of them again",
+    ),
 }
 
 
-@pytest.mark.parametrize(("plan", "line"), with_slow(LOST, ["while groups form"]))
+@pytest.mark.parametrize(("plan", "line"), with_slow(LOST, ["while groups form", "watchdog"]))
 def test_a_process_that_is_lost_at_the_start_ends_the_others(tmp_path: Path, plan: dict[str, str], line: str) -> None:
     write_pairs(tmp_path / "data", count=10)
     words = [word.replace("FOLDER", str(tmp_path)) for word in TRAIN]
+    words += [f"watchdog_seconds={plan['watchdog']}"] if "watchdog" in plan else []
     start = ["-m", "tests.programs.after", f"{__name__}:befall", json.dumps(plan)]
     ending = run_ranks([[*start, *words]] * 2, [tmp_path / f"{rank}.log" for rank in range(2)], 60)
     assert ending.statuses[0] == 1, ending

@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vdtrain.run.launcher import started_by_command
 from vdtrain.run.lock import machine, process_start
+from vdtrain.run.pulse import moved
 
 if TYPE_CHECKING:
     from vdtrain.run.watchdog import Watchdog
@@ -71,6 +72,8 @@ class Company:
                     f"{named(absent)} did not come within {seconds:g} s; see why in the log there, then start all of "
                     "them again"
                 )
+            # To the watchdog this is work: the wait has a limit of its own, and then names who is absent.
+            moved()
             time.sleep(turn)
             turn = min(2 * turn, LOOK_SECONDS)
         # Of the watchdog's thread.
