@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.programs import program
-from vdtrain.run import distributed, launch
+from vdtrain.run import distributed, ranks
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM_STEP = {
@@ -28,7 +28,7 @@ SLURM_STEP = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without any launcher in it."""
-    others = {*launch.TORCHRUN_VARIABLES, *launch.FOREIGN_LAUNCHERS, *launch.FOREIGN_LAUNCHERS.values()}
+    others = {*ranks.TORCHRUN_VARIABLES, *ranks.FOREIGN_LAUNCHERS, *ranks.FOREIGN_LAUNCHERS.values()}
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in others]:
         monkeypatch.delenv(name)
     return monkeypatch
@@ -40,30 +40,30 @@ def set_all(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def test_plain_start_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    assert launch.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert ranks.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def test_torchrun_comes_before_slurm(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | TORCHRUN)
-    assert launch.launch_variables() == TORCHRUN
+    assert ranks.launch_variables() == TORCHRUN
 
 
 def test_incomplete_torchrun_names_what_is_missing(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*torchrun"):
-        launch.launch_variables()
+        ranks.launch_variables()
 
 
 def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
     """It needs no program of Slurm, which a container may lack."""
     set_all(environment, SLURM_STEP | {"PATH": ""})
-    found = launch.launch_variables()
+    found = ranks.launch_variables()
     assert found == {
         "RANK": "9",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "16",
         "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": str(launch.FIRST_PORT + 40003 % launch.PORTS),
+        "MASTER_PORT": str(ranks.FIRST_PORT + 40003 % ranks.PORTS),
     }
 
 
@@ -80,7 +80,7 @@ NODE_LISTS = {
 @pytest.mark.parametrize("nodes", NODE_LISTS)
 def test_the_processes_of_a_step_meet_at_its_first_node(environment: pytest.MonkeyPatch, nodes: str) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": nodes})
-    assert launch.launch_variables()["MASTER_ADDR"] == NODE_LISTS[nodes]
+    assert ranks.launch_variables()["MASTER_ADDR"] == NODE_LISTS[nodes]
 
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's scontrol")
@@ -107,23 +107,23 @@ def test_variables_of_slurm_that_a_wrapper_took_away_are_one_line(
 ) -> None:
     set_all(environment, SLURM_STEP | changes)
     with pytest.raises(ValueError, match=re.escape(line)):
-        launch.launch_variables()
+        ranks.launch_variables()
 
 
 def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> None:
     batch = {name: value for name, value in SLURM_STEP.items() if "STEP" not in name}
     set_all(environment, batch | {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
-    assert launch.launch_variables()["WORLD_SIZE"] == "1"
+    assert ranks.launch_variables()["WORLD_SIZE"] == "1"
 
 
 def test_a_step_on_some_of_a_jobs_nodes_meets_at_its_own_first_one(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_STEP_NODELIST": "gpu08"})
-    assert launch.launch_variables()["MASTER_ADDR"] == "gpu08"
+    assert ranks.launch_variables()["MASTER_ADDR"] == "gpu08"
 
 
 def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"})
-    assert launch.launch_variables()["WORLD_SIZE"] == "1"
+    assert ranks.launch_variables()["WORLD_SIZE"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -141,15 +141,15 @@ def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.M
 def test_a_launcher_that_is_not_read_is_refused(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     set_all(environment, variables)
     with pytest.raises(ValueError, match=r"launcher: \w+_SIZE=2: mpirun started.*use torchrun or srun"):
-        launch.launch_variables()
+        ranks.launch_variables()
 
 
 def test_what_srun_sets_for_mpi_is_no_other_launcher(environment: pytest.MonkeyPatch) -> None:
     step = SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"}
     set_all(environment, step | {"PMI_SIZE": "16", "PMI_RANK": "9"})
-    assert launch.launch_variables()["RANK"] == "9"
+    assert ranks.launch_variables()["RANK"] == "9"
     set_all(environment, TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "4"})
-    assert launch.launch_variables() == TORCHRUN
+    assert ranks.launch_variables() == TORCHRUN
 
 
 def test_mpirun_without_torchruns_variables_is_one_line(environment: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tests.pairs import write_pairs
 from tests.programs import free_port, run_ranks
 from tests.settings import phases
 from tests.training.test_watchdog import MINIATURE, errors
-from vdtrain.run import distributed, launcher
+from vdtrain.run import distributed, processes
 
 WAIT = (
     "from vdtrain.run.signals import begin; begin(); import os, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -125,8 +125,8 @@ def test_a_rank_ends_with_its_launcher(mark: str, wrapper: list[str], ends: bool
 
 
 def test_a_launcher_that_leaves_its_rank_to_init_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher.os, "getppid", lambda: 1)
-    assert launcher.launchers({"TORCHELASTIC_RUN_ID": "1"}) == {}
+    monkeypatch.setattr(processes.os, "getppid", lambda: 1)
+    assert processes.launchers({"TORCHELASTIC_RUN_ID": "1"}) == {}
 
 
 def befall(plan: dict[str, str]) -> None:

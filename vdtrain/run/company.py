@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from vdtrain.run.launcher import started_by_command
-from vdtrain.run.lock import machine, process_start
+from vdtrain.run.processes import machine, process_start, started_by_command
 from vdtrain.run.pulse import moved
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def tell_mistake(rank: int, world_size: int, text: str, seconds: float) -> None:
 
 
 def this_process() -> list[Any]:
-    """Machine, process number and process start of this process; see `vdtrain.run.lock`."""
+    """Machine, process number and process start of this process; see `vdtrain.run.processes`."""
     return [machine(), os.getpid(), process_start(os.getpid())]
 
 

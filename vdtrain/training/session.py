@@ -29,8 +29,8 @@ from vdtrain.errors import described, one_line, unwritable
 from vdtrain.redaction import redacted
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
-from vdtrain.run.launcher import started_by_command
 from vdtrain.run.lock import RunLock, take_together
+from vdtrain.run.processes import started_by_command
 from vdtrain.run.restarts import record_start
 from vdtrain.run.signals import StopSignal, ending
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives

@@ -1,4 +1,4 @@
-"""This process's rank, from the launcher's environment variables. Needs no PyTorch."""
+"""This process's rank, from the launcher's environment variables, and commands that run on ranks. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError
 from vdtrain.redaction import redacted_output
 from vdtrain.run import elastic
-from vdtrain.run.launcher import FOREIGN_LAUNCHERS, in_step
+from vdtrain.run.processes import FOREIGN_LAUNCHERS, in_step
 from vdtrain.run.signals import ending
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
