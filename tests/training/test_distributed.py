@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.programs import program
+from vdtrain.commands.train import main as train
 from vdtrain.run import distributed, ranks
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -108,6 +109,15 @@ def test_variables_of_slurm_that_a_wrapper_took_away_are_one_line(
     set_all(environment, SLURM_STEP | changes)
     with pytest.raises(ValueError, match=re.escape(line)):
         ranks.launch_variables()
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("9", 0)])
+def test_one_process_of_a_step_says_what_is_wrong_for_all(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, said: int
+) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_PROCID": rank, "SLURM_JOB_NODELIST": ""})
+    assert train([]) == 2
+    assert capsys.readouterr().err.count("error: launcher: SLURM_JOB_NODELIST=: not a list of nodes") == said
 
 
 def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> None:

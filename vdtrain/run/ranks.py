@@ -132,7 +132,7 @@ def run_command_on_ranks(
     try:
         launch = launch_variables()
     except ConfigError as error:
-        names = ("RANK", *FOREIGN_LAUNCHERS.values())
+        names = ("RANK", *FOREIGN_LAUNCHERS.values(), "SLURM_PROCID")
         first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
         if first or isinstance(error, OwnNumberError):
             print(f"error: {error}", file=sys.stderr)
