@@ -324,6 +324,16 @@ def test_scores_that_one_process_cannot_make_keep_no_other_waiting(tmp_path: Pat
     assert ending.logs[0].count(f"(validation.fid_weights={damaged}: inception.pth is not") == len(looks), ending
 
 
+def test_a_run_goes_on_though_its_earlier_looks_cannot_be_read(tmp_path: Path) -> None:
+    manifest, run = write_pairs(tmp_path / "data", count=20), tmp_path / "run"
+    (run / METRICS_FILE).mkdir(parents=True)
+    words = [*MINIATURE, *WATCHED, phases(BATCH, (32, 2)), f"data.manifest={manifest}", f"run_dir={run}"]
+    (ending,) = run_cases(tmp_path / "cases", [Case(1, words)])
+    assert ending.statuses == [0], ending
+    assert [int(each.name) for each in (run / "samples").iterdir()] == [2 * BATCH]
+    assert f"{METRICS_FILE} is a folder, not a file" in ending.logs[0]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

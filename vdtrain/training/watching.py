@@ -170,9 +170,10 @@ class Watching:
             self.reporter.note(self._said())
             try:
                 samples.drop_later(self.run_dir, self._samples())
+                chosen = [name for name in self.looks if self._missing(name)]
+            # Damage to the records must not end a run; the next looks come at their moments.
             except OSError as error:
                 self.reporter.warn(described(error))
-            chosen = [name for name in self.looks if self._missing(name)]
         self._look(distributed.broadcast_json(chosen))
 
     def due(self, last: bool) -> bool:
