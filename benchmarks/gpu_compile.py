@@ -28,7 +28,7 @@ from vdtrain.models.frozen_weights import without_weights
 from vdtrain.models.trained import trained_parameters
 from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.run import distributed
-from vdtrain.run.launch import run_command_on_ranks
+from vdtrain.run.ranks import run_command_on_ranks
 from vdtrain.training.build import engine_settings, starting_diffuser
 from vdtrain.training.start import Start
 

@@ -22,7 +22,6 @@ from vdtrain.config.data_schema import DataConfig
 from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError, NothingError
 from vdtrain.files import check_output
-from vdtrain.run.reader import quietly
 
 USAGE = """\
 Usage: vdtrain data COMMAND [data=NAME] [SETTING=VALUE ...]
@@ -165,7 +164,7 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     if argv is None:
-        return signals.ended(quietly(lambda: main(sys.argv[1:])))
+        return signals.ended(signals.quietly(lambda: main(sys.argv[1:])))
     signals.ending.advice = "run it again to continue"
     arguments = list(argv)
     name = arguments[0] if arguments else "--help"

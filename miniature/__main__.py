@@ -17,7 +17,7 @@ from vdtrain.config.command_schema import DataPipelineConfig
 from vdtrain.config.data_schema import ShapesConfig
 from vdtrain.errors import ConfigError
 from vdtrain.files import check_output
-from vdtrain.run.reader import quietly
+from vdtrain.run.signals import quietly
 
 USAGE = """\
 Usage: python -m miniature COMMAND data=shapes [SETTING=VALUE ...]

@@ -46,7 +46,7 @@ on_all_ranks() {
         wait "$srun_process" || status=$?
         [ -n "$signal" ] || break
     done
-    wait
+    until wait; do :; done
     srun_process=
     [ "$status" = 0 ] ||
         grep --no-messages --with-filename --extended-regexp '^(error|warning): ' "$rank_logs"/rank-[1-9]*.out |

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import vdtrain
 from vdtrain.config.suggestions import meant
 from vdtrain.run import signals
-from vdtrain.run.reader import quietly
 
 # Each command with its module and what it does.
 COMMANDS = {
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. Without `argv`, signals end it in order."""
     if argv is None:
         signals.begin()
-        return signals.ended(quietly(lambda: main(sys.argv[1:])))
+        return signals.ended(signals.quietly(lambda: main(sys.argv[1:])))
     arguments = list(argv)
     usage = USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()))
     if not arguments or arguments[0] in ("--help", "-h"):

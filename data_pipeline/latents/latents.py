@@ -25,7 +25,7 @@ from vdtrain.data.manifest import Manifest, ManifestError
 from vdtrain.data.shards import ShardReader
 from vdtrain.errors import ConfigError, one_line, unwritable
 from vdtrain.files import atomic_write, check_output
-from vdtrain.run.launch import PROCESSES, run_command_on_ranks
+from vdtrain.run.ranks import PROCESSES, run_command_on_ranks
 from vdtrain.run.signals import ending
 from vdtrain.storage.patience import Patience, StreamError, patience_of
 

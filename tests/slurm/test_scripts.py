@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +86,31 @@ def test_a_job_script_that_is_not_submitted_says_how(script: Path, tmp_path: Pat
         2,
         f"error: {tmp_path}: not the repository's root; call sbatch from there\n",
     )
+
+
+def test_a_signal_while_the_last_lines_are_copied_does_not_end_the_job(tmp_path: Path) -> None:
+    """It would not go back into the queue. What the ranks said is still on its way when they have ended."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    for name, lines in {"srun": "exit 75", "tail": "echo copying\nsleep 2"}.items():
+        program = tmp_path / ".venv" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{lines}\n")
+        program.chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NAME": "job", "JOB_NUM_NODES": "1", "CPUS_ON_NODE": "2", "GPUS_PER_NODE": "2"}
+    script = 'set -euo pipefail; source slurm/job.sh; on_all_ranks command; echo "status $status"'
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", **{f"SLURM_{name}": value for name, value in job.items()}},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "copying\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "status 75\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

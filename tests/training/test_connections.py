@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
-from vdtrain.run.lock import machine, process_start
+from vdtrain.run.processes import machine, process_start
 
 SOON = timedelta(seconds=2)
 

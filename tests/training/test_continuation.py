@@ -6,14 +6,17 @@ The commands run as a user types them, each start in processes of its own where 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from tests import settings
@@ -21,11 +24,16 @@ from tests.pairs import write_pairs
 from tests.tiny_runs import BATCH, HIGH, LOW, STAGES, STEPS, TinyRuns, overrides
 from tests.training.forks import Case, Ending, run_cases
 from vdtrain.checkpoint.folder import CHECKPOINTS, INDEX_FILE, index_checksum, latest_by_sizes
+from vdtrain.checkpoint.format import Checkpoint, Index
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train
+from vdtrain.config.compose import compose, to_object
+from vdtrain.config.schema import TrainConfig
 from vdtrain.models.frozen_weights import ASSETS
+from vdtrain.run import distributed
 from vdtrain.tracking.metrics import read_metrics
-from vdtrain.training.continuation import TrainState
+from vdtrain.training.continuation import CONFIG, TrainState
+from vdtrain.training.start import Start, check_frozen
 
 LONGER = 5
 VAE = "model.modalities.image.vae.weights"
@@ -261,7 +269,7 @@ def test_what_comes_after_the_position_may_change(
             "data.stream.at=unset: was 2 until now",
             "hardware.precision=bf16: was fp32 until now",
             "ema.enabled=false: was true until now",
-            "objective.flow_weights.text-to-image=2.0: was unset until now",
+            "objective.flow_weights.text-to-image=2: was unset until now",
             f"stage.phases.0.samples={(LOW + 1) * BATCH}: was {LOW * BATCH} until now",
             "stage.phases.1.resolution=32: was 64 until now",
             f"stage.phases.1.samples={7 * BATCH}: was {HIGH * BATCH} until now",
@@ -303,6 +311,28 @@ def test_a_run_of_a_version_that_kept_no_record_of_the_frozen_parts_goes_on(
     save_file({"something": torch.zeros(1)}, gone)
     assert preflight([*complete, f"{VAE}={moved}"]) == 2
     assert "contents differ" in capsys.readouterr().err
+
+
+def compare_with_a_file_of_one_node(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    home = folder / f"node{distributed.rank()}"
+    home.mkdir()
+    if distributed.rank() == 1:
+        save_file({"something": torch.zeros(1)}, home / "old.safetensors")
+    os.environ["HOME"] = str(home)
+    document = compose("train", [f"stage={STAGES[0]}", *settings.TINY, f"run_dir={folder}/run"])
+    before = OmegaConf.to_container(document, resolve=True)
+    OmegaConf.update(document, VAE, str(ASSETS / "tiny" / "image_vae.safetensors"))
+    assert isinstance(before, dict)
+    before["model"]["modalities"]["image"]["vae"]["weights"] = "~/old.safetensors"
+    index = Index(1, 2, 1, "fp32", 1, None, {CONFIG: before}, (), {})
+    start = Start(resume=Checkpoint(folder, index))
+    report({"lines": check_frozen(start, to_object(document, TrainConfig))})
+
+
+def test_the_old_file_that_one_node_has_makes_no_process_leave_alone(tmp_path: Path, run_on_ranks: Any) -> None:
+    first, second = run_on_ranks(compare_with_a_file_of_one_node, 2, tmp_path)
+    assert first == second
+    assert "was ~/old.safetensors; assumed to be the same file" in first["lines"][0]
 
 
 def test_a_run_of_the_first_release_goes_on_without_the_settings_that_are_no_longer_there(

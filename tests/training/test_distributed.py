@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.programs import program
-from vdtrain.run import distributed, launch
+from vdtrain.commands.train import main as train
+from vdtrain.run import distributed, ranks
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM_STEP = {
@@ -26,7 +29,7 @@ SLURM_STEP = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without any launcher in it."""
-    others = {*launch.TORCHRUN_VARIABLES, *launch.FOREIGN_LAUNCHERS, *launch.FOREIGN_LAUNCHERS.values()}
+    others = {*ranks.TORCHRUN_VARIABLES, *ranks.FOREIGN_LAUNCHERS, *ranks.FOREIGN_LAUNCHERS.values()}
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in others]:
         monkeypatch.delenv(name)
     return monkeypatch
@@ -38,62 +41,99 @@ def set_all(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 def test_plain_start_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    assert launch.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert ranks.launch_variables() == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def test_torchrun_comes_before_slurm(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | TORCHRUN)
-    assert launch.launch_variables() == TORCHRUN
+    assert ranks.launch_variables() == TORCHRUN
 
 
 def test_incomplete_torchrun_names_what_is_missing(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*torchrun"):
-        launch.launch_variables()
+        ranks.launch_variables()
 
 
 def test_slurm_step(environment: pytest.MonkeyPatch) -> None:
-    def scontrol(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command == ["scontrol", "show", "hostnames", "gpu[07-08]"]
-        return subprocess.CompletedProcess(command, 0, stdout="gpu07\ngpu08\n")
-
-    environment.setattr(subprocess, "run", scontrol)
-    set_all(environment, SLURM_STEP)
-    found = launch.launch_variables()
+    """It needs no program of Slurm, which a container may lack."""
+    set_all(environment, SLURM_STEP | {"PATH": ""})
+    found = ranks.launch_variables()
     assert found == {
         "RANK": "9",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "16",
         "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": str(launch.FIRST_PORT + 40003 % launch.PORTS),
+        "MASTER_PORT": str(ranks.FIRST_PORT + 40003 % ranks.PORTS),
     }
 
 
-def test_slurm_on_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch) -> None:
-    set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"})
-    assert launch.launch_variables()["MASTER_ADDR"] == "gpu-07"
+NODE_LISTS = {
+    "gpu-07": "gpu-07",
+    "gpu[07-10,12],login1": "gpu07",
+    "gpu[3,1]": "gpu3",
+    "login1,gpu[07-10]": "login1",
+    "rack[1-2]gpu[07-08]": "rack1gpu07",
+    "gpu-ib[0007-0010]": "gpu-ib0007",
+}
 
 
-def test_slurm_without_scontrol_says_what_to_set(environment: pytest.MonkeyPatch) -> None:
-    set_all(environment, SLURM_STEP | {"PATH": ""})
-    with pytest.raises(ValueError, match="set MASTER_ADDR"):
-        launch.launch_variables()
+@pytest.mark.parametrize("nodes", NODE_LISTS)
+def test_the_processes_of_a_step_meet_at_its_first_node(environment: pytest.MonkeyPatch, nodes: str) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_JOB_NODELIST": nodes})
+    assert ranks.launch_variables()["MASTER_ADDR"] == NODE_LISTS[nodes]
+
+
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's scontrol")
+def test_slurm_itself_names_the_same_first_node(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = tmp_path / "slurm.conf"
+    settings.write_text("ClusterName=c\nSlurmctldHost=localhost\nNodeName=n1\n")
+    environment.setenv("SLURM_CONF", str(settings))
+    for nodes, first in NODE_LISTS.items():
+        named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        assert named.stdout.split()[0] == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"SLURM_JOB_NODELIST": ""}, "launcher: SLURM_JOB_NODELIST=: not a list of nodes; set MASTER_ADDR"),
+        ({"SLURM_JOB_NODELIST": "gpu[07"}, "launcher: SLURM_JOB_NODELIST=gpu[07: not a list of nodes; set MASTER_ADDR"),
+        ({"SLURM_LOCALID": ""}, "launcher: SLURM_LOCALID is not set beside SLURM_PROCID; let srun start the processes"),
+        ({"SLURM_STEP_NUM_TASKS": "", "SLURM_NTASKS": ""}, "launcher: SLURM_PROCID=9: SLURM_STEP_NUM_TASKS or"),
+    ],
+)
+def test_variables_of_slurm_that_a_wrapper_took_away_are_one_line(
+    environment: pytest.MonkeyPatch, changes: dict[str, str], line: str
+) -> None:
+    set_all(environment, SLURM_STEP | changes)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        ranks.launch_variables()
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("9", 0)])
+def test_one_process_of_a_step_says_what_is_wrong_for_all(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, said: int
+) -> None:
+    set_all(environment, SLURM_STEP | {"SLURM_PROCID": rank, "SLURM_JOB_NODELIST": ""})
+    assert train([]) == 2
+    assert capsys.readouterr().err.count("error: launcher: SLURM_JOB_NODELIST=: not a list of nodes") == said
 
 
 def test_slurm_batch_script_is_one_process(environment: pytest.MonkeyPatch) -> None:
     batch = {name: value for name, value in SLURM_STEP.items() if "STEP" not in name}
     set_all(environment, batch | {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
-    assert launch.launch_variables()["WORLD_SIZE"] == "1"
+    assert ranks.launch_variables()["WORLD_SIZE"] == "1"
 
 
 def test_a_step_on_some_of_a_jobs_nodes_meets_at_its_own_first_one(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_STEP_NODELIST": "gpu08"})
-    assert launch.launch_variables()["MASTER_ADDR"] == "gpu08"
+    assert ranks.launch_variables()["MASTER_ADDR"] == "gpu08"
 
 
 def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.MonkeyPatch) -> None:
     set_all(environment, SLURM_STEP | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"})
-    assert launch.launch_variables()["WORLD_SIZE"] == "1"
+    assert ranks.launch_variables()["WORLD_SIZE"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -111,15 +151,15 @@ def test_interactive_shell_of_an_allocation_is_one_process(environment: pytest.M
 def test_a_launcher_that_is_not_read_is_refused(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     set_all(environment, variables)
     with pytest.raises(ValueError, match=r"launcher: \w+_SIZE=2: mpirun started.*use torchrun or srun"):
-        launch.launch_variables()
+        ranks.launch_variables()
 
 
 def test_what_srun_sets_for_mpi_is_no_other_launcher(environment: pytest.MonkeyPatch) -> None:
     step = SLURM_STEP | {"SLURM_JOB_NODELIST": "gpu-07"}
     set_all(environment, step | {"PMI_SIZE": "16", "PMI_RANK": "9"})
-    assert launch.launch_variables()["RANK"] == "9"
+    assert ranks.launch_variables()["RANK"] == "9"
     set_all(environment, TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "4"})
-    assert launch.launch_variables() == TORCHRUN
+    assert ranks.launch_variables() == TORCHRUN
 
 
 def test_mpirun_without_torchruns_variables_is_one_line(environment: pytest.MonkeyPatch) -> None:

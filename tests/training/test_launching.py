@@ -21,7 +21,7 @@ from tests.pairs import write_pairs
 from tests.programs import free_port, run_ranks
 from tests.settings import phases
 from tests.training.test_watchdog import MINIATURE, errors
-from vdtrain.run import distributed, launcher
+from vdtrain.run import distributed, processes
 
 WAIT = (
     "from vdtrain.run.signals import begin; begin(); import os, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -125,8 +125,8 @@ def test_a_rank_ends_with_its_launcher(mark: str, wrapper: list[str], ends: bool
 
 
 def test_a_launcher_that_leaves_its_rank_to_init_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher.os, "getppid", lambda: 1)
-    assert launcher.launchers({"TORCHELASTIC_RUN_ID": "1"}) == {}
+    monkeypatch.setattr(processes.os, "getppid", lambda: 1)
+    assert processes.launchers({"TORCHELASTIC_RUN_ID": "1"}) == {}
 
 
 def befall(plan: dict[str, str]) -> None:
@@ -156,13 +156,19 @@ LOST = {
         {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "4"},
         "process 1 did not come within 4 s; see why in the log there, then start all of them again",
     ),
+    # To the watchdog, a process that waits for another one has not hung.
+    "watchdog": (
+        {"at": "vdtrain.run.distributed:Company", "what": "sleeps", "join": "9", "watchdog": "5"},
+        "process 1 did not come within 9 s; see why in the log there, then start all of them again",
+    ),
 }
 
 
-@pytest.mark.parametrize(("plan", "line"), with_slow(LOST, ["while groups form"]))
+@pytest.mark.parametrize(("plan", "line"), with_slow(LOST, ["while groups form", "watchdog"]))
 def test_a_process_that_is_lost_at_the_start_ends_the_others(tmp_path: Path, plan: dict[str, str], line: str) -> None:
     write_pairs(tmp_path / "data", count=10)
     words = [word.replace("FOLDER", str(tmp_path)) for word in TRAIN]
+    words += [f"watchdog_seconds={plan['watchdog']}"] if "watchdog" in plan else []
     start = ["-m", "tests.programs.after", f"{__name__}:befall", json.dumps(plan)]
     ending = run_ranks([[*start, *words]] * 2, [tmp_path / f"{rank}.log" for rank in range(2)], 60)
     assert ending.statuses[0] == 1, ending

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cases import with_slow
 from tests.pairs import write_pairs
 from tests.programs import free_port, program
 from tests.settings import TINY, phases
@@ -106,7 +107,7 @@ def test_signals_reach_all_processes_and_the_same_command_goes_on(begin: type[St
     new = ["watchdog_seconds=300", "stage.learning_rate=1e-5"]
     run = begin("gpus=2", phases(2, (32, steps + 2)), *new)  # type: ignore[call-arg, arg-type]
     assert run.end() == 0, run.said
-    assert "\nwatchdog_seconds=300.0: was 600.0 until now\n" in run.said
+    assert "\nwatchdog_seconds=300: was 600 until now\n" in run.said
     assert re.search(r"(?m)^warning: stage\.learning_rate=1e-05: was \S+ until now$", run.said), run.said
     assert f"\nrun folder: {tmp_path / 'run'}\n2 processes on 1 node, each on the CPU (" in run.said
     assert re.search(r"\nparameters: [\d,]+ trained, 0 carried along unchanged, [\d,]+ in frozen encoders", run.said)
@@ -153,6 +154,38 @@ def test_two_nodes_meet(begin: type[Started], tmp_path: Path) -> None:
     assert [node.end() for node in nodes] == [0, 0], [node.said for node in nodes]
     assert sum("step 4 |" in node.said for node in nodes) == 1
     assert [event.world_size for event in read_events(tmp_path / "run")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    with_slow(
+        {
+            # It made weights that nobody wanted.
+            "learning rate": ("stage.learning_rate", "0.0001", "0.5"),
+            # One of the two waited for the other.
+            "looks": ("samples.every", "null", "8"),
+            "saves": ("checkpoint.every_steps", "200", "1"),
+            "images": ("data.flip", "false", "true"),
+            "only there": ("objective.flow_weights.image-to-image", "unset", "2"),
+        },
+        ["learning rate"],
+    ),
+)
+def test_nodes_whose_commands_differ_are_one_line(
+    begin: type[Started], tmp_path: Path, name: str, first: str, second: str
+) -> None:
+    """What may differ does: threads, places, and the number of the node."""
+    place = [f"rendezvous=localhost:{free_port()}", "nnodes=2", "gpus=1", phases(2, (32, 2))]
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    own = [["hardware.threads=1"], [f"run_dir={tmp_path}/link", "hardware.loader_workers=3", f"++{name}={second}"]]
+    nodes = [
+        begin(*place, f"node_rank={node}", *own[node], name=f"node{node}")  # type: ignore[call-arg, arg-type]
+        for node in range(2)
+    ]
+    assert [node.end() for node in nodes] == [2, 2], [node.said for node in nodes]
+    line = f"error: {name}={first}: process 1 has {second}; give all processes the same settings\n"
+    assert nodes[0].said == line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_port_that_another_program_has_is_one_line(begin: type[Started]) -> None:

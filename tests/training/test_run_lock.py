@@ -21,7 +21,8 @@ from tests.settings import phases
 from tests.tiny_runs import BATCH, STAGES, overrides
 from vdtrain.commands.preflight import main as preflight
 from vdtrain.run import lock as run_lock
-from vdtrain.run.lock import LOCK_FILE, HeldError, Holder, RunLock, process_start
+from vdtrain.run.lock import LOCK_FILE, HeldError, Holder, RunLock
+from vdtrain.run.processes import process_start
 from vdtrain.run.restarts import read_events
 from vdtrain.tracking.metrics import last_metrics, read_metrics
 

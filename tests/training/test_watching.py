@@ -311,6 +311,29 @@ def test_a_run_as_typed_its_status_and_its_evaluation(tmp_path: Path) -> None:
     assert f"has {held_out} held-out pairs; set samples={held_out}" in refused.stderr
 
 
+def test_scores_that_one_process_cannot_make_keep_no_other_waiting(tmp_path: Path) -> None:
+    """Process 0 alone reads the Inception weights, and they are damaged. The loss on held-out pairs needs them, too."""
+    manifest, damaged = write_pairs(tmp_path / "data", count=20), tmp_path / "inception.pth"
+    damaged.write_text("damaged")
+    words = [*MINIATURE, *WATCHED, phases(BATCH, (32, LOW)), "watchdog_seconds=60", f"data.manifest={manifest}"]
+    words += ["validation.scored=2", f"validation.fid_weights={damaged}", f"run_dir={tmp_path}/run"]
+    (ending,) = run_cases(tmp_path / "cases", [Case(2, words)])
+    assert ending.statuses == [0, 0], ending
+    looks = [look for look in LOOKS if look <= LOW * BATCH]
+    assert [int(each.name) for each in sorted((tmp_path / "run" / "samples").iterdir())] == looks
+    assert ending.logs[0].count(f"(validation.fid_weights={damaged}: inception.pth is not") == len(looks), ending
+
+
+def test_a_run_goes_on_though_its_earlier_looks_cannot_be_read(tmp_path: Path) -> None:
+    manifest, run = write_pairs(tmp_path / "data", count=20), tmp_path / "run"
+    (run / METRICS_FILE).mkdir(parents=True)
+    words = [*MINIATURE, *WATCHED, phases(BATCH, (32, 2)), f"data.manifest={manifest}", f"run_dir={run}"]
+    (ending,) = run_cases(tmp_path / "cases", [Case(1, words)])
+    assert ending.statuses == [0], ending
+    assert [int(each.name) for each in (run / "samples").iterdir()] == [2 * BATCH]
+    assert f"{METRICS_FILE} is a folder, not a file" in ending.logs[0]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

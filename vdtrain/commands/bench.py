@@ -12,7 +12,7 @@ from vdtrain.config.schema import BenchConfig, PhaseConfig
 from vdtrain.config.validation import check_settings
 from vdtrain.errors import ConfigError
 from vdtrain.files import refuse_existing
-from vdtrain.run.launch import PROCESSES, run_command_on_ranks
+from vdtrain.run.ranks import PROCESSES, run_command_on_ranks
 
 USAGE = """\
 Usage: vdtrain bench stage=STAGE [GROUP=OPTION ...] [SETTING=VALUE ...]

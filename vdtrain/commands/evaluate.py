@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from vdtrain.config.command_line import PlainArguments
 from vdtrain.config.command_schema import EvaluateConfig
-from vdtrain.run.launch import run_command_on_ranks
+from vdtrain.run.ranks import run_command_on_ranks
 
 USAGE = """\
 Usage: vdtrain evaluate CHECKPOINT data.manifest=MANIFEST [SETTING=VALUE ...]

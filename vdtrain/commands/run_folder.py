@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from vdtrain.config.command import run_command
 from vdtrain.config.schema import TrainConfig
 from vdtrain.errors import ConfigError
-from vdtrain.run.reader import quietly
+from vdtrain.run.signals import quietly
 
 USAGE = """\
 Usage: python -m vdtrain.commands.run_folder [GROUP=OPTION ...] [SETTING=VALUE ...]

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check
-from vdtrain.run.launch import run_command_on_ranks
+from vdtrain.run.ranks import run_command_on_ranks
 from vdtrain.run.signals import SCHEDULER_SIGNALS, StopSignal
 
 USAGE = """\

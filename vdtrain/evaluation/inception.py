@@ -110,17 +110,16 @@ class InceptionFeatures(nn.Module):
         WeightsError: the file is missing, damaged, or of another network.
     """
 
-    def __init__(self, weights: str | None) -> None:
+    def __init__(self, weights: str | None, setting: str = "fid.weights") -> None:
         super().__init__()
         self.network = Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)
         # The classifier is not used.
         self.network.fc = nn.Identity()
         if weights is not None:
-            self._load(weights)
+            self._load(weights, setting)
         freeze(self)
 
-    def _load(self, weights: str) -> None:
-        setting = "fid.weights"
+    def _load(self, weights: str, setting: str) -> None:
         found = open_tensors(locate(weights, setting), setting)
         expected = {name: value for name, value in self.network.state_dict().items() if _is_weight(name)}
         state = {name: found[name] for name in found if _is_weight(name) and not name.startswith("fc.")}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from vdtrain.run.launcher import started_by_command
-from vdtrain.run.lock import machine, process_start
+from vdtrain.run.processes import machine, process_start, started_by_command
+from vdtrain.run.pulse import moved
 
 if TYPE_CHECKING:
     from vdtrain.run.watchdog import Watchdog
@@ -71,6 +71,8 @@ class Company:
                     f"{named(absent)} did not come within {seconds:g} s; see why in the log there, then start all of "
                     "them again"
                 )
+            # To the watchdog this is work: the wait has a limit of its own, and then names who is absent.
+            moved()
             time.sleep(turn)
             turn = min(2 * turn, LOOK_SECONDS)
         # Of the watchdog's thread.
@@ -202,7 +204,7 @@ def tell_mistake(rank: int, world_size: int, text: str, seconds: float) -> None:
 
 
 def this_process() -> list[Any]:
-    """Machine, process number and process start of this process; see `vdtrain.run.lock`."""
+    """Machine, process number and process start of this process; see `vdtrain.run.processes`."""
     return [machine(), os.getpid(), process_start(os.getpid())]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vdtrain.errors import one_line
 from vdtrain.run import distributed
 from vdtrain.run.company import GRACE_SECONDS, JoinError, is_gone, named, on_this_machine
-from vdtrain.run.launcher import started_by_command
+from vdtrain.run.processes import started_by_command
 
 # How gloo and NCCL report a lost connection.
 LOST = re.compile(r"closed by (?:remote )?peer|connection reset|broken pipe|remote process exited", re.IGNORECASE)

@@ -25,13 +25,13 @@ from vdtrain.checkpoint.folder import CheckpointError, UnreadableError
 from vdtrain.engine.deepspeed import import_deepspeed
 from vdtrain.errors import ConfigError, described, one_line
 from vdtrain.run.company import JOIN_SECONDS, Company, this_process
-from vdtrain.run.launch import launch_variables
+from vdtrain.run.ranks import launch_variables
 from vdtrain.run.watchdog import Watchdog
 
 TIMEOUT_SECONDS = 1800.0
 
 
-# Machine, process number and start of every process, by rank; see `vdtrain.run.lock`.
+# Machine, process number and start of every process, by rank; see `vdtrain.run.processes`.
 _peers: list[list[Any]] = []
 _company: Company | None = None
 # Whether the processes of this run have come together, once.

@@ -17,7 +17,7 @@ from typing import Any
 
 from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError, one_line
-from vdtrain.run.launcher import OWN_RUN, children, in_step, started_by_command
+from vdtrain.run.processes import OWN_RUN, children, in_step, started_by_command
 from vdtrain.run.signals import HELD, ending
 
 ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unwritable
-from vdtrain.run.launcher import stat_of
+from vdtrain.run.processes import machine, process_start
 from vdtrain.run.restarts import slurm_job
 
 LOCK_FILE = "lock.json"
@@ -38,37 +37,6 @@ POLL_SECONDS = 1.0
 SETTLE_SECONDS = 0.5
 # The status of a mistake in the settings: a batch job that ends with it is not requeued.
 LOST_STATUS = 2
-
-
-def machine() -> list[str]:
-    """Identity of a process-number space: a host since its boot, or a container on it."""
-    parts = [socket.gethostname()]
-    for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        try:
-            parts.append(os.readlink(name) if os.path.islink(name) else Path(name).read_text().strip())
-        except OSError:
-            parts.append("")
-    return parts
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks. This tells a reused process number from the old one.
-
-    None if there is no such process, "" if the system does not tell.
-    """
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:
-        pass
-    try:
-        state, *rest = stat_of(pid)
-    except FileNotFoundError:
-        return None if Path("/proc/self/stat").exists() else ""
-    except OSError:
-        return ""
-    return None if state in "ZX" else rest[18]
 
 
 @dataclass(frozen=True)

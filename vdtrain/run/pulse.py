@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vdtrain.run.launcher import stat_of
+from vdtrain.run.processes import stat_of
 
 # Threads whose reading and writing counts: the main one, and those that prepare the first batch.
 WORKERS = ("MainThread", "prepare", "decode")

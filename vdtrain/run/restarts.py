@@ -21,8 +21,8 @@ from vdtrain.checkpoint.folder import CHECKPOINTS, latest_by_sizes
 from vdtrain.config.compose import ConfigError
 from vdtrain.errors import unreadable, unwritable
 from vdtrain.files import append_line, opened, sync
-from vdtrain.run.launch import number
-from vdtrain.run.reader import quietly
+from vdtrain.run.ranks import number
+from vdtrain.run.signals import quietly
 
 RECORD_FILE = "restarts.jsonl"
 START, REQUEUE = "start", "requeue"

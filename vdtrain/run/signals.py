@@ -1,11 +1,13 @@
-"""Signals that end a command or stop a run, and the end of the launcher, which counts as one. Imports little.
+"""How a command ends: by a signal, with its launcher, or when nobody reads its output. Imports little.
 
 `begin` makes Ctrl-C (SIGINT) and SIGTERM end a command from its first import on, with one line and status 130 or 143.
 In training a `StopSignal` records them instead, and all ranks act on them at the same step boundary.
+`quietly` ends a command without a word if the reader of its output has gone, as `head` does.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -14,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from vdtrain.errors import unwritable
 from vdtrain.redaction import redact_output
-from vdtrain.run.launcher import launchers
+from vdtrain.run.processes import launchers
 
 # Schedulers stop a run with these.
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -30,6 +34,11 @@ GRACE_SECONDS = 5.0
 # An import is not interrupted: so often it is seen whether it is over, and so long it may take.
 IMPORT_TURN_SECONDS, IMPORT_SECONDS = 0.05, 30.0
 SHOW_CURSOR = "\x1b[?25h"
+# As a shell gives it for a program that the signal ends. The signal itself would end training too, for any connection.
+GONE_STATUS = 128 + signal.SIGPIPE
+OUTPUTS = (1, 2)
+# No room for what is printed into a file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Ending:
@@ -252,3 +261,50 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         ending.saves = False
+
+
+def quietly(action: Callable[[], int]) -> int:
+    """The exit status of a command: that of `action`, or GONE_STATUS if nobody reads its output any more."""
+    try:
+        status = _status(action)
+        # Python itself would fail at its very end.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # It may be another pipe than that to the reader.
+        if not (gone := [each for each in OUTPUTS if _is_gone(each)]):
+            raise
+        status = GONE_STATUS
+        _discard(*gone)
+    except OSError as error:
+        # Of a file, the command itself has told.
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        _discard(1)
+        print(f"error: standard output: {unwritable(error, Path('/dev/stdout'), '')}", file=sys.stderr)
+        status = 1
+    return status
+
+
+def _status(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except SystemExit as end:
+        # So does argparse end a command.
+        if not isinstance(end.code, int):
+            raise
+        return end.code
+
+
+def _is_gone(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _discard(*descriptors: int) -> None:
+    """Let what is still printed to them go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for each in descriptors:
+        os.dup2(nowhere, each)
+    os.close(nowhere)

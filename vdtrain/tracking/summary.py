@@ -27,7 +27,7 @@ from vdtrain.config.schema import StageConfig, TrackingConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
 from vdtrain.files import atomic_write, read_record
 from vdtrain.redaction import redacted
-from vdtrain.run.launcher import started_by_command
+from vdtrain.run.processes import started_by_command
 from vdtrain.run.restarts import RECORD_FILE, START, Event, read_events
 from vdtrain.tracking.metrics import METRICS_FILE, last_metrics
 from vdtrain.tracking.wandb_run import WANDB_URL_FILE

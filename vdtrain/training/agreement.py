@@ -1,28 +1,43 @@
-"""Agreement of all processes on each step: trouble with the data, skipped steps, and a run that makes no progress."""
+"""Agreement of all processes: on the settings at the start, and on each step.
+
+A step needs it for trouble with the data, for skipped steps, and for a run that makes no progress.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vdtrain.config.schema import TrainConfig
+from vdtrain.config.fields import shown
+from vdtrain.config.instantiate import leaves
+from vdtrain.config.schema import ProcessesConfig, TrainConfig
 from vdtrain.data.loading import data_problem
 from vdtrain.data.manifest import ManifestError
 from vdtrain.data.stream import StreamError
 from vdtrain.diffusion.objective import QUARTERS
 from vdtrain.engine.engine import StepReport
 from vdtrain.errors import ConfigError, one_line, passes
+from vdtrain.redaction import redacted
 from vdtrain.run import distributed
 from vdtrain.run.distributed import SharedError
 from vdtrain.run.watchdog import Watchdog
+from vdtrain.training.continuation import SAID, UNSAID, UNSET, within
 
+# Settings that a process may have of its own: of its node, or used by process 0 alone. Of the data, only those that say
+# which samples are trained on must be the same. A value with a slash is a place, which may differ, too.
+OWN = (
+    *(each.name for each in fields(ProcessesConfig)),
+    *("runs_dir", "run_dir", "tracking", "max_restarts", "watchdog_seconds"),
+    *(f"hardware.{name}" for name in ("name", "memory_gb", "micro_batch_size", "loader_workers", "threads", "rates")),
+)
 # Characters of the line on a skipped step that name samples.
 NAMED_CHARACTERS = 2000
 # Errors that say themselves what is wrong and what to do.
@@ -40,6 +55,35 @@ class DataError(SharedError):
     def __init__(self, message: str, passes: bool, stuck: bool = False) -> None:
         super().__init__(message)
         self.passes, self.stuck = passes, stuck
+
+
+def agree_on_settings(raw_config: DictConfig) -> None:
+    """Refuse settings that the processes do not share, as when the commands on two nodes differ.
+
+    Without this, each process would update its part of the weights by its own settings, or wait for the others in vain.
+    Every process calls it.
+
+    Raises:
+        ConfigError: on every process.
+    """
+
+    settings: Any = redacted(OmegaConf.to_container(raw_config, resolve=True))
+    mine = {name: shown(value) for name, value in leaves("", settings) if _is_shared(name)}
+    first: dict[str, str] = distributed.broadcast_json(mine)
+    line = None
+    for name in dict.fromkeys([*first, *mine]):
+        theirs, ours = first.get(name, UNSET), mine.get(name, UNSET)
+        if theirs != ours and "/" not in f"{theirs}{ours}":
+            line = f"{name}={theirs}: process {distributed.rank()} has {ours}; give all processes the same settings"
+            break
+    if (found := distributed.first_failure(line)) is not None:
+        raise ConfigError(found)
+
+
+def _is_shared(name: str) -> bool:
+    if within(name, ("data",)):
+        return within(name, SAID) and not within(name, UNSAID)
+    return not within(name, OWN)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vdtrain.checkpoint.folder import CheckpointError
 from vdtrain.config.compose import ConfigError
+from vdtrain.config.fields import shown
 from vdtrain.config.instantiate import leaves, recorded, resolved
 from vdtrain.config.schema import CONSTANT, ModelConfig, StageConfig, TrainConfig
 from vdtrain.config.validation import phase_steps
@@ -231,17 +232,17 @@ def changes(
     old = {name: value for name, value in defaults if name in new and value != MISSING} | old
     for setting in [*new, *(each for each in old if each not in new)]:
         was, becomes = old.get(setting, UNSET), new.get(setting, UNSET)
-        other_version = (setting in old) != (setting in new) and not _within(setting, TABLES)
+        other_version = (setting in old) != (setting in new) and not within(setting, TABLES)
         # `start.check_frozen` compares files by their contents.
         if was == becomes or other_version or (names_file(was) and names_file(becomes)):
             continue
-        if _within(setting, FIXED):
+        if within(setting, FIXED):
             # Weights fit only their own model.
             remedy = "give another run_dir" if setting.startswith("model.") else other_run
-            earlier = f"run_dir={run_dir} has {_shown(was)}"
-            raise ConfigError(f"{setting}={_shown(becomes)}: {earlier}; restore it, or {remedy}")
-        line = f"{setting}={_shown(becomes)}: was {_shown(was)} until now"
-        if not _within(setting, SAID) or _within(setting, UNSAID):
+            earlier = f"run_dir={run_dir} has {shown(was)}"
+            raise ConfigError(f"{setting}={shown(becomes)}: {earlier}; restore it, or {remedy}")
+        line = f"{setting}={shown(becomes)}: was {shown(was)} until now"
+        if not within(setting, SAID) or within(setting, UNSAID):
             others.append(line)
             continue
         note = ""
@@ -316,12 +317,6 @@ def _at(value: Any, setting: str) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value as a user would write it."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _within(setting: str, groups: Sequence[str]) -> bool:
+def within(setting: str, groups: Sequence[str]) -> bool:
+    """Whether a setting is one of these, or part of one of these tables."""
     return any(setting == group or setting.startswith(f"{group}.") for group in groups)

@@ -46,7 +46,7 @@ class Scoring:
         if scores:
             self._scorer = ClipScorer(OWN_CLIP, config.model)
             if config.validation.fid_weights is not None:
-                self._inception = InceptionFeatures(config.validation.fid_weights)
+                self._inception = InceptionFeatures(config.validation.fid_weights, "validation.fid_weights")
 
     def figures(self, drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
         """The scores of what every flow made of the pairs, by flow and metric; on rank 0.

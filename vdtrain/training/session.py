@@ -29,15 +29,15 @@ from vdtrain.errors import described, one_line, unwritable
 from vdtrain.redaction import redacted
 from vdtrain.run import distributed
 from vdtrain.run.connections import connection_problem
-from vdtrain.run.launcher import started_by_command
 from vdtrain.run.lock import RunLock, take_together
+from vdtrain.run.processes import started_by_command
 from vdtrain.run.restarts import record_start
 from vdtrain.run.signals import StopSignal, ending
 from vdtrain.run.watchdog import DUMPS, Watchdog, record_collectives
 from vdtrain.tracking.reporting import environment_of
 from vdtrain.tracking.summary import CONFIG_FILE, next_command, read_config
 from vdtrain.tracking.surroundings import processor
-from vdtrain.training.agreement import DataError
+from vdtrain.training.agreement import DataError, agree_on_settings
 from vdtrain.training.build import build_trainer
 from vdtrain.training.continuation import stage_steps
 from vdtrain.training.start import Start, check_frozen, resolve_start
@@ -127,6 +127,7 @@ def _train(config: TrainConfig, raw_config: DictConfig, stop: StopSignal, watchd
     with watchdog.patient("joining the other processes"):
         place = distributed.start(config.hardware.device, timeout)
     distributed.watch(watchdog)
+    agree_on_settings(raw_config)
     lock = RunLock(Path(config.run_dir))
     try:
         waiting = "waiting for the run folder's lock"

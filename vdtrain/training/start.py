@@ -17,6 +17,7 @@ from vdtrain.config.instantiate import check_parts, recorded, recorded_model
 from vdtrain.config.schema import LoraConfig, ModelConfig, TrainConfig
 from vdtrain.errors import one_line
 from vdtrain.models.trained import is_adapter, merged, scale_of
+from vdtrain.run import distributed
 from vdtrain.tracking.summary import lost_checkpoints
 from vdtrain.training.continuation import (
     FROZEN,
@@ -141,18 +142,18 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
     content = origin.state
     now, files = frozen_contents(config.model), frozen_files(config.model)
     recorded: dict[str, str] = dict(content.get(FROZEN, {}))
-    lines = []
+    lines: list[str] = []
     if start.resume is not None:
-        # Earlier versions recorded no contents. A file that has moved is compared with the one at its old path.
-        for setting, path in frozen_files(recorded_config(content)["model"]).items():
-            if setting in recorded or setting not in files or files[setting] == path:
+        # Earlier versions recorded no contents. A file that has moved is compared with the one at its old path, which
+        # may be there on some nodes alone.
+        before = frozen_files(recorded_config(content)["model"])
+        moved = {name: path for name, path in before.items() if files.get(name, path) != path and name not in recorded}
+        for setting, found in distributed.on_first(lambda: _contents_of(moved)).items():
+            if found is not None:
+                recorded[setting] = found
                 continue
-            if Path(path).expanduser().is_file():
-                recorded[setting] = sha256(Path(path).expanduser())
-            else:
-                lines.append(
-                    f"{setting}={files[setting]}: was {path}; assumed to be the same file, which cannot be checked"
-                )
+            was = f"{setting}={files[setting]}: was {moved[setting]}"
+            lines.append(f"{was}; assumed to be the same file, which cannot be checked")
     for setting, content_now in now.items():
         # A setting in only one of the two is not compared.
         if recorded.get(setting, content_now) == content_now:
@@ -165,6 +166,12 @@ def check_frozen(start: Start, config: TrainConfig) -> list[str]:
             )
         lines.append(f"{other} stage.init_from={config.stage.init_from} was trained with")
     return lines
+
+
+def _contents_of(files: Mapping[str, str]) -> dict[str, str | None]:
+    """SHA-256 of each file by setting; None if it does not exist."""
+    paths = {setting: Path(path).expanduser() for setting, path in files.items()}
+    return {setting: sha256(path) if path.is_file() else None for setting, path in paths.items()}
 
 
 def check_schedule(config: TrainConfig, weights: Checkpoint | Path) -> None:

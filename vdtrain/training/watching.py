@@ -170,9 +170,10 @@ class Watching:
             self.reporter.note(self._said())
             try:
                 samples.drop_later(self.run_dir, self._samples())
+                chosen = [name for name in self.looks if self._missing(name)]
+            # Damage to the records must not end a run; the next looks come at their moments.
             except OSError as error:
                 self.reporter.warn(described(error))
-            chosen = [name for name in self.looks if self._missing(name)]
         self._look(distributed.broadcast_json(chosen))
 
     def due(self, last: bool) -> bool:
@@ -274,12 +275,15 @@ class Watching:
             if name == SAMPLES and (self._inputs is None or self._inputs[0] != resolution):
                 self._inputs = resolution, samples.Inputs.of(self.config, resolution)
             if name == VALIDATION and (self._pairs is None or self._pairs.resolution != resolution):
-                self._pairs = validation.Validation(self.config, self.objective, resolution, self.place.device)
+                pairs = validation.Validation(self.config, self.objective, resolution, self.place.device)
                 if self.config.validation.scored:
                     self._scoring = Scoring(self.config, resolution, self.place.device, self.place.rank == 0)
+                # Last, so that a process whose networks cannot be read tries again: the others wait for its samples.
+                self._pairs = pairs
             if name == VALIDATION and self._pairs is not None:
                 self._pairs.encode()
-        except (ConfigError, ManifestError, StreamError, OSError, torch.OutOfMemoryError) as error:
+        # None of this waits for other processes, and a look must not end a run.
+        except (ConfigError, ManifestError, StreamError, OSError, RuntimeError) as error:
             failure = data_problem(error, self.config.data.manifest)
         failed = distributed.first_failure(failure)
         spent[name] += time.monotonic() - began

@@ -1,15 +1,17 @@
-"""The process that launched this rank: the command itself, torchrun, Slurm's slurmstepd, or mpirun. Imports little.
+"""The processes of this machine: the launcher of this rank, its children, and who is alive. Imports little.
 
-A rank has variables that its launcher sets in every rank and does not have itself. So the launcher is the nearest
-ancestor without them, whatever shells and wrappers stand between. A process that a person started has none of these
-variables, and no launcher: it may outlive its shell. The same holds for a rank with a `nohup` of its own, and for one
-that left its launcher and became a child of init.
+The command itself, torchrun, Slurm's slurmstepd or mpirun launches a rank. A rank has variables that its launcher sets
+in every rank and does not have itself. So the launcher is the nearest ancestor without them, whatever shells and
+wrappers stand between. A process that a person started has none of these variables, and no launcher: it may outlive its
+shell. The same holds for a rank with a `nohup` of its own, and for one that left its launcher and became a child of
+init.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -87,6 +89,37 @@ def stat_of(pid: int) -> list[str]:
     """
     # The program's name before them, in parentheses, may hold any character.
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def machine() -> list[str]:
+    """Identity of a process-number space: a host since its boot, or a container on it."""
+    parts = [socket.gethostname()]
+    for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        try:
+            parts.append(os.readlink(name) if os.path.islink(name) else Path(name).read_text().strip())
+        except OSError:
+            parts.append("")
+    return parts
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in kernel ticks. This tells a reused process number from the old one.
+
+    None if there is no such process, "" if the system does not tell.
+    """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass
+    try:
+        state, *rest = stat_of(pid)
+    except FileNotFoundError:
+        return None if Path("/proc/self/stat").exists() else ""
+    except OSError:
+        return ""
+    return None if state in "ZX" else rest[18]
 
 
 def _parent(pid: int) -> int:

@@ -1,10 +1,10 @@
-"""This process's rank, from the launcher's environment variables. Needs no PyTorch."""
+"""This process's rank, from the launcher's environment variables, and commands that run on ranks. Needs no PyTorch."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from vdtrain.config.schema import ProcessesConfig
 from vdtrain.errors import ConfigError
 from vdtrain.redaction import redacted_output
 from vdtrain.run import elastic
-from vdtrain.run.launcher import FOREIGN_LAUNCHERS, in_step
+from vdtrain.run.processes import FOREIGN_LAUNCHERS, in_step
 from vdtrain.run.signals import ending
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -48,6 +48,9 @@ PROCESSES = tuple(each.name for each in fields(ProcessesConfig))
 # seen to live. And how often.
 TELL_SECONDS, TELL_HERE_SECONDS, TELL_TURN_SECONDS = 20.0, 300.0, 0.25
 OWN_NUMBERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+# The first entry of a Slurm node list, and what its brackets begin with: rack[1-2]gpu[07-10,12] begins at rack1gpu07.
+FIRST_NODES = re.compile(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)")
+FIRST_OF_RANGES = re.compile(r"\[(\w+)[^\]]*\]")
 
 
 Schema = TypeVar("Schema", bound=ProcessesConfig)
@@ -129,7 +132,7 @@ def run_command_on_ranks(
     try:
         launch = launch_variables()
     except ConfigError as error:
-        names = ("RANK", *FOREIGN_LAUNCHERS.values())
+        names = ("RANK", *FOREIGN_LAUNCHERS.values(), "SLURM_PROCID")
         first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
         if first or isinstance(error, OwnNumberError):
             print(f"error: {error}", file=sys.stderr)
@@ -220,11 +223,18 @@ def _first_is_here(launch: Mapping[str, str]) -> bool:
 
 def _slurm_launch() -> dict[str, str]:
     environment = os.environ
-    tasks = _slurm_tasks()
-    launch = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
-    if tasks != "1":
+    if not environment.get("SLURM_LOCALID"):
+        raise ConfigError("launcher: SLURM_LOCALID is not set beside SLURM_PROCID; let srun start the processes")
+    launch = {"RANK": str(number("SLURM_PROCID")), "LOCAL_RANK": environment["SLURM_LOCALID"]}
+    launch["WORLD_SIZE"] = _slurm_tasks()
+    if int(launch["RANK"]) >= int(launch["WORLD_SIZE"]):
+        raise OwnNumberError(
+            f"launcher: SLURM_PROCID={launch['RANK']}: SLURM_STEP_NUM_TASKS or SLURM_NTASKS tells of "
+            f"{launch['WORLD_SIZE']} processes, and they count from 0; let srun start the processes"
+        )
+    if launch["WORLD_SIZE"] != "1":
         # Rank 0 is on the step's first node, which may differ from the job's.
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         offset = number("SLURM_JOB_ID") + number("SLURM_STEP_ID")
         launch["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_node(nodes)
         launch["MASTER_PORT"] = environment.get("MASTER_PORT") or str(FIRST_PORT + offset % PORTS)
@@ -232,17 +242,16 @@ def _slurm_launch() -> dict[str, str]:
 
 
 def _slurm_tasks() -> str:
-    return os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return str(number("SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"))
 
 
 def _first_node(node_list: str) -> str:
-    """First host of a Slurm node list such as "gpu[07-10,12],login1"."""
-    if not set(node_list) & set("[],"):
-        return node_list
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"launcher: scontrol cannot read nodes {node_list!r} ({error}); set MASTER_ADDR") from error
-    return answer.stdout.split()[0]
+    """First host of a Slurm node list such as "gpu[07-10,12],login1". A container often lacks `scontrol`, which tells.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    found = FIRST_NODES.match(node_list)
+    if found is None:
+        raise ConfigError(f"launcher: SLURM_JOB_NODELIST={node_list}: not a list of nodes; set MASTER_ADDR")
+    return FIRST_OF_RANGES.sub(r"\1", found[0])
