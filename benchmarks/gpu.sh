@@ -13,7 +13,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 device="${DEVICE:-cuda}" python="${PYTHON:-python3}" out="${OUT:-benchmarks/results/gpu}"
-first="ahead resume graphs graphs_high cached graphs_cached graphs_cached_high graphs_text_to_image_high losses"
+first="replays update ahead resume graphs graphs_high cached graphs_cached graphs_cached_high"
+first+=" graphs_text_to_image_high losses"
 wheels="${WHEELS:-benchmarks/gpu_wheels}" seconds="${LIMIT:-530}" parts=" ${PARTS:-$first} "
 read -ra more <<<"${MORE:-}"
 # How many times its limit a part may take: a CPU may be busy with other things.
@@ -37,7 +38,8 @@ export PYTHONPYCACHEPREFIX="$work/bytecode"
 unset PYTHONDONTWRITEBYTECODE
 
 # A CPU has no CUDA graphs: there the parts would repeat others.
-wanted() { [[ ("$parts" == *" all "* || "$parts" == *" $1 "*) && ("$device" == cuda || "$1" != graphs*) ]]; }
+recorded="$device"
+wanted() { [[ ("$parts" == *" all "* || "$parts" == *" $1 "*) && ("$recorded" == cuda || "$1" != graphs*) ]]; }
 
 # start NAME SECONDS COMMAND...: begin a part, within its limit and that of the script.
 declare -A process began command
@@ -131,6 +133,10 @@ ahead() {
         "${size[@]}" "${four[@]}" "${compiled[@]}" "$@"
 }
 to_images="stage.flows=[image-to-image,text-to-image]" to_text="stage.flows=[image-to-text,text-to-text]"
+# Seconds beside the compiler's minutes: whether what no GPU has run yet runs at all.
+tiny=("$python" benchmarks/gpu_graphs.py --device "$device" "${small[@]}")
+start replays 150 "${tiny[@]}" eager recomputed compiled --output "$work/json/replays.json"
+start update 100 "${tiny[@]}" update --output "$work/json/update.json"
 for how in low high; do
     ahead "ahead_$how" "$to_images" resolution="${!how}"
     ahead "ahead_text_$how" "$to_text" resolution="${!how}"
@@ -141,6 +147,13 @@ for how in low high; do
     fi
 done
 part resume 60 "${check[@]}" resume "${on[@]}" "${eager[@]}" --output "$work/json/resume.json"
+finish update
+finish replays
+if [[ " ${failed[*]} " == *" replays "* ]]; then
+    echo "== CUDA graphs cannot be recorded here: the same parts without them"
+    recorded=no graphs=()
+    parts="${parts// graphs / compiled }" parts="${parts// graphs_high / compiled_high }" parts="${parts// graphs_/ }"
+fi
 for name in ahead_low ahead_text_low ahead_high ahead_text_high; do finish "$name"; done
 
 bench part graphs 300 "${four[@]}" "${compiled[@]}" "${graphs[@]}" resolution="$low"

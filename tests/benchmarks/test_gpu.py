@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "timm==1.0.22", "nvidia-curand")
@@ -93,6 +92,7 @@ def wheels(machine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
     found = list(wheels.glob("*.whl"))
     assert len(found) == WHEELS
@@ -126,11 +126,13 @@ def test_all_parts(machine: Path, wheels: Path, tmp_path: Path) -> None:
         high = "text_to_image_high_eager" if name == "text_to_image_eager" else f"{name}_high"
         for each in (name, high):
             assert results[each]["speed"]["pairs_per_second"] > 0
+    assert results["replays"]["failed"] == results["update"]["failed"] == []
     for how in ("low", "high"):
         assert f"== ahead_{how}: exit 0" in done.stdout
         assert f"== ahead_text_{how}: exit 0" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, for Inductor's CPU code")
 def test_bench_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -151,3 +153,34 @@ def test_bench_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
     # Graphs, and the code of their forward and backward passes.
     assert counts["autograd_cache_hit"] > 20
     assert counts["fxgraph_cache_hit"] > 40
+
+
+# Stands for Python: the preset of the card, a check of replays that fails, and parts that end well.
+STUB = """\
+#!/bin/sh
+case "$*" in
+    -c*) echo h200 ;;
+    *gpu_graphs.py*eager*) exit {status} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_where_no_graph_can_be_recorded_the_parts_run_without(tmp_path: Path, status: int) -> None:
+    python = tmp_path / "python"
+    python.write_text(STUB.format(status=status))
+    python.chmod(0o755)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PARTS", "MORE", "TRACES", "LIMIT")
+    }
+    settings = {"DEVICE": "cuda", "PYTHON": str(python), "WHEELS": str(tmp_path), "OUT": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")], env=environment | settings, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    log = (tmp_path / "gpu.log").read_text()
+    plain = {"update", "ahead_low", "ahead_text_low", "ahead_high", "ahead_text_high", "resume", "cached", "losses"}
+    with_graphs = {"graphs", "graphs_high", "graphs_cached", "graphs_cached_high", "graphs_text_to_image_high"}
+    without = {"compiled", "compiled_high", "cached_high", "text_to_image_high"}
+    assert set(re.findall(r"^== (\w+): exit", log, re.M)) == {"replays", *plain, *(without if status else with_graphs)}
+    assert ("cuda_graphs=true" in log) == (status == 0)

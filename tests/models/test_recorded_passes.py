@@ -5,6 +5,8 @@ No CUDA graph can be recorded on a CPU: a tape with the same rules about memory 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check_settings
 from vdtrain.models.diffuser import Diffuser, DiffuserInput
-from vdtrain.models.execution import Pass, Recorded, forget_passes, plain_passes, record_passes
+from vdtrain.models.execution import CudaTape, Pass, Recorded, forget_passes, plain_passes, record_passes
 from vdtrain.planning.memory import plan_stage
 from vdtrain.run import distributed
 from vdtrain.tracking.metrics import read_metrics
@@ -110,6 +112,51 @@ def test_passes_that_cannot_be_recorded_are_refused_in_one_line() -> None:
         gradients(diffuser, batches(0))
     assert "\n" not in str(refused.value)
     assert str(refused.value).endswith("; choose false")
+
+
+def test_the_first_error_of_a_capture_is_told_and_not_that_of_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Capture:
+        """As `torch.cuda.graph` ends after an error: by another one."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def pass_() -> list[Tensor | None]:
+        raise error
+
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    for error in (RuntimeError("a layer waits for the device"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(RuntimeError) as raised:
+            CudaTape().record(pass_)
+        assert raised.value is error
+
+
+def test_a_forgotten_recording_leaves_no_memory() -> None:
+    """Without the garbage collector: the next phase's recording needs the memory at once."""
+
+    class Graphs(MemoryTape):
+        """Like a CUDA graph, it keeps what the function computed and not the function."""
+
+        def record(self, function: Pass) -> Recorded:
+            return [None if each is None else each.detach() for each in function()], int
+
+    diffuser = make_diffuser()
+    record_passes(diffuser, Graphs)
+    gc.disable()
+    try:
+        gradients(diffuser, batches(0))
+        kept = weakref.ref(vars(diffuser)["forward"]._recording)
+        assert kept() is not None
+        forget_passes(diffuser)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_operations_can_be_seen_where_nothing_is_replayed() -> None:

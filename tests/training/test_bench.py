@@ -19,7 +19,7 @@ from vdtrain.config.schema import RatesConfig, TrainConfig
 from vdtrain.planning.memory import PhaseMemory, StagePlan, plan_stage
 from vdtrain.planning.speed import step_time
 from vdtrain.tracking.speed import BACKWARD, EXCHANGE, INSIDE, OPTIMISER, OperatorCount, StepClock
-from vdtrain.training.bench import kernel_kind
+from vdtrain.training.bench import kept_by_graphs, kernel_kind
 
 STAGE = ("stage=stage3_four_flow", *TINY)
 SMALL = ("hardware.micro_batch_size={32:4,64:4}", "warmup_steps=1", "timed_steps=3")
@@ -61,6 +61,20 @@ def test_one_process_is_measured(single: Path) -> None:
     assert Path(result["trace"]).parent == single.parent
     # Only a GPU has kernels.
     assert result["kernels"] is None
+    copied = result["copies"]
+    assert all(row["calls"] > 0 for row in copied)
+    assert [row["ms"] for row in copied] == sorted((row["ms"] for row in copied), reverse=True)
+    # The uint8 images, which each micro-batch converts.
+    assert any(row["shape"].startswith("[[4, 3, ") and "aten::" in row["within"] for row in copied)
+
+
+def test_memory_that_graphs_keep_is_counted_though_no_tensor_holds_it() -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 10},
+        {"segment_pool_id": (0, 3), "total_size": 100, "allocated_size": 60},
+        {"segment_pool_id": (0, 3), "total_size": 20, "allocated_size": 0},
+    ]
+    assert kept_by_graphs(segments) == 60
 
 
 @pytest.mark.slow

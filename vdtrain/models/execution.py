@@ -157,8 +157,14 @@ class CudaTape:
 
     def record(self, function: Pass) -> Recorded:
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = function()
+        except RuntimeError as error:
+            # What goes wrong in a capture lets its end fail too, and that error says nothing of the first.
+            if isinstance(error.__context__, RuntimeError):
+                raise error.__context__ from error
+            raise
         return [None if each is None else each.detach() for each in results], graph.replay
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from vdtrain.data.latents import MODALITY
 from vdtrain.data.loading import Prefetcher
 from vdtrain.data.synthetic import SyntheticStream
 from vdtrain.files import atomic_write
-from vdtrain.models.execution import plain_passes
+from vdtrain.models.execution import forget_passes, plain_passes
 from vdtrain.models.frozen_weights import without_weights
 from vdtrain.planning.dry_run import with_stand_ins
 from vdtrain.planning.memory import plan_stage
@@ -60,6 +60,8 @@ GB = 1e9
 FRAMES = 4
 # Rows of the table of kernels that are kept and that are printed, and the length of their names.
 ROWS, SHOWN_ROWS, NAME = 60, 25, 160
+# Rows of the table of copies that are printed.
+SHOWN_COPIES = 8
 # The first pattern that occurs in a kernel's name decides.
 KERNEL_KINDS = (
     ("triton", r"^triton_"),
@@ -222,10 +224,13 @@ def _measure(trainer: Trainer, config: BenchConfig, result: Result, memory_befor
             torch.cuda.reset_peak_memory_stats(device)
         parts = _timed(steps, config, result)
         peak = memory_gb(device) - memory_before
+        if config.hardware.cuda_graphs:
+            peak += kept_by_graphs(torch.cuda.memory_snapshot()) / GB
         _waits(steps, result)
         if config.profile and config.output is not None:
             _profiled(steps, result, Path(config.output))
-        # Last: from a step that is counted on, compiled code runs eagerly.
+        # Last: from a step that is counted on, compiled code runs eagerly. It needs what a recording keeps.
+        forget_passes(trainer.engine.module)
         flops = _counted(steps, config, result, parts)
         _rates(trainer, config, result, parts, flops)
         if trainer.place.rank == 0:
@@ -237,6 +242,17 @@ def _measure(trainer: Trainer, config: BenchConfig, result: Result, memory_befor
             result.add("memory", memory, f"peak {peak:.2f} GB{what}, `vdtrain plan` says {planned:.2f} GB")
     finally:
         steps.batches.close()
+
+
+def kept_by_graphs(segments: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that recorded graphs keep for their replays, and that no tensor holds any more.
+
+    Args:
+        segments: as `torch.cuda.memory_snapshot` gives them. The pool (0, 0) is that of no graph.
+    """
+    pools = (each for each in segments if tuple(each["segment_pool_id"]) != (0, 0))
+    kept: int = sum(each["total_size"] - each["allocated_size"] for each in pools)
+    return kept
 
 
 def _timed(steps: _Steps, config: BenchConfig, result: Result) -> dict[str, float]:
@@ -370,13 +386,38 @@ def _reported(found: Counter[str]) -> Iterator[None]:
 def _profiled(steps: _Steps, result: Result, output: Path) -> None:
     trace = output.with_suffix(".trace.json")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, record_shapes=True) as recorded:
         steps.make(StepClock(steps.trainer.place.device))
         steps.finish()
     if steps.trainer.place.rank == 0:
         recorded.export_chrome_trace(str(trace))
     result.add("trace", str(trace), str(trace))
     _kernels(recorded, result)
+    found = copies(recorded)
+    result.add("copies", found[:ROWS], f"of operators, {len(found)} kinds; those that take most time:")
+    for each in found[:SHOWN_COPIES]:
+        result.say("", f"{each['ms']:8.2f} ms {each['calls']:6,} x {each['shape']} {each['within']}")
+
+
+def copies(recorded: profile) -> list[dict[str, Any]]:
+    """What PyTorch's copying operator copied, by shape and by the operators around it; the longest first.
+
+    The names of its kernels say neither. The time is the GPU's, or a CPU's where there is no GPU. A replayed CUDA graph
+    calls no operators.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in recorded.events():
+        if event.name != "aten::copy_":
+            continue
+        around, parent = list[str](), event.cpu_parent
+        while parent is not None:
+            around.append(parent.name.removeprefix("autograd::engine::evaluate_function: "))
+            parent = parent.cpu_parent
+        key = str(event.input_shapes[:1]), " < ".join(around[:FRAMES])
+        row = found.setdefault(key, {"shape": key[0], "within": key[1], "calls": 0, "ms": 0.0})
+        row["calls"] += 1
+        row["ms"] += (event.device_time_total if torch.cuda.is_available() else event.cpu_time_total) / 1e3
+    return sorted(found.values(), key=lambda row: row["ms"], reverse=True)
 
 
 def _kernels(recorded: profile, result: Result) -> None:
