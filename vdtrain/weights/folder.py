@@ -54,6 +54,8 @@ STEM = "model"
 INDEX_FILE = "weights.json"
 MODEL_FILE = "model.yaml"
 CARD_FILE = "README.md"
+# Of a folder for diffusers.
+PIPELINE_FILE = "model_index.json"
 SHARD_BYTES = 2 * 2**30
 
 
@@ -128,6 +130,11 @@ def is_weights_folder(path: Path) -> bool:
     return (path / INDEX_FILE).is_file()
 
 
+def is_export(path: Path) -> bool:
+    """Whether a folder is an export or an import of ours, which another one may replace."""
+    return is_weights_folder(path) or (path / PIPELINE_FILE).is_file()
+
+
 def write_weights_folder(
     path: Path, tensors: Mapping[str, Tensor], model: ModelConfig, overwrite: bool = False, card: str | None = None
 ) -> None:
@@ -142,7 +149,7 @@ def write_weights_folder(
     Raises:
         ConfigError: the path exists already, or the folder cannot be written.
     """
-    with written_whole(path, f"output={path}", overwrite) as draft:
+    with written_whole(path, f"output={path}", overwrite, is_export) as draft:
         draft.mkdir()
         items = ((to_released(name), tensor) for name, tensor in track(tensors.items(), "writing", "tensors"))
         write_shards(draft, STEM, items)
