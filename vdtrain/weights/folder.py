@@ -60,7 +60,9 @@ SHARD_BYTES = 2 * 2**30
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one file. Tensors may share memory; each gets a copy of its own.
+    """Write one file, which only its owner can read (see `vdtrain.files.atomic_write`).
+
+    Tensors may share memory; each gets a copy of its own.
 
     Args:
         metadata: strings for the file's header, beside "format".
@@ -76,15 +78,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             plain = plain.clone()
         owners.add(owner)
         separate[name] = plain
-    path.touch()
-    mode = path.stat().st_mode
     try:
         # transformers needs "format" in the metadata.
         save_file(separate, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise system_error(error) or OSError(str(error)) from error
-    # The library makes files that only their owner can read.
-    path.chmod(mode)
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
