@@ -342,6 +342,7 @@ MISTAKES = [
     ("train", "hardware.micro_batch_size[512]=4", "write hardware.micro_batch_size.512=4"),
     ("train", "stage.phases=[{resolution: 256, sample: 1}]", "no such setting 'sample', only resolution, samples; did"),
     ("train", "model.modalities={image: {foo: 1}}", "no such setting 'foo', only data_layers, context_layers, vae"),
+    ("train", 'hardware.micro_batch_size={"512": 4}', "4}: must be a table whose names are integers, without quotes"),
     ("train", "hardware.micro_batch_size={48: 2}", "no such entry, only 256, 512; write + before it"),
     ("train", "--cfg=hydra", "write --cfg job"),
     ("train", "run_dir=", "run_dir=: empty; give a file or folder"),

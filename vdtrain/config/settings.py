@@ -240,7 +240,7 @@ def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, 
     if isinstance(error, errors.MissingMandatoryValue):
         return key, f"has no value; give {key}=VALUE"
     if isinstance(error, errors.KeyValidationError):
-        return key, "must be a table whose names are integers"
+        return near or key, "must be a table whose names are integers, without quotes"
     if isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError | errors.ConfigIndexError):
         return key, str(unknown(key, schema)).removeprefix(f"{key}: ")
     if isinstance(error, errors.InterpolationResolutionError):
