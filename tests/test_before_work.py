@@ -117,6 +117,14 @@ MISTAKES = [
     (["evaluate", "model", "device=cuda"], "device=cuda: PyTorch finds no GPU here"),
     (["weights", "export", "safetensors", "mine/out", "model"], "output=mine/out: cannot be written"),
     (["weights", "export", "safetensors", "red.png", "model"], "exists already; overwrite=true replaces it"),
+    # Whatever a folder of other things holds, it is lost if it is replaced.
+    (["weights", "export", "safetensors", "data", "model", "overwrite=true"], "output=data: data holds other"),
+    (["weights", "export", "diffusers", "data", "model", "overwrite=true"], "output=data: data holds other"),
+    (["weights", "export", "versatile_diffusion", "data", "model", "overwrite=true"], "data is a folder, not a"),
+    (["weights", "import", "safetensors", "x", "output=data", "overwrite=true"], "output=data: data holds other"),
+    (["report", "model", "output=data", "overwrite=true"], "output=data: cannot be written (data is a folder"),
+    (["compare", "model", "model", "output=data", "overwrite=true"], "(data is a folder, not a file)"),
+    (["bench", "model=tiny", "hardware=cpu", "output=data", "overwrite=true"], "(data is a folder, not a file)"),
 ]
 
 

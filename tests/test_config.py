@@ -94,7 +94,9 @@ def test_shipped_batches_divide_on_a_node(name: str, hardware: str, tmp_path: Pa
     overrides += ["model=tiny", "data=shapes"] if hardware == "cpu" else []
     config = load(*overrides)
     for modality in config.model.modalities.values():  # weights are not part of the repository
-        modality.vae, modality.context_encoder = {}, {}
+        modality.vae, modality.context_encoder = (
+            {"_target_": each["_target_"]} for each in (modality.vae, modality.context_encoder)
+        )
     check(config, world_size=2 if hardware == "cpu" else 8)
 
 
@@ -155,6 +157,20 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("hardware.activation_checkpointing=all", ["hardware.activation_checkpointing=all", "none, context, blocks"]),
         ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),
         ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
+        ("objective.flow_weights={image-to-image:-1}", ["flow_weights.image-to-image=-1: must be above 0"]),
+        ("seed=-1", ["seed=-1: must be at least 0"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]: AdamW has two; give two, e.g. [0.9, 0.999]"]),
+        ("model.diffuser.channels=[]", ["model.diffuser.channels=[]: empty", "at least one level"]),
+        ("model.diffuser.channels=[64,60]", ["channels=[64, 60]: model.diffuser.norm_groups=8 does not divide 60"]),
+        ("model.diffuser.heads=7", ["channels=[64, 64]: model.diffuser.heads=7 does not divide 64", "multiple of 7"]),
+        (
+            "model.modalities.image.vae._target_=os.system",
+            ["model.modalities.image.vae.block_out_channels: os.system takes no such argument"],
+        ),
+        (
+            "model.modalities.image.context_layers._target_=vdtrain.models.Nope",
+            ["model.modalities.image.context_layers._target_=vdtrain.models.Nope: cannot be imported"],
+        ),
         ("ema.decay=1", ["ema.decay=1"]),
         ("ema.length=0.6", ["ema.length=0.6", "0.1 its last tenth"]),
         ("model.schedule=papre", ["model.schedule=papre", "choose from paper, released"]),
@@ -181,6 +197,26 @@ def test_a_mistake_is_one_line_that_names_setting_and_remedy(
     assert shown.err.startswith("error: ")
     for part in expected:
         assert part in shown.err
+
+
+def test_arguments_that_a_part_refuses_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest").mkdir()
+    places = [f"data.manifest={tmp_path}/manifest", f"run_dir={tmp_path}/run"]
+    assert main([*MINIATURE, *places, "model.modalities.image.vae.block_out_channels=[1]"]) == 2
+    expected = "model.modalities.image.vae: norm_num_groups=2 does not divide block_out_channels=[1]"
+    assert capsys.readouterr().err == f"error: {expected}; correct its arguments\n"
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest").mkdir()
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    for place in (file, file / "run"):
+        assert main([*MINIATURE, f"data.manifest={tmp_path}/manifest", f"run_dir={place}"]) == 2
+        shown = capsys.readouterr()
+        why = f"cannot be written ({file} is a file, not a folder); move {file} away, or choose another place"
+        assert shown.err == f"error: run_dir={place}: {why}\n"
+        assert shown.out == ""
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vdtrain.files import FileRecord, LockedError, atomic_write, damage, draft_o
 
 
 def write(path: Path, text: str, overwrite: bool = False, fail: bool = False) -> None:
-    with written_whole(path, f"output={path}", overwrite) as draft:
+    with written_whole(path, f"output={path}", overwrite, lambda folder: (folder / "content").exists()) as draft:
         draft.mkdir()
         (draft / "content").write_text(text)
         assert not path.exists() or (path / "content").read_text() != text
@@ -31,6 +31,25 @@ def test_a_folder_appears_whole_and_is_replaced_only_on_request(tmp_path: Path) 
     write(tmp_path / "a", "two", overwrite=True)
     assert (tmp_path / "a" / "content").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    kept = tmp_path / "photos" / "a.png"
+    kept.parent.mkdir()
+    kept.write_text("an image")
+    with pytest.raises(ConfigError, match="photos holds other files, which are not replaced; give another folder"):
+        write(tmp_path / "photos", "two", overwrite=True)
+    with (
+        pytest.raises(ConfigError, match=r"photos is a folder, not a file\); move .*photos away"),
+        written_whole(tmp_path / "photos", "output=photos", overwrite=True) as draft,
+    ):
+        draft.write_text("a file")
+    assert kept.read_text() == "an image"
+    (tmp_path / "empty").mkdir()
+    with written_whole(tmp_path / "empty", "output=empty", True, lambda folder: False) as draft:
+        draft.mkdir()
+        (draft / "content").touch()
+    assert (tmp_path / "empty" / "content").exists()
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

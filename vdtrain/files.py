@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -191,17 +191,20 @@ def _replace(path: Path, draft: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[Path]:
+def written_whole(
+    path: Path, place: str, overwrite: bool = False, ours: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """`atomic_write` of what a setting names.
 
     Args:
         place: the setting and its value, for errors.
         overwrite: replace what stands at `path`.
+        ours: see `refuse_existing`.
 
     Raises:
         ConfigError: `path` exists and may not be replaced, or cannot be written.
     """
-    refuse_existing(path, place, overwrite)
+    refuse_existing(path, place, overwrite, ours=ours)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as draft:
@@ -213,13 +216,17 @@ def written_whole(path: Path, place: str, overwrite: bool = False) -> Iterator[P
         raise ConfigError(f"{place}: {_said(found, path)}") from error
 
 
-def refuse_existing(path: Path, place: str, overwrite: bool, setting: str = "overwrite") -> None:
+def refuse_existing(
+    path: Path, place: str, overwrite: bool, setting: str = "overwrite", ours: Callable[[Path], bool] | None = None
+) -> None:
     """Raise a ConfigError if there is something at `path` that may not be replaced, or nothing can be written there.
 
     A folder that an interrupted replacement moved away comes back first.
 
     Args:
         setting: that lets it be replaced.
+        ours: for a result that is a folder, whether a folder is an earlier result; None for a result that is a file.
+            Nothing lets another folder be replaced: it may hold a run, or the user's images.
     """
     check_output(path.parent, place)
     replaced = path.with_name(path.name + REPLACED)
@@ -230,8 +237,20 @@ def refuse_existing(path: Path, place: str, overwrite: bool, setting: str = "ove
         except OSError as error:
             raise ConfigError(f"{place}: {unwritable(error, each)}") from error
     _settle(path, replaced)
+    refuse_folder(path, place, ours)
     if path.exists() and not overwrite:
         raise ConfigError(f"{place}: {path} exists already; {setting}=true replaces it")
+
+
+def refuse_folder(path: Path, place: str, ours: Callable[[Path], bool] | None = None) -> None:
+    """Raise a ConfigError if `path` is a folder that no result may replace; see `refuse_existing`."""
+    if not path.is_dir():
+        return
+    if ours is None:
+        error = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise ConfigError(f"{place}: {unwritable(error, path)}")
+    if not ours(path) and any(path.iterdir()):
+        raise ConfigError(f"{place}: {path} holds other files, which are not replaced; give another folder")
 
 
 def check_output(folder: Path, place: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check
-from vdtrain.run.ranks import run_command_on_ranks
+from vdtrain.files import check_output
+from vdtrain.run.ranks import launch_variables, run_command_on_ranks
 from vdtrain.run.signals import SCHEDULER_SIGNALS, StopSignal
 
 USAGE = """\
@@ -34,8 +36,11 @@ Examples:
 
 
 def checked(config: TrainConfig, processes: int) -> TrainConfig:
-    """The settings, which fit each other and the number of processes."""
+    """The settings, which fit each other and the number of processes; the run folder can be written."""
     check(config, processes)
+    # Of several nodes one may lack the folder. They find that out together when they lock it.
+    if launch_variables()["WORLD_SIZE"] == "1":
+        check_output(Path(config.run_dir), f"run_dir={config.run_dir}")
     return config
 
 

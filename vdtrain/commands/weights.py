@@ -135,14 +135,17 @@ def import_weights(name: str, path: str, config: WeightsConfig) -> int:
 
 def export_weights(name: str, output: Path, config: WeightsConfig) -> int:
     """Export in a format by name; returns the exit status."""
+    place = f"output={output}"
     if name == "versatile_diffusion":
         if output.suffix in (".safetensors", ".json"):
-            raise ConfigError(f"output={output}: the result is a PyTorch file; end its name with .pth")
+            raise ConfigError(f"{place}: the result is a PyTorch file; end its name with .pth")
+        refuse_existing(output, place, config.overwrite)
+        refuse_existing(card_beside(output), place, config.overwrite)
     else:
+        from vdtrain.weights.folder import is_export
+
         _refuse_name(output, "a folder")
-    refuse_existing(output, f"output={output}", config.overwrite)
-    if name == "versatile_diffusion":
-        refuse_existing(card_beside(output), f"output={output}", config.overwrite)
+        refuse_existing(output, place, config.overwrite, ours=is_export)
     import torch
 
     from vdtrain.training.start import open_weights

@@ -12,10 +12,18 @@ from typing import Any
 from vdtrain.config.fields import look_up
 from vdtrain.config.overrides import Override
 from vdtrain.config.settings import nearest, unknown
+from vdtrain.config.suggestions import FOREIGN
 from vdtrain.errors import ConfigError, printable
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 HELP, PRINT, RESOLVE = ("--help", "-h"), ("--cfg", "-c", "--cfg=job", "-c=job"), "--resolve"
+# What stands in the place of Hydra's own flags.
+ONE_RUN = "a command makes one run; type it once for each value"
+OWN_OPTIONS = "add a folder of options with hydra.searchpath=[FOLDER], and choose them with GROUP=OPTION"
+HYDRAS = {
+    **dict.fromkeys(("--multirun", "-m"), ONE_RUN),
+    **dict.fromkeys(("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"), OWN_OPTIONS),
+}
 # What a setting's key looks like; a prompt such as "E=mc2" or a path such as runs/lr=1e-4 does not.
 SETTING_KEY = re.compile(r"[a-z_][a-z0-9_.]*")
 # Every word after it is a plain argument.
@@ -102,23 +110,31 @@ def split(argv: Sequence[str], schema: type, groups: Collection[str], takes_plai
     for index, word in enumerate(words):
         if FLAG.fullmatch(word):
             flags.add(_flag(word, schema, takes_plain))
-        elif word == "job" and words[max(0, index - 1)] in PRINT:
-            continue
+        elif words[max(0, index - 1)] in PRINT[:2] and word in ("job", "all", "hydra"):
+            if word != "job":
+                raise ConfigError(f"--cfg {word}: write --cfg job")
         elif (override := _override(word, schema, groups, takes_plain)) is not None:
             overrides.append(override)
         else:
             early.append(word)
+    if RESOLVE in flags and not flags & set(PRINT):
+        raise ConfigError(f"{RESOLVE}: goes with --cfg job")
     return CommandLine(False, bool(flags & set(PRINT)), RESOLVE in flags, overrides, [*early, *plain])
 
 
 def _flag(word: str, schema: type, takes_plain: bool) -> str:
-    name, equal, value = word.lstrip("-").replace("-", "_").partition("=")
     if word in (*PRINT, RESOLVE):
         return word
-    if word.startswith(("--cfg=", "-c=")):
-        raise ConfigError(f"{word}: write --cfg job")
+    flag, equal, value = printable(word).partition("=")
+    if flag in PRINT:
+        raise ConfigError(f"{printable(word)}: write --cfg job")
+    if flag in HYDRAS:
+        raise ConfigError(f"unknown flag {printable(word)}: {HYDRAS[flag]}")
+    name = flag.lstrip("-").replace("-", "_")
     own = [name] if look_up(schema, name) is not None else nearest(name, schema)[: int(len(name) > 1)]
-    meant = f"write {own[0]}={value if equal else 'VALUE'}" if own else SETTING_FORM
+    # The value of another program's word may have another meaning.
+    kept = equal and name not in FOREIGN
+    meant = f"write {own[0]}={value if kept else 'VALUE'}" if own else SETTING_FORM
     plain = "; put a plain argument that begins with - last, after --" if takes_plain else ""
     raise ConfigError(f"unknown flag {printable(word)}: {meant}{plain}")
 

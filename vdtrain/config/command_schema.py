@@ -205,6 +205,7 @@ class EvaluateConfig(SamplerConfig, ProcessesConfig):
     prompts: FilePath | None = setting("file of their prompts by name; null for the one in the folder")
     captions: FilePath | None = setting("file of generated captions by name, measured in place of a checkpoint's")
     real_images: FilePath | None = setting("folder of real images, in place of the pairs of data.manifest")
+    seed: int = setting("seed of the samples, and of the choice of pairs", 0, least=0)
     flows: list[str] = setting("flows that are measured; of images or captions that are given, the one they are of")
     guidance_scales: list[float] = setting("scales that are measured one by one; [] for guidance_scale alone")
     samples: int | None = setting(

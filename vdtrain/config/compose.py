@@ -98,6 +98,11 @@ def parsed(word: str) -> Override:
         ConfigError: it does not have the form of an override.
     """
     override = Override.parse(word)
+    if override is None and "=" in word:
+        key, _, text = word.partition("=")
+        dotted = re.sub(r"\[(\w+)\]", r".\1", key)
+        hint = SETTING_FORM if dotted == key else f"write {printable(dotted)}={printable(text)}"
+        raise ConfigError(f"{printable(word)}: {printable(key)!r} is no name of a setting; {hint}")
     if override is None:
         hint = next(
             (f"did you mean {group.replace('/', '.')}={option}?" for group, option in _options_like(word)), SETTING_FORM
@@ -158,8 +163,10 @@ def _composed(config_name: str | None, words: list[str], schema: type) -> DictCo
             f"{SEARCH_PATH}={folder}: no such folder; give one that holds model/, stage/ ..."
         ) from warning
     except MissingConfigException as error:
-        group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        raise _no_option(group, option, error.options) from error
+        file = error.missing_cfg_file or ""
+        inside = [each for each in groups() if file.startswith(f"{each}/")]
+        group = max(inside, key=len) if inside else file.rpartition("/")[0]
+        raise _no_option(group, file.removeprefix(f"{group}/"), error.options) from error
     # Hydra passes on the errors of YAML, of the disk and of OmegaConf, beside its own.
     except UnicodeDecodeError as error:
         raise ConfigError(_undecodable(error, words)) from error

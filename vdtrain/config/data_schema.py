@@ -168,7 +168,7 @@ class InspectConfig:
     shards: int = setting("shards drawn at random for the figures of captions and aspect ratios", least=1)
     images: int = setting("images on the contact sheet, drawn at random; 0 for no sheet", least=0)
     pixels: int = setting("side of each image on the contact sheet", least=32)
-    seed: int = setting("seed of the random draws")
+    seed: int = setting("seed of the random draws", least=0)
     output: FilePath | None = setting("file of the contact sheet; null for inspect.png beside the manifest")
     overwrite: bool = setting("replace an existing file", False)
 
@@ -189,7 +189,7 @@ class ShapesConfig:
     folder: FilePath = setting("folder of the images and their metadata")
     images: int = setting("number of images", least=1)
     pixels: int = setting("side of each image", least=1)
-    seed: int = setting("seed of the drawings")
+    seed: int = setting("seed of the drawings", least=0)
     port: int = setting("port that serve listens on", least=0, most=65535)
 
 

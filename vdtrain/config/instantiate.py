@@ -27,7 +27,8 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
     """Call the object that `specification["_target_"]` names with the other entries and `arguments`.
 
     Raises:
-        ConfigError: no such target, or an unknown or a missing argument; the error names `setting`.
+        ConfigError: no such target, an unknown or a missing argument, or a ValueError of the target itself; the error
+            names `setting`.
     """
     target, options = find_target(specification, setting)
     given = [key for key in options if key in arguments]
@@ -38,7 +39,13 @@ def instantiate(specification: Mapping[str, Any], setting: str, **arguments: Any
         inspect.signature(target).bind(**arguments, **options)
     except TypeError as error:
         raise ConfigError(f"{setting}: {error}; {name} takes {', '.join(parameters)}") from error
-    return target(**arguments, **options)
+    try:
+        return target(**arguments, **options)
+    except ValueError as error:
+        # Classes derived from it are errors of ours.
+        if type(error) is not ValueError:
+            raise
+        raise ConfigError(f"{setting}: {one_line(error)}; correct its arguments") from error
 
 
 def takes(specification: Mapping[str, Any], setting: str, argument: str) -> bool:

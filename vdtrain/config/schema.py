@@ -218,7 +218,9 @@ class ObjectiveConfig:
     context_dropout: float = setting(
         "probability of the unconditional context, for classifier-free guidance", least=0, below=1
     )
-    flow_weights: dict[str, float] = setting("weight of a flow's loss, by flow; 1 for a flow that is not named")
+    flow_weights: dict[str, float] = setting(
+        "weight of a flow's loss, by flow; 1 for a flow that is not named", above=0
+    )
     min_snr_gamma: float | None = setting(
         "largest signal-to-noise ratio whose timesteps count in full (Hang et al. 2023); 5 is usual, null counts all "
         "alike",
@@ -318,7 +320,7 @@ class TrainConfig(ProcessesConfig):
     validation: ValidationConfig = MISSING
     runs_dir: FilePath = setting("folder of all runs")
     run_dir: FilePath = setting("folder of this run")
-    seed: int = setting("seed of weights, data order and noise")
+    seed: int = setting("seed of weights, data order and noise", least=0)
     log_every_steps: int = setting("steps between lines of the log", least=1)
     watchdog_seconds: float | None = setting(WATCHDOG, least=1)
     max_restarts: int = setting("how often a Slurm job requeues itself; 0 never does", least=0)

@@ -13,7 +13,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf, errors, open
 from vdtrain.config.data_schema import PREPARATION
 from vdtrain.config.fields import Mark, SettingType, keys, look_up
 from vdtrain.config.overrides import Override, SettingValueError
-from vdtrain.config.suggestions import nearest_keys
+from vdtrain.config.suggestions import meant, nearest_keys
 from vdtrain.errors import ConfigError
 
 ADDS = "write + before it to add an entry"
@@ -76,6 +76,11 @@ def apply(config: DictConfig, override: Override, schema: type) -> None:
         raise ConfigError(f"{override.shown}: {error}") from error
     except errors.OmegaConfBaseException as error:
         absent = isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError)
+        kind = getattr(error, "object_type", None)
+        if absent and isinstance(kind, type) and (fields := SettingType(kind).fields) is not None:
+            raise ConfigError(
+                f"{override.shown}: no such setting {error.key!r}, only {', '.join(fields)}{meant(error.key, fields)}"
+            ) from error
         if absent and setting.fields is None and not override.sign:
             raise ConfigError(f"{override.shown}: no such entry, {_names(present)}; {ADDS}") from error
         where, what = explained(error, schema, override.key)
@@ -235,7 +240,7 @@ def explained(error: BaseException, schema: type, near: str = "") -> tuple[str, 
     if isinstance(error, errors.MissingMandatoryValue):
         return key, f"has no value; give {key}=VALUE"
     if isinstance(error, errors.KeyValidationError):
-        return key, "must be a table whose names are integers"
+        return near or key, "must be a table whose names are integers, without quotes"
     if isinstance(error, errors.ConfigKeyError | errors.ConfigAttributeError | errors.ConfigIndexError):
         return key, str(unknown(key, schema)).removeprefix(f"{key}: ")
     if isinstance(error, errors.InterpolationResolutionError):

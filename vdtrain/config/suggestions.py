@@ -14,26 +14,35 @@ OURS = {
     "batch_size": ("batch", "bs", "bsz", "train_batch_size"),
     "checkpoint": ("ckpt",),
     "checkpoint.every_steps": ("save_every", "save_steps"),
+    "checkpoint.keep": ("checkpoints_total_limit", "save_top_k", "save_total_limit"),
     "data": ("dataset",),
+    "ema.enabled": ("use_ema",),
     "fidelity": ("strength",),
+    "gpus": ("devices", "n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
     "guidance_scale": ("cfg",),
+    "hardware.attention": ("enable_xformers_memory_efficient_attention", "use_xformers"),
     "inputs": ("image", "images", "prompt", "prompts"),
     "learning_rate": ("lr",),
-    "micro_batch_size": ("accumulation", "gradient_accumulation_steps"),
+    "micro_batch_size": ("accumulate_grad_batches", "accumulation", "gradient_accumulation_steps"),
+    "nnodes": ("num_machines", "num_nodes"),
+    "node_rank": ("machine_rank",),
+    "optimizer.gradient_clip": ("gradient_clip_val", "max_grad_norm"),
     "optimizer.schedule": ("lr_scheduler",),
     "output": ("dest", "out"),
     "output_dir": ("dir", "output"),
     "precision": ("amp", "dtype", "mixed_precision"),
     "processes": ("workers",),
+    "rendezvous": ("main_process_ip", "master_addr", "rdzv_endpoint"),
     "resolution": ("image_size", "size"),
     "run_dir": ("output_dir",),
     "samples": ("num_images",),
     "solver": ("sampler", "scheduler"),
     "stage.global_batch_size": ("batch_size",),
-    "stage.phases": ("epochs",),
-    "stage.samples_scale": ("max_steps",),
+    "stage.init_from": ("pretrained_model_name_or_path",),
+    "stage.phases": ("epochs", "max_epochs", "num_train_epochs"),
+    "stage.samples_scale": ("max_steps", "max_train_steps"),
     "steps": ("num_inference_steps",),
-    "tracking": ("logger", "wandb"),
+    "tracking": ("logger", "report_to", "wandb"),
     "workers": ("num_workers",),
 }
 FOREIGN = {foreign: own for own, words in OURS.items() for foreign in words}
@@ -41,12 +50,15 @@ VALUES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "full": "fp3
 
 
 def meant(word: Any, names: Iterable[Any]) -> str:
-    """The end of an error: "; did you mean NAME?" for the name most like a word, or "" if none is like it."""
+    """The end of an error: "; did you mean NAME?" for the name most like a word, or "" if none is like it.
+
+    If a word begins several names, all are like it.
+    """
     known, text = [str(name) for name in names], str(word).lower()
     foreign = [VALUES[text]] if VALUES.get(text) in known else []
     begun = [name for name in known if len(text) >= LEAST_PART and name.startswith(text)]
-    found = foreign or (begun if len(begun) == 1 else difflib.get_close_matches(text, known, n=1))
-    return f"; did you mean {found[0]}?" if found and found[0] != str(word) else ""
+    found = foreign or begun[:MOST] or difflib.get_close_matches(text, known, n=1)
+    return f"; did you mean {' or '.join(found)}?" if found and found[0] != str(word) else ""
 
 
 def nearest_keys(key: str, known: Collection[str], aside: Collection[str]) -> list[str]:
@@ -56,6 +68,7 @@ def nearest_keys(key: str, known: Collection[str], aside: Collection[str]) -> li
         aside: tables whose settings are named only if no other setting is as much like it.
     """
     words = [key.lower().replace("-", "_")]
+    table, _, last = words[0].rpartition(".")
     while (foreign := FOREIGN.get(words[-1])) is not None and foreign not in words:
         words.append(foreign)
     for word in words[1:]:
@@ -64,13 +77,15 @@ def nearest_keys(key: str, known: Collection[str], aside: Collection[str]) -> li
     for word in words:
         rated = {each: _likeness(word, each) for each in known}
         best = max(rated.values(), default=0.0)
-        found = [each for each, likeness in rated.items() if likeness == best]
+        # The table itself is no answer.
+        found = [each for each, likeness in rated.items() if likeness == best and each != table]
         found = [each for each in found if not any(f"{each}.".startswith(f"{part}.") for part in aside)] or found
-        if best >= LEAST_LIKENESS:
+        if best >= LEAST_LIKENESS and found:
             least = min(each.count(".") for each in found)
             found = [each for each in found if each.count(".") == least]
             return sorted(found, key=lambda each: -_alike(word, each))[:MOST]
-    return []
+    # Such as optimizer.lr and trainer.max_epochs.
+    return nearest_keys(last, known, aside) if table and last in FOREIGN else []
 
 
 def _likeness(word: str, key: str) -> float:

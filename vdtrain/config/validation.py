@@ -25,6 +25,9 @@ from vdtrain.config.suggestions import meant
 from vdtrain.errors import ConfigError, missing, one_line
 from vdtrain.flows import Flow, active_groups
 
+# The parts of a modality that a flow uses: of its context, and of its output.
+CONTEXT_PARTS, DATA_PARTS = ("context_layers", "context_encoder"), ("data_layers", "vae")
+
 
 def stage_flows(config: TrainConfig) -> list[Flow]:
     """The stage's flows, in order.
@@ -205,6 +208,26 @@ def problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     yield from missing_weights(config.model, _missing_start(config))
     yield from _data_problems(config)
     yield from _watch_problems(config)
+    # These import large libraries.
+    yield from _part_problems(config)
+
+
+def _part_problems(config: TrainConfig) -> Iterator[str]:
+    """A line on each part of the stage's flows whose class cannot be imported, or does not take an argument."""
+    try:
+        flows = stage_flows(config)
+    except ConfigError:
+        # `setting_problems` reports it.
+        return
+    used = [
+        (modality, part)
+        for flow in flows
+        for modality, parts in ((flow.context, CONTEXT_PARTS), (flow.output, DATA_PARTS))
+        for part in parts
+    ]
+    for modality, part in dict.fromkeys(used):
+        specification = getattr(config.model.modalities[modality], part)
+        yield from problem_of(partial(find_target, specification, f"model.modalities.{modality}.{part}"))
 
 
 def reads_index(config: TrainConfig) -> bool:
@@ -301,6 +324,7 @@ def setting_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
                 f"stage.phases.{index}.samples={phase.samples} x samples_scale={stage.samples_scale}: "
                 f"less than one batch of {stage.global_batch_size}"
             )
+    yield from _unfit_sizes(config)
     yield from _contradictions(config, world_size)
 
 
@@ -310,6 +334,24 @@ def problem_of(action: Callable[[], object]) -> Iterator[str]:
         action()
     except ConfigError as error:
         yield str(error)
+
+
+def _unfit_sizes(config: TrainConfig) -> Iterator[str]:
+    """A line on each size that AdamW or the layers of the diffuser cannot have."""
+    if len(config.optimizer.betas) != 2:
+        yield f"optimizer.betas={shown(config.optimizer.betas)}: AdamW has two; give two, e.g. [0.9, 0.999]"
+    sizes = config.model.diffuser
+    place = f"model.diffuser.channels={shown(sizes.channels)}"
+    if not sizes.channels:
+        yield f"{place}: empty; give the channels of at least one level, e.g. [64, 64]"
+        return
+    # The middle has the channels of the last level, and attention.
+    attending = [width for level, width in enumerate(sizes.channels) if level in sizes.attention_levels]
+    widths = {"norm_groups": sizes.channels, "heads": [*attending, sizes.channels[-1]]}
+    for name, divided in widths.items():
+        parts = max(1, getattr(sizes, name))
+        if odd := [width for width in divided if width % parts]:
+            yield f"{place}: model.diffuser.{name}={parts} does not divide {odd[0]}; choose a multiple of {parts}"
 
 
 def _contradictions(config: TrainConfig, world_size: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 import vdtrain
 from vdtrain.errors import ConfigError, unwritable
-from vdtrain.files import check_output, opened, write_text, written_whole
+from vdtrain.files import check_output, opened, refuse_folder, write_text, written_whole
 
 PAGES = Path(__file__).parent / "pages"
 QUALITY = 82
@@ -39,6 +39,7 @@ def check_page(path: Path, place: str, overwrite: bool) -> None:
         ConfigError: it cannot be written, or must not be replaced.
     """
     check_output(path.absolute().parent, place)
+    refuse_folder(path, place)
     if not path.exists() or overwrite:
         return
     try:

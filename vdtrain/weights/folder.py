@@ -54,11 +54,15 @@ STEM = "model"
 INDEX_FILE = "weights.json"
 MODEL_FILE = "model.yaml"
 CARD_FILE = "README.md"
+# Of a folder for diffusers.
+PIPELINE_FILE = "model_index.json"
 SHARD_BYTES = 2 * 2**30
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one file. Tensors may share memory; each gets a copy of its own.
+    """Write one file, which only its owner can read (see `vdtrain.files.atomic_write`).
+
+    Tensors may share memory; each gets a copy of its own.
 
     Args:
         metadata: strings for the file's header, beside "format".
@@ -74,15 +78,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             plain = plain.clone()
         owners.add(owner)
         separate[name] = plain
-    path.touch()
-    mode = path.stat().st_mode
     try:
         # transformers needs "format" in the metadata.
         save_file(separate, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise system_error(error) or OSError(str(error)) from error
-    # The library makes files that only their owner can read.
-    path.chmod(mode)
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -128,6 +128,11 @@ def is_weights_folder(path: Path) -> bool:
     return (path / INDEX_FILE).is_file()
 
 
+def is_export(path: Path) -> bool:
+    """Whether a folder is an export or an import of ours, which another one may replace."""
+    return is_weights_folder(path) or (path / PIPELINE_FILE).is_file()
+
+
 def write_weights_folder(
     path: Path, tensors: Mapping[str, Tensor], model: ModelConfig, overwrite: bool = False, card: str | None = None
 ) -> None:
@@ -142,7 +147,7 @@ def write_weights_folder(
     Raises:
         ConfigError: the path exists already, or the folder cannot be written.
     """
-    with written_whole(path, f"output={path}", overwrite) as draft:
+    with written_whole(path, f"output={path}", overwrite, is_export) as draft:
         draft.mkdir()
         items = ((to_released(name), tensor) for name, tensor in track(tensors.items(), "writing", "tensors"))
         write_shards(draft, STEM, items)

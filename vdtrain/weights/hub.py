@@ -14,10 +14,9 @@ from pathlib import Path, PurePosixPath
 from vdtrain.config.command_schema import WeightsConfig
 from vdtrain.errors import ConfigError, described, one_line
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.weights.folder import CARD_FILE, is_weights_folder, open_weights_folder
+from vdtrain.weights.folder import CARD_FILE, is_export, is_weights_folder, open_weights_folder
 from vdtrain.weights.tensor_files import SUFFIXES, choose
 
-PIPELINE_FILE = "model_index.json"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 SAFETENSORS = ".safetensors"
 # What may stand beside the weights: descriptions, vocabularies, and images of a model card.
@@ -69,7 +68,7 @@ def files_of(folder: Path, place: str) -> tuple[list[Path], list[Path]]:
         raise ConfigError(f"{place}: no such folder; make it with `vdtrain weights export safetensors {folder.name}`")
     if is_weights_folder(folder):
         open_weights_folder(folder, "push")
-    elif not (folder / PIPELINE_FILE).is_file():
+    elif not is_export(folder):
         raise ConfigError(
             f"{place}: not an export; make one with `vdtrain weights export safetensors OUTPUT {folder.name}`, and "
             "push OUTPUT"

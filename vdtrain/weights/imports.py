@@ -137,10 +137,11 @@ def source_of(file: str, model: ModelConfig) -> str | None:
 
 def _fetched(source: str, path: str, config: WeightsConfig, needed: Collection[str] = ()) -> Path:
     """The local path of a published diffuser. Where the diffuser will go is checked first."""
+    from vdtrain.weights.folder import is_export
     from vdtrain.weights.hub import fetched
     from vdtrain.weights.published.layouts import pipeline_source
 
-    refuse_existing(Path(str(config.output)), f"{OUTPUT}={config.output}", config.overwrite)
+    refuse_existing(Path(str(config.output)), f"{OUTPUT}={config.output}", config.overwrite, ours=is_export)
     local = fetched(path, needed)
     if (other := pipeline_source(local)) not in (None, source):
         raise ConfigError(

@@ -28,12 +28,11 @@ from vdtrain.models.image_vae import ImageVAE
 from vdtrain.models.layer_plan import NORM_EPSILON
 from vdtrain.models.tokenizers import released_tokenizer
 from vdtrain.progress import track
-from vdtrain.weights.folder import CARD_FILE, write_shards
+from vdtrain.weights.folder import CARD_FILE, PIPELINE_FILE, is_export, write_shards
 from vdtrain.weights.published.diffusers_names import IMAGE_SIDE, MODEL_STEM, UnetNames, check_whole, unets
 from vdtrain.weights.published.frozen_names import to_hugging_face
 from vdtrain.weights.tensor_files import LazyTensors
 
-INDEX_FILE = "model_index.json"
 FLAT_UNET_MODULE = "diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet"
 """The module of the text U-Net's class. The published folder names "versatile_diffusion", which no longer exists."""
 COMPONENTS = {
@@ -73,13 +72,13 @@ def write_pipeline(
         WeightsError: layers are missing, or diffusers cannot run one of the model's parts.
     """
     place = f"{setting}={folder}"
-    refuse_existing(folder, place, overwrite)
+    refuse_existing(folder, place, overwrite, ours=is_export)
     diffuser, names_by_unet = unets(model)
     tensors = LazyTensors.of(tensors)
     check_whole(tensors, model, place)
     dtype = tensors.entries["global_layers.0.weight"].dtype
     image, text = (names.data for names in names_by_unet.values())
-    with written_whole(folder, place, overwrite) as draft:
+    with written_whole(folder, place, overwrite, is_export) as draft:
         for part, names in names_by_unet.items():
             (draft / part).mkdir(parents=True)
             meta_unet(model, diffuser, names).save_config(draft / part)
@@ -90,7 +89,7 @@ def write_pipeline(
         write_image_encoder(draft / "image_encoder", draft / "image_feature_extractor", model, image, dtype)
         write_scheduler(draft / "scheduler", model.schedule)
         index = {"_class_name": "VersatileDiffusionPipeline", "_diffusers_version": version("diffusers"), **COMPONENTS}
-        (draft / INDEX_FILE).write_text(json.dumps(index, indent=2))
+        (draft / PIPELINE_FILE).write_text(json.dumps(index, indent=2))
         if card is not None:
             write_text(draft / CARD_FILE, card)
 
