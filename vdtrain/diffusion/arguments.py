@@ -28,6 +28,8 @@ DIFFUSERS = {
 RESOLUTION = "resolution"
 SETTINGS = (*(field.name for field in fields(SamplingConfig)), RESOLUTION)
 SEED_END = 2**31
+# What PyTorch takes.
+FIRST_SEED, LAST_SEED = -(2**63), 2**64 - 1
 
 
 def accepts_names_of_diffusers(method: Method) -> Method:
@@ -94,9 +96,11 @@ def seeds_of(generator: Any, seed: int, count: int) -> list[int]:
             of one for each sample.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is something else, or no generator takes such a seed.
     """
     if generator is None:
+        if not FIRST_SEED <= seed <= LAST_SEED - count:
+            raise ConfigError(f"seed={seed}: PyTorch's generators do not take it; give one of 0 to {SEED_END - 1}")
         return list(range(seed, seed + count))
     if isinstance(generator, torch.Generator):
         first = _drawn(generator)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from vdtrain.config.command_schema import EvaluateConfig
 from vdtrain.config.compose import ConfigError
 from vdtrain.config.schema import ModelConfig
+from vdtrain.config.validation import check_guidance
 from vdtrain.evaluation.named import CAPTIONS, PROMPTS, SUFFIXES, Names, read_texts
 from vdtrain.evaluation.pairs import MOST_SAMPLES, RealSamples, check_count
 from vdtrain.evaluation.parts import Part
@@ -315,7 +316,10 @@ def _given_flow(config: EvaluateConfig, usual: str) -> Flow:
 
 def _scales(config: EvaluateConfig) -> list[float | None]:
     scales = config.guidance_scales
-    if len(set(scales)) < len(scales):
+    for scale in scales:
+        check_guidance("guidance_scales", scale)
+    # Results are named by six digits.
+    if len({f"{scale:g}" for scale in scales}) < len(scales):
         raise ConfigError(f"guidance_scales={scales}: name each scale once")
     return [None] if not scales else [*scales]
 

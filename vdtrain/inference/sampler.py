@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,8 +223,6 @@ def check_sampler(config: SamplerConfig, model: ModelConfig) -> None:
         ConfigError: with the setting, its value and the remedy.
     """
     check_sampling(SamplingConfig(**{each.name: getattr(config, each.name) for each in fields(SamplingConfig)}), model)
-    if not math.isfinite(config.guidance_scale):
-        raise ConfigError(f"guidance_scale={config.guidance_scale}: must be a finite number")
     _solver(config, model)
     for line in missing_weights(model):
         raise ConfigError(line)
