@@ -167,19 +167,10 @@ def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:
         ConfigError: with the setting, its value and the remedy.
     """
     check_values(settings)
-    check_guidance("guidance_scale", settings.guidance_scale)
+    if not math.isfinite(settings.guidance_scale):
+        raise ConfigError(f"guidance_scale={settings.guidance_scale}: must be a finite number")
     check_resolution("height", settings.height, model)
     check_resolution("width", settings.width, model)
-
-
-def check_guidance(setting: str, scale: float) -> None:
-    """Refuse a guidance scale that is not finite.
-
-    Raises:
-        ConfigError: with the setting, its value and the remedy.
-    """
-    if not math.isfinite(scale):
-        raise ConfigError(f"{setting}={scale}: must be a finite number")
 
 
 def check_resolution(setting: str, resolution: int, model: ModelConfig) -> None:
