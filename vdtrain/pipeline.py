@@ -21,7 +21,15 @@ from vdtrain.config.command_schema import SamplingConfig
 from vdtrain.config.schema import ModelConfig
 from vdtrain.config.validation import check_sampling
 from vdtrain.diffusion import editing
-from vdtrain.diffusion.arguments import accepts_names_of_diffusers, seeds_of, typed_settings
+from vdtrain.diffusion.arguments import (
+    accepts_names_of_diffusers,
+    check_number,
+    check_output_type,
+    drawn_seeds,
+    seeds_of,
+    typed_settings,
+    whole,
+)
 from vdtrain.diffusion.contexts import focus as focused
 from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalised
 from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
@@ -29,7 +37,7 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError, one_line
 from vdtrain.flows import Flow, flow_of
 from vdtrain.grid import Pictures as Pictures
-from vdtrain.media import LATENTS, OUTPUT_TYPES, PICTURES, batch_of, is_text, presented, read_mask
+from vdtrain.media import LATENTS, PICTURES, batch_of, is_text, presented, read_mask
 from vdtrain.models.diffuser import Context, Diffuser, allocated, layer_group
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.models.frozen_weights import compare
@@ -211,13 +219,13 @@ class VersatileDiffusion:
             ConfigError: the model has no layers for the flow, an input is not of its context, or a setting is invalid.
         """
         wanted, chosen = self.flow(flow), self.settings(settings)
-        _check_output_type(output_type)
-        times = _whole("samples_per_input", samples_per_input)
+        check_output_type(output_type)
+        times = whole("samples_per_input", samples_per_input)
         if negative_prompt is not None and (wanted.context != TEXT or not is_text(negative_prompt)):
             raise ConfigError(f"negative_prompt={negative_prompt!r:.60}: one text, for flows from text")
         size = chosen.height, chosen.width
         given = batch_of(wanted.context, inputs, (min(size), min(size)))
-        seeds = _seeds(generator, settings, chosen, len(given) * times)
+        seeds = drawn_seeds(generator, settings, chosen, len(given) * times)
         start = self._start(wanted.output, start_from, fidelity, size, len(given))
         if start is not None and fidelity == 1:
             kept = start if output_type != LATENTS else self.encode_latents(wanted.output, start, chosen.batch_size)
@@ -264,15 +272,15 @@ class VersatileDiffusion:
             ConfigError: the model has no layers for a modality, an input is of another, or a setting is invalid.
         """
         chosen = self.settings(settings)
-        _check_output_type(output_type)
+        check_output_type(output_type)
         listed = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-        if not listed or _whole("count", count, 0) < 1:
+        if not listed or whole("count", count, 0) < 1:
             raise ConfigError(f"contexts: {len(listed)} for {count} samples; give at least one of each")
         parts = [ContextInput.of(each) for each in listed]
         for each in parts:
             self.flow(Flow(output, each.modality).name)
-            _number("weight", each.weight)
-        seeds, side = _seeds(generator, settings, chosen, count), min(chosen.height, chosen.width)
+            check_number("weight", each.weight)
+        seeds, side = drawn_seeds(generator, settings, chosen, count), min(chosen.height, chosen.width)
         contexts = [self._context(each, side, f"contexts.{number}") for number, each in enumerate(parts)]
         weights = [each.weight for each in parts]
         normalised(weights)
@@ -304,9 +312,9 @@ class VersatileDiffusion:
             The new images, and the captions of the changed latents.
         """
         chosen = self.settings(settings)
-        _check_output_type(output_type)
-        _number("text_share", text_share)
-        _whole("style_rank", style_rank)
+        check_output_type(output_type)
+        check_number("text_share", text_share)
+        whole("style_rank", style_rank)
         for name, words in (("remove", remove), ("add", add)):
             if not is_text(words):
                 raise ConfigError(f"{name}={words!r:.60}: give one text")
@@ -319,7 +327,7 @@ class VersatileDiffusion:
             add,
             text_share=text_share,
             style_rank=style_rank,
-            seeds=_seeds(generator, settings, chosen, len(given)),
+            seeds=drawn_seeds(generator, settings, chosen, len(given)),
             progress=progress,
             decode=output_type != LATENTS,
             **settings,
@@ -494,31 +502,9 @@ def usable(device: torch.device | str | int) -> torch.device:
     return found
 
 
-def _check_output_type(given: str) -> None:
-    if given not in OUTPUT_TYPES:
-        raise ConfigError(f"output_type={given!r:.60}: choose one of {', '.join(OUTPUT_TYPES)}")
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r:.60}: give a whole number of at least {least}")
-    return value
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value!r:.60}: give a number")
-
-
 def _focused(tokens: Tensor, focus: Any) -> Tensor:
-    _number("focus", focus)
+    check_number("focus", focus)
     return focused(tokens, focus)
-
-
-def _seeds(generator: Any, given: Mapping[str, Any], chosen: SamplingConfig, count: int) -> list[int]:
-    if generator is not None and "seed" in given:
-        raise ConfigError("generator: given together with seed; leave one out")
-    return seeds_of(generator, chosen.seed, count)
 
 
 def _repeated(batch: Any, times: int) -> Any:

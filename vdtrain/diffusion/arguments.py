@@ -14,6 +14,7 @@ import torch
 from vdtrain.config.command_schema import SamplingConfig
 from vdtrain.config.fields import NAMES, SettingType
 from vdtrain.errors import ConfigError
+from vdtrain.media import OUTPUT_TYPES
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -86,6 +87,32 @@ def typed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = value
     side = found.pop(RESOLUTION, None)
     return found if side is None else {"height": side, "width": side, **found}
+
+
+def check_output_type(given: str) -> None:
+    """Refuse what is none of `OUTPUT_TYPES`; a ConfigError."""
+    if given not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type={given!r:.60}: choose one of {', '.join(OUTPUT_TYPES)}")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A value that must be a whole number of at least `least`; else a ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r:.60}: give a whole number of at least {least}")
+    return value
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number; a ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r:.60}: give a number")
+
+
+def drawn_seeds(generator: Any, given: Mapping[str, Any], chosen: SamplingConfig, count: int) -> list[int]:
+    """`seeds_of` the settings chosen; a ConfigError if a generator and a seed are both given."""
+    if generator is not None and "seed" in given:
+        raise ConfigError("generator: given together with seed; leave one out")
+    return seeds_of(generator, chosen.seed, count)
 
 
 def seeds_of(generator: Any, seed: int, count: int) -> list[int]:
