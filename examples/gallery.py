@@ -37,7 +37,7 @@ STRIPS: dict[str, list[tuple[str, str]]] = {
         ("", CIRCLE),
         ("seen through", MASK),
         ("and", SQUARE),
-        ("and", "“an image on a\nblack background”"),
+        ("and", "“a picture on a\nblack background”"),
         *(("", f"multi-context/{index:04d}.png") for index in range(4)),
     ],
     "focus": [

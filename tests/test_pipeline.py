@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,8 @@ def test_fidelity_keeps_more_and_more_of_the_start(model: VersatileDiffusion) ->
     ]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] == 0
+    whole = images(model, CAPTIONS, start_from=given, fidelity=1, output_type="latent")
+    assert torch.equal(whole, model.encode_latents("image", given))
     for wrong, message in (
         ({"fidelity": 0.5}, r"start_from: nothing for 3 inputs; fidelity=0\.5 needs one"),
         ({"fidelity": 0.5, "start_from": given[:2]}, "start_from: 2 for 3 inputs"),
@@ -241,6 +244,16 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert line.startswith(f"error: {mistake.partition('=')[0]}")
 
 
+def test_a_caption_is_one_line_of_its_file(tmp_path: Path) -> None:
+    """Also one with what Python takes for the end of a line, which a decoder may well make."""
+    words = ["flow=text-to-text", f"output_dir={tmp_path}", "steps=2"]
+    given = ["inputs=[a, b]", 'start_from=["two\nlines\u2028and a third", "another"]', "fidelity=1"]
+    for number in ("", "-0002"):
+        assert sample(["tiny", *words, *given]) == 0
+        lines = (tmp_path / f"captions{number}.txt").read_text().splitlines()
+        assert lines == ["two lines and a third", "another"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(["tiny", "a red circle", "device=cuda"]) == 2
@@ -302,6 +315,21 @@ def test_every_kind_of_output(model: VersatileDiffusion) -> None:
     assert model.blend("image", ["a"], output_type="latent", **SMALL).shape == (1, 4, 4, 4)
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(50, 0.1), (25, 0.2), (10, 0.3), (10, 0.99), (10, 1.0)])
+def test_strength_takes_as_many_steps_as_in_diffusers(model: VersatileDiffusion, steps: int, strength: float) -> None:
+    """Their product has no rounding error there; that of 1 - fidelity may fall below a whole number."""
+    taken: list[int] = []
+
+    def watched(turns: Sequence[int]) -> Sequence[int]:
+        taken.extend(turns)
+        return turns
+
+    start = {"start_from": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}
+    given = {"strength": strength} | (start if strength < 1 else {})
+    images(model, CAPTIONS[:1], steps=steps, progress=watched, **given)
+    assert len(taken) == int(steps * strength)
+
+
 def test_names_of_diffusers(model: VersatileDiffusion) -> None:
     ours = model.generate("text-to-image", CAPTIONS[:1], samples_per_input=2, steps=3, height=32, width=32, **BYTES)
     names = {"num_inference_steps": 3, "num_images_per_prompt": 2, "resolution": 32}
@@ -330,6 +358,19 @@ def test_generators_decide(model: VersatileDiffusion) -> None:
     assert (alike[0].int() - alike[1].int()).abs().max() <= 1
     assert len(model.blend("image", CAPTIONS, count=2, generator=generator(), **SMALL)) == 2
     assert len(model.edit(first, add="a star", generator=generator(), **SMALL)[0]) == 1
+
+
+def test_each_generator_decides_its_own_edit(model: VersatileDiffusion) -> None:
+    """Also the words of its caption, which the image is made from; one step leaves many words likely."""
+
+    def edited(*seeds: int) -> list[str]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        given = torch.zeros(len(seeds), 3, 32, 32, dtype=torch.uint8)
+        return model.edit(given, add="a star", generator=generators, **{**SMALL, "steps": 1, "solver": "unipc"})[1]
+
+    alone = [*edited(5), *edited(6), *edited(7)]
+    assert len(set(alone)) == 3
+    assert edited(5, 6, 7) == alone
 
 
 def test_a_model_moves_and_changes_its_precision(model: VersatileDiffusion) -> None:
@@ -365,6 +406,24 @@ def test_a_model_moves_and_changes_its_precision(model: VersatileDiffusion) -> N
         ("text-to-image", "a", {"start_from": Image.new("RGB", (8, 8))}, "start_from: nothing of it remains"),
         ("text-to-image", "a", {"start_from": torch.zeros(3, 8, 8), "fidelity": 0.5}, "start_from: 8 x 8, for images"),
         ("text-to-text", "a", {"focus": "style"}, "focus='style': give a number"),
+        ("text-to-image", "a", {"guidance_scale": math.nan}, "guidance_scale=nan: must be a finite number"),
+        ("text-to-image", "a", {"guidance_scale": 1e39, **SMALL}, r"guidance_scale=1e\+39: latents are not finite"),
+        (
+            "image-to-text",
+            torch.zeros(3, 8, 8),
+            {"guidance_scale": 1e39},
+            r"guidance_scale=1e\+39: latents are not fin",
+        ),
+        ("text-to-image", ["a", "b"], {"seed": 2**64 - 1}, "seed=18446744073709551615: PyTorch's generators do not"),
+        ("text-to-image", "a", {"seed": -(2**63) - 1}, "seed=-9223372036854775809: PyTorch's generators do not"),
+        ("text-to-image", "red \udcff", {}, r"inputs: number 0 is 'red \\udcff', which UTF-8 cannot write"),
+        ("text-to-image", "a", {"negative_prompt": "\ud83d"}, "negative_prompt='.*': one text"),
+        (
+            "text-to-text",
+            "a",
+            {"start_from": "\ud83d", "fidelity": 0.5},
+            "start_from: number 0 is .* UTF-8 cannot write",
+        ),
         ("image-to-image", torch.zeros(3, 8, 8), {"negative_prompt": "a"}, "negative_prompt='a': one text"),
     ],
 )
@@ -380,6 +439,9 @@ def test_mistakes_of_the_other_methods(model: VersatileDiffusion) -> None:
     mistakes: list[tuple[Callable[[], object], str]] = [
         (lambda: model.blend("image", [3]), "contexts: 3 is no context"),
         (lambda: model.blend("image", [("a", "b")]), "weight='b': give a number"),
+        (lambda: model.blend("image", [("a", math.nan), "b"]), "none may be negative or infinite"),
+        (lambda: model.blend("image", [("a", math.inf), "b"]), "none may be negative or infinite"),
+        (lambda: model.edit(torch.zeros(3, 8, 8), add="\udcff"), "add=.*: give one text"),
         (lambda: model.blend("image", [ContextInput("image", "nowhere.png")]), "nowhere.png: "),
         (lambda: model.blend("image", [ContextInput("image", torch.zeros(2, 3, 8, 8))]), "contexts.0: 2 samples"),
         (lambda: model.edit("nowhere.png", add="a"), "nowhere.png: "),

@@ -137,7 +137,7 @@ def test_a_image_that_is_a_folder_or_text_is_asked_for_as_a_image(world: World) 
     pillow_heif.from_pillow(Image.new("RGB", (40, 40))).save(world / "phone.heic")
     for file, reason in (
         ("moving.png", "moving.png: GIF is not read; give a file of JPEG, PNG, WEBP, AVIF or HEIC"),
-        ("model", "is a folder, not a file"),
+        ("model", "model: cannot be read (model is a folder, not a file); give an image file"),
         ("notes.png", "cannot identify"),
         ("none.png", "No such"),
     ):

@@ -105,7 +105,8 @@ def unreadable(error: OSError, path: Path, another: str = "give another file") -
         another: the remedy if none is known for the cause.
     """
     cause, remedy = _explained(error, path)
-    return f"cannot be read ({cause}); {remedy or another}"
+    # Moving a folder away, which helps a writer, gives nothing to read.
+    return f"cannot be read ({cause}); {(remedy if not isinstance(error, IsADirectoryError) else '') or another}"
 
 
 def described(error: OSError) -> str:

@@ -94,12 +94,19 @@ def read_captions(given: Sequence[Any], size: tuple[int, int]) -> list[str]:
     """Captions to the letter.
 
     Raises:
-        ValueError: one is not a text.
+        ValueError: one is not a text, or has characters that are none.
     """
     for index, each in enumerate(given):
         if not isinstance(each, str):
             raise ValueError(f"number {index} is {_kind(each)} and not a caption; give text, or take another flow")
+        if not is_text(each):
+            raise ValueError(f"number {index} is {each!r:.60}, which UTF-8 cannot write; correct its characters")
     return list(given)
+
+
+def is_text(given: Any) -> bool:
+    """Whether something is a text that tokenizers take: half of a surrogate pair, from broken JSON, is no character."""
+    return isinstance(given, str) and given.encode("utf-8", "replace").decode() == given
 
 
 def next_number(folder: Path, modality: str) -> int:
@@ -264,11 +271,12 @@ def write_images(samples: Tensor, folder: Path, settings: Mapping[str, Any]) -> 
 def write_captions(samples: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     """Write captions.txt, one caption on each line, and the settings beside it.
 
-    Later ones in the same folder go into captions-0004.txt, named by the number of the first.
+    Later ones in the same folder go into captions-0004.txt, named by the number of the first. A line break within a
+    caption becomes a space: lines are counted, and matched with what they were made from.
     """
     number = f"-{settings[FIRST]:04d}" if settings.get(FIRST) else ""
     file, beside = (folder / f"{CAPTIONS}{number}{suffix}" for suffix in (".txt", ".json"))
-    texts = {file: "".join(f"{caption}\n" for caption in samples), beside: json.dumps(dict(settings))}
+    texts = {file: "".join(f"{' '.join(caption.split())}\n" for caption in samples), beside: json.dumps(dict(settings))}
     for path, text in texts.items():
         with atomic_write(path) as draft:
             draft.write_text(text, encoding="utf-8")

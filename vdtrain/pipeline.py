@@ -21,7 +21,15 @@ from vdtrain.config.command_schema import SamplingConfig
 from vdtrain.config.schema import ModelConfig
 from vdtrain.config.validation import check_sampling
 from vdtrain.diffusion import editing
-from vdtrain.diffusion.arguments import accepts_names_of_diffusers, seeds_of, typed_settings
+from vdtrain.diffusion.arguments import (
+    accepts_names_of_diffusers,
+    check_number,
+    check_output_type,
+    drawn_seeds,
+    seeds_of,
+    typed_settings,
+    whole,
+)
 from vdtrain.diffusion.contexts import focus as focused
 from vdtrain.diffusion.contexts import joined_by_modality, make_mixing, normalised
 from vdtrain.diffusion.sampling import Mixing, Progress, alone, denoise, guided, make_solver
@@ -29,7 +37,7 @@ from vdtrain.diffusion.schedule import Schedule
 from vdtrain.errors import ConfigError, one_line
 from vdtrain.flows import Flow, flow_of
 from vdtrain.grid import Pictures as Pictures
-from vdtrain.media import LATENTS, OUTPUT_TYPES, PICTURES, batch_of, presented, read_mask
+from vdtrain.media import LATENTS, PICTURES, batch_of, is_text, presented, read_mask
 from vdtrain.models.diffuser import Context, Diffuser, allocated, layer_group
 from vdtrain.models.frozen import FrozenParts, build_frozen
 from vdtrain.models.frozen_weights import compare
@@ -211,16 +219,17 @@ class VersatileDiffusion:
             ConfigError: the model has no layers for the flow, an input is not of its context, or a setting is invalid.
         """
         wanted, chosen = self.flow(flow), self.settings(settings)
-        _check_output_type(output_type)
-        times = _whole("samples_per_input", samples_per_input)
-        if negative_prompt is not None and (wanted.context != TEXT or not isinstance(negative_prompt, str)):
+        check_output_type(output_type)
+        times = whole("samples_per_input", samples_per_input)
+        if negative_prompt is not None and (wanted.context != TEXT or not is_text(negative_prompt)):
             raise ConfigError(f"negative_prompt={negative_prompt!r:.60}: one text, for flows from text")
         size = chosen.height, chosen.width
         given = batch_of(wanted.context, inputs, (min(size), min(size)))
-        seeds = _seeds(generator, settings, chosen, len(given) * times)
+        seeds = drawn_seeds(generator, settings, chosen, len(given) * times)
         start = self._start(wanted.output, start_from, fidelity, size, len(given))
-        if start is not None and fidelity == 1 and output_type != LATENTS:
-            return presented(wanted.output, _repeated(start, times), output_type)
+        if start is not None and fidelity == 1:
+            kept = start if output_type != LATENTS else self.encode_latents(wanted.output, start, chosen.batch_size)
+            return presented(wanted.output, _repeated(kept, times), output_type)
         tokens = _focused(self.encode_context(wanted.context, given, chosen.batch_size), focus)
         without = None if negative_prompt is None else [Context(TEXT, self.encode_context(TEXT, [negative_prompt]))]
         latents = None if start is None else self.encode_latents(wanted.output, start, chosen.batch_size)
@@ -263,24 +272,21 @@ class VersatileDiffusion:
             ConfigError: the model has no layers for a modality, an input is of another, or a setting is invalid.
         """
         chosen = self.settings(settings)
-        _check_output_type(output_type)
+        check_output_type(output_type)
         listed = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-        if not listed or _whole("count", count, 0) < 1:
+        if not listed or whole("count", count, 0) < 1:
             raise ConfigError(f"contexts: {len(listed)} for {count} samples; give at least one of each")
         parts = [ContextInput.of(each) for each in listed]
         for each in parts:
             self.flow(Flow(output, each.modality).name)
-            _number("weight", each.weight)
-        seeds, side = _seeds(generator, settings, chosen, count), min(chosen.height, chosen.width)
+            check_number("weight", each.weight)
+        seeds, side = drawn_seeds(generator, settings, chosen, count), min(chosen.height, chosen.width)
         contexts = [self._context(each, side, f"contexts.{number}") for number, each in enumerate(parts)]
         weights = [each.weight for each in parts]
-        try:
-            normalised(weights)
-            if join:
-                contexts, weights = joined_by_modality(contexts, weights)
-            mix = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), seeds[0])
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        normalised(weights)
+        if join:
+            contexts, weights = joined_by_modality(contexts, weights)
+        mix = make_mixing(mixing, weights, len(self.diffuser.plan.context_steps), seeds[0])
         contexts = [Context(each.modality, each.tokens.expand(count, -1, -1)) for each in contexts]
         decode = output_type != LATENTS
         made = self.sample(output, contexts, chosen, mixing=mix, progress=progress, seeds=seeds, decode=decode)
@@ -306,11 +312,11 @@ class VersatileDiffusion:
             The new images, and the captions of the changed latents.
         """
         chosen = self.settings(settings)
-        _check_output_type(output_type)
-        _number("text_share", text_share)
-        _whole("style_rank", style_rank)
+        check_output_type(output_type)
+        check_number("text_share", text_share)
+        whole("style_rank", style_rank)
         for name, words in (("remove", remove), ("add", add)):
-            if not isinstance(words, str):
+            if not is_text(words):
                 raise ConfigError(f"{name}={words!r:.60}: give one text")
         side = min(chosen.height, chosen.width)
         given = batch_of(IMAGE, images, (side, side), "images")
@@ -321,7 +327,7 @@ class VersatileDiffusion:
             add,
             text_share=text_share,
             style_rank=style_rank,
-            seeds=_seeds(generator, settings, chosen, len(given)),
+            seeds=drawn_seeds(generator, settings, chosen, len(given)),
             progress=progress,
             decode=output_type != LATENTS,
             **settings,
@@ -380,6 +386,9 @@ class VersatileDiffusion:
             start: clean latents [B, ...] to begin from; `fidelity` (below 1) sets their noise.
             seeds: one for each sample; None for the successors of `settings.seed`.
             decode: False returns latents [B, ...], float32.
+
+        Raises:
+            ConfigError: the latents overflow.
         """
         if unconditional is None:
             unconditional = [self._unconditional(output, context) for context in contexts]
@@ -397,10 +406,12 @@ class VersatileDiffusion:
             solver = make_solver(settings.solver, self.schedule, settings.steps, settings.eta, drawn)
             first = 0
             if start is not None:
-                first = len(solver.timesteps) - max(1, int(len(solver.timesteps) * (1 - fidelity)))
+                # 0.9 of 50 leaves five steps, although the product is below 5 by a rounding error.
+                first = len(solver.timesteps) - max(1, int(len(solver.timesteps) * (1 - fidelity) + 1e-6))
                 timesteps = torch.full((len(rows),), solver.timesteps[first], device=self.device)
                 latents = self.schedule.add_noise(start[rows.start : rows.stop], latents, timesteps)
             latents = denoise(predict, latents, solver, first, progress)
+            self._check_finite(latents, settings.guidance_scale)
             parts.append(self.frozen.decode(output, latents, generators) if decode else latents)
         return torch.cat(parts) if isinstance(parts[0], Tensor) else [each for part in parts for each in part]
 
@@ -427,9 +438,9 @@ class VersatileDiffusion:
             [self.frozen.encode({modality: self._here(chunk)}, (modality,), ()).latents[modality] for chunk in chunks]
         )
 
-    def decode(self, modality: str, latents: Tensor, seed: int = 0) -> Any:
-        """Samples of a modality from latents [B, ...]; random numbers depend only on the seed and the row."""
-        generators = [torch.Generator().manual_seed(seed + row) for row in range(len(latents))]
+    def decode(self, modality: str, latents: Tensor, seeds: Sequence[int] | None = None) -> Any:
+        """Samples of a modality from latents [B, ...]; random numbers depend only on a row's seed, or on its number."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(latents))]
         return self.frozen.decode(modality, latents, generators)
 
     def flow(self, name: str) -> Flow:
@@ -462,6 +473,13 @@ class VersatileDiffusion:
         """Unit normal noise [B, *shape], each row from its own generator, the same on every device."""
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
+    def _check_finite(self, latents: Tensor, scale: float) -> None:
+        """Refuse latents that have no sample: a decoder would make a black image of them, or an empty caption."""
+        if not latents.isfinite().all():
+            half = next(self.diffuser.parameters()).dtype == torch.float16
+            other = "precision=bf16" if half else "other weights"
+            raise ConfigError(f"guidance_scale={scale:g}: latents are not finite; choose a smaller one, or {other}")
+
     def _here(self, samples: Any) -> Any:
         return samples.to(self.device) if isinstance(samples, Tensor) else samples
 
@@ -484,34 +502,9 @@ def usable(device: torch.device | str | int) -> torch.device:
     return found
 
 
-def _check_output_type(given: str) -> None:
-    if given not in OUTPUT_TYPES:
-        raise ConfigError(f"output_type={given!r:.60}: choose one of {', '.join(OUTPUT_TYPES)}")
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r:.60}: give a whole number of at least {least}")
-    return value
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value!r:.60}: give a number")
-
-
 def _focused(tokens: Tensor, focus: Any) -> Tensor:
-    _number("focus", focus)
-    try:
-        return focused(tokens, focus)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _seeds(generator: Any, given: Mapping[str, Any], chosen: SamplingConfig, count: int) -> list[int]:
-    if generator is not None and "seed" in given:
-        raise ConfigError("generator: given together with seed; leave one out")
-    return seeds_of(generator, chosen.seed, count)
+    check_number("focus", focus)
+    return focused(tokens, focus)
 
 
 def _repeated(batch: Any, times: int) -> Any:

@@ -10,7 +10,7 @@ from miniature.shapes import caption, draw, sample_scene
 from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
-from vdtrain.evaluation.scores import ClipScorer, check_clip, clip_scores
+from vdtrain.evaluation.scores import ClipScorer, check_clip, clip_scores, in_batches
 from vdtrain.models.frozen import build_frozen
 
 OWN = ClipConfig(None, None, None)
@@ -41,6 +41,18 @@ def test_right_captions_score_above_wrong_ones(scorer: ClipScorer, pairs: tuple[
     wrong = clip_scores(images, captions.roll(1, dims=0))
     assert right.mean() > wrong.mean() + 20
     assert (right > wrong).double().mean() >= 0.9
+
+
+def test_no_network_that_measures_rounds_to_tf32() -> None:
+    before, seen = torch.backends.cudnn.allow_tf32, []
+
+    def network(samples: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return samples
+
+    assert len(in_batches(network, torch.zeros(70, 2))) == 70
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_scale_is_hundredths_of_a_cosine_and_nothing_below_zero() -> None:

@@ -303,8 +303,30 @@ def test_fid_and_its_reference(folder: Path, inception: Path, capsys: pytest.Cap
         mean, covariance = file["mu"], file["sigma"]
     np.savez(reference, mu=mean + 1, sigma=covariance)
     assert evaluate(settings(folder, "fid", *given, f"fid.reference={reference}")) == 0
-    assert "written" not in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "written" not in output.out
+    assert f"fid.reference={reference}: does not tell how it was made; FID is right if its images were" in output.err
     assert metrics(folder, "fid")["flows"]["text-to-image"]["fid"] > first + 1000
+
+
+def test_a_reference_tells_what_it_is_of(folder: Path, inception: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of a pilot, or of other images, is not taken unnoticed."""
+    reference = folder / "pilot.npz"
+    given = ["flows=[image-to-image]", "part_samples=2", f"fid.reference={reference}"]
+    own = [*given, f"fid.weights={inception}"]
+    for turn in range(2):
+        assert evaluate(settings(folder, f"pilot-{turn}", *own, "samples=2")) == 0
+        assert f"fid.reference={reference}: " not in capsys.readouterr().err
+    words = [*own, "samples=3", "resolution=48", "data.validation.share=0.5"]
+    assert evaluate(settings(folder, "pilot-other", *words)) == 0
+    found = capsys.readouterr().err
+    for line in ("of 2 images for samples=3", "of another resolution (32, now 48)", "of other real images ("):
+        assert f"warning: fid.reference={reference}: {line}" in found
+    torch.manual_seed(1)
+    torch.save(InceptionFeatures(None).network.state_dict(), folder / "others.pth")
+    assert evaluate(settings(folder, "pilot-network", *given, f"fid.weights={folder}/others.pth", "samples=2")) == 2
+    assert f"error: fid.reference={reference}: of other fid.weights; remove it" in capsys.readouterr().err
+    assert not (folder / "pilot-network").exists()
 
 
 def test_flows_that_make_no_images_need_no_weights_for_fid(
@@ -378,6 +400,8 @@ def test_figures_go_to_a_tracker(folder: Path, whole: dict[str, Any]) -> None:
         ("fid.weights=nowhere.pth", "fid.weights=nowhere.pth: no such file"),
         ("fid.reference=stats.npz", "fid.reference=stats.npz: needs fid.weights"),
         ("clip.architecture=ViT-B-32-quickgelu", "clip.weights: null"),
+        ("guidance_scales=[1,nan]", "guidance_scales=[1,nan]: must be a finite number"),
+        ("guidance_scales=[1,1.0000001]", "guidance_scales=[1.0, 1.0000001]: name each scale once"),
         ("tracking.mode=loud", "tracking.mode=loud: choose from"),
         ("guidance=3", "guidance: no such setting; did you mean 'guidance_scale' or 'guidance_scales'?"),
         ("output_dir={folder}/whole", "output_dir={folder}/whole: holds an evaluation with another guidance_scale"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.evaluation.distances import Statistics, frechet_distance, read_reference, write_reference
+from vdtrain.evaluation.distances import Reference, Statistics, frechet_distance, read_reference, write_reference
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -74,12 +74,14 @@ def test_what_has_no_statistics_is_refused(features: Tensor) -> None:
 
 def test_reference_files_keep_every_bit(tmp_path: Path) -> None:
     written = Statistics.of(normal(9, 4))
-    write_reference(tmp_path / "a" / "coco.npz", written)
+    reference = Reference(written, {"images": 9, "pairs": "ö"})
+    write_reference(tmp_path / "a" / "coco.npz", reference)
     found = read_reference(tmp_path / "a" / "coco.npz", 4)
-    assert torch.equal(found.mean, written.mean)
-    assert torch.equal(found.covariance, written.covariance)
+    assert torch.equal(found.statistics.mean, written.mean)
+    assert torch.equal(found.statistics.covariance, written.covariance)
+    assert found.origin == reference.origin
     with pytest.raises(ConfigError, match=r"fid\.reference=.*exists already"):
-        write_reference(tmp_path / "a" / "coco.npz", written)
+        write_reference(tmp_path / "a" / "coco.npz", reference)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_reference_files_keep_every_bit(tmp_path: Path) -> None:
         ({"mu": np.array([{}], dtype=object), "sigma": np.zeros((4, 4))}, "Object arrays cannot be loaded"),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"features of \[3\] instead of \[4\]"),
         ({"mu": np.full(4, np.nan), "sigma": np.zeros((4, 4))}, "not finite"),
+        (
+            {"mu": np.zeros(4), "sigma": np.zeros((4, 4)), "origin": np.array("[1]")},
+            "not an npz file with mu and sigma",
+        ),
     ],
 )
 def test_a_foreign_reference_file_is_one_line(

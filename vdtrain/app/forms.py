@@ -1,4 +1,7 @@
-"""The tabs of the page: what a person fills in, and the settings of a command that come from it."""
+"""The tabs of the page: what a person fills in, and the settings of a command that come from it.
+
+Uploaded images stay files, so that the readers of `vdtrain sample` decode them.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio.components import Component
+from PIL import Image
 
 from vdtrain.app.desk import Settings
-from vdtrain.app.inputs import image_file, mask_editor, write_mask
+from vdtrain.data.decode import image_size
 from vdtrain.diffusion.contexts import MIXINGS
 from vdtrain.errors import ConfigError
+from vdtrain.media import read_images
 
 Values = Mapping[Component, Any]
 # Levels of focus that the tab of disentanglement goes through.
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOCUS = "0 content, 1 style"
 MULTIPLE_IMAGES, MULTIPLE_TEXTS = 4, 2
+# Height and width of an image that a mask is painted on.
+PAINTED_PIXELS = 512
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,55 @@ def _edit(outputs: list[str]) -> Form:
         ]
 
     return Form("edit", [image, remove, add, share, rank], parts, ("image", "text"))
+
+
+def image_file(height: int = 300) -> Component:
+    """A place for an image; its value is the file."""
+    sources: Any = ["upload", "clipboard"]
+    image = gr.Image(label="Image", height=height, type="filepath", sources=sources, buttons=["fullscreen"])
+    return _unread(image, lambda payload: payload and payload.path)
+
+
+def mask_editor() -> Component:
+    """A place to paint over what shall be hidden of an image; its value is the files of the paint."""
+    brush = gr.Brush(default_size=40, colors=["#111827"], color_mode="fixed")
+    nothing: dict[str, Any] = {"sources": [], "transforms": [], "buttons": [], "layers": False}
+    editor = gr.ImageEditor(label="Mask", show_label=False, brush=brush, format="png", height=360, **nothing)
+    return _unread(editor, lambda payload: [layer.path for layer in payload.layers] if payload else [])
+
+
+def _unread(component: Any, value: Callable[[Any], Any]) -> Component:
+    """A component whose files are not opened. Not a class: Gradio would write an interface file beside this one."""
+    component.preprocess = value
+    made: Component = component
+    return made
+
+
+def paintable(file: str | None) -> dict[str, Any] | None:
+    """An image for a `mask_editor`, cut as the model sees it.
+
+    Raises:
+        ConfigError: it is not an image that is read.
+    """
+    if file is None:
+        return None
+    (image,) = read_images([file], (PAINTED_PIXELS, PAINTED_PIXELS))
+    return {"background": image.permute(1, 2, 0).numpy(), "layers": [], "composite": None}
+
+
+def write_mask(paint: list[str], file: Path) -> Path | None:
+    """A mask file, black where there is paint and white elsewhere; None without any paint."""
+    hidden = None
+    for path in paint:
+        image_size(Path(path).read_bytes())
+        with Image.open(path, formats=["PNG", "WEBP"]) as layer:
+            alpha = np.asarray(layer.convert("RGBA"))[..., 3] > 0
+        hidden = alpha if hidden is None else hidden | alpha
+    if hidden is None or not hidden.any():
+        return None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)).save(file, "PNG")
+    return file
 
 
 TEXTS, IMAGES = ("text-to-image", "text-to-text"), ("image-to-image", "image-to-text")

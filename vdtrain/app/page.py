@@ -15,8 +15,7 @@ import gradio as gr
 from gradio.components import Component
 
 from vdtrain.app.desk import Desk, StoppedError
-from vdtrain.app.forms import TABS, Form, Tab, Values
-from vdtrain.app.inputs import paintable
+from vdtrain.app.forms import TABS, Form, Tab, Values, paintable
 from vdtrain.diffusion.sampling import SOLVERS
 from vdtrain.errors import ConfigError, one_line, printable
 

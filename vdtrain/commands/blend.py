@@ -53,10 +53,7 @@ def blend(config: BlendConfig, raw_config: DictConfig, made: Callable[..., Sampl
 
     sampler = (made or Sampler)(config, raw_config)
     contexts = [_context_input(sampler, config.output, index, given) for index, given in enumerate(config.contexts)]
-    try:
-        normalised([each.weight for each in contexts])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    normalised([each.weight for each in contexts])
     what = f"{' + '.join(each.modality for each in contexts)} to {config.output}"
     samples = sampler.load(config.output, what).blend(
         config.output,

@@ -54,13 +54,13 @@ def sample(config: SampleConfig, raw_config: DictConfig, made: Callable[..., Sam
     sampler = (made or Sampler)(config, raw_config)
     check_focus(config.focus)
     flow = sampler.flow(config.flow, config.inputs)
-    inputs = sampler.read(flow.context, _repeated(config.inputs, config.samples_per_input))
-    start = _repeated(config.start_from, config.samples_per_input)
+    inputs = sampler.read(flow.context, config.inputs)
     sampler.check_captions(flow.output, config.start_from, "start_from")
-    begun = sampler.read(flow.output, start, sampler.size) if start else None
+    begun = sampler.read(flow.output, config.start_from, sampler.size) if config.start_from else None
     samples = sampler.load(flow.output, flow.name).generate(
         flow.name,
         inputs,
+        samples_per_input=config.samples_per_input,
         focus=config.focus,
         start_from=begun,
         fidelity=config.fidelity,
@@ -69,10 +69,6 @@ def sample(config: SampleConfig, raw_config: DictConfig, made: Callable[..., Sam
         **sampler.settings,
     )
     return sampler.write(flow.output, samples)
-
-
-def _repeated(inputs: Sequence[str], times: int) -> list[str]:
-    return [given for given in inputs for _ in range(times)]
 
 
 def main(arguments: Sequence[str]) -> int:

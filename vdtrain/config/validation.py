@@ -170,6 +170,8 @@ def check_sampling(settings: SamplingConfig, model: ModelConfig) -> None:
         ConfigError: with the setting, its value and the remedy.
     """
     check_values(settings)
+    if not math.isfinite(settings.guidance_scale):
+        raise ConfigError(f"guidance_scale={settings.guidance_scale}: must be a finite number")
     check_resolution("height", settings.height, model)
     check_resolution("width", settings.width, model)
 

@@ -14,6 +14,7 @@ import torch
 from vdtrain.config.command_schema import SamplingConfig
 from vdtrain.config.fields import NAMES, SettingType
 from vdtrain.errors import ConfigError
+from vdtrain.media import OUTPUT_TYPES
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -28,6 +29,8 @@ DIFFUSERS = {
 RESOLUTION = "resolution"
 SETTINGS = (*(field.name for field in fields(SamplingConfig)), RESOLUTION)
 SEED_END = 2**31
+# What PyTorch takes.
+FIRST_SEED, LAST_SEED = -(2**63), 2**64 - 1
 
 
 def accepts_names_of_diffusers(method: Method) -> Method:
@@ -86,6 +89,32 @@ def typed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     return found if side is None else {"height": side, "width": side, **found}
 
 
+def check_output_type(given: str) -> None:
+    """Refuse what is none of `OUTPUT_TYPES`; a ConfigError."""
+    if given not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type={given!r:.60}: choose one of {', '.join(OUTPUT_TYPES)}")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A value that must be a whole number of at least `least`; else a ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r:.60}: give a whole number of at least {least}")
+    return value
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number; a ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r:.60}: give a number")
+
+
+def drawn_seeds(generator: Any, given: Mapping[str, Any], chosen: SamplingConfig, count: int) -> list[int]:
+    """`seeds_of` the settings chosen; a ConfigError if a generator and a seed are both given."""
+    if generator is not None and "seed" in given:
+        raise ConfigError("generator: given together with seed; leave one out")
+    return seeds_of(generator, chosen.seed, count)
+
+
 def seeds_of(generator: Any, seed: int, count: int) -> list[int]:
     """The seeds of `count` samples.
 
@@ -94,9 +123,11 @@ def seeds_of(generator: Any, seed: int, count: int) -> list[int]:
             of one for each sample.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is something else, or no generator takes such a seed.
     """
     if generator is None:
+        if not FIRST_SEED <= seed <= LAST_SEED - count:
+            raise ConfigError(f"seed={seed}: PyTorch's generators do not take it; give one of 0 to {SEED_END - 1}")
         return list(range(seed, seed + count))
     if isinstance(generator, torch.Generator):
         first = _drawn(generator)

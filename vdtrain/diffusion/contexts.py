@@ -31,10 +31,10 @@ def normalised(ratios: Sequence[float]) -> list[float]:
     """The ratios, scaled to a sum of 1.
 
     Raises:
-        ValueError: a ratio is negative, or all are 0.
+        ConfigError: a ratio is negative or not finite, or all are 0.
     """
-    if min(ratios, default=0) < 0 or sum(ratios) <= 0:
-        raise ValueError(f"context weights {list(ratios)}: none may be negative, and one must be above 0")
+    if min(ratios, default=0) < 0 or not 0 < sum(ratios) < math.inf:
+        raise ConfigError(f"context weights {list(ratios)}: none may be negative or infinite, and one must be above 0")
     return [ratio / sum(ratios) for ratio in ratios]
 
 
@@ -88,7 +88,7 @@ def make_mixing(name: str, ratios: Sequence[float], positions: int, seed: int) -
         seed: of the choices; each timestep has its own generator.
 
     Raises:
-        ValueError: the name is unknown, a ratio is negative, or all ratios are 0.
+        ConfigError: the name is unknown, or the ratios are none; see `normalised`.
     """
     shares = normalised(ratios)
     if name == "attention":
@@ -97,7 +97,7 @@ def make_mixing(name: str, ratios: Sequence[float], positions: int, seed: int) -
         return lambda contexts, timestep: by_layer(
             contexts, draw_choices(shares, positions, generator_of(seed, timestep))
         )
-    raise ValueError(f"mixing={name}: choose one of {', '.join(MIXINGS)}")
+    raise ConfigError(f"mixing={name}: choose one of {', '.join(MIXINGS)}")
 
 
 def joined_by_modality(contexts: Sequence[Context], weights: Sequence[float]) -> tuple[list[Context], list[float]]:

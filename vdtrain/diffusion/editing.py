@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vdtrain.diffusion.arguments import seeds_of
 from vdtrain.diffusion.contexts import joined, low_rank, make_mixing
 from vdtrain.diffusion.sampling import Progress
 from vdtrain.errors import ConfigError
@@ -64,8 +65,9 @@ def edit(
         model.flow(name)
     chosen = model.settings(settings)
     tokens = model.encode_context(IMAGE, images, chosen.batch_size)
+    seeds = seeds_of(None, chosen.seed, len(images)) if seeds is None else seeds
     latents = model.sample(TEXT, [Context(IMAGE, tokens)], chosen, progress=progress, seeds=seeds, decode=False)
-    captions = model.decode(TEXT, changed(model, latents, remove, add), chosen.seed)
+    captions = model.decode(TEXT, changed(model, latents, remove, add), seeds)
     texts = [Context(TEXT, model.encode_context(TEXT, captions, chosen.batch_size))]
     if add:
         texts.append(Context(TEXT, model.encode_context(TEXT, [add]).expand(len(captions), -1, -1)))

@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +119,20 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     return max(0.0, float(distance))
 
 
-def read_reference(path: Path, width: int) -> Statistics:
-    """Statistics from an npz file with `mu` [width] and `sigma` [width, width]; pytorch-fid writes the same.
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images, kept in a file.
+
+    Attributes:
+        origin: what they depend on, by name; empty in a file of another program.
+    """
+
+    statistics: Statistics
+    origin: Mapping[str, Any]
+
+
+def read_reference(path: Path, width: int) -> Reference:
+    """A reference from an npz file with `mu` [width] and `sigma` [width, width]; pytorch-fid writes the same.
 
     Raises:
         ConfigError: the file cannot be read, or has other content.
@@ -126,6 +141,7 @@ def read_reference(path: Path, width: int) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
+            origin = dict(json.loads(str(file["origin"]))) if "origin" in file else {}
     except OSError as error:
         raise ConfigError(f"{place}: {unreadable(error, path)}") from error
     except (ValueError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, EOFError) as error:
@@ -137,14 +153,15 @@ def read_reference(path: Path, width: int) -> Statistics:
         raise ConfigError(f"{place}: features of {list(mean.shape)} instead of [{width}]; remove it to make it anew")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise ConfigError(f"{place}: holds values that are not finite; remove it to make it anew")
-    return Statistics(mean, covariance)
+    return Reference(Statistics(mean, covariance), origin)
 
 
-def write_reference(path: Path, statistics: Statistics) -> None:
-    """Write statistics for `read_reference`. The file appears when it is whole.
+def write_reference(path: Path, reference: Reference) -> None:
+    """Write a file for `read_reference`. The file appears when it is whole.
 
     Raises:
         ConfigError: the file exists, or cannot be written.
     """
     with written_whole(path, f"fid.reference={path}") as draft, draft.open("wb") as file:
-        np.savez(file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
+        statistics, origin = reference.statistics, np.array(json.dumps(dict(reference.origin)))
+        np.savez(file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy(), origin=origin)

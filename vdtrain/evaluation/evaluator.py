@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vdtrain.config.fields import shown
 from vdtrain.config.validation import check_indexed
 from vdtrain.errors import missing
 from vdtrain.evaluation.captions import caption_figures
-from vdtrain.evaluation.distances import Statistics, read_reference, write_reference
+from vdtrain.evaluation.distances import Reference, Statistics, read_reference, write_reference
 from vdtrain.evaluation.inception import PUBLISHED, WAYS, WIDTH, InceptionFeatures, find_weights
 from vdtrain.evaluation.pairs import Pairs, PictureFolder, RealSamples
 from vdtrain.evaluation.parts import (
@@ -58,6 +58,7 @@ from vdtrain.files import FileRecord, check_output
 from vdtrain.progress import Progress
 
 FEW_SAMPLES = 10_000
+NETWORK = "fid.weights"
 # Modalities that a contact sheet can show.
 SHOWN = ("image", "text")
 
@@ -90,6 +91,11 @@ class Evaluator:
         folder, size = Path(config.output_dir), config.part_samples
         self.parts = Parts(folder, samples, size, config.keep_images)
         self.real_parts = Parts(folder, real, size, config.keep_images)
+        if (
+            self.reference is not None
+            and self.reference.origin.get(NETWORK, self.origin[NETWORK]) != self.origin[NETWORK]
+        ):
+            raise ConfigError(f"fid.reference={config.fid.reference}: of other {NETWORK}; remove it to make it anew")
 
     def wanted(self, variant: Variant) -> set[str]:
         """The features of a flow's output that its metrics need."""
@@ -117,10 +123,16 @@ class Evaluator:
             "resolution": config.resolution,
             "pairs": self.pairs.identity,
             "part_samples": config.part_samples,
-            "fid.weights": self.inception and FileRecord.of(self.inception).sha256,
+            NETWORK: self.inception and FileRecord.of(self.inception).sha256,
             "clip": [config.clip.architecture, config.clip.weights, config.clip.tokenizer],
             **given,
         }
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the statistics of the real images depend on."""
+        kept = {name: self.settings[name] for name in ("resolution", "pairs", NETWORK)}
+        return {"images": self.real_parts.samples, **kept}
 
     @property
     def said(self) -> str:
@@ -141,14 +153,14 @@ class Evaluator:
         images = any(each.flow.output == "image" for each in self.variants)
         if images and self.inception is None:
             lines.append(f"fid.weights: null, so FID is skipped; {WAYS}")
-        elif images and not self.settings["fid.weights"].startswith(PUBLISHED):
+        elif images and not self.settings[NETWORK].startswith(PUBLISHED):
             lines.append("fid.weights: not the published file; this FID cannot be compared with published ones")
         if images and samples < FEW_SAMPLES:
             lines.append(
                 f"samples={samples}: with fewer than {FEW_SAMPLES:,} samples Fréchet distances are too large; "
                 "only compare evaluations with the same number of samples"
             )
-        lines += self.subject.remarks()
+        lines += [*self._remarks_on_reference(), *self.subject.remarks()]
         if isinstance(self.pairs, Pairs) and self.config.data.validation.share is None and self.pairs.share:
             lines.append(
                 f"data.validation.share: {self.pairs.share:g}, as the checkpoint's run held out; 0 takes all pairs of "
@@ -159,6 +171,21 @@ class Evaluator:
                 f"flows: {flow} is skipped: no metric is known for the modality {flow.output!r}, and none is registered"
             )
         return lines
+
+    def _remarks_on_reference(self) -> Iterator[str]:
+        if self.reference is None:
+            return
+        place, origin = f"fid.reference={self.config.fid.reference}", self.reference.origin
+        if not origin:
+            yield (
+                f"{place}: does not tell how it was made; FID is right if its images were resized to 299 pixels as by "
+                "torch-fidelity, and pytorch-fid resizes in another way"
+            )
+        if (images := origin.get("images", self.parts.samples)) < self.parts.samples:
+            yield f"{place}: of {images:,} images for samples={self.parts.samples}; remove it to make it anew"
+        for name, what in (("resolution", "of another resolution"), ("pairs", "of other real images")):
+            if origin.get(name, self.origin[name]) != self.origin[name]:
+                yield f"{place}: {what} ({origin[name]}, now {self.origin[name]}); remove it to make it anew"
 
     def missing(self) -> list[tuple[int, str]]:
         """The (part, flow or "pairs") that are not made yet."""
@@ -333,9 +360,9 @@ class Evaluator:
             if (features := pairs.features.get(f"image/{feature}")) is not None:
                 real[feature] = Statistics.of(features)
         if self.reference is not None:
-            real[INCEPTION] = self.reference
+            real[INCEPTION] = self.reference.statistics
         elif INCEPTION in real and self.config.fid.reference is not None:
-            write_reference(Path(self.config.fid.reference), real[INCEPTION])
+            write_reference(Path(self.config.fid.reference), Reference(real[INCEPTION], self.origin))
             print(f"fid.reference={self.config.fid.reference}: written, of {self.real_parts.samples:,} images")
         return real
 
@@ -357,7 +384,7 @@ def _check_extras(variants: list[Variant]) -> None:
             raise ConfigError(f"{'BLEU' if package != 'matplotlib' else 'contact sheets'}: {line}")
 
 
-def _inception(config: EvaluateConfig) -> tuple[Path | None, Statistics | None]:
+def _inception(config: EvaluateConfig) -> tuple[Path | None, Reference | None]:
     """The file of Inception's weights, and the real images' statistics if they exist."""
     path = None if config.fid.reference is None else Path(config.fid.reference)
     if config.fid.weights is None:

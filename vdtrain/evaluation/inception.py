@@ -129,14 +129,12 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images, on the device of the weights."""
+        """Features of images, on the device of the weights. `scores.in_batches` runs it without TF32."""
         device, _ = device_and_dtype(self)
         hidden = (resize_like_tensorflow(images.to(device).float(), SIDE) - 128) / 128
-        # Published FIDs use full float32, but PyTorch lets convolutions round to TF32 by default.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for name, pool in BLOCKS:
-                block = self.network.get_submodule(name)
-                hidden = block(hidden) if pool is None else _with_pool(block, hidden, pool)
+        for name, pool in BLOCKS:
+            block = self.network.get_submodule(name)
+            hidden = block(hidden) if pool is None else _with_pool(block, hidden, pool)
         return hidden.mean(dim=(2, 3))
 
 

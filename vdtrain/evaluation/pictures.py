@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from vdtrain.config.compose import ConfigError
-from vdtrain.data.decode import FORMATS, IMAGE_ERRORS, DecodeError, decode, stored_orientation
+from vdtrain.data.decode import CENTRE, FORMATS, IMAGE_ERRORS, DecodeError, decode, stored_orientation
 from vdtrain.errors import one_line, unreadable
 from vdtrain.evaluation.named import PICTURES
 
-CENTRE = (0.5, 0.5)
 # The last chunk of a PNG file; without it the file was cut short.
 PNG_END = b"IEND"
 

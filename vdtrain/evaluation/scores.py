@@ -166,7 +166,9 @@ def networks(scorer: ClipScorer, inception: InceptionFeatures | None) -> dict[tu
 def in_batches(network: Network, samples: Any) -> Tensor:
     """Features [N, D] of samples, float32 on the CPU."""
     chunks = [samples[begin : begin + BATCH] for begin in range(0, len(samples), BATCH)]
-    return torch.cat([network(chunk).float().cpu() for chunk in chunks])
+    # Published figures use full float32, but PyTorch lets convolutions round to TF32 by default.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return torch.cat([network(chunk).float().cpu() for chunk in chunks])
 
 
 @dataclass(frozen=True)

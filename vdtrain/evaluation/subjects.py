@@ -315,7 +315,8 @@ def _given_flow(config: EvaluateConfig, usual: str) -> Flow:
 
 def _scales(config: EvaluateConfig) -> list[float | None]:
     scales = config.guidance_scales
-    if len(set(scales)) < len(scales):
+    # Results are named by six digits.
+    if len({f"{scale:g}" for scale in scales}) < len(scales):
         raise ConfigError(f"guidance_scales={scales}: name each scale once")
     return [None] if not scales else [*scales]
 
