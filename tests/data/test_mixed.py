@@ -112,6 +112,13 @@ def test_every_sample_comes_once_with_what_it_has(manifest: Path) -> None:
     )
 
 
+def test_without_members_no_limit_lets_samples_without_an_image_in(manifest: Path) -> None:
+    (batch,) = first(stream(manifest, 36, members=None, min_side=0))
+    assert sorted(batch.samples["text"]) == sorted(
+        2 * [*(f"image {n}" for n in range(12)), *(f"both {n}" for n in range(24, 30))]
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_ranks_share_a_global_batch_and_a_later_start_goes_on(manifest: Path, ranks: int) -> None:
     whole = [told(batch) for batch in first(stream(manifest), 7)]
