@@ -184,6 +184,7 @@ def test_names_as_people_write_them(tmp_path: Path) -> None:
         "f.png": picture(9, kind="PNG"),
         "f.jpeg": picture(8),
         "f.txt": b"f",
+        "f.vis.png": picture(9, kind="PNG"),
     }
     found = read(tar(tmp_path / "a.tar", members), workers=1, global_batch_size=7, batches=2)
     shades = {
@@ -191,6 +192,8 @@ def test_names_as_people_write_them(tmp_path: Path) -> None:
     }
     assert shades == {"a": 1, "b": 3, "c 1": 4, "c 2": 5, "d": 6, "e": 7, "f": 8}
     assert not any(batch.replaced for batch in found)
+    # Members beside a picture are no samples that lack something.
+    assert streamed(tmp_path / "a.tar") == (["a", "b", "c 1", "c 2", "e", "d", "f"], Counter(), "")
 
 
 def streamed(path: Path) -> tuple[list[str], Counter[str], str]:
