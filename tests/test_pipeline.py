@@ -18,11 +18,12 @@ from vdtrain.commands.edit import main as edit_verb
 from vdtrain.commands.sample import main as sample
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
+from vdtrain.diffusion.contexts import joined_by_modality, low_rank, make_mixing, mixed
 from vdtrain.diffusion.editing import changed, edit
 from vdtrain.diffusion.sampling import SOLVERS
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.grid import Pictures
-from vdtrain.models.diffuser import Diffuser
+from vdtrain.models.diffuser import Context, Diffuser
 from vdtrain.pipeline import ContextInput, VersatileDiffusion
 
 CAPTIONS = ["a red circle", "a blue star", "a green square"]
@@ -76,10 +77,23 @@ def test_context_and_guidance_matter(model: VersatileDiffusion) -> None:
     assert not torch.equal(base, images(model, CAPTIONS[:1], guidance_scale=7.5))
 
 
+@pytest.mark.parametrize(("scale", "passes"), [(0.0, 2), (1.0, 1), (7.5, 2)])
+def test_guidance_of_one_needs_no_unconditional_pass(model: VersatileDiffusion, scale: float, passes: int) -> None:
+    rows: list[int] = []
+    hook = model.diffuser.global_layers.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    made = images(model, CAPTIONS[:2], guidance_scale=scale)
+    hook.remove()
+    assert set(rows) == {2 * passes}
+    if scale == 0:
+        assert torch.equal(made, images(model, CAPTIONS[1:], guidance_scale=scale))
+
+
 def test_flows_that_were_not_trained_are_refused() -> None:
     single = make_model([Flow("image", "image")])
     with pytest.raises(ConfigError, match="flow=text-to-image: this checkpoint has no layers for 'text'"):
         images(single, CAPTIONS)
+    with pytest.raises(ConfigError, match="flow=image-to-text: this checkpoint has no layers for 'text'"):
+        edit(single, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), add="a star")
     with pytest.raises(ConfigError, match="CONTEXT-to-OUTPUT"):
         single.generate("sideways", CAPTIONS)
 
@@ -190,6 +204,39 @@ def test_weights_and_masks_matter_and_only_their_ratios(model: VersatileDiffusio
     assert not torch.equal(made(1, 3, torch.zeros(1, 4, 4)), made(1, 3))
 
 
+def test_contexts_of_one_modality_are_joined_by_their_weights() -> None:
+    first, second, third, other = (torch.randn(2, length, 8) for length in (5, 5, 5, 3))
+    given = [Context("text", first), Context("image", other), Context("text", second), Context("text", third)]
+    (texts, image), weights = joined_by_modality(given, [1.0, 5.0, 3.0, 0.0])
+    assert (texts.modality, image.modality, weights) == ("text", "image", [4.0, 5.0])
+    torch.testing.assert_close(texts.tokens, torch.cat([0.5 * first, 1.5 * second], dim=1))
+    torch.testing.assert_close(image.tokens, other)
+
+
+class Tokens(torch.nn.Module):
+    """A context layer that returns its context."""
+
+    def forward(self, h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+def test_layers_take_their_contexts_by_weight_and_others_at_each_timestep() -> None:
+    positions = 2000
+    layers = torch.nn.ModuleDict({"text": torch.nn.ModuleList([Tokens()] * positions)})
+    contexts = [Context("text", torch.full((1, 1, 1), value)) for value in (0.0, 1.0)]
+
+    def taken(seed: int, timestep: int) -> torch.Tensor:
+        route = make_mixing("layer", [1.0, 3.0], positions, seed)(contexts, timestep)
+        return torch.stack([route(layers, position, torch.zeros(1, 1, 1)) for position in range(positions)])
+
+    one = taken(0, 500)
+    # Four standard deviations of the share.
+    assert abs(float(one.mean()) - 0.75) < 0.04
+    assert torch.equal(one, taken(0, 500))
+    for other in (taken(0, 480), taken(1, 500)):
+        assert 0.3 < float((one != other).float().mean()) < 0.45
+
+
 def test_impossible_blends_are_refused(model: VersatileDiffusion) -> None:
     text = ContextInput("text", CAPTIONS[0])
     for inputs, settings, message in (
@@ -220,6 +267,27 @@ def test_editing_moves_the_text_latent(model: VersatileDiffusion) -> None:
         edit(model, given, **SMALL)
     with pytest.raises(ConfigError, match=r"text_share=1\.5"):
         edit(model, given, add="a star", text_share=1.5, **SMALL)
+
+
+def test_an_edit_is_what_its_steps_give_one_by_one(model: VersatileDiffusion) -> None:
+    given, seeds = images(model, CAPTIONS), [3, 1, 2]
+    drawn, captions = edit(
+        model, given, remove="a circle", add="a star", text_share=0.6, style_rank=2, seeds=seeds, **SMALL
+    )
+    chosen, tokens = model.settings(SMALL), model.encode_context("image", given)
+    latents = model.sample("text", [Context("image", tokens)], chosen, seeds=seeds, decode=False)
+    assert captions == model.decode("text", changed(model, latents, "a circle", "a star"), chosen.seed)
+    texts = [model.encode_context("text", captions), model.encode_context("text", ["a star"] * 3)]
+    empty, blank = (model.unconditional("image", modality) for modality in ("text", "image"))
+    expected = model.sample(
+        "image",
+        [Context("text", torch.cat(texts, dim=1)), Context("image", low_rank(tokens[:, 1:], 2))],
+        chosen,
+        unconditional=[Context("text", torch.cat([empty, empty], dim=1)), Context("image", blank[:, 1:])],
+        mixing=lambda contexts, timestep: mixed(contexts, [3, 2]),
+        seeds=seeds,
+    )
+    assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vdtrain.data.decode import DecodeError, decode, decode_into, image_size
+from vdtrain.data.decode import SCRATCH_BYTES, DecodeError, decode, decode_into, image_size
 
 CENTRE = (0.5, 0.5)
 
@@ -45,6 +45,15 @@ def test_squares_of_any_side_fit(side: int) -> None:
     data, image = encoded(side, side)
     resized = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(decode(data, 48, CENTRE).astype(int) - resized).mean() < 6
+
+
+def test_images_beyond_the_memory_of_a_thread_are_as_from_elsewhere() -> None:
+    data, _ = encoded(1300, 1100)
+    assert SCRATCH_BYTES < 3 * 1300 * 1100
+    for resolution, side in ((1024, 1100), (512, 550)):
+        square = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_height=resolution)[:, :side])
+        resized = np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+        assert np.array_equal(decode(data, resolution, (0.0, 0.0)), resized)
 
 
 def test_crops_move_with_their_place() -> None:

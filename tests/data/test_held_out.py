@@ -52,6 +52,7 @@ def test_the_hash_of_a_name_decides_and_never_changes() -> None:
     [
         *("00007.tar", "/data/laion/00007.tar", "../shards/00007.tar", "https://a.org/x.tar/00007.tar?key=1#part"),
         *("s3://bucket/00007.tar", "pipe:aws s3 cp s3://bucket/00007.tar -"),
+        "pipe:tar -xOf whole.tar 00007.tar",
     ],
 )
 def test_a_pair_keeps_its_name_when_its_shard_moves(place: str) -> None:

@@ -165,6 +165,19 @@ def test_the_turn_of_a_container_is_made_once(kind: str, orientation: int) -> No
     # libheif has turned it already, Pillow has not: the index lists the tag that is left to be followed.
     left = stored_orientation(data) or 1
     assert ((height, width) if left >= 5 else (width, height)) == expected.shape[1::-1]
+    # Without a tag the container is upright, whatever other files tell of it.
+    assert stored_orientation(heic(image) if kind == "HEIC" else saved(image, "AVIF")) == 1
+
+
+def test_a_huge_heic_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic(Image.fromarray(COLOURS))
+    damaged = data[:-100] + bytes(100)
+    with pytest.raises(DecodeError, match="Decoder plugin"):
+        decode(damaged, 32, (0.5, 0.5))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", COLOURS[..., 0].size - 1)
+    for content in (data, damaged):
+        with pytest.raises(DecodeError, match="too many pixels"):
+            decode(content, 32, (0.5, 0.5))
 
 
 def test_heic_with_alpha_lies_over_white() -> None:

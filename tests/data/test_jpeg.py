@@ -134,6 +134,17 @@ def test_a_file_cut_anywhere_is_refused(kind: str, tail: bytes) -> None:
     assert reasons["truncated"] > 50
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_its_writer_ended_may_lack_the_bits_of_its_last_unit(kind: str) -> None:
+    """Chroma of that unit also counts in the pixels beside it."""
+    data, unit = jpeg(kind), 8 if kind in ("full chroma", "grey", "progressive") else 16
+    whole = decode_whole(data)
+    for missing in range(1, 9):
+        rows, columns = np.nonzero((decode_whole(data[: -2 - missing] + EOI) != whole).any(-1))
+        assert min(rows, default=64) >= 64 - unit - 1
+        assert min(columns, default=80) >= 80 - unit - 1
+
+
 def test_missing_scans_are_noticed_though_libjpeg_is_silent() -> None:
     data = jpeg("progressive")
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]

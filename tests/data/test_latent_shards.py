@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
+from tests.data.test_mixed import MEMBERS, READERS, write_tar
 from tests.pairs import overwrite, write_pairs
 from vdtrain.config.command_schema import LatentsConfig
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.instantiate import instantiate
 from vdtrain.data import latents as latents_module
+from vdtrain.data.batch import Batch
 from vdtrain.data.decode import DecodeError
 from vdtrain.data.latents import (
     DESCRIPTION_FILE,
@@ -279,6 +283,53 @@ def test_a_file_of_another_shard_is_not_read(written: tuple[Manifest, Path, list
     files[2].unlink()
     with pytest.raises(ManifestError, match=r"lacks the latents of 1 of 3 shards; make them with `python -m data_pip"):
         LatentShards(folder, found, RESOLUTION)
+    # A source that takes no part needs none.
+    LatentShards(folder, found, RESOLUTION, shards=[0, 1]).close()
+
+
+def with_latents(folder: Path, samples: Mapping[str, Mapping[str, bytes]], rows: list[int], **settings: Any) -> Path:
+    """A manifest of samples in its folder, and beside it latents of some of its rows: of row n the number n."""
+    write_tar(folder / "shards" / "0.tar", samples)
+    index({}, folder / "manifest", own=[folder / "shards"], **settings)
+    found, description = Manifest(folder / "manifest"), LatentDescription(32, 32, (2, 1, 1), "a0", "fp32")
+    (folder / "32").mkdir()
+    (folder / "32" / DESCRIPTION_FILE).write_text(json.dumps(description.to_dict()))
+    file, numbers = folder / "32" / file_name(found.paths[0], found.hashes[0]), np.array(rows, np.int32)
+    moments = np.repeat(numbers, 2).astype(np.float16).reshape(-1, 2, 1, 1)
+    write_latents(file, description, found.hashes[0], numbers, numbers < 0, moments)
+    return folder / "manifest"
+
+
+def ramp() -> bytes:
+    """An image 128 pixels wide and 32 high, whose columns are their numbers."""
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (32, 1))).save(file, "PNG")
+    return file.getvalue()
+
+
+def first_batch(manifest: Path, size: int, **settings: Any) -> Batch:
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=size, **settings)
+    batch = next(iter(stream))
+    stream.close()
+    return batch
+
+
+def test_images_beside_latents_are_cropped_as_they_were_encoded(tmp_path: Path) -> None:
+    """At the centre, though a run without latents crops at random."""
+    samples = {str(row): {"png": ramp(), "txt": b"a ramp"} for row in range(4)}
+    manifest = with_latents(tmp_path, samples, [0, 1, 2, 3])
+    columns = first_batch(manifest, 4, latents=str(tmp_path)).samples["image"][:, 0, 0, 0]
+    assert columns.tolist() == [48] * 4
+    assert len(first_batch(manifest, 4).samples["image"][:, 0, 0, 0].unique()) > 1
+
+
+def test_samples_without_an_image_have_no_latent(tmp_path: Path) -> None:
+    samples = {str(row): {("wav" if row in (1, 2) else "png"): ramp(), "txt": str(row).encode()} for row in range(5)}
+    manifest = with_latents(tmp_path, samples, [0, 3, 4], members=MEMBERS)
+    batch = first_batch(manifest, 5, latents=str(tmp_path), members=READERS)
+    rows = batch.rows["image"].tolist()
+    assert len(rows) == 3
+    assert batch.moments["image"][:, 0, 0, 0].tolist() == [float(batch.samples["text"][row]) for row in rows]
 
 
 def test_latents_that_do_not_go_with_the_run_are_refused(written: tuple[Manifest, Path, list[Path]]) -> None:

@@ -113,6 +113,13 @@ def test_every_sample_comes_once_with_what_it_has(manifest: Path) -> None:
     )
 
 
+def test_without_members_no_limit_lets_samples_without_an_image_in(tmp_path: Path) -> None:
+    write_tar(tmp_path / "shards" / "0.tar", {"a": {"wav": b"a", "txt": b"a"}, "b": {"png": picture(1), "txt": b"b"}})
+    index({}, tmp_path / "manifest", own=[tmp_path / "shards"], members=MEMBERS)
+    (batch,) = first(stream(tmp_path / "manifest", 2, members=None, min_side=0))
+    assert batch.samples["text"] == ["b", "b"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_ranks_share_a_global_batch_and_a_later_start_goes_on(manifest: Path, ranks: int) -> None:
     whole = [told(batch) for batch in first(stream(manifest), 7)]
@@ -182,6 +189,24 @@ def test_a_bad_file_is_replaced_and_named(tmp_path: Path, caplog: pytest.LogCapt
     (batch,) = first(stream(tmp_path / "manifest", 8))
     assert batch.replaced == {"cannot read audio": 1}
     assert "key s3 (cannot read audio: not a sound)" in caplog.text
+
+
+def test_a_replaced_sample_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    """Neither that it has an image, or none, nor the file that was read before the bad one."""
+    readers = {**READERS, "depth": {"_target_": "tests.data.test_mixed.Numbers"}}
+    heard = {"wav": b"ab", "depth.png": b"bad", "txt": b"heard"}
+    for name, samples in {
+        "with": {"a": {**heard, "png": picture(1)}, "b": {"wav": b"cd", "txt": b"whole"}},
+        "without": {"a": heard, "b": {"png": picture(2), "txt": b"whole"}},
+    }.items():
+        write_tar(tmp_path / name / "shards" / "0.tar", samples)
+        index({}, tmp_path / name / "manifest", own=[tmp_path / name / "shards"], members=MEMBERS)
+        (batch,) = first(stream(tmp_path / name / "manifest", 2, members=readers))
+        assert (batch.samples["text"], batch.replaced) == (["whole"] * 2, {"cannot read depth": 1})
+        both = list(range(2))
+        rows = {"with": ([], both), "without": (both, [])}[name]
+        assert (batch.rows["image"].tolist(), batch.rows["audio"].tolist()) == rows
+        assert len(set(batch.names)) == 1
 
 
 def test_samples_of_different_shapes_are_one_line(tmp_path: Path) -> None:

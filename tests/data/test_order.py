@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,6 +179,14 @@ def test_batches_mix_far_more_shards_than_a_rank_reads() -> None:
     assert len(set.union(*shards)) > 200
 
 
+def test_lanes_reach_their_next_shards_at_different_times() -> None:
+    """8 lanes of 8 shards each, and blocks as long as a shard."""
+    places = order_of([[100] * 64], None, seed=0, lanes=8, block=100).locate(np.arange(6400))
+    _, firsts = np.unique(places.shard, return_index=True)
+    steps = firsts[firsts >= 8] // 8
+    assert np.bincount(steps).max() <= 3
+
+
 def test_sets_of_one_block_are_shuffled_whole() -> None:
     order = order_of([[100] * 10], None, seed=3)
     shards = order.locate(np.arange(1000)).shard
@@ -212,3 +221,30 @@ def test_crops_are_uniform_and_functions_of_seed_and_position() -> None:
     assert found.max() < 1
     assert np.abs(np.histogram(found, 10, (0, 1))[0] / found.size - 0.1).max() < 0.005
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.02
+
+
+def test_the_order_never_changes() -> None:
+    """Written down: a run that an earlier version began goes on with the samples that it has not seen."""
+    pools, weights = [[40, 0, 25, 60], [33, 7]], [3.0, 1.0]
+    found = {}
+    for name, order in {
+        "plain": order_of(pools[:1], None, seed=7, lanes=4, block=20),
+        "one lane": order_of(pools[:1], None, seed=7, block=100),
+        "weighted": order_of(pools, weights, seed=7, lanes=3, block=10),
+        "one of two": order_of(pools, [0.0, 1.0], seed=7, lanes=3, block=10),
+    }.items():
+        positions, places = order.batch(3, 100)
+        rows = np.stack([positions, places.shard, places.sample, places.lane])
+        found[name] = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:12]
+    assert found == {
+        "plain": "6459f16f9cf6",
+        "one lane": "ba1d5d5cee70",
+        "weighted": "519feada3912",
+        "one of two": "47d51da8a624",
+    }
+    # Crops and mirrored images.
+    assert (uniform(5, np.array([0, 1, 10**9]), 2) * 2**53).astype(np.int64).tolist() == [
+        [1762682463212224, 1346582728308958],
+        [8253481036744020, 7187530344190016],
+        [2964066055738873, 2562521380845334],
+    ]

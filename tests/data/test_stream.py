@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -225,6 +226,46 @@ def test_a_bad_sample_is_replaced_in_the_same_way_everywhere(tmp_path: Path) -> 
     next(iter(stream))
     assert sum(stream.replaced.values()) >= 1
     stream.close()
+
+
+def test_the_first_sample_of_a_shard_replaces_its_bad_last_one(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path, shards=1, count=20)
+    damage(manifest, [19])
+    (batch,) = read(manifest, 1, global_batch_size=20)
+    assert sorted(batch.names) == sorted(
+        [*(f"../shards/000000/{row:06d}" for row in range(19)), "../shards/000000/000000"]
+    )
+
+
+def test_a_share_of_bad_samples_may_come_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = write_pairs(tmp_path, shards=1, count=40)
+    damage(manifest, [3, 17])
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=40, bad_share=0.06)
+    for _ in islice(stream, 12):
+        pass
+    stream.close()
+    assert sum(stream.replaced.values()) == 24
+    assert caplog.text.count("bad sample, replaced") == 10
+
+
+def test_a_rank_counts_its_own_samples(tmp_path: Path) -> None:
+    manifest = write_pairs(tmp_path, shards=1, count=40)
+    damage(manifest, list(range(0, 40, 4)))
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=40, rank=1, world_size=2)
+    batches = Counter[int]()
+    with pytest.raises(StreamError) as failure:
+        batches.update(len(batch) for batch in stream)
+    stream.close()
+    assert f"{sum(stream.replaced.values())} of {20 * (batches[20] + 1)} samples were bad" in str(failure.value)
+
+
+def test_rows_of_few_shards_stay_in_memory(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdtrain.data.stream.KEPT_ROWS", 50)
+    stream = PairStream(manifest, seed=3, resolution=32, global_batch_size=BATCH, workers=1)
+    for _ in islice(stream, 6):
+        assert stream._kept_rows == 23 * len(stream._rows) <= 50
+    stream.close()
+    assert len(stream._rows) == 2
 
 
 def test_too_many_bad_samples_stop_the_stream(tmp_path: Path) -> None:

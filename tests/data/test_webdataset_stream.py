@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import socket
 import tarfile
 import threading
@@ -28,6 +29,7 @@ from tests.pairs import write_pairs
 from vdtrain.data.batch import Batch
 from vdtrain.data.manifest import Manifest
 from vdtrain.data.stream import PairStream, StreamError
+from vdtrain.data.tar_samples import CutError, samples
 from vdtrain.data.webdataset_stream import WebDatasetStream
 from vdtrain.errors import ConfigError
 from vdtrain.storage import patience
@@ -178,13 +180,61 @@ def test_names_as_people_write_them(tmp_path: Path) -> None:
         "e.png": picture(7, kind="PNG"),
         "e.txt": b"e",
         "d.txt": b"d",
+        "f.caption": b"not this one",
+        "f.png": picture(9, kind="PNG"),
+        "f.jpeg": picture(8),
+        "f.txt": b"f",
+        "f.vis.png": picture(9, kind="PNG"),
     }
-    found = read(tar(tmp_path / "a.tar", members), workers=1, global_batch_size=6, batches=2)
+    found = read(tar(tmp_path / "a.tar", members), workers=1, global_batch_size=7, batches=2)
     shades = {
         text: image.float().mean().round().item() for batch in found for text, image in zip(*rows(batch), strict=True)
     }
-    assert shades == {"a": 1, "b": 3, "c 1": 4, "c 2": 5, "d": 6, "e": 7}
+    assert shades == {"a": 1, "b": 3, "c 1": 4, "c 2": 5, "d": 6, "e": 7, "f": 8}
     assert not any(batch.replaced for batch in found)
+    # Members beside a picture are no samples that lack something.
+    assert streamed(tmp_path / "a.tar") == (["a", "b", "c 1", "c 2", "e", "d", "f"], Counter(), "")
+
+
+def streamed(path: Path) -> tuple[list[str], Counter[str], str]:
+    """Captions of a tar, what is left out of it, and its damage."""
+    left_out, found, damage = Counter[str](), list[str](), ""
+    with path.open("rb") as file:
+        try:
+            found.extend(sample.caption for sample in samples(file, None, left_out))
+        except CutError as error:
+            damage = str(error)
+    return found, left_out, damage
+
+
+@pytest.mark.parametrize("apart", [1, 60, 200])
+def test_members_far_apart_are_waited_for_by_few_samples(tmp_path: Path, apart: int) -> None:
+    members: dict[str, bytes] = {}
+    for ending, content in (("jpg", b"drawn"), ("txt", b"told")):
+        members |= {f"{number}.{ending}": content for number in range(apart)}
+    found, left_out, damage = streamed(Path(tar(tmp_path / "a.tar", members)))
+    assert damage == ""
+    if apart < 64:
+        assert (len(found), left_out) == (apart, Counter())
+    else:
+        assert left_out["no caption"] == left_out["no image member"] == apart - len(found) > 64
+
+
+def test_damage_amid_a_tar_costs_what_follows(tmp_path: Path) -> None:
+    path = Path(tar(tmp_path / "a.tar", {f"{n}.{kind}": bytes([65 + n]) for n in range(9) for kind in ("jpg", "txt")}))
+    whole = path.read_bytes()
+    assert streamed(path) == (list("ABCDEFGHI"), Counter(), "")
+    for block, damage, count in (
+        # Of a member's header and content each: a header that is none, one of zeros, and a size below 0.
+        (24, b"\1" * 512, 6),
+        (24, bytes(512), 6),
+        (24, whole[24 * 512 : 24 * 512 + 124] + b"\xff" * 12 + whole[24 * 512 + 136 : 25 * 512], 6),
+        (26, b"\1" * 512, 6),
+    ):
+        path.write_bytes(whole[: 512 * block] + damage + whole[512 * (block + 1) :])
+        found, left_out, told = streamed(path)
+        assert (found, left_out) == (list("ABCDEFGHI")[:count], Counter())
+        assert re.match(r"damaged at byte 1[23],\d{3}|cut or damaged \(", told), told
 
 
 def rows(batch: Batch) -> tuple[list[str], torch.Tensor]:

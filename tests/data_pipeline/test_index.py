@@ -20,7 +20,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.index.index import index
 from data_pipeline.index.shard_reading import ShardError, read_shard
 from data_pipeline.workers import AHEAD, workers
-from tests.pairs import all_samples, write_pairs, write_shard
+from tests.pairs import all_samples, overwrite, write_pairs, write_shard
 from vdtrain.data.manifest import SAMPLES_FILES, SHARDS_FILE, Manifest, ManifestError, read_shards
 from vdtrain.errors import ConfigError, NothingError
 from vdtrain.files import locked
@@ -286,6 +286,22 @@ def test_images_are_decoded_if_that_is_asked_for_and_was_not_done(tmp_path: Path
     index({"drawn": shards}, tmp_path / "manifest")
     assert len(read) == 4
     assert len(Manifest(tmp_path / "manifest")) == 9
+
+
+def test_a_listed_shard_that_a_disk_has_damaged_leaves_the_manifest_when_it_is_read_again(tmp_path: Path) -> None:
+    """Nothing else is new, so that only the shard that goes changes the manifest."""
+    shards = write_shards(tmp_path, range(1))
+    index({"drawn": shards}, tmp_path / "manifest", decode=True)
+    write_shards(tmp_path / "more", range(1, 2))
+    second = shards / "00000" / "000001.tar"
+    for file in (tmp_path / "more" / "shards" / "00000").iterdir():
+        file.rename(shards / "00000" / file.name)
+    index({"drawn": shards}, tmp_path / "manifest")
+    assert len(Manifest(tmp_path / "manifest").paths) == 2
+    overwrite(second, 0, second.stat().st_size)
+    with pytest.raises(ShardError, match=r"1 of 2 shards are left out"):
+        index({"drawn": shards}, tmp_path / "manifest", decode=True)
+    assert [Path(path).name for path in Manifest(tmp_path / "manifest").paths] == ["000000.tar"]
 
 
 def test_pairs_that_are_listed_twice_are_counted_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

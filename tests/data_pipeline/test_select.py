@@ -116,10 +116,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 FILTERS: dict[str, tuple[list[str], list[dict[str, Any]], set[int], dict[str, int], dict[str, int]]] = {
     "side": (
         ["side_min=256"],
-        [{"width": 256, "height": 900}, {"width": 255, "height": 900}, {"width": 900, "height": 1}, {"width": 0}],
-        {0, 3},
+        [
+            {"width": 256, "height": 900},
+            {"width": 255, "height": 900},
+            {"width": 900, "height": 1},
+            {"width": 0},
+            {"width": 0, "height": 300},
+            {"width": 300, "height": None},
+        ],
+        {0, 3, 4, 5},
         {"side too short": 2},
-        {"size": 1},
+        {"size": 3},
     ),
     "area": (
         ["area_min=49152"],
@@ -194,9 +201,11 @@ FILTERS: dict[str, tuple[list[str], list[dict[str, Any]], set[int], dict[str, in
             {"caption": "  a  cat  "},
             {"caption": None},
             {"caption": ""},
+            {"caption": "a cat beside one dog"},
+            {"caption": "a cat beside two dogs"},
         ],
-        {0, 5},
-        {"caption too short": 2, "caption too long": 1, "no caption after cleaning": 1, "no caption": 2},
+        {0, 5, 8},
+        {"caption too short": 2, "caption too long": 2, "no caption after cleaning": 1, "no caption": 2},
         {},
     ),
     "URL": (
@@ -257,6 +266,25 @@ def test_a_filter_and_its_counts(tmp_path: Path, name: str) -> None:
     assert selection is not None
     assert selection.counts == counts
     assert selection.unscored == unscored
+
+
+def test_a_limit_holds_for_every_column_that_a_set_has_for_it(tmp_path: Path) -> None:
+    scores = [(0.3, 0.3), (0.4, 0.1), (0.1, 0.4), (0.1, None), (None, 0.1), (None, None), (None, 0.4)]
+    columns = {
+        "url": [f"https://example.org/{number}.jpg" for number in range(len(scores))],
+        "text": ["a caption"] * len(scores),
+        "nsfw_score_opennsfw2": pa.array([one for one, _ in scores], pa.float32()),
+        "nsfw_score_gantman": pa.array([other for _, other in scores], pa.float32()),
+    }
+    (tmp_path / "own").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "own" / "a.parquet")
+    data = own(tmp_path, "data.select.filters.nsfw_max=0.3")
+    data.sources["own"].schema = "coyo700m"
+    select(data)
+    assert [row["url"] for row in selected(data)] == [columns["url"][number] for number in (0, 3, 4, 5)]
+    selection = read_selection(tmp_path / "selected" / "own")
+    assert selection is not None
+    assert (selection.counts, selection.unscored) == ({"NSFW probability too high": 3}, {"nsfw": 1})
 
 
 def test_columns_uid_and_cleaned_captions(tmp_path: Path) -> None:

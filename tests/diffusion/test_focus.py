@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vdtrain.diffusion.contexts import factors_of, focus
+from vdtrain.diffusion.contexts import factors_of, focus, low_rank
 
 
 def tokens() -> torch.Tensor:
@@ -52,3 +52,17 @@ def test_samples_do_not_depend_on_those_beside_them() -> None:
 def test_levels_off_the_scale_are_refused(level: float) -> None:
     with pytest.raises(ValueError, match=f"focus={level}: must be from 0"):
         focus(tokens(), level)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 10])
+def test_a_low_rank_keeps_the_leading_components(rank: int) -> None:
+    given = tokens()[:, 1:]
+    found = low_rank(given, rank)
+    mean = given.mean(dim=-1, keepdim=True)
+    torch.testing.assert_close(found.mean(dim=-1, keepdim=True), mean, atol=1e-5, rtol=0)
+    kept, whole = (torch.linalg.svdvals(each - mean) for each in (found, given))
+    torch.testing.assert_close(kept[:, :rank], whole[:, :rank], atol=1e-4, rtol=1e-4)
+    assert (kept[:, rank:] < 1e-4 * whole[:, :1]).all()
+    # What is left out are the other components: no matrix of this rank is nearer (Eckart and Young 1936).
+    left_out = (given - found).flatten(1).norm(dim=1)
+    torch.testing.assert_close(left_out, whole[:, rank:].norm(dim=1), atol=1e-3, rtol=1e-3)

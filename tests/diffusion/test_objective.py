@@ -167,6 +167,12 @@ def test_losses_by_quarter_are_those_of_the_samples_alone(diffuser: Diffuser, en
     assert (quarters.sums[..., 1].sum(dim=1) == 2 * BATCH).all()
 
 
+def test_quarters_of_a_schedule_that_four_does_not_divide() -> None:
+    quarters = QuarterLosses(["a"], 10, torch.device("cpu"))
+    quarters.add(["a"], torch.ones(10, 3), torch.arange(10))
+    assert quarters.sums[0, :, 1].tolist() == [3, 2, 3, 2]
+
+
 def test_perfect_predictions_have_no_loss(encoded: Encoded) -> None:
     def oracle(inputs: list[DiffuserInput]) -> list[torch.Tensor]:
         own = rng()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.diffusion.test_objective import BATCH, FLOWS, alone, diffuser, encoded, objective, rng
+from tests.diffusion.test_objective import BATCH, FLOWS, Unconditional, alone, diffuser, encoded, objective, rng
 from vdtrain.diffusion.objective import QuarterLosses
 from vdtrain.flows import Flow
 from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
@@ -86,3 +86,31 @@ def test_whole_pairs_lose_to_the_bit_what_plain_code_loses(diffuser: Diffuser, e
 def dropped(flow: Flow, encoded: Encoded) -> torch.Tensor:
     nothing = objective()._without(flow, encoded.contexts[flow.context])
     return torch.where(rng().chance(f"dropout/{flow}", 0.5)[:, None, None], nothing, encoded.contexts[flow.context])
+
+
+class Drawn(Unconditional):
+    """Latents that are the noise of the posterior itself, in bfloat16."""
+
+    def latent_shape(self, modality: str, size: tuple[int, int]) -> tuple[int, ...]:
+        return {"image": (4, size[0] // 8, size[1] // 8), "text": (64,)}[modality]
+
+    def encode(self, samples: object, outputs: set[str], contexts: set[str], noise: dict, moments: object) -> Encoded:
+        return Encoded(
+            {name: noise[name].bfloat16() for name in outputs},
+            {name: torch.zeros(len(noise[name]), 5, 64, dtype=torch.bfloat16) for name in contexts},
+        )
+
+
+def test_a_latent_is_drawn_by_its_place_in_the_batch_whatever_others_lack() -> None:
+    whole = objective()
+    whole.frozen = Drawn()
+    images, texts = (rng().normal(f"latent/{name}", shape) for name, shape in (("image", (4, 4, 4)), ("text", (64,))))
+    for rows in ({}, ROWS, {"image": torch.tensor([], dtype=torch.int64)}):
+        found = whole.encode({}, 32, rng(), rows=rows)
+        every = torch.arange(BATCH)
+        for name, drawn in (("image", images), ("text", texts)):
+            expected = drawn[rows.get(name, every)].bfloat16()
+            # A modality that no pair has is one row without meaning, of the same type.
+            torch.testing.assert_close(
+                found.latents[name], expected if len(expected) else expected.new_zeros(1, 4, 4, 4), atol=0, rtol=0
+            )

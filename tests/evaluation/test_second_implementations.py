@@ -208,6 +208,8 @@ def test_bleu_and_cider() -> None:
 def test_captions_of_other_lengths_and_of_none_in_common() -> None:
     """Clipping and the penalty for another length."""
     pairs = [("a dog", ["a dog runs on the grass", "a dog"]), ("a a a a a a red", ["a red car", "the red car"])]
+    # What every image's references have, such as "a", has no weight, so that another word is repeated too.
+    pairs += [("red red red red red car", ["a red car", "the red car"])]
     pairs += [("", ["a cat"]), ("seven words that nobody else says here", ["a cat sits", "one cat"])]
     made, real = [text.split() for text, _ in pairs], [[each.split() for each in own] for _, own in pairs]
     results = {number: [text] for number, (text, _) in enumerate(pairs)}

@@ -256,6 +256,7 @@ def test_what_comes_after_the_position_may_change(
     arguments = [f"stage={STAGES[1]}", *tiny_runs.overrides, f"run_dir={tmp_path}/run", more]
     changed = ["stage.learning_rate=3e-5", "data.stream.lanes=2", "hardware.precision=bf16", "ema.enabled=false"]
     changed += ["+objective.flow_weights.text-to-image=2", "log_every_steps=7", "checkpoint.keep=4"]
+    changed += ["stage.init_from=null"]
     assert preflight([*arguments, *changed]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     again = "; in this epoch some samples repeat and others are missed"
@@ -263,6 +264,7 @@ def test_what_comes_after_the_position_may_change(
         f"warning: {line}"
         for line in (
             "stage.learning_rate=3e-05: was 0.0001 until now",
+            f"stage.init_from=null: was {tiny_runs.run(1)} until now; no effect, because the run has its own weights",
             f"data.stream.lanes=2: was 64 until now{again}",
             f"data.stream._target_=vdtrain.data.stream.PairStream: was tests.tiny_runs.EndingStream until now{again}",
             "data.stream.name=unset: was SIGUSR1 until now",

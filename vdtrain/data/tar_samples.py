@@ -18,7 +18,7 @@ import tarfile
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
@@ -182,8 +182,7 @@ def _as_text(value: Any) -> str:
     return str(value) if number else ""
 
 
-KINDS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(TEXTS, "text"), METADATA: METADATA}
-IMAGE, TEXT = "image", "text"
+ENDINGS = {*IMAGES, *TEXTS, METADATA}
 # Hidden files, and WebDataset's own metadata.
 SKIPPED = re.compile(r"(.*/)?(\.(?!/)|__[^/]*__($|/))")
 # A larger member is not a picture of the web, and would fill the memory.
@@ -235,10 +234,11 @@ def samples(file: BinaryIO, caption: str | None, left_out: Counter[str]) -> Iter
 
 
 def _grouped(members: Iterator[tuple[str, bytes]], caption: str | None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The members of each sample by their kind, as soon as the next sample begins; what is incomplete waits."""
+    """The members of each sample by their ending, as soon as the next sample begins; what is incomplete waits."""
 
     def whole(sample: Mapping[str, bytes]) -> bool:
-        return IMAGE in sample and ((TEXT in sample and caption is None) or METADATA in sample)
+        texts = (*TEXTS, METADATA) if caption is None else (METADATA,)
+        return _first(sample, IMAGES) is not None and _first(sample, texts) is not None
 
     waiting: dict[str, dict[str, bytes]] = {}
     last = ""
@@ -256,7 +256,7 @@ def _grouped(members: Iterator[tuple[str, bytes]], caption: str | None) -> Itera
                     oldest = next(iter(waiting))
                     yield oldest, waiting.pop(oldest)
                 last = key
-            waiting.setdefault(key, {}).setdefault(KINDS[suffix.lower()], data)
+            waiting.setdefault(key, {}).setdefault(suffix.lower(), data)
     except (CutError, StreamError, OSError):
         yield from (each for each in waiting.items() if whole(each[1]))
         raise
@@ -271,7 +271,7 @@ def _members(file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, byte
         with tarfile.open(fileobj=ending, mode="r|*", bufsize=1 << 16, tarinfo=_Header) as tar:
             for member in tar:
                 suffix = member.name.rpartition(".")[2].lower()
-                kept = member.isreg() and suffix in KINDS and not SKIPPED.match(member.name)
+                kept = member.isreg() and suffix in ENDINGS and not SKIPPED.match(member.name)
                 if kept and member.size > MEMBER_BYTES:
                     left_out["too many bytes"] += 1
                 elif kept:
@@ -314,15 +314,21 @@ class _Header(tarfile.TarInfo):
         return header
 
 
+def _first(members: Mapping[str, bytes], endings: Sequence[str]) -> bytes | None:
+    """Of several pictures or texts of a sample, the one that the index takes too."""
+    return next((members[ending] for ending in endings if ending in members), None)
+
+
 def _sample(key: str, members: Mapping[str, bytes], caption: str | None) -> Sample:
-    if IMAGE not in members:
+    image, told = _first(members, IMAGES), _first(members, TEXTS)
+    if image is None:
         raise BrokenSampleError("no image member")
     described: Mapping[str, Any] = {}
     with suppress(BrokenSampleError):
         described = read_json(members.get(METADATA, b"{}"))
-    text = read_text(members[TEXT]) if caption is None and TEXT in members else ""
+    text = read_text(told) if caption is None and told is not None else ""
     if not (found := text or told_caption(described, caption)):
         raise BrokenSampleError("no caption")
     # img2dataset notes the tag, and drops it if it encodes the image again.
-    orientation = stored_orientation(members[IMAGE]) or noted_orientation(described.get("exif")) or 1
-    return Sample(key, members[IMAGE], found, orientation)
+    orientation = stored_orientation(image) or noted_orientation(described.get("exif")) or 1
+    return Sample(key, image, found, orientation)
