@@ -157,7 +157,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("hardware.activation_checkpointing=all", ["hardware.activation_checkpointing=all", "none, context, blocks"]),
         ("+objective.flow_weights.text-to-text=2", ["objective.flow_weights.text-to-text", "not a flow of this stage"]),
         ("objective.context_dropout=1.5", ["objective.context_dropout=1.5"]),
-        ("objective.flow_weights={image-to-image:-1}", ["flow_weights.image-to-image=-1: must be above 0"]),
+        ("objective.flow_weights={image-to-image:-1}", ["flow_weights.image-to-image=-1: must be at least 0"]),
         ("seed=-1", ["seed=-1: must be at least 0"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]: AdamW has two; give two, e.g. [0.9, 0.999]"]),
         ("model.diffuser.channels=[]", ["model.diffuser.channels=[]: empty", "at least one level"]),

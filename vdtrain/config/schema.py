@@ -219,7 +219,7 @@ class ObjectiveConfig:
         "probability of the unconditional context, for classifier-free guidance", least=0, below=1
     )
     flow_weights: dict[str, float] = setting(
-        "weight of a flow's loss, by flow; 1 for a flow that is not named", above=0
+        "weight of a flow's loss, by flow; 1 for a flow that is not named", least=0
     )
     min_snr_gamma: float | None = setting(
         "largest signal-to-noise ratio whose timesteps count in full (Hang et al. 2023); 5 is usual, null counts all "
