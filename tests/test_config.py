@@ -14,6 +14,7 @@ from vdtrain.config.compose import SCHEMAS, ConfigError, compose, options, to_ob
 from vdtrain.config.fields import check_values, keys, look_up, value_problems
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check, gradient_scales, micro_batches
+from vdtrain.data.manifest import SHARDS_FILE
 
 MINIATURE = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none"]
 STAGES = {
@@ -82,6 +83,15 @@ def test_a_stream_by_name_replaces_the_whole_table(tmp_path: Path) -> None:
         load("+data.stream=indexed")
 
 
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """A folder that passes for a manifest until it is read."""
+    folder = tmp_path / "manifest"
+    folder.mkdir()
+    (folder / SHARDS_FILE).touch()
+    return folder
+
+
 def test_each_stage_starts_from_the_one_before() -> None:
     starts = [load(f"stage={name}", "runs_dir=r").stage.init_from for name in STAGES]
     assert starts == ["weights/stable_diffusion_v1", "r/stage1_single_flow", "r/stage2_dual_flow"]
@@ -89,8 +99,8 @@ def test_each_stage_starts_from_the_one_before() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("hardware", options("hardware"))
-def test_shipped_batches_divide_on_a_node(name: str, hardware: str, tmp_path: Path) -> None:
-    overrides = [f"stage={name}", f"hardware={hardware}", f"data.manifest={tmp_path}"]
+def test_shipped_batches_divide_on_a_node(name: str, hardware: str, manifest: Path) -> None:
+    overrides = [f"stage={name}", f"hardware={hardware}", f"data.manifest={manifest}"]
     overrides += ["model=tiny", "data=shapes"] if hardware == "cpu" else []
     config = load(*overrides)
     for modality in config.model.modalities.values():  # weights are not part of the repository
@@ -162,6 +172,7 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
         ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]: AdamW has two; give two, e.g. [0.9, 0.999]"]),
         ("model.diffuser.channels=[]", ["model.diffuser.channels=[]: empty", "at least one level"]),
         ("model.diffuser.channels=[64,60]", ["channels=[64, 60]: model.diffuser.norm_groups=8 does not divide 60"]),
+        ("model.diffuser.attention_levels=[0,9]", ["attention_levels=[0, 9]: there is no level 9; choose from 0 to 1"]),
         ("model.diffuser.heads=7", ["channels=[64, 64]: model.diffuser.heads=7 does not divide 64", "multiple of 7"]),
         (
             "model.modalities.image.vae._target_=os.system",
@@ -179,16 +190,15 @@ def test_gradient_scales_cover_the_trained_groups() -> None:
             ["model.schedule.beta_start=0.5: above beta_end=0.012", "model.schedule=released"],
         ),
         ("data.manifest=nowhere", ["data.manifest=nowhere", "data_pipeline index"]),
+        ("data.manifest=.", ["data.manifest=.: shards.parquet is not there; make it with `python -m data_pipeline"]),
         ("stage=stage2_dual_flow", ["stage.init_from=", "stage1_single_flow", "train that stage first"]),
         ("stage.init_from=weights.safetensors", ["stage.init_from=weights.safetensors", "vdtrain weights import"]),
         ("--fast", ["unknown flag --fast"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_setting_and_remedy(
-    overrides: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: str, expected: list[str], manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = tmp_path / "manifest"
-    manifest.mkdir()
     arguments = [*MINIATURE, f"data.manifest={manifest}", f"runs_dir={tmp_path}/runs", *shlex.split(overrides)]
     assert main(arguments) == 2
     shown = capsys.readouterr()
@@ -199,20 +209,22 @@ def test_a_mistake_is_one_line_that_names_setting_and_remedy(
         assert part in shown.err
 
 
-def test_arguments_that_a_part_refuses_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "manifest").mkdir()
-    places = [f"data.manifest={tmp_path}/manifest", f"run_dir={tmp_path}/run"]
+def test_arguments_that_a_part_refuses_are_one_line(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"data.manifest={manifest}", f"run_dir={tmp_path}/run"]
     assert main([*MINIATURE, *places, "model.modalities.image.vae.block_out_channels=[1]"]) == 2
     expected = "model.modalities.image.vae: norm_num_groups=2 does not divide block_out_channels=[1]"
     assert capsys.readouterr().err == f"error: {expected}; correct its arguments\n"
 
 
-def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "manifest").mkdir()
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("mine")
     for place in (file, file / "run"):
-        assert main([*MINIATURE, f"data.manifest={tmp_path}/manifest", f"run_dir={place}"]) == 2
+        assert main([*MINIATURE, f"data.manifest={manifest}", f"run_dir={place}"]) == 2
         shown = capsys.readouterr()
         why = f"cannot be written ({file} is a file, not a folder); move {file} away, or choose another place"
         assert shown.err == f"error: run_dir={place}: {why}\n"

@@ -27,6 +27,7 @@ from vdtrain.checkpoint.format import Index
 from vdtrain.commands.train import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
+from vdtrain.data.manifest import SHARDS_FILE
 from vdtrain.data.order import Split
 from vdtrain.data.stream import PairStream
 from vdtrain.run import distributed
@@ -358,6 +359,7 @@ def test_a_mistaken_setting_is_one_line_before_anything_starts(
     words: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / SHARDS_FILE).touch()
     given = [*MINIATURE, "samples.every=4", f"data.manifest={tmp_path}/manifest", f"run_dir={tmp_path}/run", *words]
     assert main(given) == 2
     error = capsys.readouterr().err.strip()

@@ -17,6 +17,7 @@ from tests.weights.published import compvis_whole, diffusers_unet, write_diffuse
 from tests.weights.small import MODEL, PLAN, weights
 from tests.weights.test_frozen_sources import clip, compvis, image_vae, optimus
 from vdtrain.cli import main
+from vdtrain.data.manifest import SHARDS_FILE
 from vdtrain.weights.folder import is_weights_folder, write_weights_folder
 from vdtrain.weights.published.diffusers_folder import write_pipeline
 from vdtrain.weights.published.versatile_diffusion import to_released
@@ -68,6 +69,7 @@ def test_the_command_is_for_that_file(
     monkeypatch.chdir(tmp_path)
     file = made(tmp_path)
     (tmp_path / "data" / "manifest").mkdir(parents=True)
+    (tmp_path / "data" / "manifest" / SHARDS_FILE).touch()
     train = ["train", "stage=stage3_four_flow", *overrides(tmp_path), f"stage.init_from='{file}'"]
     assert main(train) == 2
     error = capsys.readouterr().err

@@ -277,8 +277,14 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
         yield f"data.urls={shown(config.data.urls)}: only data.stream=webdataset reads it; add that, or leave it out"
     elif not Path(config.data.manifest).exists():
         yield f"data.manifest={config.data.manifest}: does not exist; make it with {_index_command(config.data)}"
-    elif config.data.latents == "cached":
-        yield from _latent_problems(config)
+    else:
+        from vdtrain.data.manifest import SHARDS_FILE
+
+        if Path(config.data.manifest).is_dir() and not (Path(config.data.manifest) / SHARDS_FILE).exists():
+            place = f"data.manifest={config.data.manifest}: {SHARDS_FILE}"
+            yield f"{place} is not there; make it with {_index_command(config.data)}, or give another folder"
+        elif config.data.latents == "cached":
+            yield from _latent_problems(config)
 
 
 def _watch_problems(config: TrainConfig) -> Iterator[str]:
@@ -347,6 +353,9 @@ def _unfit_sizes(config: TrainConfig) -> Iterator[str]:
     if not sizes.channels:
         yield f"{place}: empty; give the channels of at least one level, e.g. [64, 64]"
         return
+    if absent := [level for level in sizes.attention_levels if level >= len(sizes.channels)]:
+        levels = f"model.diffuser.attention_levels={shown(sizes.attention_levels)}"
+        yield f"{levels}: there is no level {absent[0]}; choose from 0 to {len(sizes.channels) - 1}, one of each channels"
     # The middle has the channels of the last level, and attention.
     attending = [width for level, width in enumerate(sizes.channels) if level in sizes.attention_levels]
     widths = {"norm_groups": sizes.channels, "heads": [*attending, sizes.channels[-1]]}
