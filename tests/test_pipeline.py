@@ -276,7 +276,7 @@ def test_an_edit_is_what_its_steps_give_one_by_one(model: VersatileDiffusion) ->
     )
     chosen, tokens = model.settings(SMALL), model.encode_context("image", given)
     latents = model.sample("text", [Context("image", tokens)], chosen, seeds=seeds, decode=False)
-    assert captions == model.decode("text", changed(model, latents, "a circle", "a star"), chosen.seed)
+    assert captions == model.decode("text", changed(model, latents, "a circle", "a star"), seeds)
     texts = [model.encode_context("text", captions), model.encode_context("text", ["a star"] * 3)]
     empty, blank = (model.unconditional("image", modality) for modality in ("text", "image"))
     expected = model.sample(

@@ -296,7 +296,8 @@ def with_latents(folder: Path, samples: Mapping[str, Mapping[str, bytes]], rows:
     (folder / "32" / DESCRIPTION_FILE).write_text(json.dumps(description.to_dict()))
     file, numbers = folder / "32" / file_name(found.paths[0], found.hashes[0]), np.array(rows, np.int32)
     moments = np.repeat(numbers, 2).astype(np.float16).reshape(-1, 2, 1, 1)
-    write_latents(file, description, found.hashes[0], numbers, numbers < 0, moments)
+    offsets = found.rows(0).offset[numbers]
+    write_latents(file, description, found.hashes[0], numbers, offsets, numbers < 0, moments)
     return folder / "manifest"
 
 

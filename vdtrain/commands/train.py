@@ -39,7 +39,7 @@ def checked(config: TrainConfig, processes: int) -> TrainConfig:
     """The settings, which fit each other and the number of processes; the run folder can be written."""
     check(config, processes)
     # Of several nodes one may lack the folder. They find that out together when they lock it.
-    if launch_variables()["WORLD_SIZE"] == "1":
+    if config.nnodes == 1 and launch_variables()["WORLD_SIZE"] == "1":
         check_output(Path(config.run_dir), f"run_dir={config.run_dir}")
     return config
 

@@ -355,7 +355,7 @@ def _unfit_sizes(config: TrainConfig) -> Iterator[str]:
         return
     if absent := [level for level in sizes.attention_levels if level >= len(sizes.channels)]:
         levels = f"model.diffuser.attention_levels={shown(sizes.attention_levels)}"
-        yield f"{levels}: there is no level {absent[0]}; choose from 0 to {len(sizes.channels) - 1}, one of each channels"
+        yield f"{levels}: there is no level {absent[0]}; choose from 0 to {len(sizes.channels) - 1}"
     # The middle has the channels of the last level, and attention.
     attending = [width for level, width in enumerate(sizes.channels) if level in sizes.attention_levels]
     widths = {"norm_groups": sizes.channels, "heads": [*attending, sizes.channels[-1]]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -19,17 +18,16 @@ from vdtrain.config.schema import ModelConfig
 from vdtrain.config.validation import check_sampling, missing_weights
 from vdtrain.diffusion.sampling import make_solver, spacing_note
 from vdtrain.diffusion.schedule import Schedule
-from vdtrain.errors import ConfigError, printable, unwritable
+from vdtrain.errors import ConfigError, unwritable
 from vdtrain.files import check_output
 from vdtrain.flows import Flow
 from vdtrain.inference.checkpoint import Described, describe
+from vdtrain.inference.questions import IMAGE, TEXT, confirm, looks_like_caption, looks_like_file
 from vdtrain.media import MODALITY_IO, ModalityIO, next_number
 from vdtrain.pipeline import VersatileDiffusion
 from vdtrain.progress import track
 from vdtrain.redaction import redacted
 
-IMAGE, TEXT = "image", "text"
-FILE_NAME = re.compile(r".*\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jxl|svg|txt|wav|flac|mp3)", re.IGNORECASE)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("height", "width", "steps", "guidance_scale", "solver", "eta", "seed", "batch_size")
 # Settings about the machine and the folder, which the metadata of an image leaves out.
@@ -164,38 +162,6 @@ class Sampler:
             return modality_io(modality).write(samples, folder, kept)
         except OSError as error:
             raise ConfigError(f"output_dir={folder}: {unwritable(error, folder)}") from error
-
-
-def looks_like_file(text: str) -> bool:
-    """Whether a caption could be meant as a file."""
-    try:
-        return FILE_NAME.fullmatch(text.strip()) is not None or os.path.isfile(os.path.expanduser(text))
-    except (OSError, ValueError):
-        return False
-
-
-def looks_like_caption(text: str) -> bool:
-    """Whether the name of a file that does not exist could be meant as a caption."""
-    return " " in text.strip() and "/" not in text and not looks_like_file(text)
-
-
-def confirm(place: str, found: str, question: str, remedy: str) -> None:
-    """Ask on a terminal whether something is meant.
-
-    Args:
-        place: the setting and its value.
-        found: what is odd about it.
-        question: for a terminal; a "y" goes on.
-        remedy: for the error, without a terminal or after another answer.
-
-    Raises:
-        ConfigError: it is not meant, or nobody can be asked.
-    """
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"{printable(f'{place}: {found}')}. {question} [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return
-    raise ConfigError(f"{place}: {found}; {remedy}")
 
 
 def load_model(config: SamplerConfig, found: Described) -> VersatileDiffusion:
