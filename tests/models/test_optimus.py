@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.models.tiny import arguments, caption_accuracy, fresh, normal, tiny
 from vdtrain.models.frozen_weights import WeightsError
@@ -167,6 +168,17 @@ def test_ids_end_at_the_limit(optimus, monkeypatch):
     ids = optimus.generate(normal(torch.Size((3, 64))), tokenizer.first, tokenizer.last)
     assert ids.shape == (3, 4)
     assert ids[:, -1].eq(tokenizer.last).all()
+
+
+def test_a_row_that_has_ended_is_padded(optimus, monkeypatch):
+    tokenizer, size = optimus.decoder_tokenizer, optimus.decoder.config.vocab_size
+    said = iter([[7, 7], [tokenizer.last, 7], [7, 7], [7, tokenizer.last]])
+    monkeypatch.setattr(
+        optimus, "logits", lambda *_: functional.one_hot(torch.tensor(next(said)), size)[:, None].float()
+    )
+    first, last = tokenizer.first, tokenizer.last
+    ids = optimus.generate(normal(torch.Size((2, 64))), first, last)
+    assert ids.tolist() == [[first, 7, last, last, last, last], [first, 7, 7, 7, last, last]]
 
 
 def test_gradients_of_the_loss_reach_encoder_and_decoder():
