@@ -33,7 +33,7 @@ from tests.training.toy import (
     train_step,
 )
 from vdtrain.checkpoint import store as checkpoints
-from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError, candidates
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.config.schema import SHARDED
@@ -517,6 +517,55 @@ def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
 def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.keep"):
         CheckpointStore(tmp_path, keep=0)
+
+
+def written(store: CheckpointStore, *steps: int) -> list[str]:
+    """The names of a store's checkpoints after small ones of these steps."""
+    for step in steps:
+        index = Index(step, 1, 1, "fp32", 0, None, {}, groups=(), files={})
+        store.write(Snapshot(index, {"global/master": torch.zeros(2)}, {}), lambda value: [value])
+    return sorted(path.name for path in store.folder.glob("step-*"))
+
+
+def test_what_comes_after_a_run_that_was_set_back_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    names = [f"step-{step:09d}" for step in (2, 3, 5, 6)]
+    assert written(CheckpointStore(folder, keep=2), 4, 5, 6) == names[2:]
+    assert written(CheckpointStore(folder, keep=2), 1, 2, 3) == names
+    found = latest(folder)
+    assert found is not None
+    assert found.path.name == names[1]
+
+
+def test_a_damaged_checkpoint_that_was_written_again_counts(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, passed_over=["step-000000001", "step-000000002"])
+    assert written(store, 2, 3) == ["step-000000002", "step-000000003"]
+
+
+def test_a_file_that_arrived_short_is_not_published(tmp_path: Path) -> None:
+    """A file system may show rank 0 less than another process wrote."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    written(store, 1)
+
+    def gather(value: Any) -> list[Any]:
+        records, failure = value
+        if isinstance(records, dict):
+            records = {name: {**record, "bytes": record["bytes"] + 8} for name, record in records.items()}
+        return [[records, failure]]
+
+    index = Index(2, 1, 1, "fp32", 0, None, {}, groups=(), files={})
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 2 was not saved: .* bytes here and"):
+        store.write(Snapshot(index, {"global/master": torch.zeros(2)}, {}), gather)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step-000000001"]
+
+
+def test_a_replacement_comes_before_what_it_replaces(tmp_path: Path) -> None:
+    for name in ("step-000000001", "step-000000002.replaced", "step-000000002", "step-000000010"):
+        (tmp_path / name).mkdir()
+    order = ["step-000000010", "step-000000002", "step-000000002.replaced", "step-000000001"]
+    assert [path.name for path in candidates(tmp_path)] == order
+    (tmp_path / "latest").write_text("step-000000001\n")
+    assert [path.name for path in candidates(tmp_path)] == [order[-1], *order[:-1]]
 
 
 def test_an_index_is_whole_whatever_the_order_of_its_numbers(tmp_path: Path) -> None:
