@@ -145,6 +145,17 @@ def trained_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if name not in passenger_part(weights)}
 
 
+def find_a_damage_of_one_rank(folder: Path) -> str:
+    """Each process reads its share of the files; the second one reads the first one's partition."""
+    copy = folder / "damaged"
+    if distributed.rank() == 0:
+        shutil.copytree(folder / "many", copy)
+        flip_middle(copy / "step-000000004" / shard_name(0, 2))
+    distributed.barrier()
+    found = latest(copy, patience=1.0)
+    return "" if found is None else found.path.name
+
+
 def two_ranks(folder: Path, report: Report) -> None:
     found: dict[str, Any] = {}
     for stage in ZERO:
@@ -161,6 +172,7 @@ def two_ranks(folder: Path, report: Report) -> None:
     found["thawed"] = {precision: freeze_and_thaw(folder, precision) for precision in PRECISIONS}
     found["left_out"] = {str(stage): left_out_or_at_rate_zero(stage) for stage in ZERO}
     found["pruned"] = save_many(folder)
+    found["damaged"] = find_a_damage_of_one_rank(folder)
     found["killed"] = is_killed_while_saving(folder, lambda: report(found))
     report(found)
 
@@ -496,6 +508,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     assert found is not None
     assert found.path == copy / "step-000000003"
     assert "step-000000004 is passed over" in caplog.text
+
+
+def test_a_damage_that_one_rank_finds_is_one_for_all(two: list[dict[str, Any]]) -> None:
+    assert [rank["damaged"] for rank in two] == ["step-000000003"] * 2
 
 
 def test_a_stop_between_the_renames_of_a_replacement_loses_nothing(

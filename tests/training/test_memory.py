@@ -234,6 +234,8 @@ def test_the_search_for_a_micro_batch_knows_divisors_and_lines() -> None:
     fits = {105: 0, 110: 1, 140: 4, 155: 4, 160: 6, 220: 12, 10**6: 12}
     for micro in (1, 4, 12):
         assert {memory: _largest(peak_at, micro, 12, memory) for memory in fits} == fits
+    # Peaks that grow faster than the line: six pairs are on it, and take 136.
+    assert _largest(lambda size: 100 + size**2, 1, 12, 130) == 4
 
 
 def test_deepspeed_copies_groups_until_they_are_large() -> None:
