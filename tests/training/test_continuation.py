@@ -34,7 +34,7 @@ from vdtrain.models.frozen_weights import ASSETS
 from vdtrain.run import distributed
 from vdtrain.tracking.metrics import read_metrics
 from vdtrain.training.continuation import CONFIG, TrainState, _longer, changes, stage_steps
-from vdtrain.training.start import Start, check_frozen
+from vdtrain.training.start import Start, _patience, check_frozen, model_of
 
 LONGER = 5
 VAE = "model.modalities.image.vae.weights"
@@ -361,15 +361,17 @@ def test_a_run_whose_phases_were_changed_by_a_version_that_let_them_is_refused(
     assert "its phases were changed on the way" in refusal(capsys, complete)
 
 
+def content_of(words: list[str], state: TrainState) -> dict[str, Any]:
+    """A checkpoint's trainer state."""
+    return {"config": OmegaConf.to_container(compose("train", words), resolve=False), "state": asdict(state)}
+
+
 def changed(*words: str, step: int = 1) -> tuple[list[str], list[str]]:
     """The lines on these settings in a run that has trained `step` steps of two times eight without them."""
     plain = ["stage=stage3_four_flow", *settings.TINY, "stage.init_from=null", "stage.global_batch_size=4"]
     plain.append("stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]")
-    content = {
-        "config": OmegaConf.to_container(compose("train", plain), resolve=False),
-        "state": asdict(TrainState(step=step, phase_step=step)),
-    }
     raw = compose("train", [*plain, *words])
+    content = content_of(plain, TrainState(step=step, phase_step=step))
     return changes(content, raw, to_object(raw, TrainConfig).stage, "RUN")
 
 
@@ -411,6 +413,20 @@ def test_what_changes_the_training_is_told_from_the_rest(word: str, said: bool) 
     lines, others = changed(word)
     assert len(lines) + len(others) == 1, (lines, others)
     assert (lines if said else others)[0].startswith(f"{word}: was ")
+
+
+@pytest.mark.parametrize(("phase", "resolution"), [(0, 32), (1, 64), (2, 64)])
+def test_a_checkpoints_model_has_the_resolution_of_its_latest_phase(phase: int, resolution: int) -> None:
+    words = ["stage=stage3_four_flow", *settings.TINY, "stage.global_batch_size=4"]
+    words.append("stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]")
+    content = content_of(words, TrainState(step=8 * phase, phase=phase))
+    index = Index(8 * phase, 1, 1, "fp32", 0, None, content, groups=(), files={})
+    assert model_of(Checkpoint(Path("run"), index), "weights").resolution == resolution
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("null", 120.0), ("100", 25.0), ("10000", 120.0)])
+def test_a_start_waits_for_a_disk_less_than_its_watchdog_does(limit: str, seconds: float) -> None:
+    assert _patience(to_object(compose("train", [f"watchdog_seconds={limit}"]), TrainConfig)) == seconds
 
 
 def test_the_remedy_of_a_shorter_phase_trains_as_long() -> None:
