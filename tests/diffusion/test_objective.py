@@ -127,6 +127,21 @@ def test_min_snr_weights_are_those_of_a_plain_computation(diffuser: Diffuser, en
     assert (losses == plain) is (gamma == 1e9)
 
 
+def test_the_schedule_is_rounded_once() -> None:
+    """From float64 to float32; noisy latents in bf16 are those in float32, rounded."""
+    schedule = objective().schedule
+    roots = [0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * step / 999 for step in range(1000)]
+    exact, kept = [], 1.0
+    for root in roots:
+        kept *= 1 - root**2
+        exact.append(kept)
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.tensor(exact), atol=0, rtol=1.2e-7)
+    latents, noise = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    steps = torch.arange(0, 1000, 2)
+    whole = schedule.add_noise(latents.float(), noise.float(), steps)
+    assert torch.equal(schedule.add_noise(latents, noise, steps), whole.bfloat16())
+
+
 def test_offset_noise_shifts_the_channels_of_images_alone(encoded: Encoded) -> None:
     seen: list[dict[str, DiffuserInput]] = []
 

@@ -1,6 +1,7 @@
 import torch
 
 from vdtrain.diffusion.objective import StepRandom
+from vdtrain.training.validation import PairRandom
 
 CPU = torch.device("cpu")
 
@@ -28,3 +29,16 @@ def test_steps_and_purposes_draw_differently() -> None:
 def test_chance_keeps_its_probability() -> None:
     dropped = StepRandom("seed", 0, 20_000, slice(0, 20_000), CPU).chance("dropout", 0.1)
     assert abs(float(dropped.float().mean()) - 0.1) < 0.01
+
+
+def test_a_held_out_pair_has_its_own_numbers_in_every_quarter() -> None:
+    for quarter in range(4):
+        whole, one = (PairRandom(numbers, quarter, torch.device("cpu")) for numbers in (range(50), [7]))
+        steps = whole.integers("timestep", 1000)
+        assert steps.min() >= 250 * quarter
+        assert steps.max() < 250 * (quarter + 1)
+        assert len(set(steps.tolist())) > 30
+        assert one.integers("timestep", 1000) == steps[7]
+        noise = whole.normal("noise", [3])
+        assert torch.equal(one.normal("noise", [3])[0], noise[7])
+        assert len(noise.unique()) == noise.numel()

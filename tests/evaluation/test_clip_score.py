@@ -10,7 +10,9 @@ from miniature.shapes import caption, draw, sample_scene
 from vdtrain.config.command_schema import ClipConfig
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
-from vdtrain.evaluation.scores import ClipScorer, check_clip, clip_scores, in_batches
+from vdtrain.evaluation.distances import Statistics
+from vdtrain.evaluation.scores import CLIP, ClipScorer, Mean, check_clip, clip_scores, distances, in_batches
+from vdtrain.flows import Flow
 from vdtrain.models.frozen import build_frozen
 
 OWN = ClipConfig(None, None, None)
@@ -53,6 +55,22 @@ def test_no_network_that_measures_rounds_to_tf32() -> None:
     assert len(in_batches(network, torch.zeros(70, 2))) == 70
     assert seen == [False, False]
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_the_error_of_a_mean_is_its_values_deviation_over_the_root_of_their_number() -> None:
+    found = Mean.of(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
+    assert (found.mean, found.standard_error) == pytest.approx((3.0, (14 / 3) ** 0.5 / 2))
+
+
+def test_precision_and_recall_are_those_of_the_generated() -> None:
+    """All generated samples lie among the real ones, of which most have no generated one near."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(60, 4, generator=generator)
+    generated = 0.1 * torch.randn(60, 4, generator=generator)
+    statistics = {CLIP: Statistics.of(real)}
+    found = distances(Flow.parse("text-to-image"), {CLIP: generated}, statistics, {CLIP: real})
+    assert found["clip_precision"] > 0.9
+    assert found["clip_recall"] < 0.5
 
 
 def test_the_scale_is_hundredths_of_a_cosine_and_nothing_below_zero() -> None:

@@ -15,7 +15,7 @@ from miniature.corpus import scene_facts
 from miniature.shapes import COLOURS, SHAPES
 from tests.models.tiny import arguments, fresh, tiny
 from vdtrain.models.clip import ClipImageContext, ClipTextContext, build_clip
-from vdtrain.models.frozen_weights import WeightsError, shared_loading
+from vdtrain.models.frozen_weights import WeightsError, locate, shared_loading
 from vdtrain.models.tokenizers import ClipTokenizer, released_tokenizer
 
 WHOLE, ONE_BY_ONE = released_tokenizer(), ClipTokenizer(None, 40)
@@ -89,11 +89,17 @@ def test_a_tokenizer_that_joins_words_is_refused(tmp_path: Path) -> None:
         ClipTokenizer(str(tmp_path / "joining.json"), 77)
 
 
-def test_both_contexts_share_one_model_where_they_are_loaded_together(text, image):
+def test_both_contexts_share_one_model_where_they_are_loaded_together(text, image, tmp_path):
     assert text.clip is not image.clip
     with shared_loading():
         one, other = (build_clip(architecture(), "asset:tiny/clip.safetensors") for _ in range(2))
     assert one is other
+    # Other weights are another model.
+    elsewhere = tmp_path / "clip.safetensors"
+    elsewhere.write_bytes(locate("asset:tiny/clip.safetensors", "weights").read_bytes())
+    with shared_loading():
+        one, other = (build_clip(architecture(), name) for name in ("asset:tiny/clip.safetensors", str(elsewhere)))
+    assert one is not other
     assert build_clip(architecture(), None) is not build_clip(architecture(), None)
 
 
@@ -145,6 +151,8 @@ def test_unconditional_contexts(text, image):
     assert black.clip is not image.clip
     drawn = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     torch.testing.assert_close(black.unconditional(2, "text")[1:], image.encode(drawn))
+    grey = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank="grey")
+    torch.testing.assert_close(grey.unconditional(1, "text"), image.encode(torch.full_like(drawn, 127)))
     mixed = ClipImageContext(architecture(), weights="asset:tiny/clip.safetensors", blank_for={"text": "black"})
     assert torch.equal(mixed.unconditional(2, "text"), black.unconditional(2, "text"))
     assert torch.equal(mixed.unconditional(2, "image"), torch.zeros(2, 17, 64))

@@ -7,7 +7,7 @@ from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import ModelConfig, TrainConfig
 from vdtrain.flows import Flow, active_groups, all_flows
 from vdtrain.models import context_layers
-from vdtrain.models.context_layers import reads_tokens
+from vdtrain.models.context_layers import Attention, reads_tokens
 from vdtrain.models.diffuser import (
     Context,
     Diffuser,
@@ -123,6 +123,31 @@ def test_fresh_network_predicts_zero() -> None:
         assert not predicted.any()
 
 
+def test_every_branch_starts_at_zero() -> None:
+    """A fresh block passes its state on: the second convolution, the projection back and the last layer are zero."""
+    model = Diffuser(model_config("tiny"), active_groups(FLOWS))
+    ends = ("out_layers.3", "proj_out")
+    zeros = {
+        name.rpartition(".")[0] for name, each in model.named_parameters() if name.endswith("weight") and not each.any()
+    }
+    inner = {name for name, _ in model.named_modules() if name.endswith(ends)}
+    last = {f"data_layers.{name}.{len(layers) - 1}.2" for name, layers in model.data_layers.items()}
+    assert len(inner) > 20
+    assert zeros == inner | last
+
+
+def test_products_of_a_query_and_a_token_are_not_rounded_to_bf16() -> None:
+    layer = Attention(4, 4, 1).bfloat16()
+    with torch.no_grad():
+        for part in (layer.to_k, layer.to_v):
+            part.weight.copy_(torch.eye(4))
+        # Products of 257 and 256, which bf16 cannot tell apart, times a half.
+        query = torch.tensor([1.0, 1.0, 0.0, 0.0]).bfloat16().view(1, 1, 1, 4)
+        tokens = torch.tensor([[256.0, 1.0, 0.0, 0.0], [256.0, 0.0, 0.0, 0.0]]).bfloat16()[None]
+        read = layer._read_tokens(query, tokens)
+    assert float(read[0, 0, 0, 1]) == pytest.approx(torch.tensor(0.5).sigmoid().item(), abs=2e-3)
+
+
 def test_a_groups_random_start_does_not_depend_on_the_others() -> None:
     config = model_config("tiny")
     alone = Diffuser(config, active_groups([Flow("image", "image")]), seed=3)
@@ -131,6 +156,13 @@ def test_a_groups_random_start_does_not_depend_on_the_others() -> None:
     for name, tensor in alone.state_dict().items():
         assert torch.equal(tensor, whole[name])
     assert any(not torch.equal(tensor, whole[name]) for name, tensor in other_seed.state_dict().items())
+
+
+def test_no_two_modalities_start_alike() -> None:
+    layers = Diffuser(model_config("tiny"), active_groups(FLOWS)).context_layers
+    for (name, image), text in zip(layers["image"].named_parameters(), layers["text"].parameters(), strict=True):
+        if "to_q" in name:
+            assert not torch.equal(image, text), name
 
 
 def test_building_leaves_the_global_generator_alone() -> None:

@@ -71,6 +71,27 @@ def test_the_merged_model_is_the_trained_one_to_the_bit(form: str) -> None:
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if is_adapter(name))
 
 
+def test_an_adapter_is_that_of_the_paper_whatever_others_there_are() -> None:
+    """The sum is scaled by alpha over rank, and A is uniform within one over the root of its columns."""
+    assert scale_of(LoraConfig(rank=4, alpha=6.0)) == 1.5
+    assert scale_of(LoraConfig(rank=4)) == scale_of(LoraConfig()) == 1.0
+    every, some = Diffuser(config().model, GROUPS), Diffuser(config().model, GROUPS)
+    add_adapters(every, GROUPS, LoraConfig(rank=4), seed=0)
+    add_adapters(some, ["context.text"], LoraConfig(rank=4, targets=["attn2"]), seed=0)
+    downs = {name: each for name, each in every.named_parameters() if name.endswith(".0.down")}
+    for name, each in some.named_parameters():
+        assert not name.endswith(".0.down") or torch.equal(each, downs[name])
+    for name, down in downs.items():
+        assert down.shape[0] == 4
+        bound = down.shape[1] ** -0.5
+        assert down.abs().max() <= bound, name
+        assert down.max() > 0.8 * bound, name
+        assert down.min() < -0.8 * bound, name
+    # No two adapters start alike.
+    wide = [down[0, 0].item() * down.shape[1] ** 0.5 for down in downs.values()]
+    assert len(set(wide)) == len(wide)
+
+
 def test_groups_and_targets_choose_the_layers() -> None:
     model = Diffuser(config().model, GROUPS)
     words = ["lora.rank=1000", "lora.groups=[context.text,data.text]", "lora.targets=[attn2,skip_connection]"]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.models.tiny import arguments, caption_accuracy, fresh, normal, tiny
 from vdtrain.models.frozen_weights import WeightsError
-from vdtrain.models.optimus import Optimus
+from vdtrain.models.optimus import Optimus, _pick
 from vdtrain.models.tokenizers import DecoderTokenizer, EncoderTokenizer
 
 ENCODER, DECODER = "asset:tiny/encoder_tokenizer.json", "asset:tiny/decoder_tokenizer.json"
@@ -130,6 +131,20 @@ def test_sampling_is_reproducible_and_a_row_does_not_depend_on_the_others(optimu
     assert whole != optimus.decode(latents, generators(6, 600), temperature=2.0)
 
 
+def test_a_word_is_drawn_by_its_probability_with_a_number_of_its_own(optimus, monkeypatch):
+    shares, uniform = torch.tensor([0.0, 0.2, 0.3, 0.5]), torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 0.999])
+    assert _pick(shares.log().expand(6, -1), uniform).tolist() == [1, 1, 2, 2, 3, 3]
+    # Where all words are as likely, each is the place of its own random number.
+    size, tokenizer = optimus.decoder.config.vocab_size, optimus.decoder_tokenizer
+    monkeypatch.setattr(optimus, "logits", lambda ids, latents, cache: torch.zeros(len(ids), 1, size))
+    ids = optimus.generate(normal(torch.Size((2, 64))), tokenizer.first, tokenizer.last, generators(2, 5))
+    for row, generator in zip(ids.tolist(), generators(2, 5), strict=True):
+        places = (torch.rand(optimus.max_length, generator=generator) * size).long().tolist()
+        drawn = row[1 : row.index(tokenizer.last)]
+        assert len(drawn) > 3
+        assert all(abs(word - place) <= 1 for word, place in zip(drawn, places[1:], strict=False))
+
+
 def test_a_cold_sample_is_the_greedy_one(optimus):
     _, _, captions = fresh(32, 32)
     latents = optimus.encode(captions)
@@ -153,6 +168,17 @@ def test_ids_end_at_the_limit(optimus, monkeypatch):
     ids = optimus.generate(normal(torch.Size((3, 64))), tokenizer.first, tokenizer.last)
     assert ids.shape == (3, 4)
     assert ids[:, -1].eq(tokenizer.last).all()
+
+
+def test_a_row_that_has_ended_is_padded(optimus, monkeypatch):
+    tokenizer, size = optimus.decoder_tokenizer, optimus.decoder.config.vocab_size
+    said = iter([[7, 7], [tokenizer.last, 7], [7, 7], [7, tokenizer.last]])
+    monkeypatch.setattr(
+        optimus, "logits", lambda *_: functional.one_hot(torch.tensor(next(said)), size)[:, None].float()
+    )
+    first, last = tokenizer.first, tokenizer.last
+    ids = optimus.generate(normal(torch.Size((2, 64))), first, last)
+    assert ids.tolist() == [[first, 7, last, last, last, last], [first, 7, 7, 7, last, last]]
 
 
 def test_gradients_of_the_loss_reach_encoder_and_decoder():

@@ -26,7 +26,7 @@ from vdtrain.commands.train import main as train
 from vdtrain.config.compose import ConfigError, compose, to_object
 from vdtrain.config.schema import TrainConfig
 from vdtrain.config.validation import check_settings
-from vdtrain.models.diffuser import Diffuser, DiffuserInput
+from vdtrain.models.diffuser import Context, Diffuser, DiffuserInput
 from vdtrain.models.execution import CudaTape, Pass, Recorded, forget_passes, plain_passes, record_passes
 from vdtrain.planning.memory import plan_stage
 from vdtrain.run import distributed
@@ -99,6 +99,24 @@ def test_other_forms_and_passes_without_gradients_are_plain() -> None:
     forget_passes(diffuser)
     assert torch.equal(gradients(diffuser, one_flow)[0], gradients(plain, one_flow)[0])
     assert (MemoryTape.recorded, MemoryTape.replayed) == (4, 6)
+
+
+@pytest.mark.parametrize("other", ["rows", "modalities"])
+def test_a_form_is_both_the_sizes_and_the_modalities(other: str) -> None:
+    """A replay would spread a single row over all, or send one modality through the layers of another."""
+    plain, diffuser = make_diffuser(), make_diffuser()
+    record_passes(diffuser, MemoryTape)
+
+    def inputs(rows: int, modality: str) -> list[DiffuserInput]:
+        (first, *_) = four_flows()
+        tokens = first.contexts[0].tokens[:rows]
+        return [DiffuserInput(first.output, first.latents[:rows], first.timesteps[:rows], [Context(modality, tokens)])]
+
+    gradients(diffuser, inputs(2, "image"))
+    changed = inputs(1, "image") if other == "rows" else inputs(2, "text")
+    expected, found = gradients(plain, changed), gradients(diffuser, changed)
+    assert torch.equal(expected[0], found[0])
+    assert all(torch.equal(each, found[1][name]) for name, each in expected[1].items())
 
 
 def test_passes_that_cannot_be_recorded_are_refused_in_one_line() -> None:

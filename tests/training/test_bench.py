@@ -135,14 +135,23 @@ def test_operations_are_counted_as_they_are_defined() -> None:
 
 
 def phase_of(
-    gpus: int, micro_batches: int = 1, exchange: str = "sharded", **rates: Any
+    gpus: int, micro_batches: int = 1, exchange: str = "sharded", zero_stage: int = 1, **rates: Any
 ) -> tuple[TrainConfig, StagePlan, PhaseMemory]:
     """A stage of a billion weights, planned by hand."""
     from vdtrain.planning.dry_run import MicroBatchMemory
     from vdtrain.planning.memory import StandingMemory
 
     config = to_object(
-        compose("train", [*STAGE, "hardware.precision=bf16", f"hardware.exchange={exchange}"]), TrainConfig
+        compose(
+            "train",
+            [
+                *STAGE,
+                "hardware.precision=bf16",
+                f"hardware.exchange={exchange}",
+                f"hardware.zero_stage={zero_stage}",
+            ],
+        ),
+        TrainConfig,
     )
     known = {"tflops": 100.0, "memory": 1000.0, "link": 100.0, "network": 400.0}
     config.hardware.rates = RatesConfig(**{**known, **rates})
@@ -203,6 +212,25 @@ def test_a_step_follows_from_operations_and_bytes() -> None:
     launched = step_time(*phase_of(1, 3, micro_batch_ms=150.0))
     assert launched is not None
     assert launched.compute == pytest.approx(0.45)
+
+
+def test_what_hides_an_exchange_and_what_other_strategies_move() -> None:
+    # A slow link: no more is hidden than two thirds of the work after encoding, and the encoding itself.
+    slow = step_time(*phase_of(8, link=10.0))
+    assert slow is not None
+    assert slow.exchange == pytest.approx(6 * 7 / 8 / 10)
+    assert slow.exposed == pytest.approx(slow.exchange - 2 / 3 * 0.09 - 0.01)
+    replicated = step_time(*phase_of(8, zero_stage=0))
+    assert replicated is not None
+    # An all-reduce is a reduce-scatter and an all-gather of the float32 gradients.
+    assert replicated.exchange == pytest.approx(2 * 4 * 7 / 8 / 100)
+    assert replicated.exposed == pytest.approx(replicated.exchange - 2 * 2.4 * 7 / 8 / 100)
+    # Every process updates all weights, and averages its own part.
+    assert replicated.update == pytest.approx(0.042 + 0.012 / 8 + 0.004)
+    # ZeRO 2 reduces after every micro-batch.
+    two = step_time(*phase_of(8, 3, exchange="deepspeed", zero_stage=2))
+    assert two is not None
+    assert two.exchange == two.exposed == pytest.approx((3 * 2 * 4 + 2) * 7 / 8 / 100)
 
 
 @pytest.mark.parametrize(("gpus", "rate"), [(1, "tflops"), (1, "memory"), (2, "link"), (64, "network")])

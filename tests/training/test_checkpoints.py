@@ -33,7 +33,7 @@ from tests.training.toy import (
     train_step,
 )
 from vdtrain.checkpoint import store as checkpoints
-from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError
+from vdtrain.checkpoint.folder import INDEX_FILE, CheckpointError, candidates
 from vdtrain.checkpoint.format import CARRIED_OVER_FILE, Checkpoint, Index, shard_name
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.config.schema import SHARDED
@@ -145,6 +145,17 @@ def trained_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if name not in passenger_part(weights)}
 
 
+def find_a_damage_of_one_rank(folder: Path) -> str:
+    """Each process reads its share of the files; the second one reads the first one's partition."""
+    copy = folder / "damaged"
+    if distributed.rank() == 0:
+        shutil.copytree(folder / "many", copy)
+        flip_middle(copy / "step-000000004" / shard_name(0, 2))
+    distributed.barrier()
+    found = latest(copy, patience=1.0)
+    return "" if found is None else found.path.name
+
+
 def two_ranks(folder: Path, report: Report) -> None:
     found: dict[str, Any] = {}
     for stage in ZERO:
@@ -161,6 +172,7 @@ def two_ranks(folder: Path, report: Report) -> None:
     found["thawed"] = {precision: freeze_and_thaw(folder, precision) for precision in PRECISIONS}
     found["left_out"] = {str(stage): left_out_or_at_rate_zero(stage) for stage in ZERO}
     found["pruned"] = save_many(folder)
+    found["damaged"] = find_a_damage_of_one_rank(folder)
     found["killed"] = is_killed_while_saving(folder, lambda: report(found))
     report(found)
 
@@ -498,6 +510,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(
     assert "step-000000004 is passed over" in caplog.text
 
 
+def test_a_damage_that_one_rank_finds_is_one_for_all(two: list[dict[str, Any]]) -> None:
+    assert [rank["damaged"] for rank in two] == ["step-000000003"] * 2
+
+
 def test_a_stop_between_the_renames_of_a_replacement_loses_nothing(
     two: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
@@ -517,6 +533,55 @@ def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
 def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.keep"):
         CheckpointStore(tmp_path, keep=0)
+
+
+def written(store: CheckpointStore, *steps: int) -> list[str]:
+    """The names of a store's checkpoints after small ones of these steps."""
+    for step in steps:
+        index = Index(step, 1, 1, "fp32", 0, None, {}, groups=(), files={})
+        store.write(Snapshot(index, {"global/master": torch.zeros(2)}, {}), lambda value: [value])
+    return sorted(path.name for path in store.folder.glob("step-*"))
+
+
+def test_what_comes_after_a_run_that_was_set_back_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    names = [f"step-{step:09d}" for step in (2, 3, 5, 6)]
+    assert written(CheckpointStore(folder, keep=2), 4, 5, 6) == names[2:]
+    assert written(CheckpointStore(folder, keep=2), 1, 2, 3) == names
+    found = latest(folder)
+    assert found is not None
+    assert found.path.name == names[1]
+
+
+def test_a_damaged_checkpoint_that_was_written_again_counts(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, passed_over=["step-000000001", "step-000000002"])
+    assert written(store, 2, 3) == ["step-000000002", "step-000000003"]
+
+
+def test_a_file_that_arrived_short_is_not_published(tmp_path: Path) -> None:
+    """A file system may show rank 0 less than another process wrote."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    written(store, 1)
+
+    def gather(value: Any) -> list[Any]:
+        records, failure = value
+        if isinstance(records, dict):
+            records = {name: {**record, "bytes": record["bytes"] + 8} for name, record in records.items()}
+        return [[records, failure]]
+
+    index = Index(2, 1, 1, "fp32", 0, None, {}, groups=(), files={})
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 2 was not saved: .* bytes here and"):
+        store.write(Snapshot(index, {"global/master": torch.zeros(2)}, {}), gather)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step-000000001"]
+
+
+def test_a_replacement_comes_before_what_it_replaces(tmp_path: Path) -> None:
+    for name in ("step-000000001", "step-000000002.replaced", "step-000000002", "step-000000010"):
+        (tmp_path / name).mkdir()
+    order = ["step-000000010", "step-000000002", "step-000000002.replaced", "step-000000001"]
+    assert [path.name for path in candidates(tmp_path)] == order
+    (tmp_path / "latest").write_text("step-000000001\n")
+    assert [path.name for path in candidates(tmp_path)] == [order[-1], *order[:-1]]
 
 
 def test_an_index_is_whole_whatever_the_order_of_its_numbers(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from vdtrain.commands.preflight import main as preflight
 from vdtrain.commands.train import main as train
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import TrainConfig
+from vdtrain.errors import ConfigError
 from vdtrain.models.frozen_weights import ASSETS
 from vdtrain.run import distributed
 from vdtrain.tracking.metrics import read_metrics
-from vdtrain.training.continuation import CONFIG, TrainState
-from vdtrain.training.start import Start, check_frozen
+from vdtrain.training.continuation import CONFIG, TrainState, _longer, changes, stage_steps
+from vdtrain.training.start import Start, _patience, check_frozen, model_of
 
 LONGER = 5
 VAE = "model.modalities.image.vae.weights"
@@ -358,6 +359,86 @@ def test_a_run_whose_phases_were_changed_by_a_version_that_let_them_is_refused(
 ) -> None:
     rewrite(newest(tmp_path / "run"), lambda trainer: trainer["state"].update(phase_step=HIGH - 1))
     assert "its phases were changed on the way" in refusal(capsys, complete)
+
+
+def content_of(words: list[str], state: TrainState) -> dict[str, Any]:
+    """A checkpoint's trainer state."""
+    return {"config": OmegaConf.to_container(compose("train", words), resolve=False), "state": asdict(state)}
+
+
+def changed(*words: str, step: int = 1) -> tuple[list[str], list[str]]:
+    """The lines on these settings in a run that has trained `step` steps of two times eight without them."""
+    plain = ["stage=stage3_four_flow", *settings.TINY, "stage.init_from=null", "stage.global_batch_size=4"]
+    plain.append("stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]")
+    raw = compose("train", [*plain, *words])
+    content = content_of(plain, TrainState(step=step, phase_step=step))
+    return changes(content, raw, to_object(raw, TrainConfig).stage, "RUN")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=1"], "seed=1: run_dir=RUN has 0"),
+        (["stage.name=other"], "stage.name=other: run_dir=RUN has stage3_four_flow"),
+        # As many steps of twice the samples.
+        (
+            ["stage.global_batch_size=8", "stage.samples_scale=2"],
+            "stage.global_batch_size=8: run_dir=RUN has 4",
+        ),
+        (["model.diffuser.heads=2"], "model.diffuser.heads=2: run_dir=RUN has 4"),
+        (["model.latent_downsampling=16"], "model.latent_downsampling=16: run_dir=RUN has 8"),
+        (["lora.rank=4"], "lora.rank=4: run_dir=RUN has null"),
+    ],
+)
+def test_settings_that_define_the_weights_and_the_position_are_fixed(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        changed(*words)
+    assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stage.learning_rate=0.5", True),
+        ("optimizer.weight_decay=0.5", True),
+        ("objective.context_dropout=0.5", True),
+        ("ema.decay=0.5", True),
+        ("data.flip=true", True),
+        ("log_every_steps=7", False),
+        ("checkpoint.keep=7", False),
+        ("hardware.threads=7", False),
+    ],
+)
+def test_what_changes_the_training_is_told_from_the_rest(word: str, said: bool) -> None:
+    lines, others = changed(word)
+    assert len(lines) + len(others) == 1, (lines, others)
+    assert (lines if said else others)[0].startswith(f"{word}: was ")
+
+
+@pytest.mark.parametrize(("phase", "resolution"), [(0, 32), (1, 64), (2, 64)])
+def test_a_checkpoints_model_has_the_resolution_of_its_latest_phase(phase: int, resolution: int) -> None:
+    words = ["stage=stage3_four_flow", *settings.TINY, "stage.global_batch_size=4"]
+    words.append("stage.phases=[{resolution:32,samples:32},{resolution:64,samples:32}]")
+    content = content_of(words, TrainState(step=8 * phase, phase=phase))
+    index = Index(8 * phase, 1, 1, "fp32", 0, None, content, groups=(), files={})
+    assert model_of(Checkpoint(Path("run"), index), "weights").resolution == resolution
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("null", 120.0), ("100", 25.0), ("10000", 120.0)])
+def test_a_start_waits_for_a_disk_less_than_its_watchdog_does(limit: str, seconds: float) -> None:
+    assert _patience(to_object(compose("train", [f"watchdog_seconds={limit}"]), TrainConfig)) == seconds
+
+
+def test_the_remedy_of_a_shorter_phase_trains_as_long() -> None:
+    """Rounding of the scale may not leave it a step short."""
+    for scale in (0.3, 0.7, 0.9):
+        stage = to_object(compose("train", ["stage=stage3_four_flow", "stage.global_batch_size=12"]), TrainConfig).stage
+        stage.samples_scale = scale
+        for steps in (1, 7, 1001):
+            setting, _, samples = _longer(stage, steps).partition("=")
+            stage.phases[-1].samples = int(samples)
+            assert setting == f"stage.phases.{len(stage.phases) - 1}.samples"
+            assert stage_steps(stage)[-1] == steps
 
 
 def test_a_position_between_phases_is_at_the_end_of_the_one_before() -> None:

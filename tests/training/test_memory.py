@@ -17,18 +17,26 @@ from tests.training.toy import settings as engine_settings
 from vdtrain.commands.plan import main
 from vdtrain.config.compose import compose, to_object
 from vdtrain.config.schema import DEEPSPEED, SHARDED, TrainConfig
-from vdtrain.config.validation import stage_flows
+from vdtrain.config.validation import learning_rate, stage_flows
 from vdtrain.diffusion.objective import Objective, StepRandom
 from vdtrain.diffusion.schedule import Schedule
 from vdtrain.engine.deepspeed import BUCKET_ELEMENTS, PRECISIONS
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.flat import GroupLayout
+from vdtrain.engine.flat import GroupLayout, ParameterSlot
 from vdtrain.flows import active_groups
 from vdtrain.models.diffuser import Diffuser, parameters_by_group
 from vdtrain.models.execution import checkpoint_activations
 from vdtrain.models.frozen import build_frozen
 from vdtrain.planning.dry_run import DryRun, LiveMemory
-from vdtrain.planning.memory import checkpoint_bytes, standing_memory, strategy, update_bytes
+from vdtrain.planning.memory import (
+    _largest,
+    checkpoint_bytes,
+    exchange_bytes,
+    plan_stage,
+    standing_memory,
+    strategy,
+    update_bytes,
+)
 from vdtrain.run import distributed
 
 TINY = ["model=tiny", "data=shapes", "hardware=cpu", "tracking=none", "stage=stage3_four_flow"]
@@ -216,6 +224,56 @@ def test_a_batch_of_one_micro_batch_has_its_largest(capsys: pytest.CaptureFixtur
     sizes = ["stage.global_batch_size=2", "hardware.micro_batch_size={32:2}", "hardware.memory_gb=16"]
     made = json.loads(run(capsys, *settings, *sizes, "format=json"))
     assert made["phases"][0]["largest_micro_batch"] == 2
+
+
+def test_the_search_for_a_micro_batch_knows_divisors_and_lines() -> None:
+    def peak_at(size: int) -> int:
+        return 100 + 10 * size
+
+    # 5 pairs would fit, and do not divide the batch.
+    fits = {105: 0, 110: 1, 140: 4, 155: 4, 160: 6, 220: 12, 10**6: 12}
+    for micro in (1, 4, 12):
+        assert {memory: _largest(peak_at, micro, 12, memory) for memory in fits} == fits
+    # Peaks that grow faster than the line: six pairs are on it, and take 136.
+    assert _largest(lambda size: 100 + size**2, 1, 12, 130) == 4
+
+
+def test_deepspeed_copies_groups_until_they_are_large() -> None:
+    """ZeRO 1 in bf16 copies several groups together, and begins anew after 500 million elements."""
+    million = 10**6
+    sizes = [200 * million, 400 * million, 100 * million, 50 * million]
+    layouts = [GroupLayout(str(size), (ParameterSlot("weight", (size,), 0),)) for size in sizes]
+    ways = ("hardware.zero_stage=1", "hardware.exchange=deepspeed", "hardware.precision=bf16")
+    assert update_bytes(tiny(*ways), layouts, 2) == 4 * 600 * million
+    assert update_bytes(tiny(*ways), layouts[1:2], 2) == 0
+    assert exchange_bytes(tiny(*ways), 2) == 0
+    # Its bucket in bf16 and the float32 copy of it.
+    assert exchange_bytes(tiny(*ways, "hardware.zero_stage=2"), 2) == 6 * BUCKET_ELEMENTS
+
+
+def test_a_plan_is_the_sum_of_its_parts() -> None:
+    words = ("lora.rank=2", "hardware.zero_stage=2", "hardware.precision=bf16", "optimizer.schedule=cosine")
+    words += ("stage.phases=[{resolution:32,samples:6400},{resolution:64,samples:3200}]", "stage.flows=[text-to-text]")
+    config = tiny(*words, "checkpoint.keep=3", "checkpoint.keep_every_steps=40", "optimizer.warmup_samples=640")
+    made = plan_stage(config, 2)
+    trained, others = sum(made.parameters.values()), made.untrained_parameters
+    assert 0 < trained < others
+    assert made.standing.untrained == 2 * others
+    # Weights, two moments and averages; what is not trained is only kept.
+    assert made.checkpoint == 16 * trained + 4 * others
+    layouts = [GroupLayout("global", (ParameterSlot("weight", (trained,), 0),))]
+    assert checkpoint_bytes(tiny("ema.enabled=false"), layouts) == 12 * trained
+    # Of 150 steps three are kept beside the newest.
+    assert made.checkpoints == 6 * made.checkpoint
+    assert [phase.steps for phase in made.phases] == [100, 50]
+    assert [phase.learning_rate for phase in made.phases] == [
+        (learning_rate(config, 1), learning_rate(config, 100)),
+        (learning_rate(config, 101), learning_rate(config, 150)),
+    ]
+    for phase in made.phases:
+        assert phase.exchange == 6 * BUCKET_ELEMENTS
+        parts = phase.measured.encoding, phase.measured.peak + phase.exchange, phase.update
+        assert phase.peak == made.standing.total + max(parts)
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from tools.counts import CASES, CURRICULUM, config_of
 from vdtrain.commands.plan import main
 from vdtrain.config.compose import compose, options, to_object
 from vdtrain.config.schema import PlanConfig
-from vdtrain.planning.counts import FILE, counts, key
-from vdtrain.planning.dry_run import DryRun
+from vdtrain.planning.counts import FILE, Stored, counts, key
+from vdtrain.planning.dry_run import DryRun, MicroBatchMemory
 from vdtrain.planning.speed import is_named
 
 GPUS = [name for name in options("hardware") if name != "cpu"]
@@ -72,6 +72,13 @@ def test_every_stage_was_counted() -> None:
 
 def test_a_count_is_that_of_a_dry_run() -> None:
     recounted(CASES[0], 256, 8)
+
+
+def test_a_size_that_was_not_counted_is_on_the_line_through_those_around_it() -> None:
+    peaks = {1: 10, 2: 30, 4: 40, 32: 320, 64: 960}
+    stored = Stored(0, 0, (), {64: {size: MicroBatchMemory(0, 0, peak, 0, 0) for size, peak in peaks.items()}})
+    asked = {1: 10, 2: 30, 3: 35, 4: 40, 18: 180, 48: 640, 64: 960, 128: 2240}
+    assert {size: stored.measure(64, size).peak for size in asked} == asked
 
 
 @pytest.mark.slow
@@ -172,6 +179,13 @@ def test_the_nearest_result_on_this_hardware_is_taken(
     (folder / "together.json").write_text(json.dumps(found))
     assert [each["tflops"] for each in planned(*words)["rates"]] == [500.0, 600.0]
     assert [each["tflops"] for each in planned("stage=stage2_dual_flow", *words[1:])["rates"]] == [700.0, 600.0]
+    # A micro-batch further away is not nearer.
+    found["wide"] = result_of("NVIDIA H200", 550.0, micro_batch=1024)
+    (folder / "together.json").write_text(json.dumps(found))
+    assert [each["tflops"] for each in planned(*words)["rates"]] == [500.0, 600.0]
+    # The launches of a micro-batch take no longer than all of it took.
+    for known, expected in ((50.0, 50.0), (200.0, 90.0)):
+        assert planned(*words, f"hardware.rates.micro_batch_ms={known}")["rates"][0]["micro_batch_ms"] == expected
     # Another card has no result there.
     assert "estimated" in planned(*words, "hardware=b200")["rates"][0]["source"]
     # A file that is named is taken as it is.
