@@ -55,7 +55,7 @@ def checks(config: TrainConfig, raw_config: DictConfig, ranks: int) -> Iterator[
         yield from warm_up(config)
     if not reads_index(config):
         yield from _streams(config, ranks) if not mistakes else ()
-    elif Path(config.data.manifest).exists():
+    elif not any(line.startswith("data.manifest=") for line in mistakes):
         yield from data(config, ranks, valid=not mistakes)
     yield from in_use(config)
     yield from start_and_room(config, raw_config, valid=not mistakes)
