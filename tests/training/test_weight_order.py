@@ -15,7 +15,7 @@ from tests.training.toy import ZERO, RunOnRanks, full_rows, full_weights, gather
 from vdtrain.checkpoint.folder import INDEX_FILE
 from vdtrain.checkpoint.store import CheckpointStore, HostMemory, Snapshot, Verification, latest, load
 from vdtrain.engine.engine import Engine, ShardEMA
-from vdtrain.engine.flat import GroupLayout, ParameterSlot, lay_out_zeros
+from vdtrain.engine.flat import OWN_ALIGNMENT, GroupLayout, ParameterSlot, lay_out_zeros
 
 # DeepSpeed's buffers have every weight in the order of its shape.
 CASES = [*((stage, "bf16") for stage in ZERO), (0, "fp32")]
@@ -78,6 +78,7 @@ def cases(folder: Path, report: Callable[[dict[str, Any]], None]) -> None:
             own = {key: tensor.contiguous() for key, tensor in full_weights(engine).items()}
             results[name] = {
                 "format": index["format"],
+                "alignment": index["groups"][0].get("alignment"),
                 "turned": [slot["name"] for slot in turned],
                 "strides": list(engine.module.first.weight.stride()),  # type: ignore[union-attr, operator]
                 "public_bits": same_bits(public, own),
@@ -109,6 +110,8 @@ def test_weights_lie_as_the_strategy_keeps_them(results: dict[str, Any], stage: 
     assert (plain["turned"], plain["strides"]) == ([], [27, 9, 3, 1])
     # Partitions of the engine's own exchange end elsewhere than DeepSpeed's.
     assert plain["format"] == last["format"] == (3 if stage in KEEPING else 1)
+    # What is not written is what earlier versions had.
+    assert plain["alignment"] == last["alignment"] == (OWN_ALIGNMENT if stage in KEEPING else None)
     if stage in KEEPING:
         assert (last["turned"], last["strides"]) == (["first.weight", "second.weight"], [27, 1, 9, 3])
     else:

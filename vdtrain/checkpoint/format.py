@@ -93,7 +93,7 @@ class Index:
                 {
                     "group": layout.group,
                     "numel": layout.numel,
-                    "alignment": layout.alignment,
+                    **({} if layout.alignment == DEEPSPEED_ALIGNMENT else {"alignment": layout.alignment}),
                     "partitions": [layout.partition(rank, self.world_size) for rank in range(self.world_size)],
                     "parameters": [_slot_entry(slot) for slot in layout.slots],
                 }
